@@ -1,0 +1,76 @@
+"""Dropout masks that are a function of a seed and a position, so that none is ever stored.
+
+A mask element is `hash(seed, index) >= p * 2**32`, where `index` counts the elements of the masked tensor. The forward
+pass keeps the seed; whoever needs the mask again (the backward pass, a recomputation under gradient checkpointing)
+computes it again. A counter-based hash is used rather than a `torch.Generator` because any element can be computed by
+itself: a GPU kernel and this module give the same bits, whatever the tiling.
+"""
+
+import torch
+
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+# Multipliers and shifts of a 32-bit mixer with a low bias between input and output bits ("lowbias32", C. Wellons,
+# "Prospecting for Hash Functions", 2018). Every step is a bijection of 32-bit integers.
+_MIX_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+# Odd constant from the golden ratio; it spreads the seeds of ranks, which differ by one, over all 64 bits.
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix32(value: torch.Tensor) -> torch.Tensor:
+    """Mix the low 32 bits of an int64 tensor; the result is in `[0, 2**32)`."""
+    value = value ^ (value >> 16)
+    value = (value * _MIX_MULTIPLIERS[0]) & _MASK32
+    value = value ^ (value >> 15)
+    value = (value * _MIX_MULTIPLIERS[1]) & _MASK32
+    return value ^ (value >> 16)
+
+
+def _keys(seed: int) -> tuple[int, int]:
+    """Two 32-bit keys that each depend on all bits of the seed (the finaliser of SplitMix64)."""
+    value = (seed + _GOLDEN) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    value ^= value >> 31
+    return value & _MASK32, value >> 32
+
+
+def draw_seed() -> int:
+    """
+    Draw the seed of one dropout mask from PyTorch's default CPU generator.
+
+    Gradient checkpointing restores that generator before it recomputes a forward pass, so the recomputation draws the
+    same seed. The rank is mixed in because trainers seed all ranks alike, and ranks must not share masks.
+
+    Returns:
+        `int`: A seed in `[0, 2**63)`.
+    """
+    seed = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed ^= (torch.distributed.get_rank() * _GOLDEN) & (2**63 - 1)
+    return seed
+
+
+def keep_mask(seed: int, shape: tuple[int, ...], p: float, device: torch.device | str | None = None) -> torch.Tensor:
+    """
+    The elements that dropout keeps.
+
+    Args:
+        seed (`int`):
+            Non-negative seed, see [`draw_seed`].
+        shape (`tuple[int, ...]`):
+            Shape of the tensor to mask. Elements are numbered in row-major order, modulo 2**32.
+        p (`float`):
+            Probability in `[0, 1)` that an element is dropped.
+        device (`torch.device` or `str`, *optional*):
+            Where the mask is made.
+
+    Returns:
+        `torch.Tensor`: Boolean tensor of that shape, `True` with probability `1 - p`.
+    """
+    index = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.int64) & _MASK32
+    first, second = _keys(seed)
+    # Two rounds: after one, the masks of two seeds would be one sequence read in different orders.
+    bits = _mix32(_mix32((index + first) & _MASK32) ^ second)
+    return (bits >= round(p * 2**32)).view(shape)

@@ -1,0 +1,163 @@
+"""One multi-head adapter as a module: it owns A, the heads B, the router and the anchor, and knows nothing of PEFT."""
+
+import torch
+from torch import nn
+
+from ..kernels import draw_seed, multihead_delta, routing_weights
+from .initialization import init_heads_, init_router_
+
+
+class MultiHeadAdapter(nn.Module):
+    """
+    Shared down-projection `A`, `num_heads` head matrices `B` mixed by a router, and the frozen anchor `A0`, `B0`.
+
+    With h = A x, w = softmax(router x) and m_i the dropout mask of head i (R-LoRA, arXiv 2502.15455, equation 4):
+
+        delta(x) = scaling * (sum_i w_i B_i (m_i . h) / (1 - p)  -  B0 (A0 x))
+
+    `A0` and `B0` are the initial `A` and the mean over heads of the initial `B`. The paper subtracts `B0 A0` from the
+    frozen weight; kept here instead, the base layer is never touched, whatever its dtype or quantisation.
+
+    All parameters are direct members, so that DeepSpeed ZeRO-3 gathers them when the module is called.
+
+    Args:
+        in_features (`int`), out_features (`int`):
+            Sizes of the layer.
+        r (`int`):
+            Rank of each head.
+        num_heads (`int`):
+            Number of head matrices.
+        scaling (`float`):
+            Factor of the delta.
+        router (`str`, *optional*, defaults to `"softmax"`):
+            `"softmax"` or `"uniform"`.
+        router_init (`str`, *optional*, defaults to `"zeros"`):
+            `"zeros"` or `"kaiming_uniform"`.
+        dropout (`float`, *optional*, defaults to `0.0`):
+            Probability in `[0, 1)` that an element is dropped during training.
+        dropout_position (`str`, *optional*, defaults to `"head"`):
+            `"head"` or `"input"`, see [`multihead_delta`].
+        init_weights (`str` or `bool`, *optional*, defaults to `"rlora"`):
+            See [`init_heads_`].
+        init_gamma (`float`, *optional*, defaults to `64.0`):
+            Constant of the paper's Table 1.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Dtype of the parameters.
+    """
+
+    # Parameters that hold the initial value: saved with the adapter, never trained.
+    anchor_names = ("A0", "B0")
+    # What a state dict of this module may contain.
+    tensor_names = ("A", "B", "router", "A0", "B0")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        num_heads: int,
+        scaling: float,
+        *,
+        router: str = "softmax",
+        router_init: str = "zeros",
+        dropout: float = 0.0,
+        dropout_position: str = "head",
+        init_weights: str | bool = "rlora",
+        init_gamma: float = 64.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.num_heads = r, num_heads
+        self.scaling = scaling
+        self.router_kind, self.router_init = router, router_init
+        self.dropout, self.dropout_position = dropout, dropout_position
+        self.init_weights, self.init_gamma = init_weights, init_gamma
+
+        self.A = nn.Parameter(torch.empty(r, in_features, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(num_heads, out_features, r, dtype=dtype))
+        if router == "softmax":
+            self.router = nn.Parameter(torch.empty(num_heads, in_features, dtype=dtype))
+        else:
+            self.register_parameter("router", None)
+        # With a zero A or a zero B the initial delta is zero: there is nothing to subtract.
+        anchored = init_weights == "rlora"
+        # Frozen parameters rather than buffers: DistributedDataParallel broadcasts buffers before each forward pass.
+        self.A0 = nn.Parameter(torch.empty_like(self.A), requires_grad=False) if anchored else None
+        self.B0 = nn.Parameter(torch.empty_like(self.B[0]), requires_grad=False) if anchored else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values and set the anchor to them."""
+        init_heads_(self.A, self.B, self.init_weights, self.init_gamma)
+        if self.router is not None:
+            # A router of zeros hides from tests whether it is used at all.
+            init_router_(self.router, self.router_init if self.init_weights is not False else "kaiming_uniform")
+        self.reset_anchor()
+
+    @torch.no_grad()
+    def reset_anchor(self) -> None:
+        """Set the anchor to the present values, so that the delta with equal weights of all heads is zero."""
+        if self.A0 is not None and self.B0 is not None:
+            self.A0.copy_(self.A)
+            self.B0.copy_(self.B.mean(0))
+
+    def freeze_anchor(self) -> None:
+        """Take gradients off the anchor again, after code that turned them on for every parameter."""
+        for name in self.anchor_names:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "MultiHeadAdapter":
+        """Turn gradients on or off for all parameters but the anchor, which stays frozen."""
+        super().requires_grad_(requires_grad)
+        self.freeze_anchor()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The delta `[..., d_out]` for inputs `x` `[..., d_in]`."""
+        masked = self.training and self.dropout > 0.0
+        return multihead_delta(
+            x,
+            self.A,
+            self.B,
+            self.router,
+            self.A0,
+            self.B0,
+            scaling=self.scaling,
+            dropout=self.dropout,
+            seed=draw_seed() if masked else None,
+            dropout_position=self.dropout_position,
+        )
+
+    def mixture(self, x: torch.Tensor) -> torch.Tensor:
+        """The weights `[..., N]` of the heads for inputs `x` `[..., d_in]`, in float32 or wider."""
+        if self.router is None:
+            return x.new_full((*x.shape[:-1], self.num_heads), 1.0 / self.num_heads, dtype=torch.float32)
+        return routing_weights(nn.functional.linear(x, self.router.to(x.dtype)))
+
+    def delta_weight(self) -> torch.Tensor:
+        """
+        The delta as a matrix `[d_out, d_in]` in float32 or wider, where it is one.
+
+        Raises:
+            ValueError: If the weights of the heads depend on the token.
+        """
+        if self.router is not None:
+            raise ValueError(
+                f"The delta of an adapter with `router={self.router_kind!r}` depends on the token and is not a "
+                'matrix. Only `router="uniform"` has one.'
+            )
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        delta = self.B.to(dtype).mean(0) @ self.A.to(dtype)
+        if self.A0 is not None and self.B0 is not None:
+            delta = delta - self.B0.to(dtype) @ self.A0.to(dtype)
+        return self.scaling * delta
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"num_heads={self.num_heads}, scaling={self.scaling:g}, router={self.router_kind!r}, "
+            f"dropout={self.dropout:g} ({self.dropout_position})"
+        )

@@ -1,0 +1,290 @@
+"""`RLoraConfig`: everything that defines the function of an adapter and must be there again when it is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+from peft import PeftConfig
+from typing_extensions import override
+
+from .initialization import INIT_SCHEMES, ROUTER_INITS
+
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+ROUTERS = ("softmax", "top_k", "task", "uniform")
+DROPOUT_POSITIONS = ("head", "input")
+BIASES = ("none", "all", "rlora_only")
+
+
+class RLoraPeftType(str, Enum):  # noqa: UP042 - as `peft.PeftType`; StrEnum prints differently
+    """The method's entry beside `peft.PeftType`, which is closed to other packages; transformers reads `.value`."""
+
+    RLORA = "RLORA"
+
+
+@dataclass
+class RLoraConfig(PeftConfig):
+    """
+    Configuration of an R-LoRA adapter ([R-LoRA: Randomized Multi-Head LoRA](https://huggingface.co/papers/2502.15455)).
+
+    Args:
+        r (`int`, *optional*, defaults to `4`):
+            Rank of each head.
+        num_heads (`int`, *optional*, defaults to `3`):
+            Number N of head matrices B.
+        lora_alpha (`int`, *optional*, defaults to `32`):
+            Numerator of the scaling.
+        use_rslora (`bool`, *optional*, defaults to `True`):
+            Scale by `lora_alpha / sqrt(r)` rather than by `lora_alpha / r`.
+        target_modules (`str` or `list[str]`, *optional*):
+            Names of the layers to adapt, a regular expression, or `"all-linear"`. By default the MLP projections,
+            which the paper trains.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Names, or a regular expression, of layers to leave alone.
+        head_dropout (`float`, *optional*, defaults to `0.2`):
+            Probability in `[0, 1)` that an element is dropped during training.
+        dropout_position (`str`, *optional*, defaults to `"head"`):
+            `"head"`: one independent mask for each head on A x (the paper's multi-head dropout). `"input"`: one mask
+            on the x that A sees (HydraLoRA).
+        init_weights (`str` or `bool`, *optional*, defaults to `"rlora"`):
+            `"rlora"`: Table 1 of the paper. `"zero_a"`: B random, A zero. `"zero_b"`: A Kaiming-uniform, B zero
+            (HydraLoRA, LoRA). `False`: a delta that is not zero, for tests.
+        init_gamma (`float`, *optional*, defaults to `64.0`):
+            Constant gamma of Table 1: the standard deviations are `d_out**0.25 / sqrt(gamma * fan)`.
+        router (`str`, *optional*, defaults to `"softmax"`):
+            How the heads are weighted: `"softmax"` of the router's logits for each token, or `"uniform"`. (`"top_k"`
+            and `"task"` are reserved.)
+        router_init (`str`, *optional*, defaults to `"zeros"`):
+            `"zeros"`: all heads weigh the same at the start, so that the model at step 0 is the base model.
+            `"kaiming_uniform"`: the authors' code; only close to the base model.
+        router_top_k (`int`, *optional*):
+            Number of heads kept for each token by `router="top_k"`.
+        share_a (`bool`, *optional*, defaults to `True`):
+            One A for all heads. (`False`, one for each head, is reserved.)
+        tasks (`list[str]`, *optional*):
+            Names of the tasks that the adapter was trained on. The trainer fills it in.
+        modules_to_save (`list[str]`, *optional*):
+            Modules besides the adapters to train in full and to save.
+        layers_to_transform (`int` or `list[int]`, *optional*), layers_pattern (`str` or `list[str]`, *optional*):
+            Indices of the layers to adapt and the name of the list that they index, as in `LoraConfig`.
+        rank_pattern (`dict`, *optional*), alpha_pattern (`dict`, *optional*):
+            Layer names, or regular expressions, with a rank or an alpha of their own.
+        fan_in_fan_out (`bool`, *optional*, defaults to `False`):
+            The weight is stored as `[d_in, d_out]`. Set by itself for transformers' `Conv1D`.
+        bias (`str`, *optional*, defaults to `"none"`):
+            Which biases to train: `"none"`, `"all"` or `"rlora_only"`.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Rows of the token embedding to train, as in `LoraConfig`.
+
+    Raises:
+        ValueError: If a field has a value outside its range.
+        NotImplementedError: For a value that is reserved for a later version.
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank of each head."})
+    num_heads: int = field(default=3, metadata={"help": "Number of head matrices B."})
+    lora_alpha: int = field(default=32, metadata={"help": "Numerator of the scaling."})
+    use_rslora: bool = field(
+        default=True, metadata={"help": "Scale by `lora_alpha / sqrt(r)` rather than by `lora_alpha / r`."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the layers to adapt, a regular expression, or 'all-linear'; by default MLP projections."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of layers to leave alone."}
+    )
+    head_dropout: float = field(default=0.2, metadata={"help": "Probability in [0, 1) that an element is dropped."})
+    dropout_position: Literal["head", "input"] = field(
+        default="head",
+        metadata={"help": "Where dropout acts: for each head on A x ('head'), or on the input of A ('input')."},
+    )
+    init_weights: str | bool = field(
+        default="rlora",
+        metadata={"help": "Initial values: 'rlora' (Table 1 of the paper), 'zero_a', 'zero_b' or False (for tests)."},
+    )
+    init_gamma: float = field(default=64.0, metadata={"help": "Constant gamma of the paper's Table 1."})
+    router: Literal["softmax", "top_k", "task", "uniform"] = field(
+        default="softmax", metadata={"help": "How the heads are weighted."}
+    )
+    router_init: Literal["zeros", "kaiming_uniform"] = field(
+        default="zeros", metadata={"help": "Initial values of the router."}
+    )
+    router_top_k: int | None = field(
+        default=None, metadata={"help": "Number of heads kept for each token by router='top_k'."}
+    )
+    share_a: bool = field(default=True, metadata={"help": "One A for all heads rather than one for each."})
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Names of the tasks that the adapter was trained on; the trainer fills it in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the adapters to train in full and to save."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` indexes."}
+    )
+    rank_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Layer names, or regular expressions, with a rank of their own."}
+    )
+    alpha_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Layer names, or regular expressions, with an alpha of their own."}
+    )
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "The weight is stored as [d_in, d_out]."})
+    bias: Literal["none", "all", "rlora_only"] = field(default="none", metadata={"help": "Which biases to train."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the token embedding to train."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = RLoraPeftType.RLORA
+        # PEFT tests names one by one, and JSON has no sets.
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_sizes()
+        self._check_choices()
+        self._check_layers()
+        self._check_reserved()
+        self._check_symmetry()
+
+    def _check_sizes(self) -> None:
+        for name in ("r", "num_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"`{name}` must be an integer of at least 1, got {value!r}. Set `{name}=4`, for example."
+                )
+        for pattern, value in self.rank_pattern.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"`rank_pattern[{pattern!r}]` must be an integer of at least 1, got {value!r}. Use "
+                    "`exclude_modules` to leave a layer out."
+                )
+        if not 0.0 <= self.head_dropout < 1.0:
+            raise ValueError(
+                f"`head_dropout` must be in [0, 1), got {self.head_dropout!r}. Set it to 0 to turn dropout off."
+            )
+        if not (math.isfinite(self.init_gamma) and self.init_gamma > 0):
+            raise ValueError(f"`init_gamma` must be a positive number, got {self.init_gamma!r}. The paper uses 64.")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "router": ROUTERS,
+            "router_init": ROUTER_INITS,
+            "dropout_position": DROPOUT_POSITIONS,
+            "init_weights": INIT_SCHEMES,
+            "bias": BIASES,
+        }
+        for name, accepted in choices.items():
+            value = getattr(self, name)
+            # `0 == False`, but 0 is a typing error rather than a scheme.
+            if value not in accepted or (value == 0 and value is not False):
+                listed = ", ".join(repr(choice) for choice in accepted)
+                raise ValueError(f"`{name}` must be one of {listed}, got {value!r}. Set `{name}={accepted[0]!r}`.")
+
+    def _check_layers(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(self, name) is not None and isinstance(self.target_modules, str):
+                raise ValueError(
+                    f"`{name}` selects layers by index and needs `target_modules` as a list of names, got the string "
+                    f"{self.target_modules!r}. Write the layers into the regular expression instead."
+                )
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError(
+                f"`layers_pattern={self.layers_pattern!r}` needs `layers_to_transform`, which is "
+                f"{self.layers_to_transform!r}. Set it to the indices of the layers to adapt."
+            )
+
+    def _check_reserved(self) -> None:
+        if self.router in ("top_k", "task"):
+            raise NotImplementedError(
+                f"`router={self.router!r}` is reserved for a later version; 'softmax' and 'uniform' are available."
+            )
+        if self.router_top_k is not None:
+            raise NotImplementedError(
+                f"`router_top_k={self.router_top_k!r}` belongs to `router='top_k'`, which is reserved for a later "
+                "version. Leave it unset."
+            )
+        if not self.share_a:
+            raise NotImplementedError("`share_a=False` is reserved for a later version. Leave it at True.")
+
+    def _check_symmetry(self) -> None:
+        identical_heads = self.init_weights == "zero_b" and self.num_heads > 1
+        masks_differ = self.head_dropout > 0 and self.dropout_position == "head"
+        if identical_heads and not masks_differ and (self.router == "uniform" or self.router_init == "zeros"):
+            warnings.warn(
+                "With `init_weights='zero_b'` all heads start alike, and without head dropout or a random router they "
+                "get the same gradients: they stay copies of each other. Set `router_init='kaiming_uniform'` (as "
+                "HydraLoRA does), `head_dropout` above 0 or `init_weights='rlora'`.",
+                stacklevel=4,
+            )
+
+    def scaling(self, r: int | None = None, alpha: float | None = None) -> float:
+        """The factor of the delta for rank `r` and `alpha`, by default the configured ones."""
+        r = self.r if r is None else r
+        alpha = self.lora_alpha if alpha is None else alpha
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    @classmethod
+    @override
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> RLoraConfig:
+        """
+        Load the configuration from a folder or a Hub repository; see `peft.PeftConfig.from_pretrained`.
+
+        Raises:
+            ValueError: If the adapter's weights lie in the same folder and are truncated or not safetensors.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = os.path.join(str(pretrained_model_name_or_path), subfolder or "", SAFETENSORS_NAME)
+        if os.path.isfile(weights):
+            check_safetensors_file(weights)
+        return config
+
+
+def check_safetensors_file(path: str) -> None:
+    """
+    Check that a safetensors file is as long as its header says, before anything reads it.
+
+    Args:
+        path (`str`): The file.
+
+    Raises:
+        ValueError: If it is not; the message gives both lengths.
+    """
+    remedy = "Save the adapter again, or download it again."
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        header_size = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or 8 + header_size > size:
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file: it has {size} bytes, its header alone needs "
+                f"{8 + header_size}. {remedy}"
+            )
+        try:
+            header = json.loads(file.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + header_size + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{path} is not a safetensors file: its header can't be read ({error}). {remedy}"
+            ) from error
+    if expected != size:
+        raise ValueError(
+            f"{path} is truncated or altered: its header describes {expected} bytes, it has {size}. {remedy}"
+        )

@@ -1,0 +1,227 @@
+"""The tuner layer: a linear layer of any kind with R-LoRA adapters, by name, beside it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .adapter import MultiHeadAdapter
+from .config import RLoraConfig
+
+
+class RLoraLayer(BaseTunerLayer):
+    """What PEFT needs to know of a layer with R-LoRA adapters: where their parameters are and which are active."""
+
+    adapter_layer_names = ("rlora_adapters",)
+    other_param_names = ("r", "num_heads", "scaling")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.rlora_adapters = nn.ModuleDict()  # of MultiHeadAdapter, by adapter name
+        self.r: dict[str, int] = {}
+        self.num_heads: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.fan_in_fan_out = False
+
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(
+                f"R-LoRA can't adapt a layer of type {type(self.get_base_layer()).__name__}, only linear layers. "
+                "Leave it out of `target_modules`, or name it in `exclude_modules`."
+            )
+        self.in_features, self.out_features = in_features, out_features
+
+    def update_layer(self, adapter_name: str, config: RLoraConfig, *, r: int, scaling: float) -> None:
+        """
+        Add an adapter.
+
+        Args:
+            adapter_name (`str`): Its name.
+            config ([`RLoraConfig`]): Its configuration.
+            r (`int`): Rank in this layer.
+            scaling (`float`): Factor of the delta in this layer.
+
+        Raises:
+            ValueError: If the rank is larger than the layer.
+        """
+        limit = min(self.in_features, self.out_features)
+        if r > limit:
+            raise ValueError(
+                f"`r={r}` is larger than a layer of {self.in_features} inputs and {self.out_features} outputs, which "
+                f"allows at most {limit}. Lower `r`, or give the layer a rank of its own in `rank_pattern`."
+            )
+        self.fan_in_fan_out = self._stores_transposed_weight(config)
+        self.r[adapter_name] = r
+        self.num_heads[adapter_name] = config.num_heads
+        self.scaling[adapter_name] = scaling
+        self.rlora_adapters[adapter_name] = MultiHeadAdapter(
+            self.in_features,
+            self.out_features,
+            r,
+            config.num_heads,
+            scaling,
+            router=config.router,
+            router_init=config.router_init,
+            dropout=config.head_dropout,
+            dropout_position=config.dropout_position,
+            init_weights=config.init_weights,
+            init_gamma=config.init_gamma,
+        ).train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _stores_transposed_weight(self, config: RLoraConfig) -> bool:
+        transposed = isinstance(self.get_base_layer(), Conv1D)
+        if isinstance(self.get_base_layer(), nn.Linear | Conv1D) and config.fan_in_fan_out != transposed:
+            if config.fan_in_fan_out:
+                warnings.warn(
+                    "`fan_in_fan_out=True` does not hold for `torch.nn.Linear`, whose weight is [d_out, d_in]; it is "
+                    "taken as False here. Remove it from the configuration.",
+                    stacklevel=2,
+                )
+            return transposed
+        return config.fan_in_fan_out
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        # PEFT calls this wherever it turned gradients on for all parameters of an adapter; the anchor is not one to
+        # train.
+        super()._freeze_non_trainable_peft_weights(adapter_names)
+        for adapter in self.rlora_adapters.values():
+            adapter.freeze_anchor()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's method also casts to the base layer's dtype. Rounded to 16 bits, B and its mean in the anchor would no
+        # longer agree, and the model at step 0 would not be the base model.
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or adapter_name not in self.rlora_adapters:
+            return
+        adapter = self.rlora_adapters[adapter_name]
+        if not any(parameter.device.type == "meta" for parameter in adapter.parameters()):
+            adapter.to(device)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The weight of the base layer, dequantised where it is quantised."""
+        quant_state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
+        if getattr(quant_state, "packing_format_for_cpu", False):
+            # On some CPUs bitsandbytes (0.50) keeps 4-bit weights in another order after inference, which its
+            # dequantisation does not know; reading the state dict puts them back.
+            self.get_base_layer().state_dict()
+        return super().get_base_weight()
+
+    def _check_mixed_batch(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"`adapter_names` needs one name for each of the {len(x)} rows of the batch, got "
+                f'{len(adapter_names)}. Use "__base__" for rows without an adapter.'
+            )
+        if self.merged:
+            raise ValueError(
+                f"`adapter_names` can't be used while adapters are merged ({', '.join(self.merged_adapters)}). Call "
+                "`unmerge_adapter()` first."
+            )
+
+    def _mixed_batch_delta(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """Add to each row of `result` the delta of the adapter named for it."""
+        rows_of: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows_of.setdefault(name, []).append(row)
+        result = result.clone()
+        for name, rows in rows_of.items():
+            if name in self.rlora_adapters:  # neither "__base__" nor an adapter that leaves this layer alone
+                result[rows] += self.rlora_adapters[name](x[rows]).to(result.dtype)
+        return result
+
+
+class RLoraLinear(nn.Module, RLoraLayer):
+    """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantised) with R-LoRA adapters."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: RLoraConfig, *, r: int, scaling: float, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        RLoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, r=r, scaling=scaling)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if adapter_names is not None:
+            return self._mixed_batch_delta(x, result, adapter_names)
+        for name in self.active_adapters:
+            if name in self.rlora_adapters:
+                result = result + self.rlora_adapters[name](x).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's delta in the layout of the base weight; see [`MultiHeadAdapter.delta_weight`]."""
+        delta = self.rlora_adapters[adapter_name].delta_weight()
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Add the delta of the active adapters to the base weight.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Check the merged weight for NaN and infinity first.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; by default the active ones.
+
+        Raises:
+            ValueError: If an adapter's delta depends on the token, or a merged weight would not be finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.rlora_adapters:
+                continue
+            merged = self._shifted_weight(name, sign=1)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"Merging adapter {name!r} gives weights that are not finite; it seems broken. Nothing was merged "
+                    "in this layer."
+                )
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the delta of all merged adapters off the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.rlora_adapters:
+                self.set_base_weight(self._shifted_weight(name, sign=-1))
+
+    def _shifted_weight(self, adapter_name: str, sign: int) -> torch.Tensor:
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter_name)
+        # Added in the wider of the two dtypes, rounded once.
+        return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        adapter = self.rlora_adapters[adapter_name] if adapter_name in self.rlora_adapters else None
+        return adapter is None or adapter.router is None
+
+    def __repr__(self) -> str:
+        return "rlora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

@@ -1,0 +1,278 @@
+"""The tuner: which layers of a model get an adapter, and what may be done with them afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
+
+from .adapter import MultiHeadAdapter
+from .config import RLoraConfig
+from .layer import RLoraLayer, RLoraLinear
+
+
+# The layers named "output.dense" include attention's, so these need an expression.
+_BERT = r".*\.layer\.\d+\.(intermediate|output)\.dense"
+_GATED = ["gate_proj", "up_proj", "down_proj"]
+_FUSED_GATED = ["gate_up_proj", "down_proj"]
+# The MLP projections of each architecture: the layers that the paper trains.
+MLP_TARGET_MODULES: dict[str, list[str] | str] = {
+    **dict.fromkeys(
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gemma3 olmo olmo2 olmo3 smollm3 cohere cohere2 granite "
+        "stablelm helium exaone4 seed_oss".split(),
+        _GATED,
+    ),
+    **dict.fromkeys("phi3 glm glm4".split(), _FUSED_GATED),
+    "starcoder2": ["c_fc", "c_proj"],
+    **dict.fromkeys("arcee apertus".split(), ["up_proj", "down_proj"]),
+    # Attention has a c_proj too.
+    **dict.fromkeys("gpt2 gpt_bigcode gpt_neo".split(), ["mlp.c_fc", "mlp.c_proj"]),
+    "gptj": ["fc_in", "fc_out"],
+    "gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
+    "bloom": ["dense_h_to_4h", "dense_4h_to_h"],
+    "falcon": ["dense_h_to_4h", "dense_4h_to_h"],
+    "mpt": ["ffn.up_proj", "ffn.down_proj"],
+    "opt": ["fc1", "fc2"],
+    "phi": ["fc1", "fc2"],
+    "bart": ["fc1", "fc2"],
+    "t5": ["wi", "wi_0", "wi_1", "wo"],
+    **dict.fromkeys("bert roberta xlm-roberta electra deberta deberta-v2".split(), _BERT),
+    "distilbert": ["lin1", "lin2"],
+    "modernbert": ["Wi", "mlp.Wo"],
+}
+
+
+def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    """Forward pre-hook that hands the adapter of each row to a layer."""
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+class RLoraModel(BaseTuner):
+    """
+    A model with R-LoRA adapters on its linear layers ([paper](https://huggingface.co/papers/2502.15455)).
+
+    Created by `peft.get_peft_model(model, RLoraConfig(...))`; used through the `PeftModel` that this returns.
+
+    Args:
+        model (`torch.nn.Module`): The model to adapt.
+        config ([`RLoraConfig`]): The configuration.
+        adapter_name (`str`): The adapter's name.
+    """
+
+    prefix: str = "rlora_"
+    tuner_layer_cls = RLoraLayer
+    target_module_mapping = MLP_TARGET_MODULES
+
+    @override
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if adapter_name in MultiHeadAdapter.tensor_names or "." in adapter_name:
+            # PEFT tells adapters apart by their names within parameter names, and PyTorch separates those by dots.
+            raise ValueError(
+                f"An adapter can't be named {adapter_name!r}: names must be without dots and none of "
+                f"{', '.join(MultiHeadAdapter.tensor_names)}, which are tensors of R-LoRA's adapters. Choose another."
+            )
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
+            raise NoMatchingPeftModuleError(
+                f"{error} R-LoRA adapts linear layers, and this model's are named {', '.join(names) or '(none)'}. Set "
+                '`target_modules` to some of them, or to "all-linear".'
+            ) from error
+
+    @override
+    def _prepare_adapter_config(self, peft_config: RLoraConfig, model_config: dict) -> RLoraConfig:
+        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise ValueError(
+                f"`target_modules` has no default for models of type {model_config.get('model_type')!r}. Set it to "
+                'the names of the MLP projections, or to "all-linear".'
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: RLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        r = peft_config.rank_pattern.get(rank_key, peft_config.r)
+        scaling = peft_config.scaling(r, peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha))
+        if isinstance(target, RLoraLayer):
+            target.update_layer(adapter_name, peft_config, r=r, scaling=scaling)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not _is_linear(base):
+            raise TypeError(
+                f"`target_modules` matches {current_key!r}, a {type(base).__name__}; R-LoRA adapts linear layers "
+                "(torch.nn.Linear, transformers' Conv1D, or quantised). Name it in `exclude_modules`."
+            )
+        new_module = RLoraLinear(
+            target, adapter_name, peft_config, r=r, scaling=scaling, **get_quantization_kwargs(self.model)
+        )
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    @override
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """
+        Adapters are created in float32; with `autocast_adapter_dtype=False` they take the base layer's dtype.
+
+        The anchor is then taken anew from the rounded heads, so that the delta at the start stays zero.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.model.modules():
+            if not isinstance(layer, RLoraLayer) or adapter_name not in layer.rlora_adapters:
+                continue
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            adapter = layer.rlora_adapters[adapter_name]
+            if dtype is not None and dtype.is_floating_point and adapter.A.dtype != dtype:
+                adapter.to(dtype)
+                if adapter.A.device.type != "meta":
+                    adapter.reset_anchor()
+
+    @override
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name in self.active_adapters:
+            router = self.peft_config[name].router
+            if router != "uniform":
+                raise ValueError(
+                    f"Adapter {name!r} can't be merged: with `router={router!r}` its delta depends on the token and "
+                    "is no change of the weights. Keep it unmerged, as `PeftModel` runs it, or call `unload()` for "
+                    'the base model. Adapters with `router="uniform"` can be merged.'
+                )
+        for layer in self.model.modules():
+            backend = getattr(layer, "quantization_backend", None) if isinstance(layer, RLoraLayer) else None
+            if backend is not None and not backend.supports_merge:
+                raise ValueError(
+                    f"Merging into a base quantised with {backend.backend_name} is not supported. Load the base in 16 "
+                    "bits and merge there."
+                )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
+        """Give `adapter_names`, one for each row of the batch, to all layers for the length of a forward pass."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        # Beam search repeats each row of the batch.
+        num_beams = kwargs.get("num_beams")
+        repeats = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
+        expanded = [name for name in adapter_names for _ in range(repeats)]
+        handles = []
+        try:
+            encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+            in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+            for module in self.modules():
+                if isinstance(module, RLoraLayer | AuxiliaryTrainingWrapper):
+                    # An encoder sees the rows before beam search repeats them.
+                    names = list(adapter_names) if module in in_encoder else expanded
+                    hook = partial(_name_adapters, adapter_names=names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError(
+                "`adapter_names` mixes adapters in one batch for inference, but the model is in training mode. Call "
+                "`model.eval()` first."
+            )
+        known = set(self.peft_config)
+        unknown = sorted({name for name in adapter_names if name != "__base__"} - known)
+        if unknown:
+            raise ValueError(
+                f"`adapter_names` has unknown adapters: {', '.join(unknown)}. Loaded are {', '.join(sorted(known))}; "
+                'use "__base__" for rows without an adapter.'
+            )
+
+    @classmethod
+    @override
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_tensors(model, adapter_name, remapped)
+        return remapped
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
+    return backend is not None and getattr(backend, "layer_type", "linear") == "linear"
+
+
+def _first(names: set[str], limit: int = 3) -> str:
+    listed = ", ".join(sorted(names)[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+
+
+def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """
+    Check the tensors of an adapter against the model that they are about to be loaded into.
+
+    Args:
+        model (`torch.nn.Module`): A model that has the adapter already, with values yet to be loaded.
+        adapter_name (`str`): The adapter's name.
+        state_dict (`dict[str, torch.Tensor]`): Tensors by the names that they have in the model.
+
+    Raises:
+        ValueError: If tensors are missing or unknown, have other shapes, or hold values that are not finite.
+    """
+    expected = {
+        f"{layer_name}.rlora_adapters.{adapter_name}.{name}": tensor
+        for layer_name, layer in model.named_modules()
+        if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
+        for name, tensor in layer.rlora_adapters[adapter_name].state_dict().items()
+    }
+    # In a plain transformers model the names lack the prefix that the file may have.
+    found = {name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()}
+    found |= {name: tensor for name, tensor in state_dict.items() if name in expected}
+    missing = set(expected) - set(found)
+    unknown = {name for name in state_dict if ".rlora_adapters." in name} - set(expected)
+    unknown -= {f"base_model.model.{name}" for name in expected}
+    if missing or unknown:
+        parts = [f"lacks {_first(missing)}"] if missing else []
+        parts += [f"has {_first(unknown)}, which the model has no place for"] if unknown else []
+        raise ValueError(
+            f"Adapter {adapter_name!r} does not fit the model: its file {' and '.join(parts)}. The file is "
+            "incomplete, or its adapter_config.json belongs to another adapter. Save or download both again."
+        )
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"Adapter {adapter_name!r} belongs to another base model or configuration: {name} is "
+                f"{list(found[name].shape)} in the file, the model needs {list(tensor.shape)}. Load it on the model "
+                "named in its adapter_config.json (`base_model_name_or_path`)."
+            )
+    broken = {name for name in expected if found[name].is_floating_point() and not torch.isfinite(found[name]).all()}
+    if broken:
+        raise ValueError(
+            f"Adapter {adapter_name!r} holds NaN or infinity in {_first(broken)}. The file is damaged or training "
+            "diverged; use an earlier checkpoint."
+        )

@@ -1,0 +1,52 @@
+"""Set up before anything of Hugging Face is imported: no network, no telemetry; and the same seed for each test."""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(ROOT / "examples"))
+
+import pytest
+import torch
+from testing_utils import TINY_MODELS, build_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory, tokenizer):
+    """Folders of the tiny models by name, each with a tokenizer."""
+    folders = {}
+    for name, build in TINY_MODELS.items():
+        torch.manual_seed(1)
+        folder = tmp_path_factory.mktemp(name)
+        build().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Folder of the real 135M model, or a skip where its package is not installed."""
+    from smollm2 import smollm2_folder
+
+    try:
+        return str(smollm2_folder())
+    except ImportError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,78 @@
+"""Configurations: defaults of the contract, one clear error for each bad value, and files from other versions."""
+
+import json
+import math
+
+import pytest
+from peft import PeftConfig
+
+from rlora_trl import RLoraConfig
+
+
+def test_defaults():
+    config = RLoraConfig()
+    assert (config.r, config.num_heads, config.lora_alpha, config.use_rslora) == (4, 3, 32, True)
+    assert (config.head_dropout, config.dropout_position) == (0.2, "head")
+    assert (config.init_weights, config.init_gamma) == ("rlora", 64)
+    assert (config.router, config.router_init, config.router_top_k, config.share_a) == ("softmax", "zeros", None, True)
+    assert config.tasks is None and config.target_modules is None
+    assert config.scaling() == 32 / math.sqrt(4)
+    assert RLoraConfig(use_rslora=False).scaling() == 8
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "received", "remedy"),
+    [
+        ({"r": 0}, "got 0", "Set `r=4`"),
+        ({"r": 2.5}, "got 2.5", "Set `r=4`"),
+        ({"num_heads": 0}, "got 0", "Set `num_heads=4`"),
+        ({"rank_pattern": {"down_proj": 0}}, "rank_pattern\\['down_proj'\\]", "exclude_modules"),
+        ({"head_dropout": 1.0}, "got 1.0", "Set it to 0"),
+        ({"head_dropout": -0.1}, "got -0.1", "Set it to 0"),
+        ({"head_dropout": float("nan")}, "got nan", "Set it to 0"),
+        ({"init_gamma": 0.0}, "got 0.0", "64"),
+        ({"router": "sigmoid"}, "'softmax', 'top_k', 'task', 'uniform', got 'sigmoid'", "Set `router='softmax'`"),
+        ({"router_init": "ones"}, "got 'ones'", "Set `router_init='zeros'`"),
+        ({"dropout_position": "output"}, "got 'output'", "Set `dropout_position='head'`"),
+        ({"init_weights": "gaussian"}, "got 'gaussian'", "Set `init_weights='rlora'`"),
+        ({"init_weights": True}, "got True", "Set `init_weights='rlora'`"),
+        ({"init_weights": 0}, "got 0", "Set `init_weights='rlora'`"),
+        ({"bias": "lora_only"}, "got 'lora_only'", "Set `bias='none'`"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "all-linear", "regular expression"),
+        ({"target_modules": ["a"], "layers_pattern": "layers"}, "layers_to_transform", "indices"),
+    ],
+)
+def test_bad_values(kwargs, received, remedy):
+    with pytest.raises(ValueError, match=received) as error:
+        RLoraConfig(**kwargs)
+    assert remedy in str(error.value)
+
+
+@pytest.mark.parametrize("kwargs", [{"router": "top_k"}, {"router": "task"}, {"router_top_k": 2}, {"share_a": False}])
+def test_reserved_values_name_their_field(kwargs):
+    with pytest.raises(NotImplementedError, match=next(iter(kwargs))):
+        RLoraConfig(**kwargs)
+
+
+def test_heads_that_would_stay_identical_are_reported():
+    with pytest.warns(UserWarning, match="router_init='kaiming_uniform'"):
+        RLoraConfig(init_weights="zero_b", head_dropout=0.0)
+
+
+def test_round_trip(tmp_path):
+    config = RLoraConfig(
+        r=5, num_heads=2, target_modules=["a", "b"], tasks=["x", "y"], rank_pattern={"a": 2}, init_weights=False
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, RLoraConfig)
+    assert loaded == config
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "RLORA"
+
+
+def test_unknown_field_from_a_newer_version_warns(tmp_path):
+    RLoraConfig(r=5).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert PeftConfig.from_pretrained(tmp_path).r == 5
