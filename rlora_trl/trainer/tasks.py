@@ -1,0 +1,174 @@
+"""Data sets of several tasks: from a dictionary, or from a column, to one data set that names the task of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+)
+
+
+# The columns that TRL's preparation reads, by format; what else a task carries is dropped when tasks are joined.
+_FORMATS = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), ("text",))
+_COMPANIONS = ("labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs", "images", "image")
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+
+
+def _columns(dataset: AnyDataset) -> list[str]:
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset)))
+
+
+def _check_not_empty(task: str, dataset: AnyDataset) -> None:
+    if next(iter(dataset), None) is None:
+        raise ValueError(f"Task {task!r} has no rows. Remove it, or check the filter or split that it comes from.")
+
+
+def _format_of(task: str, dataset: AnyDataset, text_column: str) -> tuple[str, ...]:
+    columns = set(_columns(dataset))
+    formats = (*_FORMATS[:-1], (text_column,))
+    for names in formats:
+        if columns.issuperset(names):
+            return names
+    accepted = "; ".join(" and ".join(repr(name) for name in names) for names in formats)
+    raise ValueError(
+        f"Task {task!r} has columns {', '.join(sorted(columns))}; a task needs one of: {accepted}. Rename its columns."
+    )
+
+
+def join_tasks(
+    datasets: Mapping[str, AnyDataset], *, task_column: str = "task", text_column: str = "text", seed: int = 42
+) -> AnyDataset:
+    """
+    Join the data sets of several tasks into one with a column that names the task.
+
+    Map-style data sets are concatenated and shuffled. Streamed ones are interleaved row by row until each has ended
+    once.
+
+    Args:
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all of one of TRL's formats.
+        task_column (`str`, *optional*, defaults to `"task"`): Name of the new column.
+        text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
+        seed (`int`, *optional*, defaults to `42`): Seed of the shuffle.
+
+    Returns:
+        `Dataset` or `IterableDataset`: With the columns of the common format and the task column.
+
+    Raises:
+        ValueError: If there is no task, a task is empty, or formats differ.
+        TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
+    """
+    if not datasets:
+        raise ValueError("`train_dataset` is a dictionary without tasks. Give it at least one, {name: Dataset}.")
+    kinds = set()
+    for task, dataset in datasets.items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"Task {task!r} is a {type(dataset).__name__}; a task must be a datasets.Dataset or IterableDataset. "
+                "Choose one split of a DatasetDict, or build one with Dataset.from_list(rows)."
+            )
+        _check_not_empty(task, dataset)
+        kinds.add(isinstance(dataset, IterableDataset))
+    if len(kinds) > 1:
+        raise TypeError(
+            "Tasks mix streamed and map-style data sets. Load all of them with, or without, `streaming=True`."
+        )
+
+    formats = {task: _format_of(task, dataset, text_column) for task, dataset in datasets.items()}
+    if len(set(formats.values())) > 1:
+        listed = "; ".join(f"{task}: {' and '.join(names)}" for task, names in formats.items())
+        raise ValueError(f"Tasks come in different formats ({listed}). Bring them to one format.")
+    names = next(iter(formats.values()))
+    shared = set.intersection(*(set(_columns(dataset)) for dataset in datasets.values()))
+    kept = [*names, *(name for name in _COMPANIONS if name in shared and name not in names)]
+    labelled = [_label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()]
+    if True in kinds:
+        return interleave_datasets(labelled, stopping_strategy="all_exhausted_without_replacement")
+    return concatenate_datasets(labelled).shuffle(seed=seed)
+
+
+def _label(dataset: AnyDataset, task: str, task_column: str) -> AnyDataset:
+    if isinstance(dataset, Dataset):
+        return dataset.add_column(task_column, [task] * len(dataset))
+    # `IterableDataset.add_column` needs the length, which a stream does not have.
+    features = dataset.features
+    if features is not None:
+        features = features.copy()
+        features[task_column] = Value("string")
+    return dataset.map(lambda _: {task_column: task}, features=features)
+
+
+def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[str] | None:
+    """
+    The names of the tasks in a data set, sorted; `None` for a stream or without the column.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The data set.
+        task_column (`str`): Column that names the task of each row.
+        required (`bool`): Whether the column must be there.
+
+    Raises:
+        ValueError: If the column is required and missing, or has rows without a task.
+    """
+    columns = _columns(dataset)
+    if task_column not in columns:
+        if required:
+            raise ValueError(
+                f"`task_column={task_column!r}` is not a column of the data set, which has {', '.join(columns)}. Name "
+                "one of them, or give the tasks as a dictionary {name: dataset}."
+            )
+        return None
+    if isinstance(dataset, IterableDataset):
+        return None
+    names = dataset.unique(task_column)
+    if not all(names):
+        rows = sum(not name for name in dataset[task_column])
+        raise ValueError(f"{rows} rows have no task in column {task_column!r}. Fill it in, or filter them out.")
+    return sorted(str(name) for name in names)
+
+
+def collect_tasks(
+    train_dataset: Any, *, task_column: str, text_column: str, seed: int
+) -> tuple[Any, list[str] | None]:
+    """
+    What `RLoraSFTTrainer` takes as `train_dataset`, as one data set and the names of its tasks.
+
+    Args:
+        train_dataset: A dictionary of data sets by task, a data set with or without a task column, or `None`.
+        task_column (`str`): Column that names the task of each row.
+        text_column (`str`): Column of the format that is plain text.
+        seed (`int`): Seed of the shuffle when tasks are joined.
+
+    Returns:
+        `tuple`: The data set, and the names of the tasks or `None` if it does not tell.
+
+    Raises:
+        ValueError: See [`join_tasks`] and [`tasks_in`].
+    """
+    if isinstance(train_dataset, DatasetDict | IterableDatasetDict) and set(train_dataset) <= {
+        "train",
+        "test",
+        "validation",
+        "eval",
+        "dev",
+    }:
+        raise ValueError(
+            f"`train_dataset` is a DatasetDict of the splits {', '.join(train_dataset)}, which are not tasks. Pass "
+            'one of them, such as dataset["train"].'
+        )
+    if isinstance(train_dataset, Mapping):
+        joined = join_tasks(train_dataset, task_column=task_column, text_column=text_column, seed=seed)
+        return joined, [str(task) for task in train_dataset]
+    if isinstance(train_dataset, Dataset | IterableDataset):
+        return train_dataset, tasks_in(train_dataset, task_column, required=task_column != "task")
+    return train_dataset, None

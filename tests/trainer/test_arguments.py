@@ -1,0 +1,104 @@
+"""Command line and YAML through TRL's parser."""
+
+import dataclasses
+
+import pytest
+from peft import PeftConfig
+from trl import TrlParser
+
+from rlora_trl import RLoraConfig, RLoraSFTConfig
+from rlora_trl.trainer.arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
+
+
+def parse(*argv):
+    parser = TrlParser((RLoraSFTConfig, RLoraModelConfig, RLoraArguments))
+    training, model, rlora = parser.parse_args_and_config(["--output_dir", "out", "--bf16", "false", *argv])
+    return training, rlora_config_from_arguments(rlora, model)
+
+
+def test_defaults_are_those_of_the_config():
+    _, config = parse()
+    assert config == RLoraConfig(task_type="CAUSAL_LM")
+
+
+def test_every_field_is_an_argument():
+    arguments = {f.name for f in dataclasses.fields(RLoraArguments)} | {
+        f.name for f in dataclasses.fields(RLoraModelConfig)
+    }
+    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    own = {f.name for f in dataclasses.fields(RLoraConfig)} - inherited
+    assert own - arguments == {"tasks"}  # the trainer fills it in
+
+
+def test_values():
+    _, config = parse(
+        *("--r", "8", "--num_heads", "5", "--lora_alpha", "16", "--use_rslora", "false", "--head_dropout", "0.1"),
+        *("--target_modules", "q_proj", "v_proj", "--layers_to_transform", "0", "1", "--init_weights", "false"),
+        *("--rank_pattern", '{"q_proj": 2}', "--router", "uniform"),
+    )
+    assert (config.r, config.num_heads, config.lora_alpha, config.use_rslora) == (8, 5, 16, False)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.layers_to_transform == [0, 1]
+    assert config.rank_pattern == {"q_proj": 2}
+    assert config.init_weights is False
+    assert config.router == "uniform"
+
+
+def test_one_target_is_a_name_or_an_expression():
+    assert parse("--target_modules", "all-linear")[1].target_modules == "all-linear"
+
+
+def test_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("num_heads: 7\nlearning_rate: 0.5\nrank_pattern: '{\"down_proj\": 2}'\ntask_column: kind\n")
+    training, config = parse("--config", str(path))
+    assert (config.num_heads, config.rank_pattern) == (7, {"down_proj": 2})
+    assert (training.learning_rate, training.task_column) == (0.5, "kind")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "instead"),
+    [
+        ("--lora_r", "8", "--r"),
+        ("--lora_dropout", "0.3", "--head_dropout"),
+        ("--lora_target_modules", "q", "--target_modules"),
+    ],
+)
+def test_arguments_of_lora_are_refused(argument, value, instead):
+    with pytest.raises(ValueError, match=f"configures LoRA.*{instead}"):
+        parse(argument, value)
+
+
+def test_bad_json():
+    with pytest.raises(ValueError, match="`--rank_pattern` must be a JSON object.*got 'down_proj=2'"):
+        parse("--rank_pattern", "down_proj=2")
+    with pytest.raises(ValueError, match="must be a JSON object"):
+        parse("--alpha_pattern", "[1]")
+
+
+def test_help_renders():
+    parser = TrlParser((RLoraSFTConfig, RLoraModelConfig, RLoraArguments))
+    text = parser.format_help()
+    assert "--num_heads" in text and "--task_column" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("balance_loss", "switch"),
+        ("balance_coef", 0.1),
+        ("balance_scope", "global"),
+        ("mixing", "equal"),
+        ("mixing_temperature", 2.0),
+        ("mixing_cap", 10),
+        ("router_learning_rate", 0.1),
+    ],
+)
+def test_reserved_training_arguments_name_their_field(name, value):
+    with pytest.raises(NotImplementedError, match=f"`{name}="):
+        RLoraSFTConfig("out", bf16=False, **{name: value})
+
+
+def test_task_column_must_be_named():
+    with pytest.raises(ValueError, match="task_column"):
+        RLoraSFTConfig("out", bf16=False, task_column="")
