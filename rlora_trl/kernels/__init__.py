@@ -1,7 +1,9 @@
 """Functions of tensors: the equations of R-LoRA, written once as a reference and once to be fast."""
 
-from .dropout import draw_seed, keep_mask
-from .multihead import multihead_delta, routing_weights
+from .dropout import draw_seed, draw_seed_tensor, keep_mask
+from .fused import fused_multihead
+from .multihead import multihead_delta
+from .rank_space import routing_weights
 
 
-__all__ = ["draw_seed", "keep_mask", "multihead_delta", "routing_weights"]
+__all__ = ["draw_seed", "draw_seed_tensor", "fused_multihead", "keep_mask", "multihead_delta", "routing_weights"]

@@ -14,6 +14,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 # Multipliers and shifts of a 32-bit mixer with a low bias between input and output bits ("lowbias32", C. Wellons,
 # "Prospecting for Hash Functions", 2018). Every step is a bijection of 32-bit integers.
 _MIX_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+_SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Odd constant from the golden ratio; it spreads the seeds of ranks, which differ by one, over all 64 bits.
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -27,13 +28,34 @@ def _mix32(value: torch.Tensor) -> torch.Tensor:
     return value ^ (value >> 16)
 
 
-def _keys(seed: int) -> tuple[int, int]:
-    """Two 32-bit keys that each depend on all bits of the seed (the finaliser of SplitMix64)."""
+def mask_parameters(seed: int, p: float) -> tuple[int, int, int]:
+    """
+    What a mask is made of: two 32-bit keys that each depend on all bits of the seed (the finaliser of SplitMix64), and the
+    32-bit threshold that the bits of an element that is kept reach.
+    """
     value = (seed + _GOLDEN) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    value = ((value ^ (value >> 30)) * _SPLITMIX_MULTIPLIERS[0]) & _MASK64
+    value = ((value ^ (value >> 27)) * _SPLITMIX_MULTIPLIERS[1]) & _MASK64
     value ^= value >> 31
-    return value & _MASK32, value >> 32
+    return value & _MASK32, value >> 32, round(p * 2**32)
+
+
+def _tensor_keys(seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of [`mask_parameters`] from a seed in an int64 tensor, whose arithmetic wraps as needed."""
+
+    def shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
+        return (value >> bits) & (_MASK64 >> bits)  # without the copies of the sign
+
+    value = seed + _wrapped(_GOLDEN)
+    value = (value ^ shifted(value, 30)) * _wrapped(_SPLITMIX_MULTIPLIERS[0])
+    value = (value ^ shifted(value, 27)) * _wrapped(_SPLITMIX_MULTIPLIERS[1])
+    value = value ^ shifted(value, 31)
+    return value & _MASK32, shifted(value, 32)
+
+
+def _wrapped(value: int) -> int:
+    """64 bits as a signed integer."""
+    return value - 2**64 if value >= 2**63 else value
 
 
 def draw_seed() -> int:
@@ -52,13 +74,23 @@ def draw_seed() -> int:
     return seed
 
 
-def keep_mask(seed: int, shape: tuple[int, ...], p: float, device: torch.device | str | None = None) -> torch.Tensor:
+def draw_seed_tensor(device: torch.device) -> torch.Tensor:
+    """[`draw_seed`] for code under `torch.compile`: a scalar int64 tensor on `device`, from that device's generator."""
+    seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed = seed ^ ((torch.distributed.get_rank() * _GOLDEN) & (2**62 - 1))
+    return seed
+
+
+def keep_mask(
+    seed: int | torch.Tensor, shape: tuple[int, ...], p: float, device: torch.device | str | None = None
+) -> torch.Tensor:
     """
     The elements that dropout keeps.
 
     Args:
-        seed (`int`):
-            Non-negative seed, see [`draw_seed`].
+        seed (`int` or scalar int64 `torch.Tensor`):
+            Non-negative seed, see [`draw_seed`]; a number and a tensor of that number give the same mask.
         shape (`tuple[int, ...]`):
             Shape of the tensor to mask. Elements are numbered in row-major order, modulo 2**32.
         p (`float`):
@@ -69,8 +101,16 @@ def keep_mask(seed: int, shape: tuple[int, ...], p: float, device: torch.device 
     Returns:
         `torch.Tensor`: Boolean tensor of that shape, `True` with probability `1 - p`.
     """
-    index = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.int64) & _MASK32
-    first, second = _keys(seed)
+    count = 1
+    for size in shape:
+        count = count * size
+    index = torch.arange(count, device=device, dtype=torch.int64) & _MASK32
+    first: int | torch.Tensor
+    second: int | torch.Tensor
+    if isinstance(seed, torch.Tensor):
+        first, second = _tensor_keys(seed)
+    else:
+        first, second, _ = mask_parameters(seed, p)
     # Two rounds: after one, the masks of two seeds would be one sequence read in different orders.
     bits = _mix32(_mix32((index + first) & _MASK32) ^ second)
     return (bits >= round(p * 2**32)).view(shape)

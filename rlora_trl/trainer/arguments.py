@@ -115,7 +115,7 @@ def rlora_config_from_arguments(rlora_args: Any, model_args: ModelConfig) -> RLo
         ValueError: If a pattern is not a JSON object, or a field is outside its range.
     """
     values = dict(vars(rlora_args))
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
         values[name] = _one_or_many(values[name])
     for name in ("rank_pattern", "alpha_pattern"):
         values[name] = _mapping(name, values[name])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetDict,
     IterableDataset,
@@ -19,6 +21,8 @@ from datasets import (
 # The columns that TRL's preparation reads, by format; what else a task carries is dropped when tasks are joined.
 _FORMATS = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), ("text",))
 _COMPANIONS = ("labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs", "images", "image")
+
+_NAME_TYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -89,12 +93,50 @@ def join_tasks(
         listed = "; ".join(f"{task}: {' and '.join(names)}" for task, names in formats.items())
         raise ValueError(f"Tasks come in different formats ({listed}). Bring them to one format.")
     names = next(iter(formats.values()))
-    shared = set.intersection(*(set(_columns(dataset)) for dataset in datasets.values()))
-    kept = [*names, *(name for name in _COMPANIONS if name in shared and name not in names)]
-    labelled = [_label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()]
+    if task_column in names:
+        raise ValueError(
+            f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another name for "
+            "the column that names the task."
+        )
+    kept = [*names, *_companions(datasets, names)]
+    labelled = {task: _label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()}
     if True in kinds:
-        return interleave_datasets(labelled, stopping_strategy="all_exhausted_without_replacement")
-    return concatenate_datasets(labelled).shuffle(seed=seed)
+        return interleave_datasets(list(labelled.values()), stopping_strategy="all_exhausted_without_replacement")
+    return concatenate_datasets(_align(labelled)).shuffle(seed=seed)
+
+
+def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> list[str]:
+    """The columns beside the format that all tasks have. They change what is trained on, so none may be dropped."""
+    columns = {task: set(_columns(dataset)) for task, dataset in datasets.items()}
+    kept = []
+    for name in _COMPANIONS:
+        having = [task for task in columns if name in columns[task]]
+        if len(having) == len(columns) and name not in names:
+            kept.append(name)
+        elif having and name not in names:
+            lacking = next(task for task in columns if name not in columns[task])
+            raise ValueError(
+                f"Task {having[0]!r} has a column {name!r} and task {lacking!r} has not. Give it to all tasks, or remove "
+                "it from all."
+            )
+    return kept
+
+
+def _align(datasets: Mapping[str, Dataset]) -> list[Dataset]:
+    """The data sets with the features of the first, where they can be cast."""
+    first_task, first = next(iter(datasets.items()))
+    aligned = []
+    for task, dataset in datasets.items():
+        if dataset.features != first.features:
+            try:
+                dataset = dataset.cast(first.features)
+            except (ValueError, TypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise ValueError(
+                    f"Tasks {first_task!r} and {task!r} can't be joined: their columns have the types {first.features} and "
+                    f"{dataset.features}. Bring them to the same types."
+                ) from error
+        aligned.append(dataset)
+    return aligned
 
 
 def _label(dataset: AnyDataset, task: str, task_column: str) -> AnyDataset:
@@ -130,11 +172,22 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
         return None
     if isinstance(dataset, IterableDataset):
         return None
+    feature = dataset.features[task_column]
+    if not isinstance(feature, ClassLabel) and getattr(feature, "dtype", None) not in _NAME_TYPES:
+        if not required:  # a column that happens to be called like the default
+            return None
+        raise ValueError(
+            f"`task_column={task_column!r}` holds {feature}, which can't name tasks. It must be a column of strings or "
+            "integers."
+        )
     names = dataset.unique(task_column)
-    if not all(names):
-        rows = sum(not name for name in dataset[task_column])
+    if not required and names == [None]:
+        return None
+    missing = (None, "")
+    if any(name in missing for name in names):
+        rows = sum(name in missing for name in dataset[task_column])
         raise ValueError(f"{rows} rows have no task in column {task_column!r}. Fill it in, or filter them out.")
-    return sorted(str(name) for name in names)
+    return sorted(feature.int2str(name) if isinstance(feature, ClassLabel) else str(name) for name in names)
 
 
 def collect_tasks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from trl import SFTTrainer
 
-from ..tuner import MultiHeadAdapter, RLoraConfig
+from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer
 from .config import RLoraSFTConfig
 from .tasks import AnyDataset, collect_tasks
 
@@ -116,18 +117,22 @@ class RLoraSFTTrainer(SFTTrainer):
         Give adapters on a quantised base the float32 values back that `SFTTrainer.__init__` rounded to bfloat16.
 
         Values that were there before come from `loaded`; an adapter created in between is drawn anew from the seed.
+        DeepSpeed keeps a float32 copy of what trains itself, and wants all parameters of an adapter in one dtype.
         """
-        fresh = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, MultiHeadAdapter) and module.A.dtype == torch.bfloat16 and module.A not in loaded
-        ]
+        adapters = [module for module in self.model.modules() if isinstance(module, MultiHeadAdapter)]
+        rounded = [adapter for adapter in adapters if adapter.A.dtype == torch.bfloat16]
+        if self.is_deepspeed_enabled:
+            for adapter in rounded:
+                adapter.to(torch.bfloat16)
+                if adapter.A not in loaded:
+                    adapter.reset_anchor()
+            return
         for parameter, data in loaded.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data
-        # DeepSpeed keeps the float32 master copy itself and wants all parameters in one dtype.
         quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False)
-        if fresh and quantized and not self.is_deepspeed_enabled:
+        fresh = [adapter for adapter in rounded if adapter.A not in loaded]
+        if fresh and quantized:
             set_seed(self.args.seed)
             for adapter in fresh:
                 adapter.to(torch.float32).reset_parameters()
@@ -161,6 +166,17 @@ def _choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConf
                 "Use `trl.SFTTrainer` for it, or pass the base model and a `peft_config=RLoraConfig(...)`."
             )
         return peft_config  # `SFTTrainer` refuses a second one and says why
+    if not isinstance(model, str) and any(isinstance(module, RLoraLayer) for module in model.modules()):
+        raise TypeError(
+            "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would put new ones over "
+            "them. To go on training them, load with `AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
+        )
+    if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
+        if not os.path.isfile(os.path.join(model, "config.json")):
+            raise ValueError(
+                f"`model={model!r}` is an adapter, not a model. To go on training it, pass "
+                "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
+            )
     if peft_config is None:
         peft_config = RLoraConfig()
     elif not isinstance(peft_config, RLoraConfig):

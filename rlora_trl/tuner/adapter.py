@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from ..kernels import draw_seed, multihead_delta, routing_weights
+from ..kernels import draw_seed, draw_seed_tensor, fused_multihead, multihead_delta, routing_weights
+from ..kernels.fused import DeltaSpec, apply_packed, pack_weights
 from .initialization import init_heads_, init_router_
 
 
@@ -67,6 +68,7 @@ class MultiHeadAdapter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self._cache: tuple | None = None  # see `_packed`
         self.in_features, self.out_features = in_features, out_features
         self.r, self.num_heads = r, num_heads
         self.scaling = scaling
@@ -102,6 +104,23 @@ class MultiHeadAdapter(nn.Module):
             self.A0.copy_(self.A)
             self.B0.copy_(self.B.mean(0))
 
+    @torch.no_grad()
+    def is_at_anchor(self) -> bool:
+        """Whether A and the mean of B are at the initial values still, so that the delta with equal weights is zero."""
+        return (
+            self.A0 is not None
+            and self.B0 is not None
+            and torch.equal(self.A0, self.A)
+            and torch.equal(self.B0, self.B.mean(0))
+        )
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Cast all parameters; an adapter at its initial values stays there, with an anchor of the rounded values."""
+        at_anchor = self.A.device.type != "meta" and self.is_at_anchor()
+        self.to(dtype)
+        if at_anchor:
+            self.reset_anchor()
+
     def freeze_anchor(self) -> None:
         """Take gradients off the anchor again, after code that turned them on for every parameter."""
         for name in self.anchor_names:
@@ -115,21 +134,80 @@ class MultiHeadAdapter(nn.Module):
         self.freeze_anchor()
         return self
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The delta `[..., d_out]` for inputs `x` `[..., d_in]`."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        base: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+        inplace: bool = False,
+    ) -> torch.Tensor:
+        """
+        The delta, alone or added to the output of the layer.
+
+        Args:
+            x (`torch.Tensor` of shape `[..., d_in]`): Input of the layer.
+            base (`torch.Tensor` of shape `[..., d_out]`, *optional*): Output of the layer.
+            weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*): Frozen weight, to compute that output here.
+            inplace (`bool`, *optional*, defaults to `False`): The result may be written over `base`.
+
+        Returns:
+            `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base` where it is given.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         masked = self.training and self.dropout > 0.0
-        return multihead_delta(
+        composed = torch.compiler.is_compiling() or (masked and self.dropout_position == "input")
+        if composed or (base is not None and base.dtype != x.dtype):
+            return self._composed(x, base, weight, masked)
+        if not self.training and not torch.is_grad_enabled() and weight is None:
+            return apply_packed(x, base, *self._packed(x), inplace=inplace)
+        return fused_multihead(
             x,
-            self.A,
-            self.B,
-            self.router,
-            self.A0,
-            self.B0,
+            *self._tensors(),
+            base=base,
+            weight=weight,
             scaling=self.scaling,
             dropout=self.dropout,
             seed=draw_seed() if masked else None,
+            inplace=inplace,
+        )
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.A, self.B, self.router, self.A0, self.B0
+
+    def _composed(
+        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
+    ) -> torch.Tensor:
+        """The same from PyTorch's own operations."""
+        seed: int | torch.Tensor | None = None
+        if masked:
+            seed = draw_seed_tensor(x.device) if torch.compiler.is_compiling() else draw_seed()
+        delta = multihead_delta(
+            x,
+            *self._tensors(),
+            scaling=self.scaling,
+            dropout=self.dropout,
+            seed=seed,
             dropout_position=self.dropout_position,
         )
+        if weight is not None:
+            base = nn.functional.linear(x, weight)
+        return delta if base is None else base + delta.to(base.dtype)
+
+    def _packed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, DeltaSpec]:
+        """The weights side by side in the dtype of `x`, made once for inference and again when a weight has changed."""
+        tensors = [tensor for tensor in self._tensors() if tensor is not None]
+        key = (x.dtype, torch.is_inference_mode_enabled(), *((t.data_ptr(), t._version) for t in tensors))
+        if self._cache is None or self._cache[0] != key:
+            spec = DeltaSpec(self.num_heads, self.r, self.scaling, 0.0, None, self.router is not None, self.A0 is not None)
+            self._cache = (key, pack_weights(*self._tensors(), spec, x.dtype), spec)
+        return *self._cache[1], self._cache[2]
+
+    def train(self, mode: bool = True) -> "MultiHeadAdapter":
+        """Switch between training and inference; what inference keeps is dropped."""
+        # Some optimizers write through `.data`, which leaves no trace that `_packed` could see; but not while in eval mode.
+        self._cache = None
+        return super().train(mode)
 
     def mixture(self, x: torch.Tensor) -> torch.Tensor:
         """The weights `[..., N]` of the heads for inputs `x` `[..., d_in]`, in float32 or wider."""

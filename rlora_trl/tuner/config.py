@@ -202,7 +202,7 @@ class RLoraConfig(PeftConfig):
                     f"`{name}` selects layers by index and needs `target_modules` as a list of names, got the string "
                     f"{self.target_modules!r}. Write the layers into the regular expression instead."
                 )
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_pattern={self.layers_pattern!r}` needs `layers_to_transform`, which is "
                 f"{self.layers_to_transform!r}. Set it to the indices of the layers to adapt."

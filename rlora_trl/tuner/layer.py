@@ -16,6 +16,30 @@ from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 
 
+def owns_output(layer: nn.Module) -> bool:
+    """Whether the output of a layer is a new tensor that nothing else holds, so that it may be written over."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) in (nn.Linear, Conv1D) and not hooked
+
+
+def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """
+    The weight of a layer whose product may be computed together with the delta: frozen, whole, and in the dtype of `x`.
+
+    Only in training on a GPU, where it saves memory traffic. `None` where the layer must be called: it has a bias or hooks,
+    is quantised, sharded (DeepSpeed ZeRO-3, FSDP) or trained, or autocast or `torch.compile` is at work.
+    """
+    if not x.is_cuda or not torch.is_grad_enabled() or type(layer) is not nn.Linear or not owns_output(layer):
+        return None
+    weight = layer.weight
+    plain = type(weight) is nn.Parameter and not hasattr(weight, "ds_id") and not layer._backward_hooks
+    if not plain or layer.bias is not None or weight.requires_grad or weight.dtype != x.dtype or weight.ndim != 2:
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda") or weight.device != x.device:
+        return None
+    return weight
+
+
 class RLoraLayer(BaseTunerLayer):
     """What PEFT needs to know of a layer with R-LoRA adapters: where their parameters are and which are active."""
 
@@ -106,7 +130,8 @@ class RLoraLayer(BaseTunerLayer):
         # longer agree, and the model at step 0 would not be the base model.
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is None or adapter_name not in self.rlora_adapters:
+        # A base that is offloaded shows up on "meta"; moved there, the adapter would lose its values.
+        if device is None or device.type == "meta" or adapter_name not in self.rlora_adapters:
             return
         adapter = self.rlora_adapters[adapter_name]
         if not any(parameter.device.type == "meta" for parameter in adapter.parameters()):
@@ -162,15 +187,20 @@ class RLoraLinear(nn.Module, RLoraLayer):
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        active = [] if self.disable_adapters or self.merged else self._active_here()
+        if adapter_names is None and len(active) == 1 and not (args or kwargs):
+            weight = joinable_weight(self.base_layer, x)
+            if weight is not None:
+                return active[0](x, weight=weight)
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
         if adapter_names is not None:
             return self._mixed_batch_delta(x, result, adapter_names)
-        for name in self.active_adapters:
-            if name in self.rlora_adapters:
-                result = result + self.rlora_adapters[name](x).to(result.dtype)
+        for adapter in active:
+            result = adapter(x, base=result, inplace=owns_output(self.base_layer))
         return result
+
+    def _active_here(self) -> list[MultiHeadAdapter]:
+        return [self.rlora_adapters[name] for name in self.active_adapters if name in self.rlora_adapters]
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's delta in the layout of the base weight; see [`MultiHeadAdapter.delta_weight`]."""

@@ -98,7 +98,10 @@ class RLoraModel(BaseTuner):
                 f"`target_modules` has no default for models of type {model_config.get('model_type')!r}. Set it to "
                 'the names of the MLP projections, or to "all-linear".'
             )
-        return super()._prepare_adapter_config(peft_config, model_config)
+        prepared = super()._prepare_adapter_config(peft_config, model_config)
+        # The default of some architectures is an expression, which indices of layers don't go with.
+        prepared._check_layers()
+        return prepared
 
     def _create_and_replace(
         self,
@@ -135,7 +138,7 @@ class RLoraModel(BaseTuner):
         """
         Adapters are created in float32; with `autocast_adapter_dtype=False` they take the base layer's dtype.
 
-        The anchor is then taken anew from the rounded heads, so that the delta at the start stays zero.
+        An adapter at its initial values gets an anchor of the rounded values, so that its delta stays zero.
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
@@ -146,14 +149,28 @@ class RLoraModel(BaseTuner):
             _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
             adapter = layer.rlora_adapters[adapter_name]
             if dtype is not None and dtype.is_floating_point and adapter.A.dtype != dtype:
-                adapter.to(dtype)
-                if adapter.A.device.type != "meta":
-                    adapter.reset_anchor()
+                adapter.cast(dtype)
 
     @override
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name in self.active_adapters:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    @override
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Refuse before any layer is touched."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.peft_config:
+                raise ValueError(
+                    f"There is no adapter {name!r} to merge; loaded are {', '.join(sorted(self.peft_config))}."
+                )
             router = self.peft_config[name].router
             if router != "uniform":
                 raise ValueError(
@@ -165,8 +182,8 @@ class RLoraModel(BaseTuner):
             backend = getattr(layer, "quantization_backend", None) if isinstance(layer, RLoraLayer) else None
             if backend is not None and not backend.supports_merge:
                 raise ValueError(
-                    f"Merging into a base quantised with {backend.backend_name} is not supported. Load the base in 16 "
-                    "bits and merge there."
+                    f"Adapters can't be merged into this base, which is quantised with {backend.backend_name}: PEFT can't "
+                    "write to its weights. Load the base in 16 bits and merge there."
                 )
 
     @contextmanager

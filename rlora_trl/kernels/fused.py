@@ -1,0 +1,266 @@
+"""The multi-head delta as one autograd function around its matrix products.
+
+Forward, over T tokens: P = x down^T, Z = mix(P), y = y0 + Z up^T. Saved for backward: x, P and a seed. Backward: dZ = dy up,
+(Z, dP) = mix_backward(P, dZ), dup = dy^T Z, ddown = dP^T x, dx = dP down. See README.md for the derivation.
+
+Where the layer is a plain `torch.nn.Linear`, its own product joins in: y = Z up^T is written first, and x W^T is
+accumulated onto it (backward likewise: dP down first, then dy W). A compute-bound product reads what it accumulates onto
+in its shadow, while adding the delta to a finished output would read and write that output once more.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import rank_space
+
+
+# Sizes in rank space are padded to this on a GPU: tensor cores take 16-bit operands in multiples of 8 or 16.
+_ALIGNMENT = 16
+# `torch.mm(..., out_dtype=torch.float32)` for 16-bit operands, on CUDA only.
+_MM_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+KERNELS_VARIABLE = "RLORA_TRL_KERNELS"
+_CHOICES = ("auto", "triton", "torch")
+
+
+def _choice() -> str:
+    value = os.environ.get(KERNELS_VARIABLE, "auto").lower()
+    if value not in _CHOICES:
+        raise ValueError(f"${KERNELS_VARIABLE} must be one of {', '.join(_CHOICES)}, got {value!r}. Unset it for 'auto'.")
+    return value
+
+
+def _triton_ops() -> ModuleType | None:
+    try:
+        from . import triton_ops
+    except ImportError:
+        return None
+    return triton_ops
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """
+    Where the rank-space functions come from: the Triton kernels on a CUDA device, their torch twins elsewhere.
+
+    The environment variable `RLORA_TRL_KERNELS` forces one of them: "torch", or "triton" (which also runs on a CPU in
+    Triton's interpreter).
+
+    Raises:
+        ImportError: If Triton is asked for and not installed.
+        ValueError: If the variable has another value.
+    """
+    choice = _choice()
+    if choice == "torch" or dtype == torch.float64 or (choice == "auto" and device.type != "cuda"):
+        return rank_space
+    triton_ops = _triton_ops()
+    if triton_ops is None:
+        if choice == "triton":
+            raise ImportError(f"${KERNELS_VARIABLE}=triton, but Triton is not installed. Run `pip install triton`.")
+        return rank_space
+    return triton_ops
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """What the function needs besides tensors."""
+
+    num_heads: int
+    r: int
+    scaling: float
+    dropout: float
+    seed: int | None
+    routed: bool
+    anchored: bool
+    inplace: bool = False
+
+    def widths(self, device: torch.device) -> tuple[int, int]:
+        """Columns of P and of Z, padded where that helps."""
+        k = self.r * (1 + self.anchored) + self.num_heads * self.routed
+        z = self.r * (self.num_heads + self.anchored)
+        if device.type != "cuda":
+            return k, z
+        return -(-k // _ALIGNMENT) * _ALIGNMENT, -(-z // _ALIGNMENT) * _ALIGNMENT
+
+    def mix_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `mix` and `mix_backward`."""
+        return {"routed": self.routed, "anchored": self.anchored, "dropout": self.dropout, "seed": self.seed}
+
+
+def _mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` with a result in float32 (float64 for float64): gradients of parameters are not rounded to 16 bits."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if _MM_OUT_DTYPE and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def pack_weights(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    router: torch.Tensor | None,
+    anchor_A: torch.Tensor | None,
+    anchor_B: torch.Tensor | None,
+    spec: DeltaSpec,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`down` [K, d_in] and `up` [d_out, Z] in `dtype`; see `rank_space.pack`."""
+    k, z = spec.widths(A.device)
+    return backend(A.device, dtype).pack(
+        A, B, router, anchor_A, anchor_B, scaling=spec.scaling, dtype=dtype, down_rows=k, up_columns=z
+    )
+
+
+class _MultiHeadDelta(torch.autograd.Function):
+    """`y = base + delta(x)`, or `y = x weight^T + delta(x)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        # First, because autograd takes the first gradient for that of the tensor written over, where it is a view.
+        base: torch.Tensor | None,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        router: torch.Tensor | None,
+        anchor_A: torch.Tensor | None,
+        anchor_B: torch.Tensor | None,
+        spec: DeltaSpec,
+    ) -> torch.Tensor:
+        ops = backend(x.device, x.dtype)
+        tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
+        down, up = pack_weights(A, B, router, anchor_A, anchor_B, spec, x.dtype)
+        P = tokens @ down.T  # [T, K]
+        Z = ops.mix(P, up.shape[1], spec.num_heads, spec.r, **spec.mix_arguments())
+        if weight is not None:
+            y = (Z @ up.T).addmm_(tokens, weight.T)
+        elif base is None:
+            y = Z @ up.T
+        elif spec.inplace:
+            ctx.mark_dirty(base)
+            base.view(-1, up.shape[0]).addmm_(Z, up.T)
+            y = base
+        else:
+            y = torch.addmm(base.reshape(-1, up.shape[0]), Z, up.T)
+        ctx.save_for_backward(x, P, weight, A, B, router, anchor_A, anchor_B)
+        ctx.spec, ctx.has_base = spec, base is not None
+        return y if base is not None and spec.inplace else y.view(*x.shape[:-1], up.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, P, weight, A, B, router, anchor_A, anchor_B = ctx.saved_tensors
+        spec: DeltaSpec = ctx.spec
+        need_base, need_x, _, need_A, need_B, need_router, *_ = ctx.needs_input_grad
+        ops = backend(x.device, x.dtype)
+        tokens, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dx = dA = dB = drouter = None
+        if need_x or need_A or need_B or need_router:
+            down, up = pack_weights(A, B, router, anchor_A, anchor_B, spec, x.dtype)
+            dZ = dy2 @ up  # [T, Z]
+            Z, dP = ops.mix_backward(P, dZ, spec.num_heads, spec.r, **spec.mix_arguments())
+            if need_B:
+                dB = ops.unpack_up(_mm_wide(dy2.T, Z), B, scaling=spec.scaling, anchored=spec.anchored)
+            if need_A or need_router:
+                ddown = _mm_wide(dP.T, tokens)  # [K, d_in]
+                dA = ddown[: spec.r].to(A.dtype) if need_A else None
+                if router is not None and need_router:
+                    drouter = ddown[spec.r : spec.r + spec.num_heads].to(router.dtype)
+            if need_x:
+                dx2 = dP @ down
+                if weight is not None:
+                    dx2.addmm_(dy2, weight)
+                dx = dx2.view_as(x)
+        dbase = dy if ctx.has_base and need_base else None
+        return dbase, dx, None, dA, dB, drouter, None, None, None
+
+
+@torch.no_grad()
+def apply_packed(
+    x: torch.Tensor,
+    base: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    spec: DeltaSpec,
+    *,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """[`fused_multihead`] for inference: no gradients, no dropout, weights that [`pack_weights`] laid side by side."""
+    ops = backend(x.device, x.dtype)
+    P = x.reshape(-1, x.shape[-1]) @ down.T
+    Z = ops.mix(P, up.shape[1], spec.num_heads, spec.r, **spec.mix_arguments())
+    if base is None:
+        return (Z @ up.T).view(*x.shape[:-1], up.shape[0])
+    if inplace and base.is_contiguous():
+        base.view(-1, up.shape[0]).addmm_(Z, up.T)
+        return base
+    return torch.addmm(base.reshape(-1, up.shape[0]), Z, up.T).view_as(base)
+
+
+def fused_multihead(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    router: torch.Tensor | None = None,
+    anchor_A: torch.Tensor | None = None,
+    anchor_B: torch.Tensor | None = None,
+    *,
+    base: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """
+    The delta of a multi-head adapter with head dropout, alone or added to the output of its layer.
+
+    Args:
+        x (`torch.Tensor` of shape `[..., d_in]`):
+            Input of the layer. The products run in its dtype.
+        A (`torch.Tensor` of shape `[r, d_in]`), B (`torch.Tensor` of shape `[N, d_out, r]`):
+            Down-projection and heads.
+        router (`torch.Tensor` of shape `[N, d_in]`, *optional*):
+            Router. Without it every head weighs `1 / N`.
+        anchor_A (`torch.Tensor` of shape `[r, d_in]`, *optional*), anchor_B (`torch.Tensor` of shape `[d_out, r]`,
+            *optional*): Initial `A` and mean of the initial `B`, both or neither. They get no gradient.
+        base (`torch.Tensor` of shape `[..., d_out]`, *optional*):
+            Output of the layer, in the dtype of `x`.
+        weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*):
+            Frozen weight of the layer, in the dtype of `x`, to compute that output here. It gets no gradient.
+        scaling (`float`, *optional*, defaults to `1.0`):
+            Factor of the delta.
+        dropout (`float`, *optional*, defaults to `0.0`):
+            Probability that an element is dropped, with an independent mask for each head. Applied only with a `seed`.
+        seed (`int`, *optional*):
+            Seed of the masks.
+        inplace (`bool`, *optional*, defaults to `False`):
+            Write the result over `base`, which must not be needed by anyone else.
+
+    Returns:
+        `torch.Tensor` of shape `[..., d_out]`: `base + delta`, `x weight^T + delta`, or the delta.
+
+    Raises:
+        ValueError: If both `base` and `weight` are given.
+    """
+    if base is not None and weight is not None:
+        raise ValueError("Give `base` (the layer's output) or `weight` (to compute it here), not both.")
+    spec = DeltaSpec(
+        num_heads=B.shape[0],
+        r=B.shape[2],
+        scaling=scaling,
+        dropout=dropout if seed is not None else 0.0,
+        seed=seed if dropout > 0.0 else None,
+        routed=router is not None,
+        anchored=anchor_A is not None,
+        inplace=inplace and base is not None and base.is_contiguous(),
+    )
+    return _MultiHeadDelta.apply(base, x, weight, A, B, router, anchor_A, anchor_B, spec)

@@ -1,0 +1,226 @@
+"""The fused function against the fp64 reference, with both back ends: torch twins, and Triton in its interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlora_trl.kernels import fused, fused_multihead, keep_mask
+from rlora_trl.kernels.reference import multihead_delta_reference
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+TRAINED = ("x", "A", "B", "router")
+# (N, r, d_in, d_out, tokens): one head; odd and prime sizes; a rank that needs no padding; more tokens than a block, and
+# one more or one less than a multiple of it; a single token, as in decoding.
+SIZES = [(1, 1, 8, 8, 5), (3, 4, 13, 17, 67), (2, 5, 31, 7, 64), (8, 3, 16, 48, 129), (5, 16, 24, 40, 63), (10, 4, 9, 11, 1)]
+# Relative RMS error against float64. float32: sums of a few dozen products. 16 bits: one rounding is 2**-9 (bfloat16) or
+# 2**-12 (float16), and a result passes through three of them; the router's gradient is a difference of heads, which
+# doubles it.
+TOLERANCE = {
+    torch.float64: {"": 1e-12},
+    torch.float32: {"": 2e-6, "router": 1e-5},
+    torch.bfloat16: {"": 1.5e-2, "router": 3e-2},
+    torch.float16: {"": 1.5e-3, "router": 4e-3},
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch):
+    """What is allocated and not written shows as NaN."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+
+        def poisoned(*args, real=real, **kwargs):
+            tensor = real(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def make(size, dtype, routed=True, anchored=True):
+    num_heads, r, d_in, d_out, tokens = size
+    scale = {"x": 1.0, "B": r**-0.5, "anchor_B": r**-0.5}
+    shapes = {"x": (tokens, d_in), "A": (r, d_in), "B": (num_heads, d_out, r)}
+    shapes |= {"router": (num_heads, d_in)} if routed else {}
+    shapes |= {"anchor_A": (r, d_in), "anchor_B": (d_out, r)} if anchored else {}
+    weight_dtype = dtype if dtype == torch.float64 else torch.float32
+    return {
+        name: (scale.get(name, d_in**-0.5) * torch.randn(shape, dtype=torch.float64))
+        .to(DEVICE, dtype if name == "x" else weight_dtype)
+        .requires_grad_(not name.startswith("anchor"))
+        for name, shape in shapes.items()
+    }
+
+
+def relative_error(a, b):
+    return ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+def compare(tensors, dtype, *, dropout=0.0, seed=None, mode="alone"):
+    d_in, (num_heads, d_out, r) = tensors["A"].shape[1], tensors["B"].shape
+    extra = {}
+    if mode == "weight":
+        extra["weight"] = (torch.randn(d_out, d_in, dtype=torch.float64) * d_in**-0.5).to(DEVICE, dtype)
+    elif mode != "alone":
+        source = torch.randn(tensors["x"].shape[0], d_out, dtype=torch.float64).to(DEVICE, dtype).requires_grad_(True)
+        extra = {"base": source * 1.0, "inplace": mode == "inplace"}
+    y = fused_multihead(**tensors, scaling=1.7, dropout=dropout, seed=seed, **extra)
+    names = [name for name in TRAINED if name in tensors]
+    upstream = torch.randn_like(y)
+    inputs = [tensors[name] for name in names] + ([source] if mode in ("base", "inplace") else [])
+    grads = torch.autograd.grad(y, inputs, upstream)
+
+    wide = {name: t.detach().double().cpu().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    masks = None if seed is None else keep_mask(seed, (tensors["x"].shape[0], num_heads, r), dropout)
+    expected = multihead_delta_reference(**wide, scaling=1.7, dropout=dropout, head_masks=masks)
+    if mode == "weight":
+        expected = expected + wide["x"] @ extra["weight"].double().cpu().T
+    elif mode != "alone":
+        expected = expected + source.detach().double().cpu()
+    expected_grads = torch.autograd.grad(expected, [wide[name] for name in names], upstream.double().cpu())
+    tolerance = TOLERANCE[dtype]
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < tolerance[""]
+    for name, grad, expected_grad in zip(names, grads, expected_grads, strict=False):
+        assert grad.dtype == tensors[name].dtype and grad.shape == tensors[name].shape
+        if name == "router" and num_heads == 1:
+            assert grad.abs().max() == 0 or grad.abs().max() < 1e-6
+        else:
+            assert relative_error(grad, expected_grad) < tolerance.get(name, tolerance[""]), name
+    if mode in ("base", "inplace"):
+        assert torch.equal(grads[-1], upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_against_reference(size, dtype):
+    compare(make(size, dtype), dtype, dropout=0.3, seed=123456789)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("mode", ["alone", "base", "inplace", "weight"])
+def test_variants(mode, anchored, routed, dropout):
+    tensors = make((3, 4, 13, 17, 67), torch.float32, routed, anchored)
+    compare(tensors, torch.float32, dropout=dropout, seed=2**60 + 7 if dropout else None, mode=mode)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 8])
+def test_gradcheck(num_heads):
+    tensors = make((num_heads, 3, 5, 4, 3), torch.float64)
+    if DEVICE == "cuda":
+        pytest.skip("float64 uses the torch twins, checked on the CPU")
+
+    def function(x, A, B, router):
+        anchor = {name: tensors[name] for name in ("anchor_A", "anchor_B")}
+        return fused_multihead(x, A, B, router, **anchor, dropout=0.4, seed=5)
+
+    assert torch.autograd.gradcheck(function, [tensors[name] for name in TRAINED])
+
+
+@pytest.mark.parametrize("shape", [(13,), (2, 3, 13), (0, 13), (2, 0, 13)])
+def test_leading_shapes_and_empty_inputs(shape):
+    tensors = make((3, 4, 13, 17, 1), torch.float32)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    y = fused_multihead(**{**tensors, "x": x}, dropout=0.2, seed=3)
+    assert y.shape == (*shape[:-1], 17)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(torch.isfinite(tensors[name].grad).all() for name in ("A", "B", "router"))
+
+
+def test_non_contiguous_input_and_gradient():
+    tensors = make((3, 4, 13, 17, 1), torch.float32)
+    x = torch.randn(13, 4, 6, device=DEVICE).permute(1, 2, 0)
+    outputs, grads = [], []
+    for value in (x, x.contiguous()):
+        leaf = value.detach().requires_grad_(True)
+        y = fused_multihead(**{**tensors, "x": leaf})
+        upstream = torch.arange(17 * 24, device=DEVICE, dtype=torch.float32).view(17, 4, 6).permute(1, 2, 0)
+        grads.append(torch.autograd.grad(y, leaf, upstream)[0])
+        outputs.append(y)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_only_what_is_asked_for():
+    tensors = make((3, 4, 13, 17, 8), torch.float32)
+    for trained in TRAINED:
+        for name in TRAINED:
+            tensors[name].requires_grad_(name == trained)
+            tensors[name].grad = None
+        fused_multihead(**tensors).sum().backward()
+        assert [name for name in TRAINED if tensors[name].grad is not None] == [trained]
+
+
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_saved_for_backward(routed, dropout):
+    """x, the [T, 2r + N] projections, parameters; no mask, and nothing of the size of the output."""
+    size = num_heads, r, d_in, d_out, tokens = (5, 4, 32, 64, 100)
+    tensors = make(size, torch.bfloat16 if DEVICE == "cuda" else torch.float32, routed)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused_multihead(**tensors, dropout=dropout, seed=1 if dropout else None)
+    parameters = {tensor.data_ptr() for name, tensor in tensors.items() if name != "x"}
+    size_of_element = tensors["x"].element_size()
+    saved_bytes = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in parameters)
+    columns, _ = fused.DeltaSpec(num_heads, r, 1.0, 0.0, None, routed, True).widths(torch.device(DEVICE))
+    assert columns >= 2 * r + num_heads * routed
+    assert saved_bytes == size_of_element * tokens * (d_in + columns)
+
+
+def test_inference_with_packed_weights():
+    tensors = {name: tensor.detach() for name, tensor in make((3, 4, 13, 17, 9), torch.float32).items()}
+    x, weights = tensors.pop("x"), tensors
+    spec = fused.DeltaSpec(3, 4, 1.7, 0.0, None, True, True)
+    down, up = fused.pack_weights(*weights.values(), spec, torch.float32)
+    expected = fused_multihead(x, **weights, scaling=1.7)
+    base = torch.randn(9, 17, device=DEVICE)
+    torch.testing.assert_close(fused.apply_packed(x, None, down, up, spec), expected)
+    torch.testing.assert_close(fused.apply_packed(x, base, down, up, spec), base + expected)
+    written = base.clone()
+    assert fused.apply_packed(x, written, down, up, spec, inplace=True) is written
+    torch.testing.assert_close(written, base + expected)
+
+
+def test_errors(monkeypatch):
+    tensors = make((3, 4, 13, 17, 9), torch.float32)
+    with pytest.raises(ValueError, match="not both"):
+        fused_multihead(**tensors, base=torch.zeros(9, 17), weight=torch.zeros(17, 13))
+    monkeypatch.setenv(fused.KERNELS_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="must be one of auto, triton, torch, got 'cuda'"):
+        fused_multihead(**tensors)
+    monkeypatch.setenv(fused.KERNELS_VARIABLE, "triton")
+    monkeypatch.setattr(fused, "_triton_ops", lambda: None)
+    with pytest.raises(ImportError, match="pip install triton"):
+        fused_multihead(**tensors)
+    monkeypatch.setenv(fused.KERNELS_VARIABLE, "torch")
+    fused_multihead(**tensors)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="runs this file again, in the interpreter")
+def test_triton_in_its_interpreter():
+    """This whole file once more with Triton's kernels, interpreted on the CPU."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
