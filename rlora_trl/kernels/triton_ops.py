@@ -3,6 +3,9 @@
 Imported only where Triton is. Each launcher has the arguments and results of its torch twin in `rank_space.py`.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +15,8 @@ from .dropout import mask_parameters
 
 # Tokens of one program. The tiles are a few registers wide, so that this only sets how many programs there are.
 _BLOCK_T = 64
-# Elements of one program that copies weights.
+# Elements of one program that copies weights: of a row of A, and of a head.
+_BLOCK_D = 1024
 _BLOCK_W = 256
 
 
@@ -49,7 +53,7 @@ def _weights(p_row, row_mask, R: tl.constexpr, N: tl.constexpr, N2: tl.constexpr
     return w
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold", "keep_scale"])
 def _mix_kernel(
     p_ptr,
     z_ptr,
@@ -99,7 +103,7 @@ def _mix_kernel(
         tl.store(z_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < Z)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold", "keep_scale"])
 def _mix_backward_kernel(
     p_ptr,
     dz_ptr,
@@ -176,25 +180,73 @@ def _mix_backward_kernel(
         tl.store(dp_row[:, None] + pad_p[None, :], zero_p, mask=row_mask[:, None] & (pad_p < K)[None, :])
 
 
-def _constants(P: torch.Tensor, z_width: int, num_heads: int, r: int, routed: bool, anchored: bool) -> dict:
-    used_z = (num_heads + anchored) * r
-    return {
-        "K": P.shape[1],
-        "Z": z_width,
-        "Z2": triton.next_power_of_2(max(z_width - used_z, 1)),
-        "R": r,
-        "R2": triton.next_power_of_2(r),
-        "N": num_heads,
-        "N2": triton.next_power_of_2(num_heads),
-        "ROUTED": routed,
-        "ANCHORED": anchored,
-        "BLOCK_T": _BLOCK_T,
-    }
+# Compiled kernels by what they depend on. Launched through them, a kernel costs the host a third of what Triton's own
+# look-up takes, which counts where steps are short: a layer launches four.
+_COMPILED: dict[tuple, Any] = {}
 
 
-def _signed(value: int) -> int:
-    """The 32 bits of `value` as a signed integer, so that Triton always passes the same type."""
-    return value - 2**32 if value >= 2**31 else value
+def _launch(
+    kernel: Any,
+    programs: int,
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple,
+    constants: tuple,
+    aligned: bool = True,
+) -> None:
+    """
+    Launch a kernel whose parameters are tensors, then numbers that it is not specialised on, then constants.
+
+    Args:
+        kernel: The jitted function.
+        programs (`int`): Size of its grid, which has one dimension.
+        tensors (`tuple[torch.Tensor, ...]`), numbers (`tuple`), constants (`tuple`): Its arguments in order.
+        aligned (`bool`): Whether all tensors are known to start at multiples of 16 bytes, which Triton specialises on.
+    """
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(kernel, programs, tensors, numbers, constants, aligned)
+    grid = (programs, 1, 1)
+    key = (kernel, device.index, constants, tuple([tensor.dtype for tensor in tensors]))
+    compiled = _COMPILED.get(key) if aligned else None
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return None
+    compiled = kernel[grid](*tensors, *numbers, *constants)
+    if aligned and compiled is not None:  # the interpreter compiles nothing
+        _COMPILED[key] = compiled
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _mix_constants(k: int, z: int, num_heads: int, r: int, routed: bool, anchored: bool, dropout: bool) -> tuple:
+    """The constants of `_mix_kernel` in order: K, Z, Z2, R, R2, N, N2, ROUTED, ANCHORED, DROPOUT, BLOCK_T."""
+    z2 = triton.next_power_of_2(max(z - (num_heads + anchored) * r, 1))
+    heads2, r2 = triton.next_power_of_2(num_heads), triton.next_power_of_2(r)
+    return (k, z, z2, r, r2, num_heads, heads2, routed, anchored, dropout, _BLOCK_T)
+
+
+@lru_cache(maxsize=1024)
+def _mix_backward_constants(
+    k: int, z: int, num_heads: int, r: int, routed: bool, anchored: bool, dropout: bool
+) -> tuple:
+    """The constants of `_mix_backward_kernel` in order: those of `_mix_kernel` with K2 after K."""
+    forward = _mix_constants(k, z, num_heads, r, routed, anchored, dropout)
+    k2 = triton.next_power_of_2(max(k - (r + num_heads * routed + r * anchored), 1))
+    return (forward[0], k2, *forward[1:])
+
+
+def _mask_numbers(dropout: float, seed: int | None) -> tuple[int, int, int, float]:
+    """Keys and threshold of the masks as signed 32-bit integers, which Triton passes as one type; and the scale."""
+    if seed is None or dropout <= 0.0:
+        return 0, 0, 0, 1.0
+    first, second, threshold = mask_parameters(seed, dropout)
+    return (
+        first - 2**32 if first >= 2**31 else first,
+        second - 2**32 if second >= 2**31 else second,
+        threshold - 2**32 if threshold >= 2**31 else threshold,
+        1.0 / (1.0 - dropout),
+    )
 
 
 def mix(
@@ -209,23 +261,12 @@ def mix(
     seed: int | None,
 ) -> torch.Tensor:
     """See `rank_space.mix`."""
-    Z = torch.empty(P.shape[0], z_width, dtype=P.dtype, device=P.device)
-    if P.shape[0] == 0:
-        return Z
-    masked = seed is not None and dropout > 0.0
-    first, second, threshold = mask_parameters(seed, dropout) if seed is not None else (0, 0, 0)
-    with torch.cuda.device(P.device) if P.is_cuda else _no_device():
-        _mix_kernel[(triton.cdiv(P.shape[0], _BLOCK_T),)](
-            P,
-            Z,
-            P.shape[0],
-            _signed(first),
-            _signed(second),
-            _signed(threshold),
-            1.0 / (1.0 - dropout),
-            **_constants(P, z_width, num_heads, r, routed, anchored),
-            DROPOUT=masked,
-        )
+    tokens, k = P.shape
+    Z = torch.empty(tokens, z_width, dtype=P.dtype, device=P.device)
+    if tokens > 0:
+        numbers = (tokens, *_mask_numbers(dropout, seed))
+        constants = _mix_constants(k, z_width, num_heads, r, routed, anchored, seed is not None and dropout > 0.0)
+        _launch(_mix_kernel, -(-tokens // _BLOCK_T), (P, Z), numbers, constants)
     return Z
 
 
@@ -241,107 +282,162 @@ def mix_backward(
     seed: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `rank_space.mix_backward`."""
+    tokens, k = P.shape
     Z, dP = torch.empty_like(dZ), torch.empty_like(P)
-    if P.shape[0] == 0:
-        return Z, dP
-    masked = seed is not None and dropout > 0.0
-    first, second, threshold = mask_parameters(seed, dropout) if seed is not None else (0, 0, 0)
-    constants = _constants(P, dZ.shape[1], num_heads, r, routed, anchored)
-    used_p = r + num_heads * routed + r * anchored
-    with torch.cuda.device(P.device) if P.is_cuda else _no_device():
-        _mix_backward_kernel[(triton.cdiv(P.shape[0], _BLOCK_T),)](
-            P,
-            dZ,
-            Z,
-            dP,
-            P.shape[0],
-            _signed(first),
-            _signed(second),
-            _signed(threshold),
-            1.0 / (1.0 - dropout),
-            **constants,
-            K2=triton.next_power_of_2(max(P.shape[1] - used_p, 1)),
-            DROPOUT=masked,
-        )
+    if tokens > 0:
+        numbers = (tokens, *_mask_numbers(dropout, seed))
+        masked = seed is not None and dropout > 0.0
+        constants = _mix_backward_constants(k, dZ.shape[1], num_heads, r, routed, anchored, masked)
+        _launch(_mix_backward_kernel, -(-tokens // _BLOCK_T), (P, dZ, Z, dP), numbers, constants)
     return Z, dP
 
 
-class _no_device:
-    """Triton's interpreter runs on the CPU, which has no current device to set."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
 @triton.jit
-def _pack_down_kernel(
-    a_ptr,
-    router_ptr,
-    anchor_ptr,
-    out_ptr,
-    d_in,
+def _project_mix_kernel(
+    x_ptr,
+    down_ptr,
+    z_ptr,
+    D_IN: tl.constexpr,
+    Z: tl.constexpr,
+    Z2: tl.constexpr,
     R: tl.constexpr,
+    R2: tl.constexpr,
     N: tl.constexpr,
+    N2: tl.constexpr,
     ROUTED: tl.constexpr,
     ANCHORED: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask = columns < d_in
-    router_end: tl.constexpr = R + N if ROUTED else R
-    value = tl.load(a_ptr + row * d_in + columns, mask=mask & (row < R), other=0.0).to(tl.float32)
-    if ROUTED:
-        value += tl.load(
-            router_ptr + (row - R) * d_in + columns, mask=mask & (row >= R) & (row < router_end), other=0.0
-        ).to(tl.float32)
+    # One token: its projections, kept in registers, and its mixture.
+    token = tl.program_id(0).to(tl.int64)
+    ranks = tl.arange(0, R2)
+    heads = tl.arange(0, N2)
+    anchor_start: tl.constexpr = R + N if ROUTED else R
+    h = tl.zeros([R2], dtype=tl.float32)
+    h0 = tl.zeros([R2], dtype=tl.float32)
+    logits = tl.zeros([N2], dtype=tl.float32)
+    for start in range(0, D_IN, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        inside = columns < D_IN
+        x = tl.load(x_ptr + token * D_IN + columns, mask=inside, other=0.0).to(tl.float32)
+        of_rank = (ranks < R)[:, None] & inside[None, :]
+        a = tl.load(down_ptr + ranks[:, None] * D_IN + columns[None, :], mask=of_rank, other=0.0).to(tl.float32)
+        h += tl.sum(a * x[None, :], axis=1)
+        if ROUTED:
+            of_head = (heads < N)[:, None] & inside[None, :]
+            row = (R + heads)[:, None] * D_IN
+            router = tl.load(down_ptr + row + columns[None, :], mask=of_head, other=0.0).to(tl.float32)
+            logits += tl.sum(router * x[None, :], axis=1)
+        if ANCHORED:
+            row0 = (anchor_start + ranks)[:, None] * D_IN
+            a0 = tl.load(down_ptr + row0 + columns[None, :], mask=of_rank, other=0.0).to(tl.float32)
+            h0 += tl.sum(a0 * x[None, :], axis=1)
+    z_row = z_ptr + token * Z
+    logits = tl.where(heads < N, logits, -float("inf"))
+    e = tl.exp(logits - tl.max(logits, axis=0))
+    w = e / tl.sum(e, axis=0)
+    for i in tl.static_range(N):
+        z = tl.sum(tl.where(heads == i, w, 0.0), axis=0) * h - h0 * (1.0 / N)
+        tl.store(z_row + i * R + ranks, z.to(z_ptr.dtype.element_ty), mask=ranks < R)
+    used: tl.constexpr = (N + 1) * R if ANCHORED else N * R
     if ANCHORED:
-        value += tl.load(
-            anchor_ptr + (row - router_end) * d_in + columns,
-            mask=mask & (row >= router_end) & (row < router_end + R),
-            other=0.0,
-        ).to(tl.float32)
-    tl.store(out_ptr + row.to(tl.int64) * d_in + columns, value.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_row + N * R + ranks, h0.to(z_ptr.dtype.element_ty), mask=ranks < R)
+    if Z > used:
+        pad = used + tl.arange(0, Z2)
+        tl.store(z_row + pad, tl.zeros([Z2], dtype=z_ptr.dtype.element_ty), mask=pad < Z)
 
 
-@triton.jit
-def _pack_up_kernel(
+@lru_cache(maxsize=1024)
+def _project_mix_constants(d_in: int, z: int, num_heads: int, r: int, routed: bool, anchored: bool) -> tuple:
+    """The constants of `_project_mix_kernel` in order."""
+    _, _, z2, _, r2, _, heads2, *_ = _mix_constants(0, z, num_heads, r, routed, anchored, False)
+    # A tile of weights has r or N rows; this keeps it in registers.
+    block = max(256, min(1024, 8192 // max(r2, heads2)))
+    return (d_in, z, z2, r, r2, num_heads, heads2, routed, anchored, block)
+
+
+def project_mix(
+    x: torch.Tensor, down: torch.Tensor, z_width: int, num_heads: int, r: int, *, routed: bool, anchored: bool
+) -> torch.Tensor:
+    """See `rank_space.project_mix`."""
+    x = x.contiguous()
+    Z = torch.empty(x.shape[0], z_width, dtype=x.dtype, device=x.device)
+    if x.shape[0] > 0:
+        constants = _project_mix_constants(x.shape[1], z_width, num_heads, r, routed, anchored)
+        aligned = x.data_ptr() % 16 == 0
+        _launch(_project_mix_kernel, x.shape[0], (x, down, Z), (), constants, aligned)
+    return Z
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def _pack_kernel(
+    a_ptr,
     b_ptr,
-    anchor_ptr,
-    out_ptr,
-    elements,
+    router_ptr,
+    anchor_a_ptr,
+    anchor_b_ptr,
+    down_ptr,
+    up_ptr,
     scaling,
+    D_IN: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    DOWN_PROGRAMS: tl.constexpr,
+    DOWN_BLOCKS: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     Z: tl.constexpr,
     Z2: tl.constexpr,
+    ROUTED: tl.constexpr,
     ANCHORED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    # Elements of one head, [d_out, r] in row-major order, as B and the anchor have them.
-    index = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask = index < elements
-    row = (index // R).to(tl.int64)
-    out = out_ptr + row * Z + index % R
-    total = tl.zeros([BLOCK_W], dtype=tl.float32)
-    for i in tl.static_range(N):
-        value = tl.load(b_ptr + i * elements + index, mask=mask, other=0.0).to(tl.float32)
-        total += value
-        tl.store(out + i * R, (value * scaling).to(out_ptr.dtype.element_ty), mask=mask)
-    used: tl.constexpr = (N + 1) * R if ANCHORED else N * R
-    if ANCHORED:
-        shift = total / N - tl.load(anchor_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + N * R, (shift * scaling).to(out_ptr.dtype.element_ty), mask=mask)
-    if Z > used:
-        pad = used + tl.arange(0, Z2)
-        zero = tl.zeros([BLOCK_W, Z2], dtype=out_ptr.dtype.element_ty)
-        first_of_row = mask & (index % R == 0)
-        tl.store(
-            (out_ptr + row * Z)[:, None] + pad[None, :], zero, mask=first_of_row[:, None] & (pad < Z)[None, :]
-        )
+    program = tl.program_id(0)
+    router_end: tl.constexpr = R + N if ROUTED else R
+    if program < DOWN_PROGRAMS:
+        # One block of one row of [A; R; A0], or of the padding below them.
+        row = program // DOWN_BLOCKS
+        columns = (program % DOWN_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = columns < D_IN
+        value = tl.load(a_ptr + row * D_IN + columns, mask=inside & (row < R), other=0.0).to(tl.float32)
+        if ROUTED:
+            of_router = inside & (row >= R) & (row < router_end)
+            value += tl.load(router_ptr + (row - R) * D_IN + columns, mask=of_router, other=0.0).to(tl.float32)
+        if ANCHORED:
+            of_anchor = inside & (row >= router_end) & (row < router_end + R)
+            anchor = tl.load(anchor_a_ptr + (row - router_end) * D_IN + columns, mask=of_anchor, other=0.0)
+            value += anchor.to(tl.float32)
+        tl.store(down_ptr + row.to(tl.int64) * D_IN + columns, value.to(down_ptr.dtype.element_ty), mask=inside)
+    else:
+        # A block of the elements of one head, [d_out, r] in row-major order, as B and the anchor have them.
+        index = (program - DOWN_PROGRAMS) * BLOCK_W + tl.arange(0, BLOCK_W)
+        mask = index < ELEMENTS
+        up_row = up_ptr + (index // R).to(tl.int64) * Z
+        total = tl.zeros([BLOCK_W], dtype=tl.float32)
+        for i in tl.static_range(N):
+            head = tl.load(b_ptr + i * ELEMENTS + index, mask=mask, other=0.0).to(tl.float32)
+            total += head
+            tl.store(up_row + i * R + index % R, (head * scaling).to(up_ptr.dtype.element_ty), mask=mask)
+        used: tl.constexpr = (N + 1) * R if ANCHORED else N * R
+        if ANCHORED:
+            shift = total / N - tl.load(anchor_b_ptr + index, mask=mask, other=0.0).to(tl.float32)
+            tl.store(up_row + N * R + index % R, (shift * scaling).to(up_ptr.dtype.element_ty), mask=mask)
+        if Z > used:
+            pad = used + tl.arange(0, Z2)
+            zero = tl.zeros([BLOCK_W, Z2], dtype=up_ptr.dtype.element_ty)
+            first_of_row = mask & (index % R == 0)
+            tl.store(up_row[:, None] + pad[None, :], zero, mask=first_of_row[:, None] & (pad < Z)[None, :])
+
+
+@lru_cache(maxsize=1024)
+def _pack_constants(
+    d_in: int, d_out: int, rows: int, columns: int, num_heads: int, r: int, routed: bool, anchored: bool
+) -> tuple[int, tuple]:
+    """The grid of `_pack_kernel` and its constants in order."""
+    blocks = triton.cdiv(d_in, _BLOCK_D)
+    z2 = triton.next_power_of_2(max(columns - (num_heads + anchored) * r, 1))
+    sizes = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, z2)
+    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), (*sizes, routed, anchored, _BLOCK_D, _BLOCK_W)
 
 
 def pack(
@@ -361,43 +457,25 @@ def pack(
     d_in = A.shape[1]
     down = torch.empty(down_rows, d_in, dtype=dtype, device=A.device)
     up = torch.empty(d_out, up_columns, dtype=dtype, device=A.device)
-    anchored = anchor_A is not None
-    used = (num_heads + anchored) * r
-    with torch.cuda.device(A.device) if A.is_cuda else _no_device():
-        _pack_down_kernel[(down_rows, triton.cdiv(d_in, 1024))](
-            A,
-            A if router is None else router,
-            A if anchor_A is None else anchor_A,
-            down,
-            d_in,
-            R=r,
-            N=num_heads,
-            ROUTED=router is not None,
-            ANCHORED=anchored,
-            BLOCK_W=1024,
-        )
-        _pack_up_kernel[(triton.cdiv(d_out * r, _BLOCK_W),)](
-            B,
-            B if anchor_B is None else anchor_B,
-            up,
-            d_out * r,
-            scaling,
-            R=r,
-            N=num_heads,
-            Z=up_columns,
-            Z2=triton.next_power_of_2(max(up_columns - used, 1)),
-            ANCHORED=anchored,
-            BLOCK_W=_BLOCK_W,
-        )
+    programs, constants = _pack_constants(
+        d_in, d_out, down_rows, up_columns, num_heads, r, router is not None, anchor_A is not None
+    )
+    # Where a parameter is missing its place is taken by one that is there, and not read.
+    places = [A, B, A if router is None else router, A if anchor_A is None else anchor_A]
+    places.append(B if anchor_B is None else anchor_B)
+    given = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in places]
+    # Parameters may be views into one buffer, as DeepSpeed and FSDP make them.
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in given)
+    _launch(_pack_kernel, programs, (*given, down, up), (float(scaling),), constants, aligned)
     return down, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scaling"])
 def _unpack_up_kernel(
     dup_ptr,
     db_ptr,
-    elements,
     scaling,
+    ELEMENTS: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     Z: tl.constexpr,
@@ -405,30 +483,22 @@ def _unpack_up_kernel(
     BLOCK_W: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask = index < elements
+    mask = index < ELEMENTS
     source = dup_ptr + (index // R).to(tl.int64) * Z + index % R
     shift = tl.zeros([BLOCK_W], dtype=tl.float32)
     if ANCHORED:
         shift = tl.load(source + N * R, mask=mask, other=0.0).to(tl.float32) / N
     for i in tl.static_range(N):
         value = tl.load(source + i * R, mask=mask, other=0.0).to(tl.float32) + shift
-        tl.store(db_ptr + i * elements + index, (value * scaling).to(db_ptr.dtype.element_ty), mask=mask)
+        tl.store(db_ptr + i * ELEMENTS + index, (value * scaling).to(db_ptr.dtype.element_ty), mask=mask)
 
 
-def unpack_up(dUp: torch.Tensor, B: torch.Tensor, *, scaling: float, anchored: bool) -> torch.Tensor:
+def unpack_up(
+    dUp: torch.Tensor, num_heads: int, r: int, *, scaling: float, anchored: bool, dtype: torch.dtype
+) -> torch.Tensor:
     """See `rank_space.unpack_up`."""
-    num_heads, d_out, r = B.shape
-    dB = torch.empty_like(B, memory_format=torch.contiguous_format)
-    with torch.cuda.device(B.device) if B.is_cuda else _no_device():
-        _unpack_up_kernel[(triton.cdiv(d_out * r, _BLOCK_W),)](
-            dUp,
-            dB,
-            d_out * r,
-            scaling,
-            R=r,
-            N=num_heads,
-            Z=dUp.shape[1],
-            ANCHORED=anchored,
-            BLOCK_W=_BLOCK_W,
-        )
+    d_out = dUp.shape[0]
+    dB = torch.empty(num_heads, d_out, r, dtype=dtype, device=dUp.device)
+    constants = (d_out * r, r, num_heads, dUp.shape[1], anchored, _BLOCK_W)
+    _launch(_unpack_up_kernel, -(-d_out * r // _BLOCK_W), (dUp, dB), (float(scaling),), constants)
     return dB

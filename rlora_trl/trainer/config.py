@@ -53,7 +53,7 @@ class RLoraSFTConfig(SFTConfig):
 
     > [!NOTE]
     > One default differs from `trl.SFTConfig`: `bf16` is `True` unless `fp16` is set or the machine has no
-    accelerator, > where `SFTConfig` raises an error.
+    > accelerator, where `SFTConfig` raises an error.
 
     Raises:
         NotImplementedError: For a value that is reserved for a later version.

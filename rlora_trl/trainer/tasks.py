@@ -95,8 +95,8 @@ def join_tasks(
     names = next(iter(formats.values()))
     if task_column in names:
         raise ValueError(
-            f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another name for "
-            "the column that names the task."
+            f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another "
+            "name for the column that names the task."
         )
     kept = [*names, *_companions(datasets, names)]
     labelled = {task: _label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()}
@@ -116,8 +116,8 @@ def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> l
         elif having and name not in names:
             lacking = next(task for task in columns if name not in columns[task])
             raise ValueError(
-                f"Task {having[0]!r} has a column {name!r} and task {lacking!r} has not. Give it to all tasks, or remove "
-                "it from all."
+                f"Task {having[0]!r} has a column {name!r} and task {lacking!r} has not. Give it to all tasks, or "
+                "remove it from all."
             )
     return kept
 
@@ -132,8 +132,8 @@ def _align(datasets: Mapping[str, Dataset]) -> list[Dataset]:
                 dataset = dataset.cast(first.features)
             except (ValueError, TypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise ValueError(
-                    f"Tasks {first_task!r} and {task!r} can't be joined: their columns have the types {first.features} and "
-                    f"{dataset.features}. Bring them to the same types."
+                    f"Tasks {first_task!r} and {task!r} can't be joined: their columns have the types "
+                    f"{first.features} and {dataset.features}. Bring them to the same types."
                 ) from error
         aligned.append(dataset)
     return aligned
@@ -177,8 +177,8 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
         if not required:  # a column that happens to be called like the default
             return None
         raise ValueError(
-            f"`task_column={task_column!r}` holds {feature}, which can't name tasks. It must be a column of strings or "
-            "integers."
+            f"`task_column={task_column!r}` holds {feature}, which can't name tasks. It must be a column of strings "
+            "or integers."
         )
     names = dataset.unique(task_column)
     if not required and names == [None]:

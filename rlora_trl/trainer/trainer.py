@@ -30,12 +30,11 @@ class RLoraSFTTrainer(SFTTrainer):
     Everything that `trl.SFTTrainer` does works as it does there. What differs:
 
     - `train_dataset` may also be a dictionary of data sets by task, which are joined and shuffled, or a data set with
-    a
-      column (`args.task_column`) that names the task of each row. The names of the tasks are saved with the adapter.
+      a column (`args.task_column`) that names the task of each row. The tasks' names are saved with the adapter.
     - `peft_config` defaults to `RLoraConfig()`.
-    - Adapters train in float32 on a quantised base too, where `SFTTrainer` casts what trains to bfloat16: the update
-    of
-      a weight can be smaller than bfloat16 resolves, and the anchor of R-LoRA must agree with the initial weights.
+    - Adapters train in float32 on a quantised base too, where `SFTTrainer` casts what trains to bfloat16: the
+      update of a weight can be smaller than bfloat16 resolves, and R-LoRA's anchor must agree with its initial
+      weights. (`modules_to_save` and other trained parameters are left as `SFTTrainer` casts them.)
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -168,8 +167,9 @@ def _choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConf
         return peft_config  # `SFTTrainer` refuses a second one and says why
     if not isinstance(model, str) and any(isinstance(module, RLoraLayer) for module in model.modules()):
         raise TypeError(
-            "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would put new ones over "
-            "them. To go on training them, load with `AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
+            "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would put new ones "
+            "over them. To go on training them, load with "
+            "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
         )
     if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
         if not os.path.isfile(os.path.join(model, "config.json")):

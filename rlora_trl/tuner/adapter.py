@@ -1,11 +1,19 @@
 """One multi-head adapter as a module: it owns A, the heads B, the router and the anchor, and knows nothing of PEFT."""
 
+from typing import TypeAlias
+
 import torch
 from torch import nn
 
 from ..kernels import draw_seed, draw_seed_tensor, fused_multihead, multihead_delta, routing_weights
-from ..kernels.fused import DeltaSpec, apply_packed, pack_weights
+from ..kernels.fused import DeltaSpec, PackedAdapter, pack_weights
 from .initialization import init_heads_, init_router_
+
+
+# A, B, router, A0, B0
+AdapterTensors: TypeAlias = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
 
 
 class MultiHeadAdapter(nn.Module):
@@ -68,7 +76,7 @@ class MultiHeadAdapter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self._cache: tuple | None = None  # see `_packed`
+        self._cache: tuple[list, PackedAdapter] | None = None  # see `_packed`
         self.in_features, self.out_features = in_features, out_features
         self.r, self.num_heads = r, num_heads
         self.scaling = scaling
@@ -106,7 +114,7 @@ class MultiHeadAdapter(nn.Module):
 
     @torch.no_grad()
     def is_at_anchor(self) -> bool:
-        """Whether A and the mean of B are at the initial values still, so that the delta with equal weights is zero."""
+        """Whether A and the mean of B still are at the initial values: the delta with equal weights is zero."""
         return (
             self.A0 is not None
             and self.B0 is not None
@@ -160,7 +168,7 @@ class MultiHeadAdapter(nn.Module):
         if composed or (base is not None and base.dtype != x.dtype):
             return self._composed(x, base, weight, masked)
         if not self.training and not torch.is_grad_enabled() and weight is None:
-            return apply_packed(x, base, *self._packed(x), inplace=inplace)
+            return self._packed(x).apply(x, base, inplace=inplace)
         return fused_multihead(
             x,
             *self._tensors(),
@@ -172,7 +180,7 @@ class MultiHeadAdapter(nn.Module):
             inplace=inplace,
         )
 
-    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+    def _tensors(self) -> AdapterTensors:
         return self.A, self.B, self.router, self.A0, self.B0
 
     def _composed(
@@ -194,18 +202,21 @@ class MultiHeadAdapter(nn.Module):
             base = nn.functional.linear(x, weight)
         return delta if base is None else base + delta.to(base.dtype)
 
-    def _packed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, DeltaSpec]:
-        """The weights side by side in the dtype of `x`, made once for inference and again when a weight has changed."""
-        tensors = [tensor for tensor in self._tensors() if tensor is not None]
-        key = (x.dtype, torch.is_inference_mode_enabled(), *((t.data_ptr(), t._version) for t in tensors))
+    def _packed(self, x: torch.Tensor) -> PackedAdapter:
+        """The weights side by side in the dtype of `x`, made once for inference, and again when one has changed."""
+        # Straight from the dictionary: `nn.Module` looks attributes up in Python, which counts in decoding.
+        parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
+        key = [x.dtype, torch.is_inference_mode_enabled()]
+        key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
-            spec = DeltaSpec(self.num_heads, self.r, self.scaling, 0.0, None, self.router is not None, self.A0 is not None)
-            self._cache = (key, pack_weights(*self._tensors(), spec, x.dtype), spec)
-        return *self._cache[1], self._cache[2]
+            routed, anchored = self.router is not None, self.A0 is not None
+            spec = DeltaSpec(self.num_heads, self.r, self.scaling, 0.0, None, routed, anchored)
+            self._cache = (key, PackedAdapter(*pack_weights(*self._tensors(), spec, x.dtype), spec))
+        return self._cache[1]
 
     def train(self, mode: bool = True) -> "MultiHeadAdapter":
         """Switch between training and inference; what inference keeps is dropped."""
-        # Some optimizers write through `.data`, which leaves no trace that `_packed` could see; but not while in eval mode.
+        # Some optimizers write through `.data`, which leaves no trace that `_packed` sees; but not while in eval mode.
         self._cache = None
         return super().train(mode)
 

@@ -167,6 +167,18 @@ class RLoraConfig(PeftConfig):
                 raise ValueError(
                     f"`{name}` must be an integer of at least 1, got {value!r}. Set `{name}=4`, for example."
                 )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(
+                    f"`{name}` must be a dictionary of layer names and numbers, got {getattr(self, name)!r}. For "
+                    'example {"down_proj": 8}.'
+                )
+        for name in ("lora_alpha", "head_dropout", "init_gamma"):
+            self._check_number(name, getattr(self, name))
+        for pattern, value in self.alpha_pattern.items():
+            self._check_number(f"alpha_pattern[{pattern!r}]", value)
         for pattern, value in self.rank_pattern.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
@@ -179,6 +191,11 @@ class RLoraConfig(PeftConfig):
             )
         if not (math.isfinite(self.init_gamma) and self.init_gamma > 0):
             raise ValueError(f"`init_gamma` must be a positive number, got {self.init_gamma!r}. The paper uses 64.")
+
+    @staticmethod
+    def _check_number(name: str, value: Any) -> None:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"`{name}` must be a number, got {value!r}. Remove the quotes if it is one.")
 
     def _check_choices(self) -> None:
         choices = {
@@ -211,7 +228,7 @@ class RLoraConfig(PeftConfig):
     def _check_reserved(self) -> None:
         if self.router in ("top_k", "task"):
             raise NotImplementedError(
-                f"`router={self.router!r}` is reserved for a later version; 'softmax' and 'uniform' are available."
+                f"`router={self.router!r}` is reserved for a later version. Set `router='softmax'` or 'uniform'."
             )
         if self.router_top_k is not None:
             raise NotImplementedError(

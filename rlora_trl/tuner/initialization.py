@@ -26,9 +26,8 @@ def init_heads_(A: torch.Tensor, B: torch.Tensor, scheme: str | bool, gamma: flo
     """
     Fill `A` and the head matrices `B`.
 
-    - `"rlora"`: Table 1 of the paper. A ~ N(0, 1/d_in) and B_i ~ N(0, 1/d_out), each times d_out^(1/4)/sqrt(gamma).
-    The
-      authors' code has r^(1/4) and applies the factor once for each head to A; the paper's form is used here.
+    - `"rlora"`: Table 1 of the paper. A ~ N(0, 1/d_in) and B_i ~ N(0, 1/d_out), each times
+      d_out^(1/4)/sqrt(gamma). The authors' code has r^(1/4) and applies the factor once for each head to A.
     - `"zero_a"`: B as above, A zero. `"zero_b"`: A Kaiming-uniform, B zero, as in LoRA and HydraLoRA.
     - `False`: both Kaiming-uniform, so that the delta is not zero; for tests.
 

@@ -24,20 +24,19 @@ def owns_output(layer: nn.Module) -> bool:
 
 def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """
-    The weight of a layer whose product may be computed together with the delta: frozen, whole, and in the dtype of `x`.
+    The weight of a layer whose product may be computed together with the delta: frozen, whole, in the products' dtype.
 
-    Only in training on a GPU, where it saves memory traffic. `None` where the layer must be called: it has a bias or hooks,
-    is quantised, sharded (DeepSpeed ZeRO-3, FSDP) or trained, or autocast or `torch.compile` is at work.
+    Only in training on a GPU, where it saves memory traffic. `None` where the layer must be called: it has a bias or
+    hooks, is quantised, sharded (DeepSpeed ZeRO-3, FSDP) or trained, or `torch.compile` is at work.
     """
     if not x.is_cuda or not torch.is_grad_enabled() or type(layer) is not nn.Linear or not owns_output(layer):
         return None
     weight = layer.weight
     plain = type(weight) is nn.Parameter and not hasattr(weight, "ds_id") and not layer._backward_hooks
-    if not plain or layer.bias is not None or weight.requires_grad or weight.dtype != x.dtype or weight.ndim != 2:
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if not plain or layer.bias is not None or weight.requires_grad or weight.dtype != dtype or weight.ndim != 2:
         return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda") or weight.device != x.device:
-        return None
-    return weight
+    return None if torch.compiler.is_compiling() or weight.device != x.device else weight
 
 
 class RLoraLayer(BaseTunerLayer):
@@ -187,7 +186,7 @@ class RLoraLinear(nn.Module, RLoraLayer):
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [] if self.disable_adapters or self.merged else self._active_here()
+        active = [] if self._disable_adapters or self.merged_adapters else self._active_here()
         if adapter_names is None and len(active) == 1 and not (args or kwargs):
             weight = joinable_weight(self.base_layer, x)
             if weight is not None:
@@ -199,8 +198,9 @@ class RLoraLinear(nn.Module, RLoraLayer):
             result = adapter(x, base=result, inplace=owns_output(self.base_layer))
         return result
 
-    def _active_here(self) -> list[MultiHeadAdapter]:
-        return [self.rlora_adapters[name] for name in self.active_adapters if name in self.rlora_adapters]
+    def _active_here(self) -> list[nn.Module]:
+        adapters = self.rlora_adapters
+        return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's delta in the layout of the base weight; see [`MultiHeadAdapter.delta_weight`]."""

@@ -182,8 +182,8 @@ class RLoraModel(BaseTuner):
             backend = getattr(layer, "quantization_backend", None) if isinstance(layer, RLoraLayer) else None
             if backend is not None and not backend.supports_merge:
                 raise ValueError(
-                    f"Adapters can't be merged into this base, which is quantised with {backend.backend_name}: PEFT can't "
-                    "write to its weights. Load the base in 16 bits and merge there."
+                    f"Adapters can't be merged into this base, which is quantised with {backend.backend_name}: PEFT "
+                    "can't write to its weights. Load the base in 16 bits and merge there."
                 )
 
     @contextmanager

@@ -157,6 +157,18 @@ def test_demo_defaults_give_way_to_arguments():
     assert training.max_steps == -1
 
 
+def test_what_counts_as_the_demo(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("r: 8\nmax_steps: 5\n")
+    _, training, _, rlora = sft_flan.parse_arguments(["--config", str(config)])
+    assert (training.max_steps, rlora.r) == (5, 8)
+    assert training.output_dir == sft_flan.DEMO_DEFAULTS["output_dir"]
+    _, training, model, _ = sft_flan.parse_arguments(["--model-name-or-path", "x", "--dataset-name", "y"])
+    assert (training.max_steps, model.model_name_or_path) == (-1, "x")
+    with pytest.raises(ValueError, match="needs `--flan`"):
+        sft_flan.parse_arguments(["--flan_clusters", "nli"])
+
+
 def test_demo_model_without_its_package(monkeypatch, tmp_path):
     import smollm2
 

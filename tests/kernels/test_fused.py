@@ -15,11 +15,18 @@ from rlora_trl.kernels.reference import multihead_delta_reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRAINED = ("x", "A", "B", "router")
-# (N, r, d_in, d_out, tokens): one head; odd and prime sizes; a rank that needs no padding; more tokens than a block, and
-# one more or one less than a multiple of it; a single token, as in decoding.
-SIZES = [(1, 1, 8, 8, 5), (3, 4, 13, 17, 67), (2, 5, 31, 7, 64), (8, 3, 16, 48, 129), (5, 16, 24, 40, 63), (10, 4, 9, 11, 1)]
-# Relative RMS error against float64. float32: sums of a few dozen products. 16 bits: one rounding is 2**-9 (bfloat16) or
-# 2**-12 (float16), and a result passes through three of them; the router's gradient is a difference of heads, which
+# (N, r, d_in, d_out, tokens): one head; odd and prime sizes; a rank that needs no padding; more tokens than a block,
+# and one more or one less than a multiple of it; a single token, as in decoding.
+SIZES = [
+    (1, 1, 8, 8, 5),
+    (3, 4, 13, 17, 67),
+    (2, 5, 31, 7, 64),
+    (8, 3, 16, 48, 129),
+    (5, 16, 24, 40, 63),
+    (10, 4, 9, 11, 1),
+]
+# Relative RMS error against float64. float32: sums of a few dozen products. 16 bits: one rounding is 2**-9 (bfloat16)
+# or 2**-12 (float16), and a result passes through three of them; the router's gradient is a difference of heads, which
 # doubles it.
 TOLERANCE = {
     torch.float64: {"": 1e-12},
@@ -162,7 +169,7 @@ def test_only_what_is_asked_for():
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_saved_for_backward(routed, dropout):
-    """x, the [T, 2r + N] projections, parameters; no mask, and nothing of the size of the output."""
+    """x, the [T, 2r + N] projections, the packed weights; no mask, and nothing of the size of the output."""
     size = num_heads, r, d_in, d_out, tokens = (5, 4, 32, 64, 100)
     tensors = make(size, torch.bfloat16 if DEVICE == "cuda" else torch.float32, routed)
     saved = []
@@ -173,25 +180,29 @@ def test_saved_for_backward(routed, dropout):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fused_multihead(**tensors, dropout=dropout, seed=1 if dropout else None)
-    parameters = {tensor.data_ptr() for name, tensor in tensors.items() if name != "x"}
     size_of_element = tensors["x"].element_size()
-    saved_bytes = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in parameters)
-    columns, _ = fused.DeltaSpec(num_heads, r, 1.0, 0.0, None, routed, True).widths(torch.device(DEVICE))
+    saved_bytes = sum(t.numel() * t.element_size() for t in saved)
+    columns, mixture = fused.DeltaSpec(num_heads, r, 1.0, 0.0, None, routed, True).widths(torch.device(DEVICE))
     assert columns >= 2 * r + num_heads * routed
-    assert saved_bytes == size_of_element * tokens * (d_in + columns)
+    assert saved_bytes == size_of_element * (tokens * (d_in + columns) + columns * d_in + mixture * d_out)
 
 
-def test_inference_with_packed_weights():
-    tensors = {name: tensor.detach() for name, tensor in make((3, 4, 13, 17, 9), torch.float32).items()}
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_inference_with_packed_weights(anchored, routed, tokens):
+    tensors = {name: t.detach() for name, t in make((3, 4, 13, 17, tokens), torch.float32, routed, anchored).items()}
     x, weights = tensors.pop("x"), tensors
-    spec = fused.DeltaSpec(3, 4, 1.7, 0.0, None, True, True)
-    down, up = fused.pack_weights(*weights.values(), spec, torch.float32)
+    spec = fused.DeltaSpec(3, 4, 1.7, 0.0, None, routed, anchored)
+    names = ("A", "B", "router", "anchor_A", "anchor_B")
+    down, up = fused.pack_weights(*[weights.get(name) for name in names], spec, torch.float32)
     expected = fused_multihead(x, **weights, scaling=1.7)
-    base = torch.randn(9, 17, device=DEVICE)
-    torch.testing.assert_close(fused.apply_packed(x, None, down, up, spec), expected)
-    torch.testing.assert_close(fused.apply_packed(x, base, down, up, spec), base + expected)
+    base = torch.randn(tokens, 17, device=DEVICE)
+    packed = fused.PackedAdapter(down, up, spec)
+    torch.testing.assert_close(packed.apply(x), expected)
+    torch.testing.assert_close(packed.apply(x, base), base + expected)
     written = base.clone()
-    assert fused.apply_packed(x, written, down, up, spec, inplace=True) is written
+    assert packed.apply(x, written, inplace=True) is written
     torch.testing.assert_close(written, base + expected)
 
 

@@ -1,7 +1,7 @@
 """Joining the data sets of tasks, and finding the tasks in one."""
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from testing_utils import task_datasets
 
 from rlora_trl.trainer.tasks import collect_tasks, join_tasks, tasks_in
@@ -68,6 +68,37 @@ def test_formats_must_agree():
         collect(tasks)
     with pytest.raises(ValueError, match="Task 'odd' has columns question.*'prompt' and 'completion'"):
         collect({"odd": Dataset.from_dict({"question": ["a"]})})
+
+
+def test_kinds_of_task_columns():
+    text = {"text": ["a", "b"]}
+    assert collect(Dataset.from_dict({**text, "task": [0, 1]}))[1] == ["0", "1"]
+    features = Features({"text": Value("string"), "task": ClassLabel(names=["no", "yes"])})
+    assert collect(Dataset.from_dict({**text, "task": [0, 1]}, features=features))[1] == ["no", "yes"]
+    # A column that only happens to be called so.
+    assert collect(Dataset.from_dict({**text, "task": [["x"], ["y"]]}))[1] is None
+    assert collect(Dataset.from_dict({**text, "task": [None, None]}))[1] is None
+    with pytest.raises(ValueError, match="can't name tasks"):
+        collect(Dataset.from_dict({**text, "kind": [["x"], ["y"]]}), task_column="kind")
+
+
+def test_masks_are_not_dropped_in_silence():
+    tasks = task_datasets(5)
+    tasks["first"] = tasks["first"].add_column("completion_mask", [[1]] * 5)
+    with pytest.raises(ValueError, match="Task 'first' has a column 'completion_mask' and task 'colour' has not"):
+        collect(tasks)
+
+
+def test_types_are_aligned_or_named():
+    tasks = task_datasets(5)
+    tasks["same"] = tasks["same"].cast(Features({"prompt": Value("large_string"), "completion": Value("string")}))
+    assert len(collect(tasks)[0]) == 15
+    chat = [{"role": "user", "content": "hi"}]
+    tasks["chat"] = Dataset.from_dict({"prompt": [chat], "completion": [[{"role": "assistant", "content": "x"}]]})
+    with pytest.raises(ValueError, match="Tasks 'first' and 'chat' can't be joined"):
+        collect(tasks)
+    with pytest.raises(ValueError, match="`task_column='prompt'` is a column of the data itself"):
+        collect(task_datasets(3), task_column="prompt")
 
 
 def test_columns_of_tasks_may_differ():

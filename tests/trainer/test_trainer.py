@@ -123,6 +123,18 @@ def test_default_configuration_and_argument_types(model_folders, tmp_path):
         make_trainer(model_folders, tmp_path, model=lora)
 
 
+def test_an_adapter_is_not_replaced_in_silence(model_folders, tmp_path):
+    trainer = make_trainer(model_folders, tmp_path, max_steps=1)
+    trainer.save_model()
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="loaded through transformers.*is_trainable=True"):
+        make_trainer(model_folders, tmp_path / "new", model=by_transformers)
+    with pytest.raises(ValueError, match="is an adapter, not a model.*is_trainable=True"):
+        make_trainer(model_folders, tmp_path / "new", model=str(tmp_path))
+    going_on = AutoPeftModelForCausalLM.from_pretrained(tmp_path, is_trainable=True)
+    assert_trains(make_trainer(model_folders, tmp_path / "new", model=going_on, max_steps=2))
+
+
 def test_given_peft_model_goes_on_training(model_folders, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     model = get_peft_model(base, RLoraConfig(task_type="CAUSAL_LM", num_heads=2, tasks=["old"]))

@@ -48,6 +48,25 @@ def test_bad_values(kwargs, received, remedy):
     assert remedy in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rank_pattern": [1]}, "`rank_pattern` must be a dictionary.*got .1."),
+        ({"alpha_pattern": {"a": "b"}}, "`alpha_pattern.'a'.` must be a number, got 'b'"),
+        ({"lora_alpha": "x"}, "`lora_alpha` must be a number, got 'x'"),
+        ({"head_dropout": "0.1"}, "`head_dropout` must be a number, got '0.1'"),
+    ],
+)
+def test_bad_types(kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        RLoraConfig(**kwargs)
+
+
+def test_no_patterns_and_first_layer():
+    assert RLoraConfig(rank_pattern=None, alpha_pattern=None).rank_pattern == {}
+    assert RLoraConfig(target_modules=["a"], layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
+
+
 @pytest.mark.parametrize("kwargs", [{"router": "top_k"}, {"router": "task"}, {"router_top_k": 2}, {"share_a": False}])
 def test_reserved_values_name_their_field(kwargs):
     with pytest.raises(NotImplementedError, match=next(iter(kwargs))):

@@ -1,0 +1,148 @@
+"""On a CUDA device: whole tiny models against the CPU, and what only exists there. Run by `make test-gpu`."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from testing_utils import perturb, random_ids, task_datasets
+from transformers import AutoModelForCausalLM
+
+from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
+from rlora_trl.tuner.layer import joinable_weight
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def adapted(folder, device, dtype=torch.float32, **kwargs):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = get_peft_model(model, RLoraConfig(task_type="CAUSAL_LM", **kwargs))
+    perturb(model)
+    return model.to(device)
+
+
+def gradients(model, device, checkpointing=None, autocast=None):
+    model.train()
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    ids = random_ids(4, 33).to(device)
+    torch.manual_seed(11)  # the masks come from the CPU generator, and so are the same on both
+    with torch.autocast(device, dtype=autocast or torch.float32, enabled=autocast is not None):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {key: value.grad.cpu().double() for key, value in model.named_parameters() if value.grad is not None}
+    return loss.item(), grads
+
+
+def largest_error(actual, expected):
+    assert actual.keys() == expected.keys()
+    return max(((actual[key] - expected[key]).norm() / expected[key].norm()).item() for key in expected)
+
+
+@pytest.fixture(autouse=True)
+def _full_float32():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_same_gradients_as_on_the_cpu(model_folders, name, checkpointing):
+    loss, expected = gradients(adapted(model_folders[name], "cpu", head_dropout=0.4), "cpu")
+    model = adapted(model_folders[name], "cuda", head_dropout=0.4)
+    gpu_loss, actual = gradients(model, "cuda", checkpointing)
+    assert gpu_loss == pytest.approx(loss, rel=1e-4)
+    assert largest_error(actual, expected) < 1e-3
+
+
+def test_the_base_product_joins_in(model_folders):
+    model = adapted(model_folders["llama"], "cuda", torch.bfloat16)
+    layer = model.base_model.model.model.layers[0].mlp.gate_proj
+    x = torch.randn(2, 3, 32, device="cuda", dtype=torch.bfloat16)
+    assert joinable_weight(layer.base_layer, x) is layer.base_layer.weight
+    assert joinable_weight(layer.base_layer, x.float()) is None
+    with torch.no_grad():
+        assert joinable_weight(layer.base_layer, x) is None
+    handle = layer.base_layer.register_forward_hook(lambda *args: None)
+    assert joinable_weight(layer.base_layer, x) is None
+    handle.remove()
+    layer.base_layer.weight.requires_grad_(True)
+    assert joinable_weight(layer.base_layer, x) is None
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sixteen_bits_against_float32(model_folders, dtype, autocast):
+    _, expected = gradients(adapted(model_folders["llama"], "cuda", head_dropout=0.0), "cuda")
+    _, actual = gradients(adapted(model_folders["llama"], "cuda", dtype, head_dropout=0.0), "cuda", autocast=autocast)
+    assert largest_error(actual, expected) < 0.1
+
+
+def test_both_back_ends_train_alike(model_folders, monkeypatch):
+    results = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("RLORA_TRL_KERNELS", choice)
+        results.append(gradients(adapted(model_folders["llama"], "cuda", head_dropout=0.4), "cuda"))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert largest_error(results[1][1], results[0][1]) < 1e-4
+
+
+def test_compiled_model(model_folders):
+    _, expected = gradients(adapted(model_folders["llama"], "cuda", head_dropout=0.0), "cuda")
+    model = adapted(model_folders["llama"], "cuda", head_dropout=0.0)
+    _, actual = gradients(torch.compile(model), "cuda")
+    assert largest_error({key.removeprefix("_orig_mod."): v for key, v in actual.items()}, expected) < 1e-3
+    dropped = torch.compile(adapted(model_folders["llama"], "cuda", head_dropout=0.4)).train()
+    losses = [dropped(input_ids=random_ids().cuda(), labels=random_ids().cuda()).loss.item() for _ in range(3)]
+    assert len(set(losses)) == 3  # a new mask in each step
+
+
+def test_generation(model_folders):
+    model = adapted(model_folders["llama"], "cuda").eval()
+    ids = random_ids(2, 5).cuda()
+    written = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    expected = (
+        adapted(model_folders["llama"], "cpu").eval().generate(input_ids=ids.cpu(), max_new_tokens=8, do_sample=False)
+    )
+    assert torch.equal(written.cpu(), expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_trainer(model_folders, tmp_path, tokenizer, precision):
+    args = RLoraSFTConfig(
+        str(tmp_path),
+        max_steps=30,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **{precision: True},
+    )
+    trainer = RLoraSFTTrainer(model_folders["llama"], args, train_dataset=task_datasets(), processing_class=tokenizer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+def test_four_bit_base(model_folders):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        model_folders["llama64"], quantization_config=config, dtype=torch.bfloat16, device_map={"": 0}
+    )
+    ids = random_ids(2, 5).cuda()
+    with torch.no_grad():
+        expected = base(ids).logits
+        model = get_peft_model(base, RLoraConfig(task_type="CAUSAL_LM")).eval()
+        assert torch.equal(model(ids).logits, expected)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
