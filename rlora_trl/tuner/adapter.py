@@ -1,6 +1,6 @@
 """One multi-head adapter as a module: it owns A, the heads B, the router and the anchor, and knows nothing of PEFT."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -219,6 +219,10 @@ class MultiHeadAdapter(nn.Module):
         # Some optimizers write through `.data`, which leaves no trace that `_packed` sees; but not while in eval mode.
         self._cache = None
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: all but what inference keeps, which they make for themselves."""
+        return {**self.__dict__, "_cache": None}
 
     def mixture(self, x: torch.Tensor) -> torch.Tensor:
         """The weights `[..., N]` of the heads for inputs `x` `[..., d_in]`, in float32 or wider."""

@@ -1,6 +1,7 @@
 """The matrix: tiny models and options, through every behaviour that PEFT promises of a method."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -488,6 +489,20 @@ def test_inference_sees_changed_weights(model_folders):
         inference = model(random_ids()).logits
     torch.testing.assert_close(inference, seen[-1])
     model(input_ids=random_ids(), labels=random_ids()).loss.backward()  # and gradients in eval mode still work
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_after_inference(copied):
+    """Inference leaves nothing behind that stops a copy, and a copy follows its own weights."""
+    adapter = MultiHeadAdapter(8, 6, 2, 3, 1.0, init_weights=False).eval()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        expected = adapter(x)
+        twin = copied(adapter)
+        assert torch.equal(twin(x), expected)
+        twin.B.mul_(2)
+        assert not torch.allclose(twin(x), expected)
+        assert torch.equal(adapter(x), expected)
 
 
 def test_mixture(model_folders):
