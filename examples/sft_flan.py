@@ -183,7 +183,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
     if script_args.flan_clusters and not script_args.flan:
         raise ValueError("`--flan_clusters` selects clusters of Flan v2 and needs `--flan`, which is not set. Add it.")
     if model_args.model_name_or_path is None and script_args.dataset_name is None and not script_args.flan:
-        parser = TrlParser((FlanArguments, RLoraSFTConfig, RLoraModelConfig, RLoraArguments))
         fast_bf16 = has_fast_bf16()
         on_gpu = torch.cuda.is_available()
         parser.set_defaults_with_config(
