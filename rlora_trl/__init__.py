@@ -7,16 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, register
+from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, register, set_task
 
 
 if TYPE_CHECKING:
-    from .trainer import RLoraSFTConfig, RLoraSFTTrainer
+    from .trainer import RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
 
 
-__all__ = ["MultiHeadAdapter", "RLoraConfig", "RLoraModel", "RLoraSFTConfig", "RLoraSFTTrainer", "__version__"]
+__all__ = [
+    "MultiHeadAdapter",
+    "RLoraConfig",
+    "RLoraModel",
+    "RLoraSFTConfig",
+    "RLoraSFTTrainer",
+    "__version__",
+    "mix_tasks",
+    "set_task",
+]
 
-_LAZY = {"RLoraSFTConfig": ".trainer", "RLoraSFTTrainer": ".trainer"}
+_LAZY = dict.fromkeys(("RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer")
 
 register()
 

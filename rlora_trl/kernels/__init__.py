@@ -1,9 +1,22 @@
 """Functions of tensors: the equations of R-LoRA, written once as a reference and once to be fast."""
 
+from .balance import BALANCE_LOSSES, LayerProbe, RoutingTally, anchor_loss, balance_loss
 from .dropout import draw_seed, draw_seed_tensor, keep_mask
 from .fused import fused_multihead
 from .multihead import multihead_delta
 from .rank_space import routing_weights
 
 
-__all__ = ["draw_seed", "draw_seed_tensor", "fused_multihead", "keep_mask", "multihead_delta", "routing_weights"]
+__all__ = [
+    "BALANCE_LOSSES",
+    "LayerProbe",
+    "RoutingTally",
+    "anchor_loss",
+    "balance_loss",
+    "draw_seed",
+    "draw_seed_tensor",
+    "fused_multihead",
+    "keep_mask",
+    "multihead_delta",
+    "routing_weights",
+]

@@ -1,8 +1,8 @@
 """The multi-head delta as one autograd function around its matrix products.
 
-Forward, over T tokens: P = x down^T, Z = mix(P), y = y0 + Z up^T. Saved for backward: x, P, the
-packed weights and a seed. Backward: dZ =
-dy up, (Z, dP) = mix_backward(P, dZ), dup = dy^T Z, ddown = dP^T x, dx = dP down. See README.md for the derivation.
+Forward, over T tokens: P = x down^T, Z = mix(P), y = y0 + Z up^T. Saved for backward: x, P, the packed weights and a
+seed. Backward: dZ = dy up, (Z, dP) = mix_backward(P, dZ), dup = dy^T Z, ddown = dP^T x, dx = dP down. See README.md
+for the derivation.
 
 Where the layer is a plain `torch.nn.Linear`, its own product joins in: y = Z up^T is written first, and x W^T is
 accumulated onto it (backward likewise: dP down first, then dy W). A compute-bound product reads what it accumulates
@@ -21,6 +21,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import rank_space
+from .balance import LayerProbe
+from .rank_space import Layout
 
 
 # Sizes in rank space are padded to this on a GPU: tensor cores take 16-bit operands in multiples of 8 or 16.
@@ -79,26 +81,19 @@ def backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
 class DeltaSpec:
     """What the function needs besides tensors."""
 
-    num_heads: int
-    r: int
+    layout: Layout
     scaling: float
-    dropout: float
-    seed: int | None
-    routed: bool
-    anchored: bool
+    dropout: float = 0.0
+    seed: int | None = None
     inplace: bool = False
+    probe: LayerProbe | None = None
 
     def widths(self, device: torch.device) -> tuple[int, int]:
         """Columns of P and of Z, padded where that helps."""
-        k = self.r * (1 + self.anchored) + self.num_heads * self.routed
-        z = self.r * (self.num_heads + self.anchored)
+        k, z = self.layout.p_columns, self.layout.z_columns
         if device.type != "cuda":
             return k, z
         return -(-k // _ALIGNMENT) * _ALIGNMENT, -(-z // _ALIGNMENT) * _ALIGNMENT
-
-    def mix_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `mix` and `mix_backward`."""
-        return {"routed": self.routed, "anchored": self.anchored, "dropout": self.dropout, "seed": self.seed}
 
 
 def _mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -122,7 +117,11 @@ def pack_weights(
     """`down` [K, d_in] and `up` [d_out, Z] in `dtype`; see `rank_space.pack`."""
     k, z = spec.widths(A.device)
     return backend(A.device, dtype).pack(
-        A, B, router, anchor_A, anchor_B, scaling=spec.scaling, dtype=dtype, down_rows=k, up_columns=z
+        *(A, B, router, anchor_A, anchor_B, spec.layout),
+        scaling=spec.scaling,
+        dtype=dtype,
+        down_rows=k,
+        up_columns=z,
     )
 
 
@@ -141,13 +140,27 @@ class _MultiHeadDelta(torch.autograd.Function):
         router: torch.Tensor | None,
         anchor_A: torch.Tensor | None,
         anchor_B: torch.Tensor | None,
+        logits: torch.Tensor | None,
         spec: DeltaSpec,
     ) -> torch.Tensor:
         ops = backend(x.device, x.dtype)
         tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
         down, up = pack_weights(A, B, router, anchor_A, anchor_B, spec, x.dtype)
         P = tokens @ down.T  # [T, K]
-        Z = ops.mix(P, up.shape[1], spec.num_heads, spec.r, **spec.mix_arguments())
+        if logits is not None:
+            rank_space.logits_of(P, spec.layout).copy_(logits)
+        partials, token_mask = None, None
+        if spec.probe is not None:
+            shape = (ops.statistics_rows(P.shape[0]), spec.layout.statistics_columns)
+            partials = torch.empty(shape, dtype=torch.promote_types(P.dtype, torch.float32), device=P.device)
+            token_mask = spec.probe.token_mask
+        Z = ops.mix(
+            *(P, up.shape[1], spec.layout),
+            dropout=spec.dropout,
+            seed=spec.seed,
+            partials=partials,
+            token_mask=token_mask,
+        )
         if weight is not None:
             y = (Z @ up.T).addmm_(tokens, weight.T)
         elif base is None:
@@ -160,44 +173,45 @@ class _MultiHeadDelta(torch.autograd.Function):
             y = torch.addmm(base.reshape(-1, up.shape[0]), Z, up.T)
         # The packed weights are small and do not grow with the tokens. Kept, they need not be made again, and the
         # backward pass does not depend on parameters that DeepSpeed or FSDP may have taken away by then.
-        ctx.save_for_backward(x, P, weight, down, up)
-        ctx.spec, ctx.has_base = spec, base is not None
-        ctx.dtypes = (A.dtype, B.dtype, None if router is None else router.dtype)
+        ctx.save_for_backward(x, P, weight, down, up, partials)
+        ctx.spec, ctx.has_base, ctx.shape_A = spec, base is not None, A.shape
+        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (A, B, router, logits))
         return y if base is not None and spec.inplace else y.view(*x.shape[:-1], up.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, P, weight, down, up = ctx.saved_tensors
+        x, P, weight, down, up, partials = ctx.saved_tensors
         spec: DeltaSpec = ctx.spec
-        need_base, need_x, _, need_A, need_B, need_router, *_ = ctx.needs_input_grad
-        ops = backend(x.device, x.dtype)
+        need_base, need_x, _, need_A, need_B, need_router, _, _, need_logits, _ = ctx.needs_input_grad
+        ops, layout, probe = backend(x.device, x.dtype), spec.layout, spec.probe
         tokens, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dx = dA = dB = drouter = None
-        if need_x or need_A or need_B or need_router:
+        dx = dA = dB = drouter = dlogits = None
+        if need_x or need_A or need_B or need_router or need_logits:
             dZ = dy2 @ up  # [T, Z]
-            Z, dP = ops.mix_backward(P, dZ, spec.num_heads, spec.r, **spec.mix_arguments())
+            Z, dP = ops.mix_backward(
+                *(P, dZ, layout),
+                dropout=spec.dropout,
+                seed=spec.seed,
+                slope=None if probe is None else probe.close(ops, partials, layout),
+                token_mask=None if probe is None else probe.token_mask,
+            )
             if need_B:
-                dB = ops.unpack_up(
-                    _mm_wide(dy2.T, Z),
-                    spec.num_heads,
-                    spec.r,
-                    scaling=spec.scaling,
-                    anchored=spec.anchored,
-                    dtype=ctx.dtypes[1],
-                )
+                dB = ops.unpack_up(_mm_wide(dy2.T, Z), layout, scaling=spec.scaling, dtype=ctx.dtypes[1])
             if need_A or need_router:
                 ddown = _mm_wide(dP.T, tokens)  # [K, d_in]
-                dA = ddown[: spec.r].to(ctx.dtypes[0]) if need_A else None
+                dA = ddown[: layout.h_columns].to(ctx.dtypes[0]).view(ctx.shape_A) if need_A else None
                 if need_router:
-                    drouter = ddown[spec.r : spec.r + spec.num_heads].to(ctx.dtypes[2])
+                    drouter = ddown[layout.h_columns : layout.h_columns + layout.num_heads].to(ctx.dtypes[2])
+            if need_logits:
+                dlogits = rank_space.logits_of(dP, layout).to(ctx.dtypes[3])
             if need_x:
                 dx2 = dP @ down
                 if weight is not None:
                     dx2.addmm_(dy2, weight)
                 dx = dx2.view_as(x)
         dbase = dy if ctx.has_base and need_base else None
-        return dbase, dx, None, dA, dB, drouter, None, None, None
+        return dbase, dx, None, dA, dB, drouter, None, None, dlogits, None
 
 
 class PackedAdapter:
@@ -212,17 +226,32 @@ class PackedAdapter:
     def __init__(self, down: torch.Tensor, up: torch.Tensor, spec: DeltaSpec) -> None:
         self.down_t, self.up_t, self.down = down.T, up.T, down
         self.ops = backend(down.device, down.dtype)
-        self.sizes = (up.shape[1], spec.num_heads, spec.r)
-        self.kinds = {"routed": spec.routed, "anchored": spec.anchored}
+        self.layout = spec.layout
+        self.z_width = up.shape[1]
         self.d_in, self.d_out = down.shape[1], up.shape[0]
+        self.projects = spec.layout.shared and not spec.layout.top_k  # what `project_mix` can do
 
-    def apply(self, x: torch.Tensor, base: torch.Tensor | None = None, *, inplace: bool = False) -> torch.Tensor:
-        """The delta for `x` `[..., d_in]`, or `base + delta`, written over `base` where `inplace` allows it."""
+    def apply(
+        self,
+        x: torch.Tensor,
+        base: torch.Tensor | None = None,
+        *,
+        logits: torch.Tensor | None = None,
+        inplace: bool = False,
+    ) -> torch.Tensor:
+        """
+        The delta for `x` `[..., d_in]`, or `base + delta`, written over `base` where `inplace` allows it.
+
+        `logits` `[T, N]` take the place of the router's.
+        """
         tokens = x.reshape(-1, self.d_in)
-        if tokens.shape[0] <= _DECODING_TOKENS:
-            Z = self.ops.project_mix(tokens, self.down, *self.sizes, **self.kinds)
+        if self.projects and logits is None and tokens.shape[0] <= _DECODING_TOKENS:
+            Z = self.ops.project_mix(tokens, self.down, self.z_width, self.layout)
         else:
-            Z = self.ops.mix(tokens @ self.down_t, *self.sizes, **self.kinds, dropout=0.0, seed=None)
+            P = tokens @ self.down_t
+            if logits is not None:
+                rank_space.logits_of(P, self.layout).copy_(logits)
+            Z = self.ops.mix(P, self.z_width, self.layout)
         if base is None:
             return (Z @ self.up_t).view(*x.shape[:-1], self.d_out)
         if inplace and base.is_contiguous():
@@ -245,6 +274,9 @@ def fused_multihead(
     dropout: float = 0.0,
     seed: int | None = None,
     inplace: bool = False,
+    logits: torch.Tensor | None = None,
+    top_k: int = 0,
+    probe: LayerProbe | None = None,
 ) -> torch.Tensor:
     """
     The delta of a multi-head adapter with head dropout, alone or added to the output of its layer.
@@ -252,12 +284,13 @@ def fused_multihead(
     Args:
         x (`torch.Tensor` of shape `[..., d_in]`):
             Input of the layer. The products run in its dtype.
-        A (`torch.Tensor` of shape `[r, d_in]`), B (`torch.Tensor` of shape `[N, d_out, r]`):
-            Down-projection and heads.
+        A (`torch.Tensor` of shape `[r, d_in]` or `[N, r, d_in]`), B (`torch.Tensor` of shape `[N, d_out, r]`):
+            Down-projection, of all heads or one for each, and heads.
         router (`torch.Tensor` of shape `[N, d_in]`, *optional*):
-            Router. Without it every head weighs `1 / N`.
-        anchor_A (`torch.Tensor` of shape `[r, d_in]`, *optional*), anchor_B (`torch.Tensor` of shape `[d_out, r]`,
-            *optional*): Initial `A` and mean of the initial `B`, both or neither. They get no gradient.
+            Router. Without it, and without `logits`, every head weighs `1 / N`.
+        anchor_A (`torch.Tensor` like `A`, *optional*), anchor_B (`torch.Tensor` of shape `[d_out, r]`, *optional*):
+            Initial `A` and mean of the initial `B`, both or neither. They get no gradient. With an A for each head
+            `anchor_B` is the initial `B` itself.
         base (`torch.Tensor` of shape `[..., d_out]`, *optional*):
             Output of the layer, in the dtype of `x`.
         weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*):
@@ -270,23 +303,35 @@ def fused_multihead(
             Seed of the masks.
         inplace (`bool`, *optional*, defaults to `False`):
             Write the result over `base`, which must not be needed by anyone else.
+        logits (`torch.Tensor` of shape `[T, N]`, *optional*):
+            Logits of the heads for each token, in place of a router's.
+        top_k (`int`, *optional*, defaults to `0`):
+            Heads kept for each token; 0 keeps all.
+        probe (`LayerProbe`, *optional*):
+            Has the backward pass record how heads are used, and add the gradient of a balance loss.
 
     Returns:
         `torch.Tensor` of shape `[..., d_out]`: `base + delta`, `x weight^T + delta`, or the delta.
 
     Raises:
-        ValueError: If both `base` and `weight` are given.
+        ValueError: If both `base` and `weight`, or both `router` and `logits`, are given.
     """
     if base is not None and weight is not None:
         raise ValueError("Give `base` (the layer's output) or `weight` (to compute it here), not both.")
+    if router is not None and logits is not None:
+        raise ValueError("Give `router` or `logits` (which take its place), not both.")
     spec = DeltaSpec(
-        num_heads=B.shape[0],
-        r=B.shape[2],
+        layout=Layout(
+            *(B.shape[0], B.shape[2], router is not None or logits is not None),
+            anchored=anchor_A is not None,
+            shared=A.ndim == 2,
+            top_k=top_k,
+        ),
         scaling=scaling,
         dropout=dropout if seed is not None else 0.0,
         seed=seed if dropout > 0.0 else None,
-        routed=router is not None,
-        anchored=anchor_A is not None,
         inplace=inplace and base is not None and base.is_contiguous(),
+        # Under reentrant checkpointing the first pass has no backward pass: the recomputation records.
+        probe=probe if torch.is_grad_enabled() else None,
     )
-    return _MultiHeadDelta.apply(base, x, weight, A, B, router, anchor_A, anchor_B, spec)
+    return _MultiHeadDelta.apply(base, x, weight, A, B, router, anchor_A, anchor_B, logits, spec)

@@ -17,7 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from . import rank_space
+from .balance import LayerProbe, probe_projections
 from .dropout import keep_mask
+from .rank_space import Layout
 
 
 def multihead_delta(
@@ -32,6 +34,9 @@ def multihead_delta(
     dropout: float = 0.0,
     seed: int | torch.Tensor | None = None,
     dropout_position: str = "head",
+    logits: torch.Tensor | None = None,
+    top_k: int = 0,
+    probe: LayerProbe | None = None,
 ) -> torch.Tensor:
     """
     What a multi-head adapter adds to the output of its layer.
@@ -42,14 +47,15 @@ def multihead_delta(
     Args:
         x (`torch.Tensor` of shape `[..., d_in]`):
             Input of the layer.
-        A (`torch.Tensor` of shape `[r, d_in]`):
-            Shared down-projection.
+        A (`torch.Tensor` of shape `[r, d_in]` or `[N, r, d_in]`):
+            Down-projection, of all heads or one for each.
         B (`torch.Tensor` of shape `[N, d_out, r]`):
             Head matrices.
         router (`torch.Tensor` of shape `[N, d_in]`, *optional*):
-            Router. Without it every head weighs `1 / N`.
-        anchor_A (`torch.Tensor` of shape `[r, d_in]`, *optional*), anchor_B (`torch.Tensor` of shape `[d_out, r]`,
-            *optional*): Initial `A` and mean over heads of the initial `B`, both or neither. They get no gradient.
+            Router. Without it, and without `logits`, every head weighs `1 / N`.
+        anchor_A (`torch.Tensor` like `A`, *optional*), anchor_B (`torch.Tensor` of shape `[d_out, r]`, *optional*):
+            Initial `A` and mean over heads of the initial `B`, both or neither. They get no gradient. With an A for
+            each head `anchor_B` is the initial `B` itself.
         scaling (`float`, *optional*, defaults to `1.0`):
             Factor of the delta.
         dropout (`float`, *optional*, defaults to `0.0`):
@@ -58,6 +64,12 @@ def multihead_delta(
             Seed of the dropout mask.
         dropout_position (`str`, *optional*, defaults to `"head"`):
             `"head"`: one independent mask for each head, on `A x`. `"input"`: one mask, on the `x` that `A` sees.
+        logits (`torch.Tensor` of shape `[T, N]`, *optional*):
+            Logits of the heads for each token, in place of a router's.
+        top_k (`int`, *optional*, defaults to `0`):
+            Heads kept for each token; 0 keeps all.
+        probe (`LayerProbe`, *optional*):
+            Has the backward pass record how heads are used, and add the gradient of a balance loss.
 
     Returns:
         `torch.Tensor` of shape `[..., d_out]`, in the dtype in which the products ran.
@@ -66,17 +78,26 @@ def multihead_delta(
     tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
     anchor_A = None if anchor_A is None else anchor_A.detach()
     anchor_B = None if anchor_B is None else anchor_B.detach()
-    down, up = rank_space.pack(
-        *(A, B, router, anchor_A, anchor_B), scaling=scaling, dtype=x.dtype, down_rows=0, up_columns=0
+    layout = Layout(
+        *(num_heads, r, router is not None or logits is not None),
+        anchored=anchor_A is not None,
+        shared=A.ndim == 2,
+        top_k=top_k,
     )
+    down, up = rank_space.pack(
+        *(A, B, router, anchor_A, anchor_B, layout), scaling=scaling, dtype=x.dtype, down_rows=0, up_columns=0
+    )
+    start = layout.h_columns
     if seed is not None and dropout > 0.0 and dropout_position == "input":
         keep = keep_mask(seed, tuple(tokens.shape), dropout, tokens.device)
-        h = F.linear(tokens * keep * (1.0 / (1.0 - dropout)), down[:r])
-        P = torch.cat([h, F.linear(tokens, down[r:])], dim=1) if down.shape[0] > r else h
+        h = F.linear(tokens * keep * (1.0 / (1.0 - dropout)), down[:start])
+        P = torch.cat([h, F.linear(tokens, down[start:])], dim=1) if down.shape[0] > start else h
         seed = None
     else:
-        P = F.linear(tokens, down)  # [T, r + N + r]
-    Z = rank_space.mix(
-        P, 0, num_heads, r, routed=router is not None, anchored=anchor_A is not None, dropout=dropout, seed=seed
-    )
+        P = F.linear(tokens, down)  # [T, K]
+    if logits is not None:
+        P = torch.cat([P[:, :start], logits.to(P.dtype), P[:, start + num_heads :]], dim=1)
+    if probe is not None and torch.is_grad_enabled():
+        P = probe_projections(P, layout, probe)
+    Z = rank_space.mix(P, 0, layout, dropout=dropout, seed=seed)
     return F.linear(Z, up).view(*x.shape[:-1], d_out)

@@ -1,16 +1,62 @@
 """What happens in rank space, in plain torch: the twins of the Triton kernels, with the same arguments and results.
 
-Layout, with K = r + N + r columns of P and Z = (N + 1) r columns of the mixture, both possibly padded with zeros:
+Columns of P and Z, both possibly padded with zeros; the parts in brackets may be missing:
 
-    P  [T, K] = x down^T     down [K, d_in]  = [A; R; A0]
-    Z  [T, Z]                up   [d_out, Z] = scaling [B_1 .. B_N, mean B - B0]      delta = Z up^T
+    P  [T, K] = x down^T     down [K, d_in]  = [A; (R); (A0)]
+    Z  [T, Z]                up   [d_out, Z] = scaling [B_1 .. B_N, (mean B - B0)]      delta = Z up^T
 
-Without a router (uniform weights) the N columns of R are missing, without an anchor the last r columns of both.
+A has r rows if all heads share it and N r otherwise, and so has A0; then B0 is [N, d_out, r], and the last part of
+`up` is [B_i - B0_i] / N for each head.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from .dropout import keep_mask
+
+
+class Layout(NamedTuple):
+    """
+    Which columns P and Z have, and how the logits become weights.
+
+    Args:
+        num_heads (`int`), r (`int`): N and r.
+        routed (`bool`): P has N columns of logits; without them every head weighs `1 / N`.
+        anchored (`bool`): P and Z have the anchor's columns.
+        shared (`bool`): All heads share one A.
+        top_k (`int`): Heads kept for each token, by their logits; 0 keeps all.
+    """
+
+    num_heads: int
+    r: int
+    routed: bool = True
+    anchored: bool = True
+    shared: bool = True
+    top_k: int = 0
+
+    @property
+    def h_columns(self) -> int:
+        """Columns of A x, and of A0 x."""
+        return self.r if self.shared else self.r * self.num_heads
+
+    @property
+    def anchor_start(self) -> int:
+        """The first column of A0 x in P, after those of A x and of the logits."""
+        return self.h_columns + self.num_heads * self.routed
+
+    @property
+    def p_columns(self) -> int:
+        return self.anchor_start + self.h_columns * self.anchored
+
+    @property
+    def z_columns(self) -> int:
+        return self.num_heads * self.r + self.h_columns * self.anchored
+
+    @property
+    def statistics_columns(self) -> int:
+        """See [`statistics`]."""
+        return 3 + 3 * self.num_heads
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,23 +64,44 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def routing_weights(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over heads of the router's logits `[..., N]`, in float32 or wider."""
-    return torch.softmax(logits.to(_accumulation_dtype(logits.dtype)), dim=-1)
+def routing_weights(logits: torch.Tensor, top_k: int = 0) -> torch.Tensor:
+    """
+    The weights of the heads from the router's logits.
+
+    Args:
+        logits (`torch.Tensor` of shape `[..., N]`): Logits.
+        top_k (`int`, *optional*, defaults to `0`): Keep the largest `top_k` logits of each token, of equal ones the
+            first; the other heads weigh nothing. 0 keeps all.
+
+    Returns:
+        `torch.Tensor` of shape `[..., N]`, in float32 or wider, with rows that sum to one.
+    """
+    logits = logits.to(_accumulation_dtype(logits.dtype))
+    if 0 < top_k < logits.shape[-1]:
+        # Not `topk`, which does not say which of equal logits it takes.
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., top_k:], True)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    return torch.softmax(logits, dim=-1)
 
 
-def _split(
-    P: torch.Tensor, num_heads: int, r: int, routed: bool, anchored: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`A x` [T, r], the weights of the heads [T, N], and `A0 x` [T, r] or `None`, in float32 or wider."""
+def logits_of(P: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The columns of P with the logits, `[T, N]`."""
+    return P[:, layout.h_columns : layout.h_columns + layout.num_heads]
+
+
+def _split(P: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`A x` [T, 1 or N, r], the weights of the heads [T, N], and `A0 x` like `A x` or `None`, in float32 or wider."""
     dtype = _accumulation_dtype(P.dtype)
-    h = P[:, :r].to(dtype)
-    if routed:
-        weights = routing_weights(P[:, r : r + num_heads])
+    h = P[:, : layout.h_columns].to(dtype).view(P.shape[0], layout.h_columns // layout.r, layout.r)
+    if layout.routed:
+        weights = routing_weights(logits_of(P, layout), layout.top_k)
     else:
-        weights = h.new_full((P.shape[0], num_heads), 1.0 / num_heads)
-    start = r + num_heads * routed
-    return h, weights, P[:, start : start + r].to(dtype) if anchored else None
+        weights = h.new_full((P.shape[0], layout.num_heads), 1.0 / layout.num_heads)
+    if not layout.anchored:
+        return h, weights, None
+    start = layout.anchor_start
+    return h, weights, P[:, start : start + layout.h_columns].to(dtype).view_as(h)
 
 
 def _masked(tensor: torch.Tensor, dropout: float, seed: int | torch.Tensor | None) -> torch.Tensor:
@@ -53,88 +120,219 @@ def _assemble(parts: list[torch.Tensor], width: int, dtype: torch.dtype) -> torc
     return torch.cat(parts, dim=1).to(dtype) if len(parts) > 1 else parts[0].to(dtype)
 
 
+def statistics_rows(tokens: int) -> int:
+    """Rows of the buffer that [`mix`] fills with partial sums of [`statistics`]."""
+    return 1
+
+
+def statistics(P: torch.Tensor, layout: Layout, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Sums over the tokens that count, of what balance losses and logs are made from.
+
+    Probabilities are the softmax over all heads; weights are what mixes the heads, which differs for `top_k`.
+
+    Args:
+        P (`torch.Tensor` of shape `[T, K]`): Projections.
+        layout ([`Layout`]): Its columns, with logits.
+        token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count; by default all do.
+
+    Returns:
+        `torch.Tensor` of shape `[3 + 3 N]`, in float32 or wider: the number of tokens, the sum of the squared
+        log-sum-exp of the logits, the sum of the entropies (nats) of the probabilities; then for each head the number
+        of tokens whose largest probability it has (equal ones share the token), the sum of its probabilities, and the
+        sum of its weights.
+    """
+    logits = logits_of(P, layout).to(_accumulation_dtype(P.dtype))
+    log_z = torch.logsumexp(logits, -1)
+    log_p = logits - log_z.unsqueeze(-1)
+    p = log_p.exp()
+    top = (logits == logits.amax(-1, keepdim=True)).to(p.dtype)
+    columns = [torch.ones_like(log_z), log_z**2, -(p * log_p).sum(-1)]
+    heads = [top / top.sum(-1, keepdim=True), p, routing_weights(logits, layout.top_k)]
+    table = torch.cat([torch.stack(columns, 1), *heads], dim=1)
+    if token_mask is not None:
+        # Selected rather than multiplied: what padding computes may be NaN.
+        table = torch.where(token_mask.bool().unsqueeze(1), table, 0.0)
+    return table.sum(0)
+
+
+def summarise(
+    partials: torch.Tensor,
+    record: torch.Tensor,
+    prior: torch.Tensor | None,
+    layout: Layout,
+    *,
+    kind: str,
+    factor: float,
+    whole_step: bool,
+    expected_tokens: float,
+    upstream: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """
+    Add the sums of one layer in one micro-batch to its record, and derive the slope of its balance loss.
+
+    Args:
+        partials (`torch.Tensor` of shape `[rows, 3 + 3 N]`): Partial sums of [`statistics`].
+        record (`torch.Tensor` of shape `[at least 3 + 3 N + 1]`): Sums of the step so far; written to. The element
+            after those of [`statistics`] is the loss times its tokens.
+        prior (`torch.Tensor` of shape `[at least 2 N]`, *optional*): Shares f and P of the step before.
+        kind (`str`), factor (`float`), whole_step (`bool`), expected_tokens (`float`): See `balance.RoutingTally`.
+        upstream (`torch.Tensor`, *optional*): Gradient of the loss of the micro-batch; without it there is no slope.
+
+    Returns:
+        `torch.Tensor` of shape `[N + 2]` or `None`: The slope, see [`balance_gradient`].
+    """
+    num_heads = layout.num_heads
+    sums = partials.sum(0).to(record.dtype)
+    record[: layout.statistics_columns] += sums
+    if kind == "none":
+        return None
+    count = sums[0].clamp(min=1.0)
+    top, p = sums[3 : 3 + num_heads], sums[3 + num_heads : 3 + 2 * num_heads]
+    f, P = top / count, p / count
+    own_P = P
+    if whole_step:
+        seen = record[0].clamp(min=1.0)
+        left = (expected_tokens - seen).clamp(min=0.0) if prior is not None else torch.zeros_like(seen)
+        known = prior if prior is not None else torch.zeros_like(sums[: 2 * num_heads])
+        f, P = ((record[3 : 3 + 2 * num_heads] + left * known[: 2 * num_heads]) / (seen + left)).split(num_heads)
+    slope = record.new_zeros(num_heads + 2)
+    if kind == "switch":
+        loss = num_heads * (f * own_P).sum()
+        slope[:num_heads] = num_heads * f
+    elif kind == "importance":
+        loss = num_heads * (P * P).sum() - 1.0
+        slope[:num_heads] = 2.0 * num_heads * P
+    elif kind == "mutual_information":
+        log_P = P.clamp(min=torch.finfo(P.dtype).tiny).log()
+        loss = (P * log_P).sum() + sums[2] / count
+        slope[:num_heads] = log_P
+        slope[num_heads] = 1.0
+    else:
+        loss = sums[1] / count
+        slope[num_heads + 1] = 1.0
+    record[layout.statistics_columns] += loss * sums[0]
+    return None if upstream is None else slope * (factor * upstream.to(slope.dtype))
+
+
+def balance_gradient(
+    P: torch.Tensor, layout: Layout, slope: torch.Tensor, token_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    The gradient of a balance loss for the logits.
+
+    Args:
+        P (`torch.Tensor` of shape `[T, K]`): Projections.
+        layout ([`Layout`]): Its columns.
+        slope (`torch.Tensor` of shape `[N + 2]`): Derivative of the loss for the probability of each head in one
+            token, for the entropy of one token, and for the squared log-sum-exp of one token.
+        token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count.
+
+    Returns:
+        `torch.Tensor` of shape `[T, N]`, in float32 or wider.
+    """
+    logits = logits_of(P, layout).to(_accumulation_dtype(P.dtype))
+    log_z = torch.logsumexp(logits, -1, keepdim=True)
+    log_p = logits - log_z
+    p = log_p.exp()
+    slope = slope.to(p.dtype)
+    a = slope[: layout.num_heads]
+    entropy = -(p * log_p).sum(-1, keepdim=True)
+    inner = a - (p * a).sum(-1, keepdim=True) - slope[-2] * (log_p + entropy) + 2.0 * slope[-1] * log_z
+    gradient = p * inner
+    return gradient if token_mask is None else torch.where(token_mask.bool().unsqueeze(1), gradient, 0.0)
+
+
 def mix(
     P: torch.Tensor,
     z_width: int,
-    num_heads: int,
-    r: int,
+    layout: Layout,
     *,
-    routed: bool,
-    anchored: bool,
-    dropout: float,
-    seed: int | torch.Tensor | None,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    partials: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The mixture Z from the projections P: weights, head dropout, and the cancellation of the anchor.
 
     Args:
         P (`torch.Tensor` of shape `[T, K]`): Projections.
-        z_width (`int`): Columns of the result, at least `(N + anchored) * r`.
-        num_heads (`int`), r (`int`): N and r.
-        routed (`bool`), anchored (`bool`): Whether P has the router's and the anchor's columns.
+        z_width (`int`): Columns of the result, at least `layout.z_columns`.
+        layout ([`Layout`]): The columns of P.
         dropout (`float`): Probability that an element is dropped.
         seed (`int`, *optional*): Seed of the masks; without it nothing is dropped.
+        partials (`torch.Tensor` of shape `[statistics_rows(T), layout.statistics_columns]`, *optional*):
+            Filled with partial sums of [`statistics`].
+        token_mask (`torch.Tensor` of shape `[T]`, *optional*): The tokens that count in them.
 
     Returns:
         `torch.Tensor` of shape `[T, z_width]`, in the dtype of P.
     """
-    h, weights, h0 = _split(P, num_heads, r, routed, anchored)
-    z = _masked(weights.unsqueeze(-1) * h.unsqueeze(1), dropout, seed)  # [T, N, r]
+    h, weights, h0 = _split(P, layout)
+    if partials is not None:
+        partials.copy_(statistics(P, layout, token_mask).unsqueeze(0))
+    z = _masked(weights.unsqueeze(-1) * h, dropout, seed)  # [T, N, r]
     if h0 is None:
         return _assemble([z.flatten(1)], z_width, P.dtype)
-    return _assemble([(z - h0.unsqueeze(1) * (1.0 / num_heads)).flatten(1), h0], z_width, P.dtype)
+    return _assemble([(z - h0 * (1.0 / layout.num_heads)).flatten(1), h0.flatten(1)], z_width, P.dtype)
 
 
-def project_mix(
-    x: torch.Tensor, down: torch.Tensor, z_width: int, num_heads: int, r: int, *, routed: bool, anchored: bool
-) -> torch.Tensor:
+def project_mix(x: torch.Tensor, down: torch.Tensor, z_width: int, layout: Layout) -> torch.Tensor:
     """
     `mix(x down^T)` without dropout, for the few tokens of a decoding step.
 
     Args:
         x (`torch.Tensor` of shape `[T, d_in]`), down (`torch.Tensor` of shape `[K, d_in]`): Tokens and packed weights.
+        layout ([`Layout`]): With `shared` and without `top_k`.
 
     The other arguments, and the result, are those of [`mix`].
     """
-    P = x @ down.T
-    return mix(P, z_width, num_heads, r, routed=routed, anchored=anchored, dropout=0.0, seed=None)
+    return mix(x @ down.T, z_width, layout)
 
 
 def mix_backward(
     P: torch.Tensor,
     dZ: torch.Tensor,
-    num_heads: int,
-    r: int,
+    layout: Layout,
     *,
-    routed: bool,
-    anchored: bool,
-    dropout: float,
-    seed: int | torch.Tensor | None,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    slope: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The gradient of P from that of Z, and Z itself again, whose masks are made anew from the seed.
 
     Args:
         P (`torch.Tensor` of shape `[T, K]`), dZ (`torch.Tensor` of shape `[T, Z]`): Projections and upstream gradient.
+        slope (`torch.Tensor` of shape `[N + 2]`, *optional*): Adds [`balance_gradient`] to that of the logits.
 
     The other arguments are those of [`mix`].
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Z `[T, Z]` and dP `[T, K]`, in the dtype of P.
     """
-    h, weights, h0 = _split(P, num_heads, r, routed, anchored)
+    h, weights, h0 = _split(P, layout)
+    num_heads = layout.num_heads
+    heads = num_heads * layout.r
     wide = dZ.to(h.dtype)
-    dz = wide[:, : num_heads * r].view(-1, num_heads, r)
-    z = _masked(weights.unsqueeze(-1) * h.unsqueeze(1), dropout, seed)
+    dz = wide[:, :heads].view(-1, num_heads, layout.r)
+    z = _masked(weights.unsqueeze(-1) * h, dropout, seed)
     dm = _masked(dz, dropout, seed)
-    dw = (dm * h.unsqueeze(1)).sum(-1)  # [T, N]
-    grads = [(weights.unsqueeze(-1) * dm).sum(1)]
-    if routed:
-        grads.append(weights * (dw - (weights * dw).sum(-1, keepdim=True)))
+    dw = (dm * h).sum(-1)  # [T, N]
+    dh = weights.unsqueeze(-1) * dm
+    grads = [dh.sum(1) if layout.shared else dh.flatten(1)]
+    if layout.routed:
+        dlogits = weights * (dw - (weights * dw).sum(-1, keepdim=True))
+        if slope is not None:
+            dlogits = dlogits + balance_gradient(P, layout, slope, token_mask)
+        grads.append(dlogits)
     mixture = [z.flatten(1)]
     if h0 is not None:
-        mixture = [(z - h0.unsqueeze(1) * (1.0 / num_heads)).flatten(1), h0]
-        grads.append(wide[:, num_heads * r : (num_heads + 1) * r] - dz.sum(1) * (1.0 / num_heads))
+        mixture = [(z - h0 * (1.0 / num_heads)).flatten(1), h0.flatten(1)]
+        from_heads = (dz.sum(1) if layout.shared else dz.flatten(1)) * (1.0 / num_heads)
+        grads.append(wide[:, heads : heads + layout.h_columns] - from_heads)
     return _assemble(mixture, dZ.shape[1], P.dtype), _assemble(grads, P.shape[1], P.dtype)
 
 
@@ -144,6 +342,7 @@ def pack(
     router: torch.Tensor | None,
     anchor_A: torch.Tensor | None,
     anchor_B: torch.Tensor | None,
+    layout: Layout,
     *,
     scaling: float,
     dtype: torch.dtype,
@@ -154,8 +353,10 @@ def pack(
     The small weights side by side, in the dtype of the products.
 
     Args:
-        A `[r, d_in]`, B `[N, d_out, r]`, router `[N, d_in]`, anchor_A `[r, d_in]`, anchor_B `[d_out, r]`:
-            The parameters, the last three optional.
+        A `[r, d_in]` or `[N, r, d_in]`, B `[N, d_out, r]`, router `[N, d_in]`, anchor_A like A, anchor_B `[d_out, r]`
+            or, with an A for each head, `[N, d_out, r]`: The parameters, the last three optional. Without `router` its
+            rows are zero if the layout has them: the logits come from elsewhere.
+        layout ([`Layout`]): The columns of P and Z.
         scaling (`float`): Factor of the delta, which goes into `up`.
         dtype (`torch.dtype`): Dtype of the results.
         down_rows (`int`), up_columns (`int`): Sizes with padding.
@@ -164,11 +365,19 @@ def pack(
         `tuple[torch.Tensor, torch.Tensor]`: `down` `[down_rows, d_in]` and `up` `[d_out, up_columns]`.
     """
     num_heads, d_out, r = B.shape
-    downs = [weight for weight in (A, router, anchor_A) if weight is not None]
-    down = torch.cat(downs) if len(downs) > 1 else A
+    d_in = A.shape[-1]
+    downs = [A.reshape(-1, d_in)]
+    if layout.routed:
+        downs.append(A.new_zeros(num_heads, d_in) if router is None else router)
+    if anchor_A is not None:
+        downs.append(anchor_A.reshape(-1, d_in))
+    down = torch.cat(downs) if len(downs) > 1 else downs[0]
     ups = B.transpose(0, 1).reshape(d_out, num_heads * r)
-    if anchor_B is not None:
+    if anchor_B is not None and layout.shared:
         ups = torch.cat([ups, B.mean(0) - anchor_B], dim=1)
+    elif anchor_B is not None:
+        shift = (B - anchor_B) * (1.0 / num_heads)
+        ups = torch.cat([ups, shift.transpose(0, 1).reshape(d_out, num_heads * r)], dim=1)
     down, ups = down.to(dtype), (ups * scaling).to(dtype)
     if down_rows > down.shape[0]:
         down = torch.nn.functional.pad(down, (0, 0, 0, down_rows - down.shape[0]))
@@ -177,16 +386,15 @@ def pack(
     return down, ups
 
 
-def unpack_up(
-    dUp: torch.Tensor, num_heads: int, r: int, *, scaling: float, anchored: bool, dtype: torch.dtype
-) -> torch.Tensor:
+def unpack_up(dUp: torch.Tensor, layout: Layout, *, scaling: float, dtype: torch.dtype) -> torch.Tensor:
     """
     The gradient of B `[N, d_out, r]`, in `dtype`, from that of `up` `[d_out, Z]`.
 
-    Through `mean B` each head gets 1/N of what the anchor's columns get.
+    Each head gets 1/N of what the anchor's columns get: through `mean B`, or its own if it has an A of its own.
     """
-    d_out = dUp.shape[0]
+    d_out, num_heads, r = dUp.shape[0], layout.num_heads, layout.r
     heads = dUp[:, : num_heads * r].view(d_out, num_heads, r)
-    if anchored:
-        heads = heads + dUp[:, num_heads * r : (num_heads + 1) * r].unsqueeze(1) * (1.0 / num_heads)
+    if layout.anchored:
+        anchor = dUp[:, num_heads * r : num_heads * r + layout.h_columns].view(d_out, -1, r)
+        heads = heads + anchor * (1.0 / num_heads)
     return (heads * scaling).transpose(0, 1).to(dtype).contiguous()

@@ -15,36 +15,52 @@ def multihead_delta_reference(
     dropout: float = 0.0,
     head_masks: torch.Tensor | None = None,
     input_mask: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+    top_k: int = 0,
 ) -> torch.Tensor:
     """
     What a multi-head adapter adds to the output of its layer, head by head (paper, section 3 and equation 4).
 
     Args:
         x (`torch.Tensor` of shape `[T, d_in]`): Tokens.
-        A (`torch.Tensor` of shape `[r, d_in]`): Shared down-projection.
+        A (`torch.Tensor` of shape `[r, d_in]` or `[N, r, d_in]`): Down-projection, of all heads or one for each.
         B (`torch.Tensor` of shape `[N, d_out, r]`): Head matrices.
         router (`torch.Tensor` of shape `[N, d_in]`, *optional*): Router; without it every head weighs `1 / N`.
-        anchor_A (`torch.Tensor` of shape `[r, d_in]`, *optional*): Initial value of `A`.
-        anchor_B (`torch.Tensor` of shape `[d_out, r]`, *optional*): Mean over heads of the initial `B`.
+        anchor_A (`torch.Tensor` like `A`, *optional*): Initial value of `A`.
+        anchor_B (`torch.Tensor` of shape `[d_out, r]` or, with an A for each head, `[N, d_out, r]`, *optional*): Mean
+            over heads of the initial `B`, or the initial `B`.
         scaling (`float`): Factor in front of the sum.
         dropout (`float`): Probability that an element is dropped.
         head_masks (`torch.Tensor` of shape `[T, N, r]`, *optional*): Elements of `A x` that each head keeps.
         input_mask (`torch.Tensor` of shape `[T, d_in]`, *optional*): Elements of `x` that the path through `A` keeps.
+        logits (`torch.Tensor` of shape `[T, N]`, *optional*): Logits in place of a router's.
+        top_k (`int`): Heads kept for each token, those with the largest logits; 0 keeps all.
 
     Returns:
         `torch.Tensor` of shape `[T, d_out]`.
     """
     num_heads = B.shape[0]
     keep = 1.0 - dropout
-    h = (x if input_mask is None else x * input_mask / keep) @ A.T  # [T, r]
-    if router is None:
-        weights = x.new_full((x.shape[0], num_heads), 1.0 / num_heads)
-    else:
-        weights = torch.softmax(x @ router.T, dim=-1)  # [T, N]
+    seen = x if input_mask is None else x * input_mask / keep
+    heads_A = [A] * num_heads if A.ndim == 2 else list(A)
+    if router is not None:
+        logits = x @ router.T
+    if logits is None:
+        logits = x.new_zeros(x.shape[0], num_heads)
+    elif 0 < top_k < num_heads:
+        smallest_kept = logits.sort(dim=-1, descending=True).values[:, top_k - 1 : top_k]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    weights = torch.softmax(logits, dim=-1)  # [T, N]
     y = x.new_zeros(x.shape[0], B.shape[1])
     for i in range(num_heads):
-        h_i = h if head_masks is None else h * head_masks[:, i] / keep  # [T, r]
+        h_i = seen @ heads_A[i].T  # [T, r]
+        if head_masks is not None:
+            h_i = h_i * head_masks[:, i] / keep
         y = y + weights[:, i : i + 1] * (h_i @ B[i].T)  # [T, d_out]
     if anchor_A is not None and anchor_B is not None:
-        y = y - (x @ anchor_A.T) @ anchor_B.T
+        if A.ndim == 2:
+            y = y - (x @ anchor_A.T) @ anchor_B.T
+        else:
+            for i in range(num_heads):
+                y = y - (x @ anchor_A[i].T) @ anchor_B[i].T / num_heads
     return scaling * y

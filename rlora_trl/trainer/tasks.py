@@ -72,8 +72,51 @@ def join_tasks(
         ValueError: If there is no task, a task is empty, or formats differ.
         TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
     """
+    labelled = list(label_tasks(datasets, task_column=task_column, text_column=text_column).values())
+    if isinstance(labelled[0], IterableDataset):
+        return interleave_datasets(labelled, stopping_strategy="all_exhausted_without_replacement")
+    return concatenate_datasets(labelled).shuffle(seed=seed)
+
+
+def label_tasks(
+    datasets: Mapping[str, AnyDataset], *, task_column: str = "task", text_column: str = "text"
+) -> dict[str, AnyDataset]:
+    """
+    The data sets of several tasks, ready to be joined: of one format, of the same columns, each naming its task.
+
+    Args:
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all of one of TRL's formats.
+        task_column (`str`, *optional*, defaults to `"task"`): Name of the new column.
+        text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
+
+    Returns:
+        `dict[str, Dataset | IterableDataset]`: With the columns of the common format and the task column.
+
+    Raises:
+        ValueError: If there is no task, a task is empty, or formats differ.
+        TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
+    """
+    streamed = _check_datasets(datasets)
+    formats = {task: _format_of(task, dataset, text_column) for task, dataset in datasets.items()}
+    if len(set(formats.values())) > 1:
+        listed = "; ".join(f"{task}: {' and '.join(names)}" for task, names in formats.items())
+        raise ValueError(f"Tasks come in different formats ({listed}). Bring them to one format.")
+    names = next(iter(formats.values()))
+    if task_column in names:
+        raise ValueError(
+            f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another "
+            "name for the column that names the task."
+        )
+    kept = [*names, *_companions(datasets, names)]
+    labelled = {task: _label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()}
+    # `interleave_datasets` aligns the features of streams itself.
+    return labelled if streamed else _align(labelled)
+
+
+def _check_datasets(datasets: Mapping[str, AnyDataset]) -> bool:
+    """Whether the tasks are streams, after checking that each is a data set with rows and that all are of one kind."""
     if not datasets:
-        raise ValueError("`train_dataset` is a dictionary without tasks. Give it at least one, {name: Dataset}.")
+        raise ValueError("Got a dictionary without tasks. Give it at least one, {name: Dataset}.")
     kinds = set()
     for task, dataset in datasets.items():
         if not isinstance(dataset, Dataset | IterableDataset):
@@ -87,22 +130,7 @@ def join_tasks(
         raise TypeError(
             "Tasks mix streamed and map-style data sets. Load all of them with, or without, `streaming=True`."
         )
-
-    formats = {task: _format_of(task, dataset, text_column) for task, dataset in datasets.items()}
-    if len(set(formats.values())) > 1:
-        listed = "; ".join(f"{task}: {' and '.join(names)}" for task, names in formats.items())
-        raise ValueError(f"Tasks come in different formats ({listed}). Bring them to one format.")
-    names = next(iter(formats.values()))
-    if task_column in names:
-        raise ValueError(
-            f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another "
-            "name for the column that names the task."
-        )
-    kept = [*names, *_companions(datasets, names)]
-    labelled = {task: _label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()}
-    if True in kinds:
-        return interleave_datasets(list(labelled.values()), stopping_strategy="all_exhausted_without_replacement")
-    return concatenate_datasets(_align(labelled)).shuffle(seed=seed)
+    return kinds.pop()
 
 
 def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> list[str]:
@@ -122,10 +150,10 @@ def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> l
     return kept
 
 
-def _align(datasets: Mapping[str, Dataset]) -> list[Dataset]:
+def _align(datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The data sets with the features of the first, where they can be cast."""
     first_task, first = next(iter(datasets.items()))
-    aligned = []
+    aligned = {}
     for task, dataset in datasets.items():
         if dataset.features != first.features:
             try:
@@ -135,7 +163,7 @@ def _align(datasets: Mapping[str, Dataset]) -> list[Dataset]:
                     f"Tasks {first_task!r} and {task!r} can't be joined: their columns have the types "
                     f"{first.features} and {dataset.features}. Bring them to the same types."
                 ) from error
-        aligned.append(dataset)
+        aligned[task] = dataset
     return aligned
 
 
@@ -190,6 +218,24 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
     return sorted(feature.int2str(name) if isinstance(feature, ClassLabel) else str(name) for name in names)
 
 
+def refuse_splits(datasets: Any) -> None:
+    """
+    Refuse a `DatasetDict` of splits, which would be taken for tasks: a test split must not become training data.
+
+    Args:
+        datasets: What was given as data sets by task.
+
+    Raises:
+        ValueError: If it is a `DatasetDict` or `IterableDatasetDict` of nothing but splits.
+    """
+    splits = {"train", "test", "validation", "eval", "dev"}
+    if isinstance(datasets, DatasetDict | IterableDatasetDict) and set(datasets) <= splits:
+        raise ValueError(
+            f"Got a DatasetDict of the splits {', '.join(datasets)}, which are not tasks. Pass one of them, such as "
+            'dataset["train"].'
+        )
+
+
 def collect_tasks(
     train_dataset: Any, *, task_column: str, text_column: str, seed: int
 ) -> tuple[Any, list[str] | None]:
@@ -208,17 +254,7 @@ def collect_tasks(
     Raises:
         ValueError: See [`join_tasks`] and [`tasks_in`].
     """
-    if isinstance(train_dataset, DatasetDict | IterableDatasetDict) and set(train_dataset) <= {
-        "train",
-        "test",
-        "validation",
-        "eval",
-        "dev",
-    }:
-        raise ValueError(
-            f"`train_dataset` is a DatasetDict of the splits {', '.join(train_dataset)}, which are not tasks. Pass "
-            'one of them, such as dataset["train"].'
-        )
+    refuse_splits(train_dataset)
     if isinstance(train_dataset, Mapping):
         joined = join_tasks(train_dataset, task_column=task_column, text_column=text_column, seed=seed)
         return joined, [str(task) for task in train_dataset]

@@ -5,9 +5,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ..kernels import draw_seed, draw_seed_tensor, fused_multihead, multihead_delta, routing_weights
+from ..kernels import LayerProbe, draw_seed, draw_seed_tensor, fused_multihead, multihead_delta, routing_weights
 from ..kernels.fused import DeltaSpec, PackedAdapter, pack_weights
+from ..kernels.rank_space import Layout
 from .initialization import init_heads_, init_router_
+from .routing import Routing
 
 
 # A, B, router, A0, B0
@@ -18,14 +20,19 @@ AdapterTensors: TypeAlias = tuple[
 
 class MultiHeadAdapter(nn.Module):
     """
-    Shared down-projection `A`, `num_heads` head matrices `B` mixed by a router, and the frozen anchor `A0`, `B0`.
+    Down-projection `A`, `num_heads` head matrices `B` mixed by a router, and the frozen anchor `A0`, `B0`.
 
-    With h = A x, w = softmax(router x) and m_i the dropout mask of head i (R-LoRA, arXiv 2502.15455, equation 4):
+    With h = A x, w the weights of the heads and m_i the dropout mask of head i (R-LoRA, arXiv 2502.15455, equation 4):
 
         delta(x) = scaling * (sum_i w_i B_i (m_i . h) / (1 - p)  -  B0 (A0 x))
 
     `A0` and `B0` are the initial `A` and the mean over heads of the initial `B`. The paper subtracts `B0 A0` from the
-    frozen weight; kept here instead, the base layer is never touched, whatever its dtype or quantisation.
+    frozen weight; kept here instead, the base layer is never touched, whatever its dtype or quantisation. With an A
+    for each head (`share_a=False`) h is A_i x, `A0` and `B0` are the initial `A` and `B`, and what is subtracted is
+    the mean over heads of B0_i (A0_i x).
+
+    The weights are the softmax of logits, which are `router x` ("softmax"), the same with all but the largest
+    `router_top_k` left out ("top_k"), or those of the token's task ("task"); or they are all alike ("uniform").
 
     All parameters are direct members, so that DeepSpeed ZeRO-3 gathers them when the module is called.
 
@@ -39,7 +46,13 @@ class MultiHeadAdapter(nn.Module):
         scaling (`float`):
             Factor of the delta.
         router (`str`, *optional*, defaults to `"softmax"`):
-            `"softmax"` or `"uniform"`.
+            `"softmax"`, `"top_k"`, `"task"` or `"uniform"`.
+        router_top_k (`int`, *optional*):
+            Heads kept for each token by `"top_k"`.
+        share_a (`bool`, *optional*, defaults to `True`):
+            One A for all heads rather than one for each.
+        routing ([`Routing`], *optional*):
+            What the layers of one adapter share; its tasks are the rows of a task router.
         router_init (`str`, *optional*, defaults to `"zeros"`):
             `"zeros"` or `"kaiming_uniform"`.
         dropout (`float`, *optional*, defaults to `0.0`):
@@ -68,6 +81,9 @@ class MultiHeadAdapter(nn.Module):
         scaling: float,
         *,
         router: str = "softmax",
+        router_top_k: int | None = None,
+        share_a: bool = True,
+        routing: Routing | None = None,
         router_init: str = "zeros",
         dropout: float = 0.0,
         dropout_position: str = "head",
@@ -84,17 +100,23 @@ class MultiHeadAdapter(nn.Module):
         self.dropout, self.dropout_position = dropout, dropout_position
         self.init_weights, self.init_gamma = init_weights, init_gamma
 
-        self.A = nn.Parameter(torch.empty(r, in_features, dtype=dtype))
+        self.top_k = router_top_k or 0
+        self.share_a = share_a
+        self.routing = routing if routing is not None else Routing(None, router)
+        self.routing_row: int | None = None  # this layer's row in records of how heads are used
+
+        self.A = nn.Parameter(torch.empty((r, in_features) if share_a else (num_heads, r, in_features), dtype=dtype))
         self.B = nn.Parameter(torch.empty(num_heads, out_features, r, dtype=dtype))
-        if router == "softmax":
-            self.router = nn.Parameter(torch.empty(num_heads, in_features, dtype=dtype))
-        else:
+        if router == "uniform":
             self.register_parameter("router", None)
+        else:
+            shape = (len(self.routing.tasks), num_heads) if router == "task" else (num_heads, in_features)
+            self.router = nn.Parameter(torch.empty(shape, dtype=dtype))
         # With a zero A or a zero B the initial delta is zero: there is nothing to subtract.
         anchored = init_weights == "rlora"
         # Frozen parameters rather than buffers: DistributedDataParallel broadcasts buffers before each forward pass.
         self.A0 = nn.Parameter(torch.empty_like(self.A), requires_grad=False) if anchored else None
-        self.B0 = nn.Parameter(torch.empty_like(self.B[0]), requires_grad=False) if anchored else None
+        self.B0 = nn.Parameter(torch.empty_like(self._anchor_of(self.B)), requires_grad=False) if anchored else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,12 +127,16 @@ class MultiHeadAdapter(nn.Module):
             init_router_(self.router, self.router_init if self.init_weights is not False else "kaiming_uniform")
         self.reset_anchor()
 
+    def _anchor_of(self, B: torch.Tensor) -> torch.Tensor:
+        """What the anchor keeps of B: with a shared A its mean is enough."""
+        return B.mean(0) if self.share_a else B
+
     @torch.no_grad()
     def reset_anchor(self) -> None:
         """Set the anchor to the present values, so that the delta with equal weights of all heads is zero."""
         if self.A0 is not None and self.B0 is not None:
             self.A0.copy_(self.A)
-            self.B0.copy_(self.B.mean(0))
+            self.B0.copy_(self._anchor_of(self.B))
 
     @torch.no_grad()
     def is_at_anchor(self) -> bool:
@@ -119,7 +145,7 @@ class MultiHeadAdapter(nn.Module):
             self.A0 is not None
             and self.B0 is not None
             and torch.equal(self.A0, self.A)
-            and torch.equal(self.B0, self.B.mean(0))
+            and torch.equal(self.B0, self._anchor_of(self.B))
         )
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -163,12 +189,15 @@ class MultiHeadAdapter(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.routing.usage is not None and not self.training:
+            self._record_usage(x)
         masked = self.training and self.dropout > 0.0
         composed = torch.compiler.is_compiling() or (masked and self.dropout_position == "input")
         if composed or (base is not None and base.dtype != x.dtype):
             return self._composed(x, base, weight, masked)
+        logits = self._task_logits(x) if self.router_kind == "task" else None
         if not self.training and not torch.is_grad_enabled() and weight is None:
-            return self._packed(x).apply(x, base, inplace=inplace)
+            return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
         return fused_multihead(
             x,
             *self._tensors(),
@@ -178,10 +207,19 @@ class MultiHeadAdapter(nn.Module):
             dropout=self.dropout,
             seed=draw_seed() if masked else None,
             inplace=inplace,
+            logits=logits,
+            top_k=self.top_k,
+            probe=self._probe(x),
         )
 
     def _tensors(self) -> AdapterTensors:
-        return self.A, self.B, self.router, self.A0, self.B0
+        """With the router where it is a matrix for the input, which that of tasks is not."""
+        return self.A, self.B, None if self.router_kind == "task" else self.router, self.A0, self.B0
+
+    def _probe(self, x: torch.Tensor) -> LayerProbe | None:
+        if not self.training or self.routing.tally is None:
+            return None
+        return self.routing.probe(self.routing_row, x.shape[:-1].numel())
 
     def _composed(
         self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
@@ -197,6 +235,9 @@ class MultiHeadAdapter(nn.Module):
             dropout=self.dropout,
             seed=seed,
             dropout_position=self.dropout_position,
+            logits=self._task_logits(x) if self.router_kind == "task" else None,
+            top_k=self.top_k,
+            probe=self._probe(x),
         )
         if weight is not None:
             base = nn.functional.linear(x, weight)
@@ -209,10 +250,41 @@ class MultiHeadAdapter(nn.Module):
         key = [x.dtype, torch.is_inference_mode_enabled()]
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
-            routed, anchored = self.router is not None, self.A0 is not None
-            spec = DeltaSpec(self.num_heads, self.r, self.scaling, 0.0, None, routed, anchored)
+            layout = Layout(
+                *(self.num_heads, self.r, self.router is not None, self.A0 is not None, self.share_a, self.top_k)
+            )
+            spec = DeltaSpec(layout, self.scaling)
             self._cache = (key, PackedAdapter(*pack_weights(*self._tensors(), spec, x.dtype), spec))
         return self._cache[1]
+
+    def task_mixtures(self) -> torch.Tensor:
+        """
+        Logits of the heads `[K + 1, N]` for each of the K tasks, and for no task: the mean of the K mixtures.
+
+        In float32 or wider.
+        """
+        logits = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
+        return torch.cat([logits, logits.softmax(-1).mean(0, keepdim=True).log()])
+
+    def _task_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, N]` of the tasks of the tokens of `x`."""
+        mixtures = self.task_mixtures()
+        task_ids = self.routing.token_task_ids(x.shape[:-1], x.device)
+        if task_ids is None:
+            self.routing.warn_of_mean_mixture()
+            return mixtures[-1].expand(x.shape[:-1].numel(), -1)
+        # `embedding`, as its gradient is summed in a fixed order.
+        return nn.functional.embedding(torch.where(task_ids < 0, len(mixtures) - 1, task_ids), mixtures)
+
+    @torch.no_grad()
+    def _record_usage(self, x: torch.Tensor) -> None:
+        routing = self.routing
+        if routing.usage is None or self.routing_row is None:
+            return
+        tokens = x.shape[:-1].numel()
+        weights = self.mixture(x).reshape(tokens, self.num_heads)
+        task_ids = routing.token_task_ids(x.shape[:-1], x.device)
+        routing.usage.add(self.routing_row, weights, task_ids, routing.mask_for(tokens))
 
     def train(self, mode: bool = True) -> "MultiHeadAdapter":
         """Switch between training and inference; what inference keeps is dropped."""
@@ -228,7 +300,9 @@ class MultiHeadAdapter(nn.Module):
         """The weights `[..., N]` of the heads for inputs `x` `[..., d_in]`, in float32 or wider."""
         if self.router is None:
             return x.new_full((*x.shape[:-1], self.num_heads), 1.0 / self.num_heads, dtype=torch.float32)
-        return routing_weights(nn.functional.linear(x, self.router.to(x.dtype)))
+        if self.router_kind == "task":
+            return routing_weights(self._task_logits(x)).view(*x.shape[:-1], self.num_heads)
+        return routing_weights(nn.functional.linear(x, self.router.to(x.dtype)), self.top_k)
 
     def delta_weight(self) -> torch.Tensor:
         """
@@ -243,14 +317,17 @@ class MultiHeadAdapter(nn.Module):
                 'matrix. Only `router="uniform"` has one.'
             )
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        delta = self.B.to(dtype).mean(0) @ self.A.to(dtype)
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        delta = B.mean(0) @ A if self.share_a else (B @ A).mean(0)
         if self.A0 is not None and self.B0 is not None:
-            delta = delta - self.B0.to(dtype) @ self.A0.to(dtype)
+            offset = self.B0.to(dtype) @ self.A0.to(dtype)
+            delta = delta - (offset if self.share_a else offset.mean(0))
         return self.scaling * delta
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"num_heads={self.num_heads}, scaling={self.scaling:g}, router={self.router_kind!r}, "
+            f"share_a={self.share_a}, "
             f"dropout={self.dropout:g} ({self.dropout_position})"
         )

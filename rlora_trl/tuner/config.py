@@ -31,7 +31,8 @@ class RLoraPeftType(str, Enum):  # noqa: UP042 - as `peft.PeftType`; StrEnum pri
 @dataclass
 class RLoraConfig(PeftConfig):
     """
-    Configuration of an R-LoRA adapter ([R-LoRA: Randomized Multi-Head LoRA](https://huggingface.co/papers/2502.15455)).
+    Configuration of an R-LoRA adapter ([R-LoRA: Randomized Multi-Head
+    LoRA](https://huggingface.co/papers/2502.15455)).
 
     Args:
         r (`int`, *optional*, defaults to `4`):
@@ -58,17 +59,19 @@ class RLoraConfig(PeftConfig):
         init_gamma (`float`, *optional*, defaults to `64.0`):
             Constant gamma of Table 1: the standard deviations are `d_out**0.25 / sqrt(gamma * fan)`.
         router (`str`, *optional*, defaults to `"softmax"`):
-            How the heads are weighted: `"softmax"` of the router's logits for each token, or `"uniform"`. (`"top_k"`
-            and `"task"` are reserved.)
+            How the heads are weighted. `"softmax"`: of the router's logits for each token. `"top_k"`: the same over
+            the `router_top_k` largest logits. `"task"`: one learned mixture for each of `tasks`. `"uniform"`: all
+            alike.
         router_init (`str`, *optional*, defaults to `"zeros"`):
             `"zeros"`: all heads weigh the same at the start, so that the model at step 0 is the base model.
-            `"kaiming_uniform"`: the authors' code; only close to the base model.
+            `"kaiming_uniform"`: the authors' code; only close to the base model. `"top_k"` needs it.
         router_top_k (`int`, *optional*):
-            Number of heads kept for each token by `router="top_k"`.
+            Number of heads kept for each token by `router="top_k"`, from 2 to `num_heads - 1`.
         share_a (`bool`, *optional*, defaults to `True`):
-            One A for all heads. (`False`, one for each head, is reserved.)
+            One A for all heads; `False` gives each its own (Multi-LoRA, LoRA-MoE).
         tasks (`list[str]`, *optional*):
-            Names of the tasks that the adapter was trained on. The trainer fills it in.
+            Names of the tasks that the adapter was trained on. The trainer fills it in. Their order is that of the
+            mixtures of `router="task"`, which has to know them when the adapter is made.
         modules_to_save (`list[str]`, *optional*):
             Modules besides the adapters to train in full and to save.
         layers_to_transform (`int` or `list[int]`, *optional*), layers_pattern (`str` or `list[str]`, *optional*):
@@ -83,8 +86,8 @@ class RLoraConfig(PeftConfig):
             Rows of the token embedding to train, as in `LoraConfig`.
 
     Raises:
-        ValueError: If a field has a value outside its range.
-        NotImplementedError: For a value that is reserved for a later version.
+        ValueError: If a field has a value outside its range, or fields do not go together.
+        TypeError: If a field has a value of another kind.
     """
 
     r: int = field(default=4, metadata={"help": "Rank of each head."})
@@ -157,7 +160,8 @@ class RLoraConfig(PeftConfig):
         self._check_sizes()
         self._check_choices()
         self._check_layers()
-        self._check_reserved()
+        self._check_router()
+        self._check_tasks()
         self._check_symmetry()
 
     def _check_sizes(self) -> None:
@@ -225,21 +229,44 @@ class RLoraConfig(PeftConfig):
                 f"{self.layers_to_transform!r}. Set it to the indices of the layers to adapt."
             )
 
-    def _check_reserved(self) -> None:
-        if self.router in ("top_k", "task"):
-            raise NotImplementedError(
-                f"`router={self.router!r}` is reserved for a later version. Set `router='softmax'` or 'uniform'."
+    def _check_router(self) -> None:
+        top_k = self.router_top_k
+        if self.router != "top_k":
+            if top_k is not None:
+                raise ValueError(
+                    f"`router_top_k={top_k!r}` belongs to `router='top_k'`, and `router` is {self.router!r}. Leave it "
+                    "unset, or set `router='top_k'`."
+                )
+        elif not isinstance(top_k, int) or isinstance(top_k, bool) or not 2 <= top_k < self.num_heads:
+            raise ValueError(
+                f"`router='top_k'` needs `router_top_k` from 2 to `num_heads - 1` = {self.num_heads - 1}, got "
+                f"{top_k!r}. A single head would always weigh 1, whatever the router learns; for all heads set "
+                "`router='softmax'`."
             )
-        if self.router_top_k is not None:
-            raise NotImplementedError(
-                f"`router_top_k={self.router_top_k!r}` belongs to `router='top_k'`, which is reserved for a later "
-                "version. Leave it unset."
+        elif self.router_init == "zeros" and self.init_weights is not False:
+            raise ValueError(
+                "`router='top_k'` can't start from `router_init='zeros'`: all logits are equal, so every token would "
+                "get the same heads, and the others nothing to learn from. Set `router_init='kaiming_uniform'`."
             )
-        if not self.share_a:
-            raise NotImplementedError("`share_a=False` is reserved for a later version. Leave it at True.")
+        if self.num_heads == 1 and self.router != "uniform":
+            warnings.warn(
+                f"With `num_heads=1` there is nothing for `router={self.router!r}` to weigh: its parameters get no "
+                "gradient. Set `router='uniform'`, or more heads.",
+                stacklevel=4,
+            )
+
+    def _check_tasks(self) -> None:
+        if self.tasks is None:
+            return
+        if isinstance(self.tasks, str) or not all(isinstance(task, str) and task for task in self.tasks):
+            raise TypeError(f"`tasks` must be a list of names, got {self.tasks!r}. For example ['sst2', 'rte'].")
+        self.tasks = list(self.tasks)
+        twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        if twice:
+            raise ValueError(f"`tasks` names {', '.join(map(repr, twice))} more than once. Give each task one name.")
 
     def _check_symmetry(self) -> None:
-        identical_heads = self.init_weights == "zero_b" and self.num_heads > 1
+        identical_heads = self.init_weights == "zero_b" and self.num_heads > 1 and self.share_a
         masks_differ = self.head_dropout > 0 and self.dropout_position == "head"
         if identical_heads and not masks_differ and (self.router == "uniform" or self.router_init == "zeros"):
             warnings.warn(
@@ -248,6 +275,54 @@ class RLoraConfig(PeftConfig):
                 "HydraLoRA does), `head_dropout` above 0 or `init_weights='rlora'`.",
                 stacklevel=4,
             )
+
+    @classmethod
+    def hydra_lora(cls, **overrides: Any) -> RLoraConfig:
+        """
+        HydraLoRA ([arXiv 2404.19245](https://huggingface.co/papers/2404.19245)): one A, heads that start at zero, a
+        random softmax router, dropout on the input, scaling alpha / r.
+
+        Args:
+            overrides: Fields of [`RLoraConfig`] to set otherwise.
+        """
+        fixed = {"init_weights": "zero_b", "router": "softmax", "router_init": "kaiming_uniform"}
+        return cls(**{**fixed, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
+
+    @classmethod
+    def multi_lora(cls, **overrides: Any) -> RLoraConfig:
+        """
+        Several LoRA adapters side by side, each with an A of its own, added up with equal weights.
+
+        Args:
+            overrides: Fields of [`RLoraConfig`] to set otherwise.
+        """
+        fixed = {"init_weights": "zero_b", "router": "uniform", "share_a": False}
+        return cls(**{**fixed, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
+
+    @classmethod
+    def moe_lora(cls, **overrides: Any) -> RLoraConfig:
+        """
+        LoRA adapters as a mixture of experts: each with an A of its own, two of them chosen for each token.
+
+        Args:
+            overrides: Fields of [`RLoraConfig`] to set otherwise.
+        """
+        fixed = {"init_weights": "zero_b", "router": "top_k", "router_top_k": 2, "router_init": "kaiming_uniform"}
+        fixed |= {"share_a": False, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False}
+        return cls(**{**fixed, **overrides})
+
+    @classmethod
+    def mtl_lora(cls, **overrides: Any) -> RLoraConfig:
+        """
+        One A and one learned mixture of the heads for each task, as in MTL-LoRA ([arXiv
+        2410.09437](https://huggingface.co/papers/2410.09437)), without its transformation of A x for each task. The
+        mixtures start at random: heads that start at zero under equal mixtures would stay copies of each other.
+
+        Args:
+            overrides: Fields of [`RLoraConfig`] to set otherwise.
+        """
+        fixed = {"init_weights": "zero_b", "router": "task", "router_init": "kaiming_uniform"}
+        return cls(**{**fixed, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
 
     def scaling(self, r: int | None = None, alpha: float | None = None) -> float:
         """The factor of the delta for rank `r` and `alpha`, by default the configured ones."""

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
+from .routing import Routing
 
 
 def owns_output(layer: nn.Module) -> bool:
@@ -66,7 +67,9 @@ class RLoraLayer(BaseTunerLayer):
             )
         self.in_features, self.out_features = in_features, out_features
 
-    def update_layer(self, adapter_name: str, config: RLoraConfig, *, r: int, scaling: float) -> None:
+    def update_layer(
+        self, adapter_name: str, config: RLoraConfig, *, r: int, scaling: float, routing: Routing
+    ) -> None:
         """
         Add an adapter.
 
@@ -75,6 +78,7 @@ class RLoraLayer(BaseTunerLayer):
             config ([`RLoraConfig`]): Its configuration.
             r (`int`): Rank in this layer.
             scaling (`float`): Factor of the delta in this layer.
+            routing ([`Routing`]): What the layers of this adapter share.
 
         Raises:
             ValueError: If the rank is larger than the layer.
@@ -96,6 +100,9 @@ class RLoraLayer(BaseTunerLayer):
             config.num_heads,
             scaling,
             router=config.router,
+            router_top_k=config.router_top_k,
+            share_a=config.share_a,
+            routing=routing,
             router_init=config.router_init,
             dropout=config.head_dropout,
             dropout_position=config.dropout_position,
@@ -173,12 +180,20 @@ class RLoraLinear(nn.Module, RLoraLayer):
     """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantised) with R-LoRA adapters."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: RLoraConfig, *, r: int, scaling: float, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RLoraConfig,
+        *,
+        r: int,
+        scaling: float,
+        routing: Routing,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         RLoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, r=r, scaling=scaling)
+        self.update_layer(adapter_name, config, r=r, scaling=scaling, routing=routing)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .layer import RLoraLayer, RLoraLinear
+from .routing import Routing, TaskIds, find_routings, set_task
 
 
 # The layers named "output.dense" include attention's, so these need an expression.
@@ -58,6 +62,33 @@ def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: 
     return args, kwargs
 
 
+def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """
+    Forward pre-hook of a `PeftModel`: hands `task_ids` to the tuner.
+
+    `PeftModelForCausalLM.forward` (peft 0.21) has a parameter of that name, for prompt tuning, and drops it otherwise.
+    """
+    task_ids = kwargs.pop("task_ids", None)
+    if isinstance(peft_model.base_model, RLoraModel):
+        peft_model.base_model._told_task_ids = task_ids
+    return args, kwargs
+
+
+class _OnRegistration:
+    """Hooks a tuner's `PeftModel`, which PEFT does not tell it of, at the moment that it takes the tuner in."""
+
+    def __init__(self, tuner: nn.Module) -> None:
+        self.tuner = weakref.ref(tuner)
+        self.handle = register_module_module_registration_hook(self)
+
+    def __call__(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        # `PeftModel.__init__` makes the tuner and registers it: nothing comes between. If this is not it, there is no
+        # `PeftModel` (transformers' own loading of adapters).
+        self.handle.remove()
+        if isinstance(parent, PeftModel) and child is not None and child is self.tuner():
+            parent.register_forward_pre_hook(_take_task_ids, with_kwargs=True)
+
+
 class RLoraModel(BaseTuner):
     """
     A model with R-LoRA adapters on its linear layers ([paper](https://huggingface.co/papers/2502.15455)).
@@ -74,6 +105,11 @@ class RLoraModel(BaseTuner):
     tuner_layer_cls = RLoraLayer
     target_module_mapping = MLP_TARGET_MODULES
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._told_task_ids: TaskIds | None = None
+        _OnRegistration(self)
+
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if adapter_name in MultiHeadAdapter.tensor_names or "." in adapter_name:
@@ -82,6 +118,14 @@ class RLoraModel(BaseTuner):
                 f"An adapter can't be named {adapter_name!r}: names must be without dots and none of "
                 f"{', '.join(MultiHeadAdapter.tensor_names)}, which are tensors of R-LoRA's adapters. Choose another."
             )
+        config = self.peft_config[adapter_name]
+        if config.router == "task" and not config.tasks:
+            raise ValueError(
+                f"`router='task'` learns a mixture for each task and needs their names when the adapter is made, but "
+                f"`tasks` is {config.tasks!r}. Set `RLoraConfig(tasks=[...])`, or let `RLoraSFTTrainer` make the "
+                "adapter from a dictionary of data sets or a task column."
+            )
+        self._new_routing = Routing(config.tasks, config.router)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -118,7 +162,7 @@ class RLoraModel(BaseTuner):
         r = peft_config.rank_pattern.get(rank_key, peft_config.r)
         scaling = peft_config.scaling(r, peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha))
         if isinstance(target, RLoraLayer):
-            target.update_layer(adapter_name, peft_config, r=r, scaling=scaling)
+            target.update_layer(adapter_name, peft_config, r=r, scaling=scaling, routing=self._new_routing)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _is_linear(base):
@@ -126,9 +170,8 @@ class RLoraModel(BaseTuner):
                 f"`target_modules` matches {current_key!r}, a {type(base).__name__}; R-LoRA adapts linear layers "
                 "(torch.nn.Linear, transformers' Conv1D, or quantised). Name it in `exclude_modules`."
             )
-        new_module = RLoraLinear(
-            target, adapter_name, peft_config, r=r, scaling=scaling, **get_quantization_kwargs(self.model)
-        )
+        options = {"r": r, "scaling": scaling, "routing": self._new_routing}
+        new_module = RLoraLinear(target, adapter_name, peft_config, **options, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -186,9 +229,58 @@ class RLoraModel(BaseTuner):
                     "can't write to its weights. Load the base in 16 bits and merge there."
                 )
 
+    def set_task(self, task: str | int | None) -> None:
+        """
+        Choose the task of all batches that follow, for adapters with `router="task"`.
+
+        Args:
+            task (`str` or `int`): Name of a task in the adapter's `tasks`, or its place; `None` for the mean mixture.
+
+        Raises:
+            ValueError: If there is no adapter with such a router, or it does not know the task.
+        """
+        set_task(self, task)
+
+    # What is told about tasks is taken in by `_enable_peft_forward_hooks`, and is nothing for the model itself.
+    @override
+    def forward(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
+        """`generate` of the model."""
+        return self.model.generate(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Give `adapter_names`, one for each row of the batch, to all layers for the length of a forward pass."""
+        """Give `task_ids` and `adapter_names`, one for each row of the batch, to all layers for a forward pass."""
+        task_ids, self._told_task_ids = kwargs.pop("task_ids", self._told_task_ids), None
+        if task_ids is not None and kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`task_ids` and `adapter_names` can't be given together: which adapter's tasks are meant is not "
+                "known. Run the rows of each adapter by themselves."
+            )
+        with self._told_tasks(task_ids), self._mixed_adapters(*args, **kwargs):
+            yield
+
+    @contextmanager
+    def _told_tasks(self, task_ids: TaskIds | None) -> Generator[None, None, None]:
+        if task_ids is None:
+            yield
+            return
+        routings = find_routings(self)
+        with_tasks = [routing for routing in routings if routing.kind == "task"] or routings
+        before = [routing.task_ids for routing in with_tasks]
+        resolved = [routing.resolve(task_ids) for routing in with_tasks]
+        try:
+            for routing, told in zip(with_tasks, resolved, strict=True):
+                routing.task_ids = told
+            yield
+        finally:
+            for routing, earlier in zip(with_tasks, before, strict=True):
+                routing.task_ids = earlier
+
+    @contextmanager
+    def _mixed_adapters(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rlora_trl.kernels import fused, fused_multihead, keep_mask
+from rlora_trl.kernels.rank_space import Layout
 from rlora_trl.kernels.reference import multihead_delta_reference
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-TRAINED = ("x", "A", "B", "router")
+TRAINED = ("x", "A", "B", "router", "logits")
 # (N, r, d_in, d_out, tokens): one head; odd and prime sizes; a rank that needs no padding; more tokens than a block,
 # and one more or one less than a multiple of it; a single token, as in decoding.
 SIZES = [
@@ -30,9 +31,9 @@ SIZES = [
 # doubles it.
 TOLERANCE = {
     torch.float64: {"": 1e-12},
-    torch.float32: {"": 2e-6, "router": 1e-5},
-    torch.bfloat16: {"": 1.5e-2, "router": 3e-2},
-    torch.float16: {"": 1.5e-3, "router": 4e-3},
+    torch.float32: {"": 2e-6, "router": 1e-5, "logits": 1e-5},
+    torch.bfloat16: {"": 1.5e-2, "router": 3e-2, "logits": 3e-2},
+    torch.float16: {"": 1.5e-3, "router": 4e-3, "logits": 4e-3},
 }
 
 
@@ -49,12 +50,14 @@ def poisoned_allocations(monkeypatch):
         monkeypatch.setattr(torch, name, poisoned)
 
 
-def make(size, dtype, routed=True, anchored=True):
+def make(size, dtype, routed=True, anchored=True, shared=True, given_logits=False):
     num_heads, r, d_in, d_out, tokens = size
-    scale = {"x": 1.0, "B": r**-0.5, "anchor_B": r**-0.5}
-    shapes = {"x": (tokens, d_in), "A": (r, d_in), "B": (num_heads, d_out, r)}
-    shapes |= {"router": (num_heads, d_in)} if routed else {}
-    shapes |= {"anchor_A": (r, d_in), "anchor_B": (d_out, r)} if anchored else {}
+    scale = {"x": 1.0, "B": r**-0.5, "anchor_B": r**-0.5, "logits": 1.0}
+    heads = () if shared else (num_heads,)
+    shapes = {"x": (tokens, d_in), "A": (*heads, r, d_in), "B": (num_heads, d_out, r)}
+    shapes |= {"router": (num_heads, d_in)} if routed and not given_logits else {}
+    shapes |= {"anchor_A": (*heads, r, d_in), "anchor_B": (*heads, d_out, r)} if anchored else {}
+    shapes |= {"logits": (tokens, num_heads)} if given_logits else {}
     weight_dtype = dtype if dtype == torch.float64 else torch.float32
     return {
         name: (scale.get(name, d_in**-0.5) * torch.randn(shape, dtype=torch.float64))
@@ -68,15 +71,15 @@ def relative_error(a, b):
     return ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-def compare(tensors, dtype, *, dropout=0.0, seed=None, mode="alone"):
-    d_in, (num_heads, d_out, r) = tensors["A"].shape[1], tensors["B"].shape
+def compare(tensors, dtype, *, dropout=0.0, seed=None, mode="alone", top_k=0):
+    d_in, (num_heads, d_out, r) = tensors["A"].shape[-1], tensors["B"].shape
     extra = {}
     if mode == "weight":
         extra["weight"] = (torch.randn(d_out, d_in, dtype=torch.float64) * d_in**-0.5).to(DEVICE, dtype)
     elif mode != "alone":
         source = torch.randn(tensors["x"].shape[0], d_out, dtype=torch.float64).to(DEVICE, dtype).requires_grad_(True)
         extra = {"base": source * 1.0, "inplace": mode == "inplace"}
-    y = fused_multihead(**tensors, scaling=1.7, dropout=dropout, seed=seed, **extra)
+    y = fused_multihead(**tensors, scaling=1.7, dropout=dropout, seed=seed, top_k=top_k, **extra)
     names = [name for name in TRAINED if name in tensors]
     upstream = torch.randn_like(y)
     inputs = [tensors[name] for name in names] + ([source] if mode in ("base", "inplace") else [])
@@ -84,7 +87,7 @@ def compare(tensors, dtype, *, dropout=0.0, seed=None, mode="alone"):
 
     wide = {name: t.detach().double().cpu().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     masks = None if seed is None else keep_mask(seed, (tensors["x"].shape[0], num_heads, r), dropout)
-    expected = multihead_delta_reference(**wide, scaling=1.7, dropout=dropout, head_masks=masks)
+    expected = multihead_delta_reference(**wide, scaling=1.7, dropout=dropout, head_masks=masks, top_k=top_k)
     if mode == "weight":
         expected = expected + wide["x"] @ extra["weight"].double().cpu().T
     elif mode != "alone":
@@ -95,7 +98,7 @@ def compare(tensors, dtype, *, dropout=0.0, seed=None, mode="alone"):
     assert relative_error(y, expected) < tolerance[""]
     for name, grad, expected_grad in zip(names, grads, expected_grads, strict=False):
         assert grad.dtype == tensors[name].dtype and grad.shape == tensors[name].shape
-        if name == "router" and num_heads == 1:
+        if name in ("router", "logits") and num_heads == 1:
             assert grad.abs().max() == 0 or grad.abs().max() < 1e-6
         else:
             assert relative_error(grad, expected_grad) < tolerance.get(name, tolerance[""]), name
@@ -118,6 +121,50 @@ def test_variants(mode, anchored, routed, dropout):
     compare(tensors, torch.float32, dropout=dropout, seed=2**60 + 7 if dropout else None, mode=mode)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_down_projection_for_each_head(size, dtype):
+    compare(make(size, dtype, shared=False), dtype, dropout=0.3, seed=99)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_variants_with_a_down_projection_for_each_head(anchored, routed, dropout):
+    tensors = make((3, 4, 13, 17, 67), torch.float32, routed, anchored, shared=False)
+    compare(tensors, torch.float32, dropout=dropout, seed=5 if dropout else None, mode="weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("num_heads", "top_k"), [(3, 1), (3, 2), (3, 3), (8, 2), (5, 4)])
+def test_top_k(num_heads, top_k, shared, dtype):
+    tensors = make((num_heads, 4, 13, 17, 67), dtype, shared=shared)
+    if top_k == 1:  # the kept head weighs 1 whatever its logit
+        tensors["router"].requires_grad_(False)
+        y = fused_multihead(**tensors, top_k=1)
+        wide = {name: t.detach().double().cpu() for name, t in tensors.items()}
+        assert relative_error(y, multihead_delta_reference(**wide, top_k=1)) < TOLERANCE[dtype][""]
+    else:
+        compare(tensors, dtype, dropout=0.3, seed=11, top_k=top_k)
+
+
+def test_of_equal_logits_the_first_are_kept():
+    tensors = make((4, 2, 8, 6, 70), torch.float32)
+    tensors["router"] = torch.zeros_like(tensors["router"])
+    first = {**tensors, "router": None, "B": tensors["B"][:2]}
+    anchors = {"anchor_A": None, "anchor_B": None}
+    kept = fused_multihead(**{**tensors, **anchors}, top_k=2)
+    torch.testing.assert_close(kept, fused_multihead(**{**first, **anchors}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_given_logits(anchored, dtype):
+    tensors = make((3, 4, 13, 17, 67), dtype, anchored=anchored, given_logits=True)
+    compare(tensors, dtype, dropout=0.3, seed=11, mode="base")
+
+
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 8])
 def test_gradcheck(num_heads):
     tensors = make((num_heads, 3, 5, 4, 3), torch.float64)
@@ -128,7 +175,7 @@ def test_gradcheck(num_heads):
         anchor = {name: tensors[name] for name in ("anchor_A", "anchor_B")}
         return fused_multihead(x, A, B, router, **anchor, dropout=0.4, seed=5)
 
-    assert torch.autograd.gradcheck(function, [tensors[name] for name in TRAINED])
+    assert torch.autograd.gradcheck(function, [tensors[name] for name in TRAINED[:4]])
 
 
 @pytest.mark.parametrize("shape", [(13,), (2, 3, 13), (0, 13), (2, 0, 13)])
@@ -158,12 +205,12 @@ def test_non_contiguous_input_and_gradient():
 
 def test_only_what_is_asked_for():
     tensors = make((3, 4, 13, 17, 8), torch.float32)
-    for trained in TRAINED:
-        for name in TRAINED:
+    for trained in TRAINED[:4]:
+        for name in TRAINED[:4]:
             tensors[name].requires_grad_(name == trained)
             tensors[name].grad = None
         fused_multihead(**tensors).sum().backward()
-        assert [name for name in TRAINED if tensors[name].grad is not None] == [trained]
+        assert [name for name in TRAINED[:4] if tensors[name].grad is not None] == [trained]
 
 
 @pytest.mark.parametrize("routed", [True, False])
@@ -182,9 +229,23 @@ def test_saved_for_backward(routed, dropout):
         fused_multihead(**tensors, dropout=dropout, seed=1 if dropout else None)
     size_of_element = tensors["x"].element_size()
     saved_bytes = sum(t.numel() * t.element_size() for t in saved)
-    columns, mixture = fused.DeltaSpec(num_heads, r, 1.0, 0.0, None, routed, True).widths(torch.device(DEVICE))
+    layout = Layout(num_heads, r, routed, anchored=True)
+    columns, mixture = fused.DeltaSpec(layout, 1.0).widths(torch.device(DEVICE))
     assert columns >= 2 * r + num_heads * routed
     assert saved_bytes == size_of_element * (tokens * (d_in + columns) + columns * d_in + mixture * d_out)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(("shared", "top_k", "given_logits"), [(False, 0, False), (True, 2, False), (True, 0, True)])
+def test_inference_of_the_other_kinds(shared, top_k, given_logits, tokens):
+    made = make((3, 4, 13, 17, tokens), torch.float32, shared=shared, given_logits=given_logits)
+    weights = {name: t.detach() for name, t in made.items()}
+    x, logits = weights.pop("x"), weights.pop("logits", None)
+    spec = fused.DeltaSpec(Layout(3, 4, shared=shared, top_k=top_k), 1.7)
+    names = ("A", "B", "router", "anchor_A", "anchor_B")
+    packed = fused.PackedAdapter(*fused.pack_weights(*map(weights.get, names), spec, torch.float32), spec)
+    expected = fused_multihead(x, **weights, scaling=1.7, logits=logits, top_k=top_k)
+    torch.testing.assert_close(packed.apply(x, logits=logits), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
@@ -193,7 +254,7 @@ def test_saved_for_backward(routed, dropout):
 def test_inference_with_packed_weights(anchored, routed, tokens):
     tensors = {name: t.detach() for name, t in make((3, 4, 13, 17, tokens), torch.float32, routed, anchored).items()}
     x, weights = tensors.pop("x"), tensors
-    spec = fused.DeltaSpec(3, 4, 1.7, 0.0, None, routed, anchored)
+    spec = fused.DeltaSpec(Layout(3, 4, routed, anchored), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
     down, up = fused.pack_weights(*[weights.get(name) for name in names], spec, torch.float32)
     expected = fused_multihead(x, **weights, scaling=1.7)
@@ -223,11 +284,12 @@ def test_errors(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="runs this file again, in the interpreter")
 def test_triton_in_its_interpreter():
-    """This whole file once more with Triton's kernels, interpreted on the CPU."""
+    """This file and that of the balance losses once more with Triton's kernels, interpreted on the CPU."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
+    files = [__file__, str(Path(__file__).with_name("test_balance.py"))]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
         env=environment,
         capture_output=True,
         text=True,

@@ -67,10 +67,48 @@ def test_no_patterns_and_first_layer():
     assert RLoraConfig(target_modules=["a"], layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
 
 
-@pytest.mark.parametrize("kwargs", [{"router": "top_k"}, {"router": "task"}, {"router_top_k": 2}, {"share_a": False}])
-def test_reserved_values_name_their_field(kwargs):
-    with pytest.raises(NotImplementedError, match=next(iter(kwargs))):
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"router": "top_k"}, "from 2 to `num_heads - 1` = 2, got None"),
+        ({"router": "top_k", "router_top_k": 4}, "= 2, got 4"),
+        ({"router": "top_k", "router_top_k": 3}, "for all heads set `router='softmax'`"),
+        ({"router": "top_k", "router_top_k": 1}, "A single head would always weigh 1"),
+        ({"router": "top_k", "router_top_k": True}, "got True"),
+        ({"router": "top_k", "router_top_k": 2}, "Set `router_init='kaiming_uniform'`"),
+        ({"router_top_k": 2}, "belongs to `router='top_k'`, and `router` is 'softmax'"),
+        ({"tasks": ["a", "b", "a"]}, "names 'a' more than once"),
+    ],
+)
+def test_fields_that_do_not_go_together(kwargs, message):
+    with pytest.raises(ValueError, match=message):
         RLoraConfig(**kwargs)
+
+
+@pytest.mark.parametrize("tasks", ["sst2", [1, 2], [""]])
+def test_tasks_are_names(tasks):
+    with pytest.raises(TypeError, match="`tasks` must be a list of names"):
+        RLoraConfig(tasks=tasks)
+
+
+@pytest.mark.parametrize("router", ["softmax", "task"])
+def test_one_head_has_nothing_to_route(router):
+    with pytest.warns(UserWarning, match="nothing for `router='.*'` to weigh"):
+        RLoraConfig(num_heads=1, router=router)
+
+
+def test_presets():
+    hydra, multi, moe, mtl = (
+        getattr(RLoraConfig, name)(r=8) for name in ("hydra_lora", "multi_lora", "moe_lora", "mtl_lora")
+    )
+    for preset in (hydra, multi, moe, mtl):
+        assert (preset.r, preset.init_weights, preset.dropout_position) == (8, "zero_b", "input")
+        assert preset.scaling() == 32 / 8
+    assert (hydra.router, hydra.router_init, hydra.share_a) == ("softmax", "kaiming_uniform", True)
+    assert (multi.router, multi.share_a) == ("uniform", False)
+    assert (moe.router, moe.router_top_k, moe.share_a) == ("top_k", 2, False)
+    assert (mtl.router, mtl.router_init, mtl.share_a) == ("task", "kaiming_uniform", True)
+    assert RLoraConfig.moe_lora(num_heads=8, router_top_k=3, head_dropout=0.1).router_top_k == 3
 
 
 def test_heads_that_would_stay_identical_are_reported():

@@ -17,6 +17,11 @@ from rlora_trl import MultiHeadAdapter, RLoraConfig
 from rlora_trl.tuner import RLoraLinear
 
 
+def _fields(preset):
+    """What a preset sets."""
+    return {name: value for name, value in vars(preset).items() if value != getattr(RLoraConfig(), name)}
+
+
 MODELS = tuple(TASK_TYPES)
 OPTIONS = {
     "default": {},
@@ -27,6 +32,12 @@ OPTIONS = {
     "hydra": {"init_weights": "zero_b", "router_init": "kaiming_uniform", "dropout_position": "input"},
     "all_linear": {"target_modules": "all-linear"},
     "alpha_over_r": {"use_rslora": False},
+    "own_a": {"share_a": False},
+    "own_a_uniform": {"share_a": False, "router": "uniform"},
+    "task": {"router": "task", "tasks": ["first", "colour"]},
+    "multi_lora": dict(_fields(RLoraConfig.multi_lora())),
+    "moe_lora": dict(_fields(RLoraConfig.moe_lora())),
+    "mtl_lora": dict(_fields(RLoraConfig.mtl_lora()), tasks=["first", "colour"]),
 }
 MATRIX = [(model, "default") for model in MODELS] + [("llama", option) for option in OPTIONS if option != "default"]
 MATRIX += [("gpt2", "uniform"), ("gpt2", "all_linear")]

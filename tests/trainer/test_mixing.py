@@ -1,0 +1,488 @@
+"""Shares and draws of tasks, the sampler that follows them over epochs, and mixed data sets and streams."""
+
+import math
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset, DatasetDict, IterableDataset, NamedSplit, SplitDict, SplitInfo
+from testing_utils import task_datasets
+from torch.utils.data import DataLoader
+
+from rlora_trl.trainer.mixing import Mixture, MixtureSampler, count_tasks, mix_tasks
+
+
+ROWS = {"small": 10, "middle": 100, "large": 1000}
+# Tasks of 2, 5 and 11 rows, out of order. Of one epoch, task 0 gets more than its rows, 1 as many, and 2 fewer.
+TASK_OF_ROW = [2, 0, 1, 2, 2, 1, 2, 2, 0, 2, 2, 1, 2, 1, 2, 2, 1, 2]
+DRAWS = [5, 5, 4]
+
+
+def text(name, rows):
+    return Dataset.from_dict({"text": [f"{name} {i}" for i in range(rows)]})
+
+
+def streams(**rows):
+    return {name: text(name, number).to_iterable_dataset() for name, number in rows.items()}
+
+
+def tokenised(lengths):
+    return Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+
+
+def of_known_length(dataset, rows):
+    """A stream that says how many rows its split has, as one from the Hub does."""
+    stream = IterableDataset.from_generator(dataset.__iter__, split=NamedSplit("train"))
+    stream.info.splits = SplitDict({"train": SplitInfo("train", num_examples=rows)})
+    return stream
+
+
+def order(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+# Shares and draws
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "draws"),
+    [
+        ({}, [10, 100, 1000], [10, 100, 1000]),
+        ({"cap": 50}, [10, 50, 50], [10, 50, 50]),
+        ({"cap": 5000}, [10, 100, 1000], [10, 100, 1000]),
+        ({"mixing": "equal"}, [1, 1, 1], [370, 370, 370]),
+        ({"mixing": "temperature"}, [10, 100, 1000], [10, 100, 1000]),
+        # Of 1110 rows 78.38, 247.85 and 783.77: the two left over go to the largest remainders.
+        ({"mixing": "temperature", "temperature": 2}, [10**0.5, 10, 1000**0.5], [78, 248, 784]),
+        # Of 210 rows 28.67, 90.66 and 90.66: of the two equal remainders, the first.
+        ({"mixing": "temperature", "temperature": 2, "cap": 100}, [10**0.5, 10, 10], [29, 91, 90]),
+        ({"mixing": "temperature", "temperature": math.inf}, [1, 1, 1], [370, 370, 370]),
+    ],
+)
+def test_formulas(options, weights, draws):
+    mixture = Mixture(ROWS, **options)
+    shares = [weight / sum(weights) for weight in weights]
+    assert list(mixture.shares) == list(mixture.draws) == list(ROWS)
+    assert list(mixture.shares.values()) == pytest.approx(shares, rel=1e-12)
+    assert list(mixture.draws.values()) == draws
+    assert mixture.total == sum(draws) == sum(min(rows, options.get("cap") or rows) for rows in ROWS.values())
+    assert mixture.repeats == {task: number / ROWS[task] for task, number in mixture.draws.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "shares", "draws"),
+    [
+        ({}, [1 / 4, 3 / 4], [100, 10]),
+        ({"cap": 2000}, [1 / 3, 2 / 3], [100, 7]),  # 2000 tokens of rows of 300: 6.67
+        ({"mixing": "equal"}, [1 / 2, 1 / 2], [200, 7]),  # 2000 tokens each: 200 and 6.67 rows
+        # 4000 tokens in the ratio 1 : sqrt(3): 1464.1 and 2535.9, 146.41 and 8.45 rows, 154.86 in all
+        ({"mixing": "temperature", "temperature": 2}, [1 / (1 + 3**0.5), 3**0.5 / (1 + 3**0.5)], [146, 9]),
+    ],
+)
+def test_tokens_as_unit(options, shares, draws):
+    # Rows of 10 and of 300 tokens.
+    mixture = Mixture({"short": 100, "long": 10}, tokens={"long": 3000, "short": 1000}, unit="tokens", **options)
+    assert list(mixture.shares.values()) == pytest.approx(shares)
+    assert mixture.draws == dict(zip(("short", "long"), draws, strict=True))
+
+
+def test_tokens_are_not_used_where_rows_are_the_unit():
+    assert Mixture(ROWS, tokens={"other": 1}).draws == ROWS
+
+
+def test_proportional_draws_are_exact_however_large():
+    rows = {str(i): 3**i + 7 for i in range(18)}
+    assert Mixture(rows).draws == rows
+
+
+def test_table_of_rows():
+    mixture = Mixture({"a": 3, "longer name": 1200}, mixing="temperature", temperature=2)
+    assert mixture.table().splitlines() == [
+        "task          rows     share  rows per epoch  repeats",
+        "a                3    4.76 %              57   19.00x",
+        "longer name  1,200   95.24 %           1,146    0.95x",
+        "total        1,203  100.00 %           1,203    1.00x",
+    ]
+
+
+def test_table_of_tokens():
+    mixture = Mixture({"short": 100, "long": 10}, tokens={"short": 1000, "long": 3000}, unit="tokens", cap=2000)
+    assert mixture.table().splitlines() == [
+        "task   rows  tokens     share  rows per epoch  repeats",
+        "short   100   1,000   33.33 %             100    1.00x",
+        "long     10   3,000   66.67 %               7    0.70x",
+        "total   110   4,000  100.00 %             107    0.97x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixing": "even"}, "`mixing` must be one of 'proportional', 'equal', 'temperature', got 'even'"),
+        ({"unit": "bytes"}, "`unit` must be one of 'rows', 'tokens', got 'bytes'"),
+        ({"mixing": "temperature", "temperature": 0.5}, "`temperature` must be a number of at least 1, got 0.5"),
+        ({"mixing": "temperature", "temperature": math.nan}, "`temperature` must be .* got nan"),
+        ({"mixing": "temperature", "temperature": "2"}, "`temperature` must be .* got '2'"),
+        ({"mixing": "temperature", "temperature": True}, "`temperature` must be .* got True"),
+        ({"temperature": 2.0}, "`temperature=2.0` has no effect with `mixing='proportional'`"),
+        ({"mixing": "equal", "temperature": 2}, "`temperature=2` has no effect .* leave `temperature` at 1"),
+        ({"cap": 0}, "`cap` must be a whole number of at least 1, or None, got 0. It counts rows"),
+        ({"cap": 2.5}, "`cap` must be a whole number .* got 2.5"),
+        ({"cap": True}, "`cap` must be a whole number .* got True"),
+        ({"mixing": "equal", "cap": 5}, '`cap=5` has no meaning with `mixing="equal"`.*unset'),
+        ({"unit": "tokens"}, "needs the tokens of each task \\(small, middle, large\\), got those of: none"),
+        ({"unit": "tokens", "tokens": {"small": 1}}, "got those of: small. Give them as `tokens="),
+        ({"unit": "tokens", "tokens": {**ROWS, "large": 0}}, "`tokens\\['large'\\]` must be .* got 0"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(ROWS, **options)
+    if "tokens" not in options and options != {"unit": "tokens"}:
+        with pytest.raises(ValueError, match=message):
+            mix_tasks(task_datasets(3), **options)
+
+
+def test_sizes_are_checked():
+    with pytest.raises(ValueError, match="`rows` names no task.*{task: number}"):
+        Mixture({})
+    with pytest.raises(ValueError, match="`rows\\['b'\\]` must be a whole number of at least 1, got 0. Remove"):
+        Mixture({"a": 1, "b": 0})
+    with pytest.raises(ValueError, match="`rows\\['a'\\]` must be .* got 1.5"):
+        Mixture({"a": 1.5})
+
+
+def test_task_without_a_row():
+    """Rows longer than the task's part of an epoch."""
+    sizes = {"a": 1, "b": 1000}
+    with pytest.raises(ValueError, match="Task 'a' would have no row.*50 % is 20 tokens.*500 on average.*raise `cap`"):
+        Mixture(sizes, tokens={"a": 500, "b": 9000}, unit="tokens", cap=20)
+    tokens = {"a": 500, **dict.fromkeys("bcde", 1)}
+    with pytest.raises(ValueError, match="Task 'a' would have no row.*20 % is 100.8 tokens.*Remove.*`unit=\"rows\"`"):
+        Mixture(dict.fromkeys("abcde", 1), tokens=tokens, unit="tokens", mixing="equal")
+
+
+# The sampler
+
+
+def test_each_epoch_draws_what_it_should():
+    sampler = MixtureSampler(TASK_OF_ROW, DRAWS, seed=3)
+    assert len(sampler) == 14
+    for epoch in range(5):
+        drawn = order(sampler, epoch)
+        assert Counter(TASK_OF_ROW[row] for row in drawn) == {0: 5, 1: 5, 2: 4}
+    # Task 1 draws as many rows as it has: all of them, each once.
+    assert sorted(row for row in drawn if TASK_OF_ROW[row] == 1) == [2, 5, 11, 13, 16]
+
+
+def test_rows_are_used_evenly_over_epochs():
+    sampler = MixtureSampler(TASK_OF_ROW, DRAWS, seed=0)
+    used = np.zeros(len(TASK_OF_ROW), dtype=int)
+    for epoch in range(24):
+        np.add.at(used, order(sampler, epoch), 1)
+        for task, draws in enumerate(DRAWS):
+            counts = used[np.array(TASK_OF_ROW) == task]
+            assert counts.sum() == (epoch + 1) * draws
+            assert counts.max() - counts.min() <= 1
+
+
+def test_tasks_are_shuffled_among_each_other():
+    """Runs of one task are as short as in a random order, in which half of all neighbours differ."""
+    drawn = order(MixtureSampler([0] * 500 + [1] * 500, [500, 500], seed=0), 0)
+    changes = sum((a < 500) != (b < 500) for a, b in zip(drawn, drawn[1:], strict=False))
+    assert 420 < changes < 580  # 5 standard deviations
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    sampler = MixtureSampler(TASK_OF_ROW, DRAWS, seed=7)
+    epochs = [order(sampler, epoch) for epoch in range(4)]
+    torch.manual_seed(5)
+    np.random.seed(5)
+    again = MixtureSampler(np.array(TASK_OF_ROW), DRAWS, seed=7)
+    assert [order(again, epoch) for epoch in (3, 1, 0, 2)] == [epochs[epoch] for epoch in (3, 1, 0, 2)]
+    assert len(set(map(tuple, epochs))) == 4
+    assert order(MixtureSampler(TASK_OF_ROW, DRAWS, seed=8), 0) != epochs[0]
+    # Neither does drawing move the global generators.
+    assert torch.initial_seed() == 5
+    assert np.random.get_state()[1][0] == 5 and np.random.get_state()[2] == 624
+
+
+def test_without_set_epoch_it_stays_in_epoch_0():
+    sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
+    assert list(sampler) == list(sampler) == order(sampler, 0)
+
+
+def test_epochs_are_reached_without_replaying():
+    """Epoch 10 million of a task that draws all 1000 rows makes one permutation of its rows, not 10 million."""
+    sampler = MixtureSampler([0] * 1000, [1000])
+    made = []
+    generator = sampler._generator
+    sampler._generator = lambda *key: made.append(key) or generator(*key)
+    assert sorted(order(sampler, 10_000_000)) == list(range(1000))
+    assert made == [(0, 0, 10_000_000), (1, 10_000_000)]
+
+
+def test_task_that_is_not_drawn():
+    sampler = MixtureSampler([0, 1, 0], [2, 0, 0])
+    assert sorted(sampler) == [0, 2]
+
+
+def test_arguments_of_the_sampler_are_checked():
+    with pytest.raises(ValueError, match="`task_of_row` has task 3, and `draws` are those of 3 tasks"):
+        MixtureSampler([0, 3], [1, 1, 1])
+    with pytest.raises(ValueError, match="`task_of_row` has task -1"):
+        MixtureSampler([-1], [1])
+    with pytest.raises(ValueError, match="`draws\\[1\\]` is 2, and the task has 0 rows"):
+        MixtureSampler([0, 0], [1, 2])
+    with pytest.raises(ValueError, match="`draws\\[0\\]` is -1, and the task has 1 rows. Draw 0 or more"):
+        MixtureSampler([0], [-1])
+    with pytest.raises(ValueError, match="`draws` are \\[0\\], an epoch without rows"):
+        MixtureSampler([0], [0])
+    with pytest.raises(ValueError, match="`seed` must be 0 or more, got -1"):
+        MixtureSampler([0], [1], seed=-1)
+    with pytest.raises(ValueError, match="`epoch` must be 0 or more, got -2"):
+        MixtureSampler([0], [1]).set_epoch(-2)
+    with pytest.raises(ValueError, match="`epoch` must be 0 or more, got -1"):
+        mix_tasks(streams(a=2), epoch=-1)
+
+
+# Data loaders
+
+
+def rows_of(dataloader, epoch):
+    dataloader.set_epoch(epoch)
+    return [row for batch in dataloader for row in batch.tolist()]
+
+
+def loader(sampler):
+    return DataLoader(torch.arange(len(TASK_OF_ROW)), batch_size=2, sampler=sampler)
+
+
+def test_accelerate_sets_the_epoch():
+    sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
+    expected = [order(sampler, epoch) for epoch in range(3)]
+    sampler.set_epoch(0)
+    prepared = Accelerator(cpu=True).prepare(loader(sampler))
+    assert [rows_of(prepared, epoch) for epoch in (2, 0, 1)] == [expected[2], expected[0], expected[1]]
+    # Without being told, it counts its iterations.
+    assert [row for batch in prepared for row in batch.tolist()] == expected[2]
+
+
+def test_resume_takes_the_rest_of_the_epoch():
+    sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
+    expected = order(sampler, 2)
+    prepared = Accelerator(cpu=True).prepare(loader(MixtureSampler(TASK_OF_ROW, DRAWS)))
+    # The order of transformers.Trainer: skip, then set the epoch.
+    assert rows_of(skip_first_batches(prepared, 3), 2) == expected[6:]
+
+
+def test_processes_share_an_epoch():
+    Accelerator(cpu=True)
+    expected = order(MixtureSampler(TASK_OF_ROW, DRAWS), 1)
+    batches = [expected[i : i + 2] for i in range(0, 14, 2)]
+    for index in range(2):
+        sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
+        prepared = prepare_data_loader(loader(sampler), num_processes=2, process_index=index, even_batches=False)
+        own = batches[index:6:2] + (batches[6:] if index == 0 else [])
+        assert rows_of(prepared, 1) == sum(own, [])
+        # What the note of `MixtureSampler` asks for; without it this is epoch 0.
+        sampler.set_epoch(0)
+        prepared.set_sampler(sampler)
+        assert rows_of(skip_first_batches(prepared, 2), 1) == sum(own[2:], [])
+
+
+# Counting
+
+
+def test_count_tasks():
+    lengths = [3, 1, 4, 1, 5, 9]
+    dataset = tokenised(lengths).add_column("task_ids", [2, 0, 2, 0, 0, 2])
+    assert count_tasks(dataset, 4) == ([3, 0, 3, 0], [7, 0, 16, 0])
+    # The rows that are seen, not those that are stored.
+    chosen = dataset.rename_column("task_ids", "cluster").select([5, 0, 0])
+    assert count_tasks(chosen, 3, column="cluster") == ([0, 0, 3], [0, 0, 15])
+
+
+def test_count_tasks_over_batches():
+    lengths, tasks = np.arange(25_000) % 7, np.arange(25_000) % 3
+    dataset = tokenised(lengths.tolist()).add_column("task_ids", tasks.tolist())
+    rows, tokens = count_tasks(dataset, 3)
+    assert rows == np.bincount(tasks).tolist()
+    assert tokens == np.bincount(tasks, weights=lengths).astype(int).tolist()
+
+
+def test_count_tasks_checks_its_columns():
+    dataset = tokenised([1, 2])
+    with pytest.raises(ValueError, match="needs a column 'task_ids'; the data set has input_ids. Tokenise"):
+        count_tasks(dataset, 2)
+    with pytest.raises(ValueError, match="needs a column 'input_ids'; the data set has text, task_ids"):
+        count_tasks(text("a", 1).add_column("task_ids", [0]), 1)
+    with pytest.raises(ValueError, match="'task_ids' must hold one integer in each row, got string with 0 empty"):
+        count_tasks(dataset.add_column("task_ids", ["a", "b"]), 2)
+    with pytest.raises(ValueError, match="got int64 with 1 empty"):
+        count_tasks(dataset.add_column("task_ids", [0, None]), 2)
+    with pytest.raises(ValueError, match="'task_ids' names tasks 0 to 2, and there are 2, from 0"):
+        count_tasks(dataset.add_column("task_ids", [0, 2]), 2)
+    with pytest.raises(ValueError, match="names tasks -1 to 0"):
+        count_tasks(dataset.add_column("task_ids", [0, -1]), 2)
+
+
+# Data sets
+
+
+def test_data_sets_are_mixed():
+    tasks = {"a": text("a", 4), "b": text("b", 36)}
+    options = {"mixing": "temperature", "temperature": 2}
+    mixed = mix_tasks(tasks, **options)
+    assert isinstance(mixed, Dataset)
+    assert mixed.column_names == ["text", "task"]
+    assert Counter(mixed["task"]) == Mixture({"a": 4, "b": 36}, **options).draws == {"a": 10, "b": 30}
+    assert all(row["text"].split()[0] == row["task"] for row in mixed)
+    assert mix_tasks(tasks, **options)["text"] == mixed["text"]
+    assert mix_tasks(tasks, **options, seed=1)["text"] != mixed["text"]
+    # Of b, epoch 0 leaves 6 rows out, which come first in epoch 1.
+    second = mix_tasks(tasks, **options, epoch=1)
+    assert second["text"] != mixed["text"]
+    assert set(mixed["text"]) | set(second["text"]) == {*tasks["a"]["text"], *tasks["b"]["text"]}
+
+
+def test_data_sets_in_proportion_are_all_of_their_rows():
+    tasks = task_datasets(7)
+    mixed = mix_tasks(tasks, task_column="kind")
+    assert set(mixed.column_names) == {"prompt", "completion", "kind"}
+    for name, dataset in tasks.items():
+        assert sorted(row["prompt"] for row in mixed if row["kind"] == name) == sorted(dataset["prompt"])
+
+
+def test_data_sets_are_mixed_by_tokens():
+    tasks = {"short": tokenised([10] * 100), "long": tokenised([100, 500] * 5)}
+    mixed = mix_tasks(tasks, unit="tokens", mixing="equal")
+    assert Counter(mixed["task"]) == {"short": 200, "long": 7}  # 2000 tokens each: see test_tokens_as_unit
+    with pytest.raises(ValueError, match="counts the column 'input_ids', and task 'a' has text, task. Tokenise"):
+        mix_tasks({"a": text("a", 3)}, unit="tokens")
+
+
+def test_what_can_not_be_mixed():
+    with pytest.raises(ValueError, match="Task 'empty' has no rows"):
+        mix_tasks({"empty": text("a", 1).select([])})
+    with pytest.raises(ValueError, match="dictionary without tasks"):
+        mix_tasks({})
+    with pytest.raises(ValueError, match="splits train, test, which are not tasks"):
+        mix_tasks(DatasetDict({"train": text("a", 3), "test": text("b", 3)}))
+    with pytest.raises(ValueError, match="`sizes` is for streams"):
+        mix_tasks({"a": text("a", 3)}, sizes={"a": 3})
+    with pytest.raises(TypeError, match="mix streamed and map-style"):
+        mix_tasks({"a": text("a", 3), **streams(b=3)})
+    with pytest.raises(ValueError, match='`unit="tokens"` needs data sets whose tokens can be counted, got streams'):
+        mix_tasks({"a": tokenised([1]).to_iterable_dataset()}, unit="tokens")
+
+
+# Streams
+
+
+@pytest.mark.parametrize("options", [{}, {"mixing": "temperature", "sizes": {"a": 9, "b": 9}}])
+def test_streams_in_proportion_are_all_of_their_rows(options):
+    mixed = mix_tasks(streams(a=3, b=8), **options)
+    assert isinstance(mixed, IterableDataset)
+    seen = [row["text"] for row in mixed]
+    assert sorted(seen) == sorted([f"a {i}" for i in range(3)] + [f"b {i}" for i in range(8)])
+    assert seen[:4] == ["a 0", "b 0", "a 1", "b 1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [({"cap": 400}, 800), ({"mixing": "temperature", "temperature": 3}, 2000), ({"mixing": "equal"}, 2000)],
+)
+def test_streams_are_drawn_with_their_shares(options, size):
+    rows = {"a": 400, "b": 1600}
+    mixed = mix_tasks(streams(**rows), sizes=dict(reversed(rows.items())), **options)
+    mixture = Mixture(rows, **options)
+    seen = Counter(row["task"] for row in mixed)
+    assert seen.total() == mixture.total == size
+    share = mixture.shares["a"]
+    # Draws are independent, so the share has a binomial spread; 4 standard deviations are passed once in 16,000.
+    assert abs(seen["a"] / size - share) < 4 * (share * (1 - share) / size) ** 0.5
+
+
+def test_streams_repeat_in_order():
+    mixed = mix_tasks(streams(a=3, b=30), mixing="equal", sizes={"a": 3, "b": 30})
+    seen = [row["text"] for row in mixed if row["task"] == "a"]
+    assert len(seen) > 6
+    assert seen == [f"a {i % 3}" for i in range(len(seen))]
+
+
+@pytest.mark.parametrize("sizes", [None, {"a": 6, "b": 20}])
+def test_epochs_of_streams(sizes):
+    """`set_epoch` draws tasks anew, from the seed and the epoch, also below a `map` as TRL's preparation adds."""
+
+    def epochs(seed, start=0):
+        mixed = mix_tasks(streams(a=6, b=20), mixing="equal", sizes=sizes, seed=seed, epoch=start)
+        first = [row["text"] for row in mixed]
+        mixed = mixed.map(lambda row: {"text": row["text"]})
+        orders = []
+        for epoch in (0, 1, 2):
+            mixed.set_epoch(epoch)
+            orders.append([row["text"] for row in mixed])
+            assert orders[-1] == [row["text"] for row in mixed]
+        assert first == orders[start]
+        return orders
+
+    one, other = epochs(seed=0), epochs(seed=1, start=2)
+    assert one == epochs(seed=0, start=1)
+    # Without `skip` or `take` on top, `datasets` would draw the later epochs of all seeds alike.
+    assert len({tuple(order[:15]) for order in one + other}) == 6
+
+
+def test_equal_streams_of_unknown_length():
+    seen = Counter(row["text"] for row in mix_tasks(streams(a=5, b=60), mixing="equal"))
+    assert len(seen) == 65  # each row at least once
+    assert max(seen[f"b {i}"] for i in range(60)) == 1  # the epoch ends as the longest does
+    assert min(seen[f"a {i}"] for i in range(5)) > 5
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_resume_of_a_stream(epoch):
+    def build():
+        tasks = {"a": tokenised(range(6)), "b": tokenised(range(6, 46))}  # each row of its own length
+        parts = {name: dataset.to_iterable_dataset() for name, dataset in tasks.items()}
+        return mix_tasks(parts, mixing="temperature", temperature=2, sizes={"a": 6, "b": 40}, epoch=epoch)
+
+    def lengths(rows):
+        return torch.tensor([len(row["input_ids"]) for row in rows])
+
+    expected = lengths(build()).tolist()
+    stopped = build()
+    assert lengths(islice(stopped, 17)).tolist() == expected[:17]
+    # By the state of the stream, and by skipping, as transformers.Trainer does.
+    resumed = build()
+    resumed.load_state_dict(stopped.state_dict())
+    assert lengths(resumed).tolist() == expected[17:]
+    prepared = Accelerator(cpu=True).prepare(DataLoader(build(), batch_size=2, collate_fn=lengths))
+    assert rows_of(skip_first_batches(prepared, 8), epoch) == expected[16:]
+
+
+def test_sizes_of_streams():
+    tasks = {"a": of_known_length(text("a", 10), 10), "b": of_known_length(text("b", 30), 30)}
+    assert sum(1 for _ in mix_tasks(tasks, cap=20)) == 30
+    # What `info` says is of the whole split, so `sizes` goes before it.
+    tasks["b"] = tasks["b"].take(12)
+    assert sum(1 for _ in mix_tasks(tasks, cap=20)) == 30
+    assert sum(1 for _ in mix_tasks(tasks, cap=20, sizes={"a": 10, "b": 12})) == 22
+
+
+def test_unknown_sizes_of_streams():
+    known = of_known_length(text("a", 10), 10)
+    remedy = '`sizes={task: rows}`, or use `mixing="proportional"` without `cap`, or `mixing="equal"`'
+    with pytest.raises(ValueError, match="Task 'b' is a stream of unknown length.*" + remedy):
+        mix_tasks({"a": known, **streams(b=3)}, cap=5)
+    with pytest.raises(ValueError, match="Task 'b' is a stream of unknown length"):
+        mix_tasks(streams(b=3), mixing="temperature", temperature=2)
+    with pytest.raises(ValueError, match="`sizes` names the tasks a, c, and the data sets are a, b. Give"):
+        mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "c": 3})
+    with pytest.raises(ValueError, match="`rows\\['b'\\]` must be a whole number of at least 1, got 0"):
+        mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "b": 0})

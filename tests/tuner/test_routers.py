@@ -1,0 +1,196 @@
+"""Routers in whole models: tasks told in every way, mixed batches, and rows that don't depend on their batch-mates."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from testing_utils import perturb, random_ids
+from transformers import AutoModelForCausalLM
+
+from rlora_trl import MultiHeadAdapter, RLoraConfig, set_task
+from rlora_trl.tuner import find_routings
+
+
+TASKS = ["first", "colour", "same"]
+ROUTERS = {
+    "softmax": {},
+    "top_k": {"router": "top_k", "router_top_k": 2, "router_init": "kaiming_uniform"},
+    "task": {"router": "task", "tasks": TASKS},
+    "uniform": {"router": "uniform"},
+    "own_a": {"share_a": False},
+}
+
+
+def base_model(model_folders):
+    return AutoModelForCausalLM.from_pretrained(model_folders["llama"]).eval()
+
+
+def adapted(model_folders, seed=0, **kwargs):
+    model = get_peft_model(base_model(model_folders), RLoraConfig(task_type="CAUSAL_LM", **kwargs)).eval()
+    perturb(model, scale=2.0, seed=seed)
+    return model
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_row_does_not_depend_on_its_batch(model_folders, router):
+    model = adapted(model_folders, **ROUTERS[router])
+    ids = random_ids(batch=4)
+    kwargs = {"task_ids": torch.tensor([0, 1, 2, 0])} if router == "task" else {}
+    together = logits(model, ids, **kwargs)
+    for row in range(4):
+        own = {name: value[row : row + 1] for name, value in kwargs.items()}
+        alone = logits(model, ids[row : row + 1], **own)[0]
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def task_model(model_folders):
+    return adapted(model_folders, **ROUTERS["task"])
+
+
+def test_tasks_differ_and_can_be_told_in_every_way(task_model):
+    ids = random_ids(batch=3)
+    by_task = []
+    for task in TASKS:
+        task_model.set_task(task)
+        by_task.append(logits(task_model, ids))
+    task_model.set_task(None)
+    assert not torch.allclose(by_task[0], by_task[1], atol=1e-3)
+    mixed = torch.stack([by_task[2][0], by_task[0][1], by_task[1][2]])
+    for given in (torch.tensor([2, 0, 1]), [2, 0, 1], ["same", "first", "colour"]):
+        torch.testing.assert_close(logits(task_model, ids, task_ids=given), mixed)
+    by_token = torch.tensor([2, 0, 1]).unsqueeze(1).expand(3, ids.shape[1])
+    torch.testing.assert_close(logits(task_model, ids, task_ids=by_token), mixed)
+    set_task(task_model, 1)
+    torch.testing.assert_close(logits(task_model, ids), by_task[1])
+    # What a batch says goes before what `set_task` said.
+    torch.testing.assert_close(logits(task_model, ids, task_ids=[2, 0, 1]), mixed)
+
+
+def test_without_a_task_the_mean_mixture_is_used_and_said_once(task_model, caplog):
+    caplog.set_level("WARNING")
+    mean = logits(task_model, random_ids())
+    logits(task_model, random_ids())
+    said = [record for record in caplog.records if "mean of the mixtures" in record.getMessage()]
+    assert len(said) == 1 and "set_task" in said[0].getMessage()
+    torch.testing.assert_close(logits(task_model, random_ids(), task_ids=torch.full((3,), -1)), mean)
+    adapter = next(m for m in task_model.modules() if isinstance(m, MultiHeadAdapter))
+    mixtures = adapter.task_mixtures().softmax(-1)
+    torch.testing.assert_close(mixtures[-1], mixtures[:-1].mean(0))
+
+
+def test_generation(task_model):
+    ids = random_ids(batch=2, length=5)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = []
+    for row, task in enumerate(("colour", "first")):
+        task_model.set_task(task)
+        expected.append(task_model.generate(input_ids=ids[row : row + 1], **options)[0])
+    task_model.set_task(None)
+    mixed = task_model.generate(input_ids=ids, task_ids=["colour", "first"], **options)
+    assert [row.tolist() for row in mixed] == [row.tolist() for row in expected]
+    beams = task_model.generate(input_ids=ids, task_ids=["colour", "first"], num_beams=3, **options)
+    assert beams.shape == mixed.shape
+    assert all(routing.task_ids is None for routing in find_routings(task_model))
+
+
+def test_save_and_load_with_and_without_peft(task_model, model_folders, tmp_path):
+    ids = random_ids()
+    expected = logits(task_model, ids, task_ids=[0, 1, 2])
+    task_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(model_folders), tmp_path).eval()
+    assert torch.equal(logits(loaded, ids, task_ids=[0, 1, 2]), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    set_task(plain, "colour")
+    task_model.set_task("colour")
+    assert torch.equal(logits(plain, ids), logits(task_model, ids))
+
+
+def test_copies_keep_the_task_and_share_one_state(task_model):
+    task_model.set_task("same")
+    expected = logits(task_model, random_ids())
+    for other in (copy.deepcopy(task_model), pickle.loads(pickle.dumps(task_model))):
+        assert torch.equal(logits(other, random_ids()), expected)
+        assert len(find_routings(other)) == 1
+        other.set_task("first")
+        assert torch.equal(logits(task_model, random_ids()), expected)
+
+
+def test_other_methods_are_left_alone(model_folders):
+    """What watches for the `PeftModel` of an adapter is gone once it has come."""
+    from peft import LoraConfig
+    from torch.nn.modules import module
+
+    before = len(module._global_module_registration_hooks)
+    adapted(model_folders)
+    AutoModelForCausalLM.from_pretrained(model_folders["llama"]).add_adapter(RLoraConfig(task_type="CAUSAL_LM"))
+    lora = get_peft_model(base_model(model_folders), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert len(module._global_module_registration_hooks) == before
+    assert not lora._forward_pre_hooks
+
+
+def test_gradients_reach_the_mixtures_of_the_tasks_in_the_batch_only(task_model):
+    task_model.train()
+    ids = random_ids(batch=2)
+    task_model(input_ids=ids, labels=ids, task_ids=[0, 2]).loss.backward()
+    for module in task_model.modules():
+        if isinstance(module, MultiHeadAdapter):
+            assert (module.router.grad.abs().sum(1) > 0).tolist() == [True, False, True]
+
+
+def test_two_adapters_each_know_their_own_tasks(task_model):
+    task_model.add_adapter("other", RLoraConfig(router="task", tasks=["x", "y"], task_type="CAUSAL_LM"))
+    task_model.set_adapter("other")
+    assert len(find_routings(task_model)) == 2
+    # Both have to know the task, or to be switched one by one.
+    with pytest.raises(ValueError, match="'x' is unknown to the adapter, whose tasks are 0: first"):
+        task_model.set_task("x")
+
+
+def test_errors(task_model, model_folders):
+    with pytest.raises(ValueError, match="'sst2' is unknown to the adapter, whose tasks are 0: first, 1: colour"):
+        task_model.set_task("sst2")
+    with pytest.raises(ValueError, match="Task 3 is unknown"):
+        logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match="Task -2 is unknown"):
+        logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, -2]))
+    with pytest.raises(ValueError, match="do not fit an input of shape"):
+        logits(task_model, random_ids(), task_ids=[0, 1])
+    with pytest.raises(ValueError, match="can't be given together"):
+        logits(task_model, random_ids(), task_ids=[0, 1, 2], adapter_names=["default"] * 3)
+    softmax = adapted(model_folders)
+    with pytest.raises(ValueError, match='`set_task` is for adapters with `router="task"`'):
+        softmax.set_task("first")
+    with pytest.raises(ValueError, match="`task_ids` is for adapters with"):
+        logits(softmax, random_ids(), task_ids=[0, 1, 2])
+    with pytest.raises(ValueError, match="needs a model with R-LoRA adapters"):
+        set_task(base_model(model_folders), "first")
+    with pytest.raises(ValueError, match="needs their names when the adapter is made"):
+        get_peft_model(base_model(model_folders), RLoraConfig(router="task", task_type="CAUSAL_LM"))
+
+
+def test_a_uniform_router_with_an_a_for_each_head_merges(model_folders):
+    model = adapted(model_folders, share_a=False, router="uniform")
+    expected = logits(model, random_ids())
+    torch.testing.assert_close(logits(model.merge_and_unload(), random_ids()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("router", ["top_k", "task", "own_a"])
+def test_compiled_adapter_has_no_graph_break(router):
+    from rlora_trl.tuner import Routing
+
+    kwargs = {"top_k": {"router_top_k": 2}, "task": {"routing": Routing(TASKS, "task")}, "own_a": {"share_a": False}}
+    kind = "softmax" if router == "own_a" else router
+    adapter = MultiHeadAdapter(8, 6, 2, 3, 1.0, router=kind, init_weights=False, dropout=0.0, **kwargs[router]).train()
+    adapter.routing.task = 1 if router == "task" else None
+    x = torch.randn(4, 5, 8)
+    expected = adapter(x)
+    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
