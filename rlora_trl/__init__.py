@@ -11,10 +11,11 @@ from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, register, set_task
 
 
 if TYPE_CHECKING:
-    from .trainer import RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
+    from .trainer import HeadUsageCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
 
 
 __all__ = [
+    "HeadUsageCallback",
     "MultiHeadAdapter",
     "RLoraConfig",
     "RLoraModel",
@@ -25,7 +26,7 @@ __all__ = [
     "set_task",
 ]
 
-_LAZY = dict.fromkeys(("RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer")
+_LAZY = dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer")
 
 register()
 

@@ -1,8 +1,9 @@
 """R-LoRA on TRL's `SFTTrainer`."""
 
+from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .mixing import mix_tasks
 from .trainer import RLoraSFTTrainer
 
 
-__all__ = ["RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"]
+__all__ = ["HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"]

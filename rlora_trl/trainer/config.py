@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Literal
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from trl import SFTConfig
 
-
-# Fields of a later version. Until then only their defaults are accepted, so that no setting is ignored in silence.
-_RESERVED = (
-    "balance_loss",
-    "balance_coef",
-    "balance_scope",
-    "mixing",
-    "mixing_temperature",
-    "mixing_cap",
-    "router_learning_rate",
-)
+from ..kernels import BALANCE_LOSSES
+from .mixing import check_options
 
 
 @dataclass
@@ -33,60 +25,97 @@ class RLoraSFTConfig(SFTConfig):
             Column that names the task of each row, in a data set that holds several. A data set without the default
             column is trained on as it is; any other name must be there.
         mixing (`str`, *optional*, defaults to `"proportional"`):
-            How tasks are mixed: `"proportional"` to their rows. (`"equal"` and `"temperature"` are reserved.)
+            How much of each task an epoch draws (T5, arXiv 1910.10683, section 3.5.2). `"proportional"`: by the rows
+            that it has, which without a cap is each row once. `"equal"`: the same of all tasks. `"temperature"`: by
+            `min(rows, mixing_cap) ** (1 / mixing_temperature)`.
         mixing_temperature (`float`, *optional*, defaults to `1.0`):
-            Reserved.
+            The larger, the more equal; for `mixing="temperature"`.
         mixing_cap (`int`, *optional*):
-            Reserved.
+            Rows (or tokens) beyond which a task counts as no larger.
+        mixing_unit (`str`, *optional*, defaults to `"rows"`):
+            Whether tasks are mixed by `"rows"` or by `"tokens"`.
 
         > Parameters that control the router
 
         balance_loss (`str`, *optional*, defaults to `"none"`):
-            Loss that keeps the heads in use. (`"switch"`, `"importance"`, `"mutual_information"` and `"z"` are
-            reserved.)
-        balance_coef (`float`, *optional*, defaults to `0.0`):
-            Reserved.
+            Loss that keeps all heads in use: `"none"`, `"switch"`, `"importance"`, `"mutual_information"` or `"z"`.
+        balance_coef (`float`, *optional*, defaults to `0.01`):
+            What it is multiplied by.
         balance_scope (`str`, *optional*, defaults to `"micro"`):
-            Reserved.
+            Where the shares of heads are taken from: `"micro"`, each micro-batch; or `"global"`, the whole batch of a
+            step, over ranks and accumulation, so that a micro-batch of one task may prefer one head (arXiv
+            2501.11873). What a rank has not seen of a step counts as in the step before.
         router_learning_rate (`float`, *optional*):
-            Reserved.
+            Learning rate of routers; by default that of all.
+        loraplus_lr_ratio (`float`, *optional*):
+            Learning rate of the heads B as a multiple of `learning_rate` (LoRA+, arXiv 2402.12354).
+        train_a (`bool`, *optional*, defaults to `True`):
+            Whether A trains.
 
     > [!NOTE]
     > One default differs from `trl.SFTConfig`: `bf16` is `True` unless `fp16` is set or the machine has no
     > accelerator, where `SFTConfig` raises an error.
 
     Raises:
-        NotImplementedError: For a value that is reserved for a later version.
+        ValueError: If a field has a value outside its range, or fields do not go together.
     """
 
     task_column: str = field(
         default="task", metadata={"help": "Column that names the task of each row, in a data set that holds several."}
     )
     mixing: Literal["proportional", "equal", "temperature"] = field(
-        default="proportional", metadata={"help": "How tasks are mixed; only 'proportional' so far."}
+        default="proportional", metadata={"help": "How much of each task an epoch draws."}
     )
-    mixing_temperature: float = field(default=1.0, metadata={"help": "Reserved for a later version."})
-    mixing_cap: int | None = field(default=None, metadata={"help": "Reserved for a later version."})
+    mixing_temperature: float = field(
+        default=1.0, metadata={"help": "The larger, the more equal; for `mixing='temperature'`."}
+    )
+    mixing_cap: int | None = field(
+        default=None, metadata={"help": "Rows (or tokens) beyond which a task counts as no larger."}
+    )
+    mixing_unit: Literal["rows", "tokens"] = field(
+        default="rows", metadata={"help": "Whether tasks are mixed by rows or by tokens."}
+    )
     balance_loss: Literal["none", "switch", "importance", "mutual_information", "z"] = field(
-        default="none", metadata={"help": "Loss that keeps the heads in use; only 'none' so far."}
+        default="none", metadata={"help": "Loss that keeps all heads in use."}
     )
-    balance_coef: float = field(default=0.0, metadata={"help": "Reserved for a later version."})
+    balance_coef: float = field(default=0.01, metadata={"help": "What the balance loss is multiplied by."})
     balance_scope: Literal["micro", "global"] = field(
-        default="micro", metadata={"help": "Reserved for a later version."}
+        default="micro",
+        metadata={"help": "Shares of heads over each micro-batch ('micro') or the whole batch of a step ('global')."},
     )
-    router_learning_rate: float | None = field(default=None, metadata={"help": "Reserved for a later version."})
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of routers; by default that of all."}
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "Learning rate of the heads B as a multiple of `learning_rate` (LoRA+)."}
+    )
+    train_a: bool = field(default=True, metadata={"help": "Whether A trains."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not (self.use_cpu or torch.accelerator.is_available()):  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
-        defaults = {entry.name: entry.default for entry in fields(RLoraSFTConfig)}
-        for name in _RESERVED:
-            value = getattr(self, name)
-            if value != defaults[name]:
-                raise NotImplementedError(
-                    f"`{name}={value!r}` is reserved for a later version; only {defaults[name]!r} is accepted so far. "
-                    "Leave it unset."
-                )
         if not self.task_column:
             raise ValueError(f"`task_column` must name a column, got {self.task_column!r}. The default is 'task'.")
+        check_options(self.mixing, self.mixing_temperature, self.mixing_cap, self.mixing_unit, prefix="mixing_")
+        for name, accepted in (("balance_loss", BALANCE_LOSSES), ("balance_scope", ("micro", "global"))):
+            if getattr(self, name) not in accepted:
+                listed = ", ".join(map(repr, accepted))
+                raise ValueError(f"`{name}` must be one of {listed}, got {getattr(self, name)!r}. Choose one.")
+        if not (_is_number(self.balance_coef) and 0 <= self.balance_coef < math.inf):
+            raise ValueError(
+                f"`balance_coef` must be a number of at least 0, got {self.balance_coef!r}. 0.01 is a common choice."
+            )
+        for name in ("router_learning_rate", "loraplus_lr_ratio"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"`{name}` must be a positive number, got {value!r}. Leave it unset for none.")
+
+    @property
+    def mixes_tasks(self) -> bool:
+        """Whether an epoch draws something else than each row once."""
+        return self.mixing == "equal" or self.mixing_temperature != 1.0 or self.mixing_cap is not None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

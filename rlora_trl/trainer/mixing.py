@@ -67,7 +67,7 @@ class Mixture:
     unit: Unit = "rows"
 
     def __post_init__(self) -> None:
-        _check_options(self.mixing, self.temperature, self.cap, self.unit)
+        check_options(self.mixing, self.temperature, self.cap, self.unit)
         _check_sizes("rows", self.rows)
         if self.unit == "tokens":
             if self.tokens is None or set(self.tokens) != set(self.rows):
@@ -157,28 +157,41 @@ def _drawn(share: float, draws: int, repeats: float) -> list[str]:
     return [f"{100 * share:.2f} %", f"{draws:,}", f"{repeats:.2f}x"]
 
 
-def _check_options(mixing: Any, temperature: Any, cap: Any, unit: Any) -> None:
-    for name, value, accepted in (("mixing", mixing, get_args(Mixing)), ("unit", unit, get_args(Unit))):
+def check_options(mixing: Any, temperature: Any, cap: Any, unit: Any, *, prefix: str = "") -> None:
+    """
+    Check the options of a [`Mixture`].
+
+    Args:
+        mixing, temperature, cap, unit: See [`Mixture`].
+        prefix (`str`, *optional*): What the user's names of all but the first have before them.
+
+    Raises:
+        ValueError: If one is outside its range, or they do not go together.
+    """
+    for name, value, accepted in (("mixing", mixing, get_args(Mixing)), (f"{prefix}unit", unit, get_args(Unit))):
         if value not in accepted:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, accepted))}, got {value!r}. Choose one.")
+            listed = ", ".join(map(repr, accepted))
+            raise ValueError(f"`{name}` must be one of {listed}, got {value!r}. Choose one.")
+    name = f"{prefix}temperature"
     # Written so that NaN fails too.
     if isinstance(temperature, bool) or not isinstance(temperature, Real) or not float(temperature) >= 1:
         raise ValueError(
-            f"`temperature` must be a number of at least 1, got {temperature!r}. 1 mixes in proportion to the sizes, "
-            "2 is a common choice to favour small tasks."
+            f"`{name}` must be a number of at least 1, got {temperature!r}. 1 mixes in proportion to the sizes, 2 is "
+            "a common choice to favour small tasks."
         )
     if temperature != 1 and mixing != "temperature":
         raise ValueError(
-            f"`temperature={temperature!r}` has no effect with `mixing={mixing!r}`. Set `mixing='temperature'`, or "
-            "leave `temperature` at 1."
+            f"`{name}={temperature!r}` has no effect with `mixing={mixing!r}`. Set `mixing='temperature'`, or leave "
+            f"`{name}` at 1."
         )
     if cap is None:
         return
+    name = f"{prefix}cap"
     if isinstance(cap, bool) or not isinstance(cap, Integral) or cap < 1:
-        raise ValueError(f"`cap` must be a whole number of at least 1, or None, got {cap!r}. It counts {unit}.")
+        raise ValueError(f"`{name}` must be a whole number of at least 1, or None, got {cap!r}. It counts {unit}.")
     if mixing == "equal":
         raise ValueError(
-            f'`cap={cap!r}` has no meaning with `mixing="equal"`, where sizes don\'t count. Leave `cap` unset.'
+            f'`{name}={cap!r}` has no meaning with `mixing="equal"`, where sizes don\'t count. Leave `{name}` unset.'
         )
 
 
@@ -385,7 +398,7 @@ def mix_tasks(
         ValueError: See [`Mixture`] and [`join_tasks`]; and if sizes are unknown, or given and of no use.
         TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
     """
-    _check_options(mixing, temperature, cap, unit)
+    check_options(mixing, temperature, cap, unit)
     _check_draw(seed, epoch)
     refuse_splits(datasets)
     plan = partial(Mixture, mixing=mixing, temperature=temperature, cap=cap, unit=unit)
@@ -408,6 +421,40 @@ def mix_tasks(
         mixed = _mix_streams(labelled, plan(_rows_of_streams(datasets, sizes)), seed)
     mixed.set_epoch(epoch)
     return mixed
+
+
+def mix_streams(train_dataset: Any, args: Any) -> Any:
+    """
+    Training data with streams by task mixed; everything else is returned as it is, and mixed when it is sampled.
+
+    Args:
+        train_dataset: What `RLoraSFTTrainer` takes.
+        args ([`RLoraSFTConfig`]): Has the options.
+
+    Raises:
+        ValueError: If one stream is to be mixed, whose tasks can't be told apart; and see [`mix_tasks`].
+    """
+    if not args.mixes_tasks:
+        return train_dataset
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"`mixing={args.mixing!r}` needs the tasks of a stream apart. Pass a dictionary of streams by task, or "
+            "mix them yourself with `rlora_trl.mix_tasks`."
+        )
+    if not isinstance(train_dataset, Mapping) or not any(
+        isinstance(dataset, IterableDataset) for dataset in train_dataset.values()
+    ):
+        return train_dataset
+    return mix_tasks(
+        train_dataset,
+        mixing=args.mixing,
+        temperature=args.mixing_temperature,
+        cap=args.mixing_cap,
+        unit=args.mixing_unit,
+        seed=args.seed,
+        task_column=args.task_column,
+        text_column=args.dataset_text_field,
+    )
 
 
 def _mix_rows(

@@ -27,7 +27,8 @@ _NAME_TYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uin
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-def _columns(dataset: AnyDataset) -> list[str]:
+def columns_of(dataset: AnyDataset) -> list[str]:
+    """Names of the columns; a stream that does not say is asked for its first row."""
     if dataset.column_names is not None:
         return list(dataset.column_names)
     return list(next(iter(dataset)))
@@ -39,7 +40,7 @@ def _check_not_empty(task: str, dataset: AnyDataset) -> None:
 
 
 def _format_of(task: str, dataset: AnyDataset, text_column: str) -> tuple[str, ...]:
-    columns = set(_columns(dataset))
+    columns = set(columns_of(dataset))
     formats = (*_FORMATS[:-1], (text_column,))
     for names in formats:
         if columns.issuperset(names):
@@ -135,7 +136,7 @@ def _check_datasets(datasets: Mapping[str, AnyDataset]) -> bool:
 
 def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> list[str]:
     """The columns beside the format that all tasks have. They change what is trained on, so none may be dropped."""
-    columns = {task: set(_columns(dataset)) for task, dataset in datasets.items()}
+    columns = {task: set(columns_of(dataset)) for task, dataset in datasets.items()}
     kept = []
     for name in _COMPANIONS:
         having = [task for task in columns if name in columns[task]]
@@ -190,7 +191,7 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
     Raises:
         ValueError: If the column is required and missing, or has rows without a task.
     """
-    columns = _columns(dataset)
+    columns = columns_of(dataset)
     if task_column not in columns:
         if required:
             raise ValueError(
@@ -256,8 +257,14 @@ def collect_tasks(
     """
     refuse_splits(train_dataset)
     if isinstance(train_dataset, Mapping):
-        joined = join_tasks(train_dataset, task_column=task_column, text_column=text_column, seed=seed)
-        return joined, [str(task) for task in train_dataset]
+        names = [str(task) for task in train_dataset]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"`train_dataset` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give "
+                "each task a name of its own."
+            )
+        return join_tasks(train_dataset, task_column=task_column, text_column=text_column, seed=seed), names
     if isinstance(train_dataset, Dataset | IterableDataset):
         return train_dataset, tasks_in(train_dataset, task_column, required=task_column != "task")
     return train_dataset, None

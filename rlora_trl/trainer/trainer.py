@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from trl import SFTTrainer
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from trl import SFTTrainer, pack_dataset
 
-from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer
+from ..kernels import RoutingTally, anchor_loss
+from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from .config import RLoraSFTConfig
-from .tasks import AnyDataset, collect_tasks
+from .gradients import FirstGradients, gradient_norms
+from .ledger import TaskLedger
+from .mixing import Mixture, MixtureSampler, count_tasks, mix_streams
+from .monitor import RoutingMonitor, head_similarity
+from .optimizer import set_learning_rates
+from .task_evaluation import OptionRows, mean_over_tasks, score_options, split_by_task
+from .task_ids import (
+    TASK_IDS,
+    TOKEN_MASK,
+    TaskCollator,
+    count_tokens,
+    number_alike,
+    number_tasks,
+    spread_over_tokens,
+    token_mask_of,
+)
+from .tasks import AnyDataset, collect_tasks, columns_of
 
 
 logger = get_logger(__name__)
+
+STATE_FILE = "rlora_state.json"
 
 
 class RLoraSFTTrainer(SFTTrainer):
@@ -29,9 +55,15 @@ class RLoraSFTTrainer(SFTTrainer):
 
     Everything that `trl.SFTTrainer` does works as it does there. What differs:
 
-    - `train_dataset` may also be a dictionary of data sets by task, which are joined and shuffled, or a data set with
-      a column (`args.task_column`) that names the task of each row. The tasks' names are saved with the adapter.
+    - `train_dataset` may also be a dictionary of data sets by task, which are joined and mixed (`args.mixing`), or a
+      data set with a column (`args.task_column`) that names the task of each row. The tasks' names are saved with the
+      adapter, and the task of each row reaches the layers (`RLoraConfig(router="task")`), whatever the packing.
     - `peft_config` defaults to `RLoraConfig()`.
+    - `args.balance_loss` adds a loss that keeps all heads in use; the evaluation loss does not have it.
+    - Logs have `balance_loss`, `router_entropy`, `head_load_max`, `head_load_cv`, `head_similarity`, the norms
+      `grad_norm_A`, `grad_norm_B`, `grad_norm_router`, and for each task `<task>_loss`.
+    - Evaluation by task gives `eval_<task>_loss`, and `eval_<task>_accuracy` where rows have `options` (the completion
+      must be the most likely of them), with their means over tasks as `eval_loss` and `eval_accuracy`.
     - Adapters train in float32 on a quantised base too, where `SFTTrainer` casts what trains to bfloat16: the
       update of a weight can be smaller than bfloat16 resolves, and R-LoRA's anchor must agree with its initial
       weights. (`modules_to_save` and other trained parameters are left as `SFTTrainer` casts them.)
@@ -46,7 +78,7 @@ class RLoraSFTTrainer(SFTTrainer):
         train_dataset (`Dataset`, `IterableDataset` or `dict[str, Dataset | IterableDataset]`):
             Training data.
         eval_dataset (`Dataset`, `IterableDataset` or `dict[str, Dataset | IterableDataset]`, *optional*):
-            Evaluation data. A dictionary gives metrics for each of its keys, `eval_<key>_loss`.
+            Evaluation data. A dictionary, or a data set with the task column, gives metrics for each task.
         quantization_config (`BitsAndBytesConfig`, *optional*):
             As in `SFTTrainer`: how to quantise a model given by name.
         peft_config ([`RLoraConfig`], *optional*):
@@ -89,18 +121,32 @@ class RLoraSFTTrainer(SFTTrainer):
     ) -> None:
         args = _as_rlora_config(args, model)
         peft_config = _choose_peft_config(model, peft_config)
-        train_dataset, tasks = collect_tasks(
-            train_dataset, task_column=args.task_column, text_column=args.dataset_text_field, seed=args.seed
+        mixed = mix_streams(train_dataset, args)
+        joined, tasks = collect_tasks(
+            train_dataset,
+            task_column=args.task_column,
+            text_column=args.dataset_text_field,
+            seed=args.seed,
         )
-        if peft_config is not None and tasks is not None:
-            peft_config.tasks = tasks
+        train_dataset = mixed if mixed is not train_dataset else joined
+        config = peft_config if peft_config is not None else _active_config(model)
+        _check_balance(args, config)
+        self._tasks = _name_tasks(config, tasks, is_new=peft_config is not None)
+        if peft_config is not None:
+            peft_config.tasks = self._tasks or None
+        self._task_column = args.task_column
+        self.mixture: Mixture | None = None
+        self._mixture_sampler: MixtureSampler | None = None
+        eval_dataset = split_by_task(eval_dataset, args.task_column)
+        _check_eval_tasks(eval_dataset, tasks)
+        self._option_rows = OptionRows(eval_dataset)
         loaded = {p: p.data for p in model.parameters()} if isinstance(model, PeftModel) else {}
 
         super().__init__(
             model,
             args,
             data_collator,
-            train_dataset,
+            self._with_task_ids(train_dataset, required=config.router == "task"),
             eval_dataset,
             *positional,
             quantization_config=quantization_config,
@@ -108,8 +154,67 @@ class RLoraSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self._undo_bf16_cast(loaded)
-        if tasks is not None:
-            self._record_tasks(tasks)
+        self._set_up_adapters()
+        self._set_up_tasks()
+
+    def _set_up_adapters(self) -> None:
+        """Find what trains, and what is recorded of it."""
+        self._adapters = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, MultiHeadAdapter) and (module.A.requires_grad or module.B.requires_grad)
+        }
+        if not self.args.train_a:
+            for adapter in self._adapters.values():
+                adapter.A.requires_grad_(False)
+        routers = [adapter for adapter in self._adapters.values() if adapter.router is not None]
+        self._routings: list[Routing] = list({id(a.routing): a.routing for a in self._adapters.values()}.values())
+        self._monitor = None
+        if routers:
+            self._monitor = RoutingMonitor(
+                routers,
+                self.args.balance_loss,
+                self.args.balance_coef,
+                self.args.balance_scope == "global",
+                self.args.device,
+            )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if self._balances and parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise NotImplementedError(
+                f"`balance_loss={self.args.balance_loss!r}` does not count tokens under context or sequence "
+                'parallelism yet. Set `balance_loss="none"`, or use data parallelism.'
+            )
+        self._records_step = False
+        self._extra_logs: dict[str, float] = {}
+        self._first_gradients: FirstGradients | None = None
+
+    def _set_up_tasks(self) -> None:
+        """Names of tasks in the adapter, counts by task, and the mixture that an epoch draws."""
+        config = self.model.peft_config[self.model.active_adapter]
+        if self._tasks:
+            config.tasks = list(self._tasks)
+            for routing in self._routings:
+                routing.tasks = tuple(self._tasks)
+            logger.info(f"Training on {len(self._tasks)} tasks: {', '.join(self._tasks)}")
+        self._ledger = TaskLedger(self._tasks, self.args.device) if self._tasks else None
+        self._fused_outputs: Any = None
+        self.model.get_base_model().register_forward_hook(self._keep_fused_outputs)
+        numbered = isinstance(self.train_dataset, Dataset) and TASK_IDS in self.train_dataset.column_names
+        if numbered and not self.args.packing and self.mixture is None:
+            self.mixture = self._plan_mixture(self.train_dataset)
+            if self.args.mixes_tasks:
+                self._check_sampling()
+                draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
+                self._mixture_sampler = MixtureSampler(self.train_dataset[TASK_IDS], draws, self.args.seed)
+        if self.args.mixes_tasks and self.mixture is None and isinstance(self.train_dataset, Dataset):
+            raise ValueError(
+                f"`mixing={self.args.mixing!r}` mixes tasks, and the training data does not tell them. Pass a "
+                "dictionary of data sets by task, or name the column that tells them in `task_column`."
+            )
+
+    @property
+    def _balances(self) -> bool:
+        return self.args.balance_loss != "none" and self.args.balance_coef > 0
 
     def _undo_bf16_cast(self, loaded: dict[nn.Parameter, torch.Tensor]) -> None:
         """
@@ -136,10 +241,378 @@ class RLoraSFTTrainer(SFTTrainer):
             for adapter in fresh:
                 adapter.to(torch.float32).reset_parameters()
 
-    def _record_tasks(self, tasks: list[str]) -> None:
-        config = self.model.peft_config[self.model.active_adapter]
-        config.tasks = sorted({*(config.tasks or []), *tasks}) if config.tasks != tasks else tasks
-        logger.info(f"Training on {len(tasks)} tasks: {', '.join(tasks)}")
+    # Data: the task of each row
+
+    def _with_task_ids(self, dataset: Any, *, required: bool) -> Any:
+        """The training data with the place of each row's task among the adapter's, where it tells the task."""
+        told = isinstance(dataset, Dataset | IterableDataset) and self._task_column in columns_of(dataset)
+        if self._tasks and told:
+            return number_tasks(dataset, self._tasks, self._task_column)
+        if required and dataset is not None:
+            raise ValueError(
+                '`router="task"` learns from the task of each row, and the training data does not tell it. Pass a '
+                "dictionary of data sets by task, or a data set with a column (`task_column`) and, for a stream, "
+                "`RLoraConfig(tasks=[...])`."
+            )
+        return dataset
+
+    def _prepare_dataset(
+        self,
+        dataset: AnyDataset,
+        processing_class: Any,
+        args: RLoraSFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> AnyDataset:
+        is_training = dataset_name == "train"
+        if not is_training and self._tasks and TASK_IDS not in columns_of(dataset):
+            if dataset_name in self._tasks:
+                dataset = number_alike(dataset, self._tasks.index(dataset_name))
+            elif self._task_column in columns_of(dataset):
+                dataset = number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=True)
+        arguments = (processing_class, args, packing, formatting_func, dataset_name)
+        columns = columns_of(dataset)
+        if not packing or TASK_IDS not in columns or "seq_lengths" in columns:
+            return super()._prepare_dataset(dataset, *arguments)
+        # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else.
+        if args.max_length is None:
+            raise ValueError("`packing=True` needs `max_length`, which is None. Set it to the length of a packed row.")
+        unpacked = copy.copy(args)
+        unpacked.max_length, unpacked.shuffle_dataset = None, False
+        dataset = super()._prepare_dataset(dataset, processing_class, unpacked, False, formatting_func, dataset_name)
+        return self._pack(dataset, args, dataset_name)
+
+    def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, dataset_name: str) -> AnyDataset:
+        """The last steps of `SFTTrainer._prepare_dataset`, with the task of each token beside the tokens."""
+        map_kwargs: dict[str, Any] = {}
+        if isinstance(dataset, Dataset):
+            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Packing {dataset_name} dataset"}
+        with PartialState().main_process_first():
+            if dataset_name == "train" and isinstance(dataset, Dataset):
+                self.mixture = self._plan_mixture(dataset, args)
+                if args.mixes_tasks:
+                    draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
+                    dataset = dataset.select(list(MixtureSampler(dataset[TASK_IDS], draws, args.seed)))
+            dataset = spread_over_tokens(dataset, **map_kwargs).select_columns(["input_ids", "labels", TASK_IDS])
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> Mixture:
+        args = self.args if args is None else args
+        rows, tokens = count_tasks(dataset, len(self._tasks))
+        present = [place for place, count in enumerate(rows) if count]
+        return Mixture(
+            {self._tasks[place]: rows[place] for place in present},
+            tokens={self._tasks[place]: tokens[place] for place in present},
+            mixing=args.mixing,
+            temperature=args.mixing_temperature,
+            cap=args.mixing_cap,
+            unit=args.mixing_unit,
+        )
+
+    def _check_sampling(self) -> None:
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy != "random":
+            raise ValueError(
+                f"`mixing={self.args.mixing!r}` draws rows itself and can't go with "
+                f"`train_sampling_strategy={strategy!r}`. Leave that at 'random'."
+            )
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self._mixture_sampler or super()._get_train_sampler(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataloader = super().get_train_dataloader()
+        if self._mixture_sampler is not None and hasattr(dataloader, "set_sampler"):
+            # accelerate's `set_epoch` does not find the sampler of a loader that skips batches (resuming) in several
+            # processes, unless it is told.
+            dataloader.set_sampler(self._mixture_sampler)
+        return dataloader
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        collator: Any = self.data_collator  # type: ignore[has-type]
+        self.data_collator = TaskCollator(collator)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        if TASK_IDS not in columns:
+            self._signature_columns = [*columns, TASK_IDS]
+
+    # Training: what layers are told of a batch, and what they record
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._load_state(checkpoint)
+        if self.mixture is not None and self.is_world_process_zero():
+            self._show(self.mixture.table())
+        self._first_gradients = None if checkpoint else FirstGradients(self._adapters)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._end_first_gradients(tell=False)
+
+    def _show(self, text: str) -> None:
+        if self.args.disable_tqdm:
+            logger.info(text)
+        else:
+            tqdm.write(text)
+
+    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
+
+    def _will_log(self) -> bool:
+        """Whether the step that is running ends in a log."""
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return True
+        step = self.state.global_step + 1
+        return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._records_step = self._monitor is not None and (self._balances or self._will_log())
+        if self._monitor is not None and self._records_step:
+            tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float64)
+            ranks = self.accelerator.num_processes // self._tp_size
+            if self._balances:
+                self._monitor.begin_step(tokens / self._tp_size, ranks, self._reduce)
+            else:
+                self._monitor.begin_step(tokens, ranks, lambda tensor: tensor)
+        return batches, num_items
+
+    def _tell_batch(self, inputs: dict[str, Any], tally: RoutingTally | None) -> None:
+        """Hand the tasks and the padding of a batch to the layers; they stay until the backward pass is over."""
+        mask = token_mask_of(inputs)
+        for routing in self._routings:
+            routing.task_ids = inputs.get(TASK_IDS)
+            routing.token_mask = None if mask is None else mask.to(torch.uint8)
+            routing.tally = tally
+
+    def _forget_batch(self) -> None:
+        self._tell_batch({}, None)
+
+    def _keep_fused_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if getattr(outputs, "log_probs", None) is not None:
+            self._fused_outputs = outputs
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        is_training = self.model.training
+        tally = None
+        if is_training and self._monitor is not None and self._records_step:
+            # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
+            undivided = num_items_in_batch is not None or self.compute_loss_func is not None
+            tally = self._monitor.tally(1 if undivided else self.current_gradient_accumulation_steps)
+        self._tell_batch(inputs, tally)
+        own = {name: value for name, value in inputs.items() if name not in (TASK_IDS, TOKEN_MASK)}
+        self._fused_outputs = None
+        result = super().compute_loss(model, own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        outputs, self._fused_outputs = self._fused_outputs, None
+        if not is_training:
+            self._forget_batch()
+        elif self._ledger is not None and outputs is not None and TASK_IDS in inputs:
+            self._ledger.add(
+                inputs[TASK_IDS],
+                token_mask_of(inputs),
+                inputs.get("position_ids"),
+                outputs.log_probs.detach(),
+                outputs.label_mask,
+            )
+        if tally is None:
+            return result
+        if return_outputs:
+            return anchor_loss(result[0], tally), result[1]
+        return anchor_loss(result, tally)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self._forget_batch()
+        if self.accelerator.sync_gradients and self._will_log():
+            scaler = self.accelerator.scaler
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            norms = gradient_norms(list(self._adapters.values()))
+            self._extra_logs = {name: norm / scale for name, norm in norms.items()}
+        if self.accelerator.sync_gradients:
+            self._end_first_gradients(tell=True)
+        return loss
+
+    def _end_first_gradients(self, *, tell: bool) -> None:
+        watched, self._first_gradients = self._first_gradients, None
+        if watched is None:
+            return
+        watched.close()
+        for problem in watched.report() if tell else []:
+            logger.warning(f"The first step gave {problem}")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and (self.args.router_learning_rate is not None or self.args.loraplus_lr_ratio is not None):
+            set_learning_rates(
+                optimizer,
+                list(self._adapters.values()),
+                learning_rate=self.args.learning_rate,
+                router=self.args.router_learning_rate,
+                heads_ratio=self.args.loraplus_lr_ratio,
+            )
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.training and "loss" in logs:
+            if self._monitor is not None:
+                logs.update(self._monitor.summary(self._reduce))
+            similarity = head_similarity(list(self._adapters.values()))
+            if similarity is not None:
+                logs["head_similarity"] = similarity
+            logs.update(self._extra_logs)
+            if self._ledger is not None:
+                logs.update(self._ledger.tell(self._reduce))
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation by task
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        eval_dataset = split_by_task(eval_dataset, self._task_column)
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            self._option_rows.add(eval_dataset, metric_key_prefix)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(tasks, dict):
+            means = mean_over_tasks(metrics, [str(task) for task in tasks], metric_key_prefix)
+            metrics.update(means)
+            self.log(dict(means))
+            # For callbacks that wait for a metric of all tasks, such as `EarlyStoppingCallback`.
+            control: Any = self.control  # type: ignore[has-type]
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+            return metrics
+        rows = self._option_rows.find(eval_dataset, metric_key_prefix)
+        if rows is not None:
+            accuracy = {f"{metric_key_prefix}_accuracy": self._accuracy(rows, eval_dataset, metric_key_prefix)}
+            metrics.update(accuracy)
+            self.log(dict(accuracy))
+        return metrics
+
+    def _accuracy(self, rows: Dataset, eval_dataset: Any, prefix: str) -> float:
+        task = eval_dataset if isinstance(eval_dataset, str) else prefix.partition("_")[2]
+        return score_options(
+            self.model_wrapped if self.is_fsdp_enabled else self.model,
+            self.processing_class,
+            rows,
+            batch_size=self.args.eval_batch_size,
+            accelerator=self.accelerator,
+            # Every rank runs every row where a forward pass needs all of them.
+            share_rows=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            routings=self._routings,
+            task=task if task in self._tasks else None,
+        )
+
+    # What is kept: counts by task and, for `balance_scope="global"`, the shares of heads
+
+    def tasks_seen(self) -> dict[str, dict[str, int]]:
+        """
+        Rows and tokens of each task that this run, or the one it goes on from, has trained on.
+
+        To be called on all ranks.
+        """
+        return {} if self._ledger is None else self._ledger.totals(self._reduce)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        state: dict[str, Any] = {"tasks": self.tasks_seen()}
+        if self._monitor is not None:
+            state["head_sums"] = self._monitor.state(self._reduce)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / STATE_FILE).write_text(json.dumps(state))
+
+    def _load_state(self, checkpoint: Any) -> None:
+        path = Path(checkpoint) / STATE_FILE if checkpoint else None
+        state: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            try:
+                state = json.loads(path.read_text())
+            except ValueError as error:
+                logger.warning(f"{path} can't be read ({error}): rows seen by task are counted anew.")
+        if self._ledger is not None:
+            self._ledger.load(state.get("tasks", {}))
+        if self._monitor is not None:
+            self._monitor.load_state(state.get("head_sums"))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        seen = self.tasks_seen()
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if seen and self.is_world_process_zero() and path.is_file():
+            path.write_text(add_task_table(path.read_text(), seen))
+
+
+def add_task_table(card: str, seen: Mapping[str, Mapping[str, int]]) -> str:
+    """
+    A model card with the tasks trained on, before its first section about the framework or the citations.
+
+    Args:
+        card (`str`): The card, as Markdown.
+        seen (`Mapping[str, Mapping[str, int]]`): Rows and tokens by task.
+    """
+    total = max(1, sum(counts["rows"] for counts in seen.values()))
+    lines = ["## Tasks", "", "| task | rows seen | share | tokens |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {task} | {counts['rows']:,} | {100 * counts['rows'] / total:.1f} % | {counts['tokens']:,} |"
+        for task, counts in seen.items()
+    ]
+    places = [card.find(f"\n{title}") for title in ("### Framework versions", "## Citations")]
+    place = min((place for place in places if place >= 0), default=len(card))
+    return card[:place] + "\n" + "\n".join(lines) + "\n" + card[place:]
+
+
+def _active_config(model: Any) -> RLoraConfig:
+    return model.peft_config[model.active_adapter]
+
+
+def _check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:
+    if args.balance_loss != "none" and (config.router == "uniform" or config.num_heads == 1):
+        raise ValueError(
+            f"`balance_loss={args.balance_loss!r}` needs a router with several heads to balance, and the adapter has "
+            f"`router={config.router!r}` and `num_heads={config.num_heads}`. Set `balance_loss='none'`."
+        )
+
+
+def _name_tasks(config: RLoraConfig, tasks: list[str] | None, *, is_new: bool) -> list[str]:
+    """The names of the adapter's tasks in the order of their ids: those it has, then those it is now trained on."""
+    known = list(config.tasks or [])
+    added = [task for task in tasks or [] if task not in known]
+    if added and config.router == "task" and known:
+        remedy = "Name all tasks, or leave `tasks` to the trainer." if is_new else "Train a new adapter on all of them."
+        raise ValueError(
+            f"The adapter has a mixture for each of its tasks ({', '.join(known)}), and the training data has "
+            f"{', '.join(added)} too. {remedy}"
+        )
+    return known + added
+
+
+def _check_eval_tasks(eval_dataset: Any, tasks: list[str] | None) -> None:
+    if not isinstance(eval_dataset, Mapping) or not tasks or not set(map(str, eval_dataset)) & set(tasks):
+        return
+    absent = [task for task in tasks if task not in {str(name) for name in eval_dataset}]
+    if absent:
+        logger.warning(
+            f"`eval_dataset` has no data for {', '.join(absent)}, which the training data has: means over tasks leave "
+            "these tasks out. Add them, or ignore this."
+        )
 
 
 def _as_rlora_config(args: TrainingArguments | None, model: Any) -> RLoraSFTConfig:

@@ -103,7 +103,9 @@ class MultiHeadAdapter(nn.Module):
         self.top_k = router_top_k or 0
         self.share_a = share_a
         self.routing = routing if routing is not None else Routing(None, router)
-        self.routing_row: int | None = None  # this layer's row in records of how heads are used
+        # This layer's rows in the records of a trainer, and of evaluation.
+        self.routing_row: int | None = None
+        self.usage_row: int | None = None
 
         self.A = nn.Parameter(torch.empty((r, in_features) if share_a else (num_heads, r, in_features), dtype=dtype))
         self.B = nn.Parameter(torch.empty(num_heads, out_features, r, dtype=dtype))
@@ -279,12 +281,12 @@ class MultiHeadAdapter(nn.Module):
     @torch.no_grad()
     def _record_usage(self, x: torch.Tensor) -> None:
         routing = self.routing
-        if routing.usage is None or self.routing_row is None:
+        if routing.usage is None or self.usage_row is None:
             return
         tokens = x.shape[:-1].numel()
         weights = self.mixture(x).reshape(tokens, self.num_heads)
         task_ids = routing.token_task_ids(x.shape[:-1], x.device)
-        routing.usage.add(self.routing_row, weights, task_ids, routing.mask_for(tokens))
+        routing.usage.add(self.usage_row, weights, task_ids, routing.mask_for(tokens))
 
     def train(self, mode: bool = True) -> "MultiHeadAdapter":
         """Switch between training and inference; what inference keeps is dropped."""

@@ -45,7 +45,8 @@ class HeadUsage:
         task_ids = torch.where(task_ids < 0, unknown, task_ids)
         counted = torch.ones_like(task_ids) if mask is None else mask
         kept = counted.bool()
-        self.weights[:, layer].index_add_(0, task_ids[kept], weights[kept].to(self.weights))
+        heads = weights.shape[1]  # of an adapter that may have fewer than others
+        self.weights[:, layer, :heads].index_add_(0, task_ids[kept], weights[kept].to(self.weights))
         self.tokens[:, layer].index_add_(0, task_ids[kept], counted[kept].to(self.tokens))
 
 

@@ -83,20 +83,26 @@ def test_help_renders():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("kwargs", "message"),
     [
-        ("balance_loss", "switch"),
-        ("balance_coef", 0.1),
-        ("balance_scope", "global"),
-        ("mixing", "equal"),
-        ("mixing_temperature", 2.0),
-        ("mixing_cap", 10),
-        ("router_learning_rate", 0.1),
+        ({"balance_loss": "swich"}, "`balance_loss` must be one of 'none', 'switch', .* got 'swich'"),
+        ({"balance_scope": "batch"}, "`balance_scope` must be one of 'micro', 'global', got 'batch'"),
+        ({"balance_coef": -0.1}, "`balance_coef` must be a number of at least 0, got -0.1"),
+        ({"balance_coef": float("nan")}, "got nan"),
+        ({"balance_coef": float("inf")}, "got inf"),
+        ({"router_learning_rate": 0.0}, "`router_learning_rate` must be a positive number, got 0.0"),
+        ({"loraplus_lr_ratio": -1}, "`loraplus_lr_ratio` must be a positive number, got -1"),
+        ({"mixing": "even"}, "`mixing` must be one of 'proportional', 'equal', 'temperature', got 'even'"),
+        ({"mixing_temperature": 2.0}, "`mixing_temperature=2.0` has no effect with `mixing='proportional'`"),
+        ({"mixing": "temperature", "mixing_temperature": 0.5}, "`mixing_temperature` must be a number of at least 1"),
+        ({"mixing_cap": 0}, "`mixing_cap` must be a whole number of at least 1"),
+        ({"mixing": "equal", "mixing_cap": 5}, "`mixing_cap=5` has no meaning"),
+        ({"mixing_unit": "bytes"}, "`mixing_unit` must be one of 'rows', 'tokens', got 'bytes'"),
     ],
 )
-def test_reserved_training_arguments_name_their_field(name, value):
-    with pytest.raises(NotImplementedError, match=f"`{name}="):
-        RLoraSFTConfig("out", bf16=False, **{name: value})
+def test_bad_training_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        RLoraSFTConfig("out", bf16=False, **kwargs)
 
 
 def test_task_column_must_be_named():

@@ -147,7 +147,7 @@ def test_given_peft_model_goes_on_training(model_folders, tmp_path):
         build_tokenizer(),
     )
     assert_trains(trainer)
-    assert trainer.model.peft_config["default"].tasks == ["colour", "first", "old", "same"]
+    assert trainer.model.peft_config["default"].tasks == ["old", "first", "colour", "same"]
 
 
 def test_completion_only_loss(model_folders, tmp_path):

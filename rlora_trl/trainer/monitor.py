@@ -1,0 +1,163 @@
+"""What layers record of a step: balance losses, and how evenly heads are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..kernels import RoutingTally
+from ..kernels.balance import new_record
+from ..kernels.rank_space import Layout
+from ..tuner import MultiHeadAdapter
+
+
+class RoutingMonitor:
+    """
+    Gives each micro-batch a tally for its layers to write to, and adds up what they wrote.
+
+    A balance loss is the mean over layers, and over micro-batches and ranks by the tokens that count, so that its
+    coefficient means the same however a batch is split.
+
+    Args:
+        adapters (`Sequence[MultiHeadAdapter]`): The adapters in training that have a router, with equally many heads.
+        kind (`str`): The balance loss, one of `BALANCE_LOSSES`.
+        coefficient (`float`): What it is multiplied by.
+        whole_step (`bool`): Take the shares of heads over the whole step rather than the micro-batch.
+        device (`torch.device`): Where the adapters compute.
+
+    Raises:
+        ValueError: If adapters have different numbers of heads.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[MultiHeadAdapter],
+        kind: str,
+        coefficient: float,
+        whole_step: bool,
+        device: torch.device,
+    ) -> None:
+        heads = {adapter.num_heads for adapter in adapters}
+        if len(heads) != 1:
+            raise ValueError(f"Adapters trained together need one number of heads, got {sorted(heads)}.")
+        self.adapters = list(adapters)
+        self.num_heads = heads.pop()
+        self.kind, self.coefficient, self.whole_step = kind, coefficient, whole_step
+        self.factor = 0.0
+        self.expected_tokens = 0.0
+        self.step = new_record(len(adapters), self.num_heads, device)
+        self.logged = torch.zeros_like(self.step)
+        self.prior: torch.Tensor | None = None
+        for row, adapter in enumerate(self.adapters):
+            adapter.routing_row = row
+
+    def begin_step(
+        self, tokens: torch.Tensor, average_over: int, reduce: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """
+        Close the record of the step before, and take in how many tokens the next one has.
+
+        Args:
+            tokens (`torch.Tensor`): Tokens of this rank's micro-batches that count, a scalar.
+            average_over (`int`): Ranks whose gradients will be averaged.
+            reduce (`Callable`): Sums a tensor over the ranks.
+        """
+        sums = tokens.reshape(1).to(self.step.device, torch.float64)
+        if self.whole_step:  # one collective for both
+            sums = torch.cat([sums, self._counts_and_heads()])
+        sums = reduce(sums)
+        if self.whole_step:
+            self._set_prior(sums[1:])
+        self.logged += self.step
+        self.step.zero_()
+        self.expected_tokens = float(sums[0])
+        self.factor = self.coefficient * average_over / (len(self.adapters) * max(self.expected_tokens, 1.0))
+
+    def _counts_and_heads(self) -> torch.Tensor:
+        """Tokens of each layer, and the sums that f and P are made from, in one row."""
+        return torch.cat([self.step[:, 0], self.step[:, 3 : 3 + 2 * self.num_heads].flatten()]).double()
+
+    def _set_prior(self, sums: torch.Tensor) -> None:
+        layers = len(self.adapters)
+        if not bool((sums[:layers] > 0).all()):
+            return  # nothing was recorded: the run begins, or goes on from a checkpoint that told the shares
+        shares = sums[layers:].view(layers, -1) / sums[:layers, None]
+        # Rows that start at multiples of 16 bytes, which the kernels like.
+        self.prior = torch.nn.functional.pad(shares.float(), (0, -shares.shape[1] % 4))
+
+    def tally(self, divided_by: int) -> RoutingTally:
+        """
+        The tally of one micro-batch.
+
+        Args:
+            divided_by (`int`): What the trainer will divide the loss of a micro-batch by, beside what the loss itself
+                was divided by.
+        """
+        return RoutingTally(
+            self.step,
+            self.kind,
+            self.factor * divided_by,
+            self.whole_step,
+            self.expected_tokens,
+            self.prior,
+        )
+
+    def summary(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """
+        What was recorded since the last call, over all ranks: means over layers.
+
+        Args:
+            reduce (`Callable`): Sums a tensor over the ranks.
+
+        Returns:
+            `dict[str, float]`: `balance_loss` (without the coefficient), `router_entropy` (nats, of one token's
+            weights), `head_load_max` (mean weight of the most used head of a layer) and `head_load_cv` (standard
+            deviation over mean of the heads' mean weights). Empty if nothing was recorded.
+        """
+        record = reduce((self.logged + self.step).double())
+        self.logged = -self.step  # what the running step has so far is told already
+        tokens = record[:, :1]
+        if not bool((tokens > 0).all()):
+            return {}
+        columns = Layout(self.num_heads, 1).statistics_columns
+        load = record[:, 3 + 2 * self.num_heads : columns] / tokens  # [L, N]
+        values = [
+            record[:, columns : columns + 1] / tokens,
+            record[:, 2:3] / tokens,
+            load.amax(1),
+            load.std(1, correction=0) / load.mean(1),
+        ]
+        means = torch.stack([value.mean() for value in values]).tolist()
+        named = dict(zip(("balance_loss", "router_entropy", "head_load_max", "head_load_cv"), means, strict=True))
+        if self.kind == "none":
+            del named["balance_loss"]
+        return named
+
+    def state(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[float] | None:
+        """What a resumed run needs to go on as this one: the sums of the step that ended last, over all ranks."""
+        return reduce(self._counts_and_heads()).tolist() if self.whole_step else None
+
+    def load_state(self, state: list[float] | None) -> None:
+        """Take up what [`state`] gave."""
+        if state is not None and self.whole_step:
+            self._set_prior(torch.tensor(state, dtype=torch.float64, device=self.step.device))
+
+
+def head_similarity(adapters: Sequence[MultiHeadAdapter]) -> float | None:
+    """
+    The mean cosine between the heads B of an adapter, over pairs and adapters; `None` where heads are not at hand.
+
+    They are not on a rank that holds parts of them (DeepSpeed ZeRO-3, FSDP), nor with a single head.
+    """
+    cosines = []
+    for adapter in adapters:
+        B = adapter.B.detach()
+        if B.shape[0] < 2 or type(B) is not torch.Tensor or B.numel() == 0:
+            return None
+        flat = torch.nn.functional.normalize(B.flatten(1).float(), dim=1)
+        total = flat.sum(0)
+        pairs = B.shape[0] * (B.shape[0] - 1)
+        # The sum of all cosines, without those of heads with themselves.
+        cosines.append(((total * total).sum() - (flat * flat).sum()) / pairs)
+    return torch.stack(cosines).mean().item() if cosines else None
