@@ -80,23 +80,42 @@ class FirstGradients:
                 elif not bool(torch.isfinite(square).all()):
                     not_finite.append(f"{layer} ({name})")
                 elif name in _expected(adapter):
-                    for head in (square == 0).nonzero().flatten().tolist():
+                    for head in self._zeros(layer, name):
                         zero.setdefault(f"head {head} of B" if name == "B" else name, []).append(layer)
-        told = []
-        if missing:
-            told.append(
-                f"no gradient for {_few(missing)}: the loss does not depend on these layers. They are not used on "
-                "this data, or reentrant gradient checkpointing cuts them off because nothing before them requires a "
-                "gradient (call `model.enable_input_require_grads()`)."
-            )
-        if not_finite:
-            told.append(
-                f"gradients that are not finite for {_few(not_finite)}: the loss overflows. Lower the learning rate "
-                "or the scaling (`lora_alpha`), or train in bf16 rather than fp16."
-            )
-        for what, layers in zero.items():
-            told.append(f"a gradient of zero for {what} in {_few(layers)}: {_cause(what, self.adapters[layers[0]])}")
-        return told
+        return _sentences(missing, not_finite, zero, self.adapters)
+
+    def _zeros(self, layer: str, name: str) -> list[int]:
+        """
+        The heads of B whose gradient is zero, or 0 for one that is not told apart.
+
+        What cancels in exact arithmetic leaves rounding: of heads, as 16-bit products have it; of a router, as sums in
+        float32 have it.
+        """
+        square = self.squares[layer, name]
+        if name == "B":
+            return (square <= 1e-4 * square.max()).nonzero().flatten().tolist()
+        scale = self.squares.get((layer, "A" if name == "router" else "B"), square).sum()
+        return [0] if bool(square.sum() <= 1e-10 * scale) else []
+
+
+def _sentences(
+    missing: list[str], not_finite: list[str], zero: dict[str, list[str]], adapters: Mapping[str, MultiHeadAdapter]
+) -> list[str]:
+    told = []
+    if missing:
+        told.append(
+            f"no gradient for {_few(missing)}: the loss does not depend on these layers. They are not used on "
+            "this data, or reentrant gradient checkpointing cuts them off because nothing before them requires a "
+            "gradient (call `model.enable_input_require_grads()`)."
+        )
+    if not_finite:
+        told.append(
+            f"gradients that are not finite for {_few(not_finite)}: the loss overflows. Lower the learning rate "
+            "or the scaling (`lora_alpha`), or train in bf16 rather than fp16."
+        )
+    for what, layers in zero.items():
+        told.append(f"a gradient of zero for {what} in {_few(layers)}: {_cause(what, adapters[layers[0]])}")
+    return told
 
 
 def _expected(adapter: MultiHeadAdapter) -> set[str]:

@@ -74,8 +74,8 @@ class OptionRows:
             rows = _scorable(data)
             if rows is not None:
                 self._by_prefix[key] = rows
-            elif "input_ids" not in getattr(data, "column_names", ()) or key not in self._by_prefix:
-                self._by_prefix.pop(key, None)
+            elif "input_ids" not in (getattr(data, "column_names", None) or ()):
+                self._by_prefix.pop(key, None)  # of an earlier call
 
     def find(self, eval_dataset: Any, prefix: str) -> Dataset | None:
         """The rows that belong to one evaluation, by its name or by the prefix of its metrics."""
@@ -85,7 +85,9 @@ class OptionRows:
 
 
 def _scorable(dataset: Any) -> Dataset | None:
-    if not isinstance(dataset, Dataset) or not set(_SCORED) <= set(dataset.column_names) or len(dataset) == 0:
+    columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set()
+    # Preparation adds the end of the sequence to completions, which then are none of the options.
+    if not set(_SCORED) <= columns or "input_ids" in columns or len(dataset) == 0:
         return None
     row = dataset[0]
     plain = isinstance(row["prompt"], str) and isinstance(row["completion"], str) and bool(row["options"])

@@ -1,0 +1,290 @@
+"""A balance loss means the same on one process and on two: with DDP, and with DeepSpeed ZeRO-2 and ZeRO-3, on CPU."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from testing_utils import perturb, task_rows
+from transformers import AutoModelForCausalLM
+
+from rlora_trl import RLoraConfig
+
+
+pytestmark = pytest.mark.slow
+
+LOSSES = ("switch", "importance", "mutual_information", "z")
+TASKS = ("first", "colour")
+TIMEOUT = 80
+# Relative to the largest element of an update; updates are sums of float32 in another order.
+TOLERANCE = 2e-5
+
+
+def uneven_rows(count=8, seed=0):
+    """Rows of which the first half are short and the second half long, all of different lengths."""
+    draw = random.Random(seed)
+    lengths = [2 + i if i < count // 2 else 14 + 2 * i for i in range(count)]
+    rows = []
+    for i, length in enumerate(lengths):
+        words = [f"w{draw.randrange(20)}" for _ in range(length)]
+        rows.append({"prompt": f"{' '.join(words)} Answer:", "completion": f" {words[0]}", "task": TASKS[i % 2]})
+    return rows
+
+
+def twice(rows):
+    """What two ranks get is the same: with batches of 4, rank 0 has the first four rows and rank 1 the other four."""
+    return rows[:4] + rows[:4]
+
+
+def by_task():
+    """Four rows of one task, then four of the other, so that each rank has one task."""
+    return [{**row, "task": task} for task in TASKS for row in task_rows(task, 4, seed=3)]
+
+
+def case(name, rows, kind, *, coef=1.0, **kwargs):
+    """A case for `balance_run.py`; all but its own keywords are arguments of the trainer."""
+    entry = {"name": name, "rows": rows}
+    for key in ("stage", "by_name", "save"):
+        if key in kwargs:
+            entry[key] = kwargs.pop(key)
+    defaults = {"max_steps": 1, "per_device_train_batch_size": 4, "balance_loss": kind, "balance_coef": coef}
+    entry["arguments"] = {**defaults, **kwargs}
+    return entry
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def stop(process):
+    """End a launcher and its ranks: it ends them when asked to; else they end themselves (`signal.alarm`)."""
+    process.terminate()
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def launch(folder, start, cases, processes):
+    """Run cases in one process or several; what each rank found, by case."""
+    folder.mkdir(parents=True)
+    given = {"cases": cases, "timeout": TIMEOUT + 20, **start}
+    (folder / "cases.json").write_text(json.dumps(given))
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    command += [str(Path(__file__).parent / "balance_run.py"), str(folder / "cases.json")]
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    with open(folder / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **settings},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            code = f"no end after {TIMEOUT} s"
+        finally:
+            if process.poll() is None:
+                stop(process)
+    assert code == 0, f"{code}: {(folder / 'output.txt').read_text()[-6000:]}"
+    return {
+        entry["name"]: [torch.load(folder / f"{entry['name']}.{rank}.pt") for rank in range(processes)]
+        for entry in cases
+    }
+
+
+@pytest.fixture(scope="module")
+def start(model_folders, tmp_path_factory):
+    """Folders of a model, and of an adapter that is away from its initial values."""
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    config = RLoraConfig(task_type="CAUSAL_LM", head_dropout=0.0, router_init="kaiming_uniform", tasks=list(TASKS))
+    model = get_peft_model(model, config)
+    perturb(model)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return {"model": model_folders["llama"], "adapter": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """All references: one process with the whole batch of 8."""
+    whole = {"per_device_train_batch_size": 8}
+    uneven, same = uneven_rows(), twice(uneven_rows())
+    cases = [case("uneven-none", uneven, "none", **whole), case("same-none", same, "none", **whole)]
+    cases += [case("uneven-z", uneven, "z", **whole)]
+    cases += [case(f"same-{kind}", same, kind, **whole) for kind in LOSSES]
+    cases += [case("logs-z", uneven + uneven_rows(seed=1), "z", max_steps=2, **whole)]
+    cases += [case("logs-switch", same * 2, "switch", max_steps=2, **whole)]
+    cases += [case("tasks", by_task() * 2, "switch", max_steps=2, balance_scope="global", **whole)]
+    cases += [case("by_name-z", uneven, "z", by_name=True, **whole)]
+    cases += [case("by_name-none", uneven, "none", by_name=True, **whole)]
+    return {name: found for name, (found,) in launch(tmp_path_factory.mktemp("alone") / "run", start, cases, 1).items()}
+
+
+def updates(found):
+    return {name: found["after"][name] - found["before"][name] for name in found["after"]}
+
+
+def assert_same_update(expected, found, plain):
+    """
+    The update on two processes is the one on one process; and that of routers is another without the balance loss.
+
+    Args:
+        expected, found (`dict`): What one process found, and what a rank of two found.
+        plain (`dict`): What one process found without a balance loss.
+    """
+    assert found["processes"] == 2 and expected["processes"] == 1
+    want, have, without = updates(expected), updates(found), updates(plain)
+    assert want.keys() == have.keys() and any(name.endswith("router") for name in want)
+    for name in want:
+        torch.testing.assert_close(found["before"][name], expected["before"][name], rtol=0, atol=0)
+        largest = want[name].abs().max().item()
+        assert largest > 0, name
+        # A weight is itself rounded to float32.
+        slack = TOLERANCE * largest + 2**-23 * expected["after"][name].abs().max().item()
+        difference = (want[name] - have[name]).abs().max().item()
+        assert difference <= slack, f"{name}: {difference:.2e} beside an update of {largest:.2e}"
+        if name.endswith("router"):
+            # Not negligible: what the balance loss adds is far beyond that.
+            assert (want[name] - without[name]).abs().max().item() > 100 * slack, name
+
+
+def assert_cases_agree(alone, ranks):
+    """Each case agrees on each rank with the reference that its name begins with (`<rows>-<loss>[@<what differs>]`)."""
+    for name, found in ranks.items():
+        reference = name.partition("@")[0]
+        for rank in found:
+            assert_same_update(alone[reference], rank, alone[f"{reference.partition('-')[0]}-none"])
+
+
+def rank_cases(**kwargs):
+    """One loss on rows of different lengths, and each where ranks have the same rows."""
+    cases = [case("uneven-z", uneven_rows(), "z", **kwargs)]
+    return cases + [case(f"same-{kind}", twice(uneven_rows()), kind, **kwargs) for kind in LOSSES]
+
+
+def accumulated(**kwargs):
+    """Rank 0 has rows 0, 1, 4, 5, and rank 1 the others, in two micro-batches each."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    return case("uneven-z@accumulation", uneven_rows(), "z", **sizes, **kwargs)
+
+
+def test_ddp_update_is_that_of_one_process(alone, start, tmp_path):
+    cases = rank_cases() + [accumulated()]
+    cases += [case("uneven-z@checkpointing", uneven_rows(), "z", gradient_checkpointing=True)]
+    assert_cases_agree(alone, launch(tmp_path / "run", start, cases, 2))
+
+
+def test_zero_2_update_is_that_of_one_process(alone, start, tmp_path):
+    pytest.importorskip("deepspeed")
+    cases = rank_cases(stage=2) + [accumulated(stage=2)]
+    assert_cases_agree(alone, launch(tmp_path / "run", start, cases, 2))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_zero_3_update_is_that_of_one_process(alone, start, tmp_path, checkpointing):
+    pytest.importorskip("deepspeed")
+    cases = rank_cases(stage=3, gradient_checkpointing=checkpointing, save=True)
+    cases += [accumulated(stage=3, gradient_checkpointing=checkpointing)]
+    ranks = launch(tmp_path / "run", start, cases, 2)
+    assert_cases_agree(alone, ranks)
+    for found, _ in (ranks[entry["name"]] for entry in cases if entry.get("save")):
+        trained = {name.replace(".default", ""): value for name, value in found["after"].items()}
+        for name, value in trained.items():
+            assert torch.equal(found["saved"][name], value), name
+
+
+def test_zero_3_model_loaded_in_parts(alone, start, tmp_path):
+    """The trainer loads the model, which DeepSpeed divides among ranks at once, and makes the adapter on it."""
+    pytest.importorskip("deepspeed")
+    cases = [case("by_name-z", uneven_rows(), "z", stage=3, by_name=True)]
+    assert_cases_agree(alone, launch(tmp_path / "run", start, cases, 2))
+
+
+def shares(records, num_heads):
+    """Shares f and P of each layer, `[L, 2 N]`, from the records of all ranks."""
+    record = torch.stack(records).double().sum(0)
+    return (record[:, 3 : 3 + 2 * num_heads] / record[:, :1]).float()
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_global_scope_takes_shares_from_both_ranks(alone, start, tmp_path, stage):
+    if stage is not None:
+        pytest.importorskip("deepspeed")
+    rest = {"max_steps": 2, "stage": stage}
+    cases = [
+        case("tasks", by_task() * 2, "switch", balance_scope="global", **rest),
+        case("micro", by_task() * 2, "switch", **rest),
+        case("none", by_task() * 2, "none", **rest),
+    ]
+    ranks = launch(tmp_path / "run", start, cases, 2)
+    first, second = ranks["tasks"]
+    heads, layers = first["num_heads"], len(first["records"][0])
+    assert len(first["priors"]) == len(second["priors"]) == 2
+    assert first["priors"][0] is None and second["priors"][0] is None  # nothing is known before the first step
+    # What the second step begins with is what the first left behind.
+    closed = [found["records"][1] for found in ranks["tasks"]]
+    assert all((record[:, 0] > 0).all() for record in closed)
+    expected = shares(closed, heads)
+    for found in ranks["tasks"]:
+        assert torch.equal(found["priors"][1], first["priors"][1])
+        torch.testing.assert_close(found["priors"][1][:, : 2 * heads], expected, rtol=1e-6, atol=1e-7)
+    # The ranks differ, so that neither has these shares by itself.
+    for record in closed:
+        assert (shares([record], heads) - expected).abs().max() > 1e-3
+    # And one process, which has all rows in one batch, finds the same.
+    torch.testing.assert_close(first["priors"][1], alone["tasks"]["priors"][1], rtol=1e-5, atol=1e-6)
+
+    for found in ranks["tasks"]:
+        assert found["reduces"] == [[1 + layers * (1 + 2 * heads)]] * 2
+    for found in ranks["micro"]:
+        assert found["reduces"] == [[1]] * 2
+    for found in ranks["none"]:
+        assert found["reduces"] == [[]] * 2
+    # Nor is anything summed over ranks behind the accelerator's back.
+    for with_balance, without in zip(ranks["tasks"] + ranks["micro"], ranks["none"] * 2, strict=True):
+        more = [len(a) - len(b) for a, b in zip(with_balance["all_reduces"], without["all_reduces"], strict=True)]
+        assert all(extra <= 1 for extra in more), more
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_logs_and_counts_are_those_of_one_process(alone, start, tmp_path, stage):
+    if stage is not None:
+        pytest.importorskip("deepspeed")
+    rest = {"max_steps": 2, "stage": stage}
+    cases = [
+        case("logs-z", uneven_rows() + uneven_rows(seed=1), "z", **rest),
+        case("logs-switch", twice(uneven_rows()) * 2, "switch", **rest),
+    ]
+    ranks = launch(tmp_path / "run", start, cases, 2)
+    for name, found in ranks.items():
+        expected = alone[name]
+        assert len(expected["logs"]) == 2
+        assert all(counts["rows"] == 8 and counts["tokens"] > 0 for counts in expected["seen"].values())
+        for rank in found:
+            assert rank["seen"] == expected["seen"] and set(rank["seen"]) == set(TASKS)
+        # Only the main process keeps logs of all that is told; each has the same.
+        logs = found[0]["logs"]
+        assert len(logs) == 2
+        for entry, one in zip(logs, expected["logs"], strict=True):
+            told = ("loss", "balance_loss", "router_entropy", "head_load_max", "head_load_cv")
+            for key in (*told, *(f"{task}_loss" for task in TASKS)):
+                assert entry[key] == pytest.approx(one[key], rel=1e-5), (name, key)
+            assert one["head_load_max"] > 1 / 3 + 1e-3 and one["balance_loss"] > 1e-3

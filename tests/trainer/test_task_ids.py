@@ -1,0 +1,557 @@
+"""The task of each row: through preparation, packing and collation to the layers; counts, losses and scores by task."""
+
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, IterableDataset
+from test_trainer import arguments, make_trainer
+from testing_utils import TINY_MODELS, build_tokenizer, task_datasets, task_rows
+from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers.trainer_utils import get_last_checkpoint
+
+from rlora_trl import HeadUsageCallback, MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer
+from rlora_trl.trainer.task_ids import TaskCollator, number_tasks
+
+
+TASKS = ["first", "colour", "same"]
+TASK_ROUTER = {"router": "task", "head_dropout": 0.0}
+
+
+def marked_datasets(count=30):
+    """Rows whose every token tells their task: a different word for each."""
+    return {
+        task: Dataset.from_list(
+            [{"text": " ".join([f"w{index}"] * (2 + row % 7))} for row in range(count)]  # EOS is added
+        )
+        for index, task in enumerate(TASKS)
+    }
+
+
+def check_tokens(batch, tokenizer, whole_rows=True):
+    """Each token's id is that of its task; the end of a row belongs to the row, where no row is cut."""
+    ids, tasks = batch["input_ids"], batch["task_ids"]
+    if tasks.ndim == 1:
+        tasks = tasks[:, None].expand_as(ids)
+    words = tokenizer.convert_tokens_to_ids([f"w{index}" for index in range(3)])
+    checked = 0
+    for token, task in zip(ids.flatten().tolist(), tasks.flatten().tolist(), strict=True):
+        if token in words:
+            assert words.index(token) == task
+            checked += 1
+    assert checked > 0
+    eos = (ids == tokenizer.eos_token_id).nonzero().tolist()
+    if whole_rows:
+        assert all(tasks[row, place] == tasks[row, place - 1] for row, place in eos if place > 0)
+    return checked
+
+
+PREPARATIONS = {
+    "padded": {},
+    "bfd": {"packing": True, "packing_strategy": "bfd", "max_length": 16},
+    "bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 5},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "packed_rows_to_multiple": {"packing": True, "max_length": 16, "pad_to_multiple_of": 32},
+    "truncated": {"max_length": 3},
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("preparation", PREPARATIONS)
+def test_ids_survive_preparation(model_folders, tmp_path, preparation, streaming):
+    train = marked_datasets()
+    if streaming:
+        train = {task: dataset.to_iterable_dataset() for task, dataset in train.items()}
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        train=train,
+        peft_config=RLoraConfig(**TASK_ROUTER),
+        max_steps=2,
+        **PREPARATIONS[preparation],
+    )
+    tokenizer = build_tokenizer()
+    seen = [check_tokens(batch, tokenizer, preparation != "bfd_split") for batch in trainer.get_train_dataloader()]
+    if preparation in ("padded", "bfd", "bfd_split", "wrapped", "padding_free"):
+        words = sum(len(row["text"].split()) for dataset in marked_datasets().values() for row in dataset)
+        assert sum(seen) == words  # none lost
+    trainer.train()
+    assert {a.routing.tasks for a in trainer.model.modules() if isinstance(a, MultiHeadAdapter)} == {tuple(TASKS)}
+
+
+@pytest.mark.parametrize("kind", ["dict", "column", "numbers", "class_label", "stream"])
+def test_ids_from_every_kind_of_data(model_folders, tmp_path, kind):
+    datasets = marked_datasets()
+    rows = [{**row, "task": task} for task, dataset in datasets.items() for row in dataset]
+    config = RLoraConfig(**TASK_ROUTER)
+    if kind == "dict":
+        train = datasets
+    elif kind == "numbers":
+        train = Dataset.from_list([{**row, "task": TASKS.index(row["task"])} for row in rows])
+    elif kind == "class_label":
+        train = Dataset.from_list(rows).cast_column("task", ClassLabel(names=TASKS))
+    elif kind == "column":
+        train = Dataset.from_list(rows)
+    else:
+        train = IterableDataset.from_generator(lambda: iter(rows))
+        config = RLoraConfig(**TASK_ROUTER, tasks=TASKS)
+    trainer = make_trainer(model_folders, tmp_path, train=train, peft_config=config, max_steps=2)
+    tokenizer = build_tokenizer()
+    words = tokenizer.convert_tokens_to_ids([f"w{index}" for index in range(3)])
+    names = ["0", "1", "2"] if kind == "numbers" else TASKS
+    for batch in trainer.get_train_dataloader():
+        for ids, task in zip(batch["input_ids"], batch["task_ids"].tolist(), strict=True):
+            assert trainer._tasks[task] == names[words.index(ids[0].item())]
+    trainer.train()
+    assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 16
+
+
+def test_the_right_mixture_is_trained(model_folders, tmp_path):
+    """With data of one task in a batch, only its mixture gets a gradient."""
+
+    class Mixtures(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.moved = [
+                (m.router.grad.abs().sum(1) > 0).tolist() for m in model.modules() if isinstance(m, MultiHeadAdapter)
+            ]
+
+    train = {task: dataset for task, dataset in marked_datasets().items()}
+    watch = Mixtures()
+    for packing in (False, True):
+        trainer = RLoraSFTTrainer(
+            model_folders["llama"],
+            arguments(tmp_path, max_steps=1, packing=packing, max_length=16),
+            train_dataset=Dataset.from_list([{**row, "task": "colour"} for row in train["colour"]]),
+            processing_class=build_tokenizer(),
+            peft_config=RLoraConfig(**TASK_ROUTER, tasks=TASKS),
+            callbacks=[watch],
+        )
+        trainer.train()
+        assert watch.moved == [[False, True, False]] * 6
+
+
+def test_collator_wraps_any_other():
+    collator = TaskCollator(default_data_collator)
+    examples = [{"input_ids": [1, 2], "task_ids": 1}, {"input_ids": [3, 4], "task_ids": 0}]
+    batch = collator(examples)
+    assert batch["task_ids"].tolist() == [1, 0] and batch["input_ids"].tolist() == [[1, 2], [3, 4]]
+    assert "task_ids" not in TaskCollator(default_data_collator)([{"input_ids": [1, 2]}])
+
+
+def test_padding_of_joined_rows_is_told():
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collator = TaskCollator(DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=8))
+    batch = collator([{"input_ids": [5, 6, 7], "task_ids": 1}, {"input_ids": [8, 9], "task_ids": 0}])
+    assert batch["task_ids"].tolist() == [[1, 1, 1, 0, 0, -1, -1, -1]]
+    assert batch["token_mask"].tolist() == [[True] * 5 + [False] * 3]
+
+
+def test_errors_of_data(model_folders, tmp_path):
+    with pytest.raises(ValueError, match="learns from the task of each row, and the training data does not tell it"):
+        make_trainer(
+            model_folders, tmp_path, train=Dataset.from_list(task_rows("first", 8)), peft_config=RLoraConfig(router="task")
+        )
+    with pytest.raises(ValueError, match="the training data has same too. Name all tasks"):
+        make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(router="task", tasks=["first", "colour"]))
+    rows = Dataset.from_list([{"text": "w1", "task": "a", "task_ids": 1}])
+    with pytest.raises(ValueError, match="has a column 'task_ids', which is made from"):
+        number_tasks(rows, ["a"], "task")
+    with pytest.raises(ValueError, match="has a row of task 'a', and the adapter's tasks are b"):
+        number_tasks(rows.remove_columns("task_ids"), ["b"], "task")
+    with pytest.raises(ValueError, match="has 'first' more than once|has '1' more than once"):
+        make_trainer(model_folders, tmp_path, train={1: task_datasets()["first"], "1": task_datasets()["same"]})
+
+
+def test_a_task_router_goes_on_with_the_tasks_it_has(model_folders, tmp_path):
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(**TASK_ROUTER), max_steps=1)
+    trainer.train()
+    again = RLoraSFTTrainer(
+        trainer.model,
+        arguments(tmp_path, max_steps=1),
+        train_dataset={"same": task_datasets()["same"]},
+        processing_class=build_tokenizer(),
+    )
+    assert set(again.train_dataset["task_ids"]) == {2}
+    again.train()
+    with pytest.raises(ValueError, match="has new too. Train a new adapter on all of them"):
+        RLoraSFTTrainer(
+            trainer.model,
+            arguments(tmp_path, max_steps=1),
+            train_dataset={"new": task_datasets()["same"]},
+            processing_class=build_tokenizer(),
+        )
+
+
+# Mixing, counts, and resuming
+
+
+def test_mixture_is_drawn_printed_and_counted(model_folders, tmp_path, capsys):
+    train = task_datasets(40)
+    train["first"] = train["first"].select(range(10))
+    trainer = make_trainer(
+        model_folders, tmp_path, train=train, max_steps=-1, num_train_epochs=2, mixing="equal", disable_tqdm=False
+    )
+    assert trainer.mixture.draws == {"first": 30, "colour": 30, "same": 30}
+    trainer.train()
+    printed = capsys.readouterr()
+    table = printed.out + printed.err
+    assert "rows per epoch" in table and "3.00x" in table and "33.33 %" in table
+    seen = trainer.tasks_seen()
+    assert {task: counts["rows"] for task, counts in seen.items()} == {"first": 60, "colour": 60, "same": 60}
+    lengths = {task: [len(row) for row in _tokens(trainer, index)] for index, task in enumerate(TASKS)}
+    assert seen["first"]["tokens"] == 6 * sum(lengths["first"])
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "| first | 60 | 33.3 % |" in card
+    assert card.index("## Tasks") < card.index("### Framework versions")
+
+
+def _tokens(trainer, task):
+    dataset = trainer.train_dataset
+    return [row["input_ids"] for row in dataset if row["task_ids"] == task]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_mixing_by_tokens_and_with_packing(model_folders, tmp_path, packing):
+    train = task_datasets(40)
+    train["first"] = train["first"].select(range(8))
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        train=train,
+        max_steps=-1,
+        num_train_epochs=1,
+        mixing="temperature",
+        mixing_temperature=4.0,
+        mixing_unit="tokens",
+        packing=packing,
+        max_length=32,
+    )
+    trainer.train()
+    tokens = {task: counts["tokens"] for task, counts in trainer.tasks_seen().items()}
+    total = sum(tokens.values())
+    for task, share in trainer.mixture.shares.items():
+        assert tokens[task] / total == pytest.approx(share, abs=0.04)
+    rows = {task: counts["rows"] for task, counts in trainer.tasks_seen().items()}
+    assert rows == trainer.mixture.draws
+
+
+def test_mixing_needs_tasks_and_its_own_sampling(model_folders, tmp_path):
+    plain = Dataset.from_list(task_rows("first", 8))
+    with pytest.raises(ValueError, match="the training data does not tell them"):
+        make_trainer(model_folders, tmp_path, train=plain, mixing="equal")
+    with pytest.raises(ValueError, match="can't go with `train_sampling_strategy='sequential'`"):
+        make_trainer(model_folders, tmp_path, mixing="equal", train_sampling_strategy="sequential")
+    stream = IterableDataset.from_generator(lambda: iter([{**row, "task": "a"} for row in task_rows("first", 8)]))
+    with pytest.raises(ValueError, match="needs the tasks of a stream apart"):
+        make_trainer(model_folders, tmp_path, train=stream, mixing="equal")
+
+
+def test_streams_are_mixed(model_folders, tmp_path):
+    train = task_datasets(40)
+    train["first"] = train["first"].select(range(10))
+    streams = {task: dataset.to_iterable_dataset() for task, dataset in train.items()}
+    trainer = make_trainer(model_folders, tmp_path, train=streams, mixing="equal", max_steps=12)
+    trainer.train()
+    rows = {task: counts["rows"] for task, counts in trainer.tasks_seen().items()}
+    assert sum(rows.values()) == 96 and min(rows.values()) > 20
+
+
+@pytest.mark.parametrize("settings", [{"mixing": "equal"}, {"balance_loss": "switch", "balance_scope": "global"}])
+def test_resuming_within_the_second_epoch(model_folders, tmp_path, settings):
+    def run(folder, resume=None, **kwargs):
+        trainer = make_trainer(
+            model_folders,
+            folder,
+            train=task_datasets(24),
+            peft_config=RLoraConfig(router_init="kaiming_uniform"),
+            max_steps=-1,
+            num_train_epochs=2,
+            save_strategy="steps",
+            save_steps=12,
+            gradient_accumulation_steps=1,
+            **{**settings, **kwargs},
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path)
+    checkpoint = str(tmp_path / "checkpoint-12")  # of 18, 9 in an epoch
+    assert get_last_checkpoint(str(tmp_path)).endswith("18") and "tasks" in json.loads(
+        (tmp_path / "checkpoint-12" / "rlora_state.json").read_text()
+    )
+    resumed = run(tmp_path / "other", resume=checkpoint)
+    tail = [e for e in whole.state.log_history if "loss" in e and e["step"] > 12]
+    again = [e for e in resumed.state.log_history if "loss" in e and e["step"] > 12]
+    assert len(tail) == len(again) == 6
+    for a, b in zip(tail, again, strict=True):
+        for name in ("loss", "balance_loss", "head_load_max", "grad_norm_router"):
+            assert a.get(name) == b.get(name), (a["step"], name)
+    assert resumed.tasks_seen() == whole.tasks_seen()
+
+
+def test_a_broken_state_file_is_told_and_passed_over(model_folders, tmp_path, caplog):
+    trainer = make_trainer(model_folders, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    (tmp_path / "checkpoint-1" / "rlora_state.json").write_text('{"tasks": ')
+    caplog.set_level("WARNING")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "rows seen by task are counted anew" in caplog.text
+    assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 8
+
+
+# Losses and scores by task
+
+
+@pytest.mark.parametrize("preparation", ["padded", "bfd", "padding_free"])
+def test_training_loss_by_task(model_folders, tmp_path, preparation):
+    """Against the loss of each row by itself, at weights that stay."""
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        train=task_datasets(12),
+        max_steps=-1,
+        num_train_epochs=1,
+        learning_rate=1e-30,
+        logging_steps=100,
+        logging_strategy="epoch",
+        peft_config=RLoraConfig(head_dropout=0.0),
+        **PREPARATIONS[preparation],
+    )
+    plain = make_trainer(
+        model_folders, tmp_path, train=task_datasets(12), peft_config=RLoraConfig(head_dropout=0.0), max_length=None
+    )
+    expected = {}
+    for index, task in enumerate(TASKS):
+        losses, tokens = 0.0, 0
+        for row in plain.train_dataset:
+            if row["task_ids"] != index:
+                continue
+            with torch.no_grad():
+                labels = torch.tensor([row["labels"]])
+                output = plain.model.get_base_model()(input_ids=torch.tensor([row["input_ids"]])).logits
+            chosen = labels[0, 1:] != -100
+            log_probs = output[0, :-1].log_softmax(-1)
+            losses -= log_probs[chosen, labels[0, 1:][chosen]].sum().item()
+            tokens += chosen.sum().item()
+        expected[task] = losses / tokens
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    for task in TASKS:
+        assert entry[f"{task}_loss"] == pytest.approx(expected[task], rel=1e-3), task
+
+
+def scored_rows(task, count, seed=9):
+    options = {"colour": [" red", " blue", " green"], "same": [" yes", " no"]}
+    return Dataset.from_list([{**row, "options": options.get(task, [])} for row in task_rows(task, count, seed)])
+
+
+def test_evaluation_by_task(model_folders, tmp_path):
+    evaluate = {task: scored_rows(task, 12) for task in ("colour", "same")} | {"first": scored_rows("first", 12)}
+    trainer = make_trainer(
+        model_folders, tmp_path, evaluate=evaluate, peft_config=RLoraConfig(**TASK_ROUTER), max_steps=60
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {f"eval_{task}_loss" for task in TASKS} <= set(metrics)
+    assert {"eval_colour_accuracy", "eval_same_accuracy"} <= set(metrics) and "eval_first_accuracy" not in metrics
+    assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_{task}_loss"] for task in TASKS) / 3)
+    accuracies = [metrics["eval_colour_accuracy"], metrics["eval_same_accuracy"]]
+    assert metrics["eval_accuracy"] == pytest.approx(sum(accuracies) / 2)
+    # By hand: the most likely option, with the task told.
+    tokenizer = build_tokenizer()
+    correct = 0
+    trainer.model.set_task("colour")
+    for row in evaluate["colour"]:
+        scores = []
+        for option in row["options"]:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            ids = tokenizer(row["prompt"] + option, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                log_probs = trainer.model(ids).logits[0].log_softmax(-1)
+            scores.append(sum(log_probs[i - 1, ids[0, i]].item() for i in range(len(prompt), ids.shape[1])))
+        correct += row["options"][max(range(3), key=scores.__getitem__)] == row["completion"]
+    assert metrics["eval_colour_accuracy"] == pytest.approx(correct / 12)
+    assert any("eval_accuracy" in entry for entry in trainer.state.log_history)
+
+
+def test_evaluation_data_with_a_task_column_and_given_to_evaluate(model_folders, tmp_path):
+    rows = [{**row, "task": task} for task in TASKS for row in scored_rows(task, 6)]
+    trainer = make_trainer(model_folders, tmp_path, evaluate=Dataset.from_list(rows), max_steps=1)
+    metrics = trainer.evaluate()
+    assert {"eval_colour_loss", "eval_colour_accuracy", "eval_loss"} <= set(metrics)
+    given = trainer.evaluate({"colour": scored_rows("colour", 6)}, metric_key_prefix="test")
+    assert given["test_colour_loss"] == pytest.approx(metrics["eval_colour_loss"], rel=1e-5)
+    assert given["test_colour_accuracy"] == metrics["eval_colour_accuracy"]
+    alone = trainer.evaluate(scored_rows("colour", 6), metric_key_prefix="alone")
+    assert alone["alone_accuracy"] == metrics["eval_colour_accuracy"]
+    assert "plain_accuracy" not in trainer.evaluate(
+        Dataset.from_list(task_rows("first", 4)), metric_key_prefix="plain"
+    )
+
+
+def test_best_model_by_the_mean_over_tasks(model_folders, tmp_path):
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        evaluate={task: scored_rows(task, 6) for task in TASKS},
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_accuracy",
+    )
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+def test_absent_tasks_are_told(model_folders, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    make_trainer(model_folders, tmp_path, evaluate={"colour": scored_rows("colour", 4)})
+    assert "`eval_dataset` has no data for first, same" in caplog.text
+    caplog.clear()
+    make_trainer(model_folders, tmp_path, evaluate={"held_out": scored_rows("colour", 4)})
+    assert "has no data for" not in caplog.text
+
+
+def test_head_usage_by_task(model_folders, tmp_path):
+    callback = HeadUsageCallback(path=tmp_path / "usage.json")
+    evaluate = {task: scored_rows(task, 6) for task in ("colour", "same")}
+    trainer = RLoraSFTTrainer(
+        model_folders["llama"],
+        arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2),
+        train_dataset=task_datasets(),
+        eval_dataset=evaluate,
+        processing_class=build_tokenizer(),
+        peft_config=RLoraConfig(router="task", router_init="kaiming_uniform"),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert list(callback.usage) == [2, 4] and set(callback.usage[4]) == {"colour", "same"}
+    adapters = [m for m in trainer.model.modules() if isinstance(m, MultiHeadAdapter)]
+    assert len(callback.layers) == len(adapters) == 6
+    for task in ("colour", "same"):
+        wanted = torch.stack([a.task_mixtures().softmax(-1)[TASKS.index(task)] for a in adapters])
+        torch.testing.assert_close(callback.usage[4][task], wanted.detach(), rtol=1e-5, atol=1e-6)
+    stored = json.loads((tmp_path / "usage.json").read_text())
+    assert stored["layers"] == callback.layers and set(stored["usage"]) == {"2", "4"}
+
+
+def test_head_usage_with_a_plain_trainer(model_folders, tmp_path):
+    from peft import get_peft_model
+    from transformers import TrainingArguments
+
+    torch.manual_seed(0)
+    model = get_peft_model(TINY_MODELS["llama"](), RLoraConfig(task_type="CAUSAL_LM", router_init="kaiming_uniform"))
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
+    callback = HeadUsageCallback()
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), eval_dataset=rows, callbacks=[callback]
+    )
+    trainer.evaluate()
+    weights = callback.usage[0]["(unknown)"]
+    adapters = [m for m in model.modules() if isinstance(m, MultiHeadAdapter)]
+    seen = []
+    adapters[0].register_forward_pre_hook(lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7, 8]]))
+    torch.testing.assert_close(weights[0], adapters[0].mixture(seen[0]).mean((0, 1)).detach(), rtol=1e-4, atol=1e-5)
+
+
+# Learning rates, frozen A, gradients of the first step
+
+
+def test_learning_rates(model_folders, tmp_path):
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        learning_rate=1e-3,
+        router_learning_rate=5e-3,
+        loraplus_lr_ratio=4.0,
+        weight_decay=0.1,
+        max_steps=4,
+        lr_scheduler_type="linear",
+    )
+    trainer.train()
+    names = {p: name.rsplit(".", 1)[-1] for name, p in trainer.model.named_parameters()}
+    rates = {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            rates.setdefault(names[parameter], set()).add((group["initial_lr"], group["weight_decay"]))
+    assert rates == {"A": {(1e-3, 0.1)}, "B": {(4e-3, 0.1)}, "router": {(5e-3, 0.1)}}
+    assert all(group["lr"] == 0 for group in trainer.optimizer.param_groups)  # the schedule is that of all
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert logged[0] == 1e-3
+
+
+def test_resuming_with_learning_rates(model_folders, tmp_path):
+    options = {"router_learning_rate": 5e-3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(model_folders, tmp_path, **options)
+    whole.train()
+    resumed = make_trainer(model_folders, tmp_path / "other", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    a, b = (dict(t.model.named_parameters()) for t in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_frozen_a(model_folders, tmp_path):
+    trainer = make_trainer(model_folders, tmp_path, train_a=False, max_steps=2)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "rlora" in name}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if "rlora" in name:
+            frozen = name.rsplit(".", 1)[-1] in ("A", "A0", "B0")
+            assert torch.equal(parameter, before[name]) == frozen, name
+    assert "grad_norm_A" not in trainer.state.log_history[0]
+
+
+def first_step_warnings(caplog):
+    return [r.getMessage() for r in caplog.records if "The first step gave" in r.getMessage()]
+
+
+def test_a_healthy_first_step_says_nothing(model_folders, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    for config in (RLoraConfig(), RLoraConfig.hydra_lora(), RLoraConfig(router="task"), RLoraConfig.multi_lora()):
+        make_trainer(model_folders, tmp_path, peft_config=config, max_steps=1).train()
+    assert first_step_warnings(caplog) == []
+
+
+def test_first_gradients_that_are_zero_are_told(model_folders, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    trainer = make_trainer(model_folders, tmp_path, max_steps=2)
+    for module in trainer.model.modules():
+        if isinstance(module, MultiHeadAdapter):
+            module.B.data.copy_(module.B[:1].expand_as(module.B).clone())  # heads that are equal
+            module.dropout = 0.0
+    trainer.train()
+    (told,) = first_step_warnings(caplog)
+    assert "a gradient of zero for router in base_model.model.model.layers.0" in told and "and 3 more" in told
+    assert "equal heads give it nothing to choose from" in told
+
+
+def test_heads_that_are_never_chosen_are_told(model_folders, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    config = RLoraConfig(router="top_k", router_top_k=2, router_init="kaiming_uniform")
+    trainer = make_trainer(model_folders, tmp_path, peft_config=config, max_steps=1)
+    for module in trainer.model.modules():
+        if isinstance(module, MultiHeadAdapter):
+            module.router.data.zero_()  # of equal logits the first are kept
+    trainer.train()
+    told = first_step_warnings(caplog)
+    assert len(told) == 1 and "head 2 of B" in told[0] and "balance_loss='switch'" in told[0]
+
+
+def test_layers_that_the_loss_does_not_reach_are_told(model_folders, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    trainer = make_trainer(model_folders, tmp_path, max_steps=1)
+    trainer.model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data.zero_()
+    layer = trainer.model.get_base_model().model.layers[1].mlp
+    layer.down_proj.forward = lambda x, own=layer.down_proj.forward: own(x.detach())
+    trainer.train()
+    told = first_step_warnings(caplog)
+    assert len(told) == 1 and "no gradient for base_model.model.model.layers.1.mlp.gate_proj" in told[0]
+    assert "the loss does not depend on these layers" in told[0]
