@@ -7,6 +7,7 @@ Each case has a `name`, `rows` with their task, `arguments` of `RLoraSFTConfig`,
 the weights before and after, the logs, the counts by task, what the monitor had, and the collectives of a step.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -81,7 +82,7 @@ def watch_steps(trainer, found):
     monitor.begin_step = begun
 
 
-def weights_of(trainer, stage):
+def weights_of(trainer):
     named = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
         if any(hasattr(p, "ds_id") for p in named.values()):
@@ -131,9 +132,9 @@ def run(case, folder, model_folder, adapter_folder):
     found = {"reduces": [], "all_reduces": [], "records": [], "priors": []}
     found["processes"] = trainer.accelerator.num_processes
     watch_steps(trainer, found)
-    found["before"] = weights_of(trainer, None)
+    found["before"] = weights_of(trainer)
     trainer.train()
-    found["after"] = weights_of(trainer, stage)
+    found["after"] = weights_of(trainer)
     found["logs"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     found["seen"] = trainer.tasks_seen()
     found["num_heads"] = trainer._monitor.num_heads
@@ -149,10 +150,13 @@ def main():
     given = json.loads(Path(sys.argv[1]).read_text())
     # The launcher starts ranks in sessions of their own: each ends itself if all else fails.
     signal.alarm(given["timeout"])
+    faulthandler.dump_traceback_later(given["timeout"] - 30)
     torch.set_num_threads(1)
     if any(case.get("stage") is not None for case in given["cases"]):
         import deepspeed
 
+        # Else it compiles its own collectives, which takes longer than the tests.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo")
     for case in given["cases"]:
         run(case, Path(sys.argv[1]).parent, given["model"], given["adapter"])
