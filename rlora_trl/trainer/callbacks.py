@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuner import HeadUsage, MultiHeadAdapter, find_routings
+from ..tuner import HeadUsage, MultiHeadAdapter, Routing
 
 
 class HeadUsageCallback(TrainerCallback):
     """
     Collects in evaluation, by task and layer, the mean weight of each head.
 
-    Works with any `Trainer`; with [`RLoraSFTTrainer`], which knows the task of each token and which tokens are
-    padding, by task and without padding. With others all tokens count, as those of one task, `"(unknown)"`.
+    With [`RLoraSFTTrainer`] by task and without padding. It works with any `Trainer`, which tells neither: then all
+    tokens that the model sees in eval mode count, also those of passes of your own between two evaluations, as those
+    of one task, `"(unknown)"`.
 
     Args:
         tasks (`Sequence[str]`, *optional*):
@@ -39,56 +40,65 @@ class HeadUsageCallback(TrainerCallback):
         self.path = None if path is None else Path(path)
         self.usage: dict[int, dict[str, torch.Tensor]] = {}
         self.layers: list[str] = []
+        self._names: list[str] = []
         self._running: HeadUsage | None = None
-        self._step = -1
+        self._routings: list[Routing] = []
 
-    def _start(self, model: torch.nn.Module, args: TrainingArguments) -> None:
-        adapters = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, MultiHeadAdapter) and module.A.requires_grad | module.B.requires_grad
-        }
-        # An adapter loaded for inference alone does not train.
-        adapters = adapters or {n: m for n, m in model.named_modules() if isinstance(m, MultiHeadAdapter)}
+    def start(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Begin to count; what was counted and not told is dropped."""
+        adapters = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAdapter)}
+        # Adapters that are loaded beside those in training are left out, unless none trains.
+        adapters = {n: a for n, a in adapters.items() if a.A.requires_grad or a.B.requires_grad} or adapters
         if not adapters:
             raise ValueError("`HeadUsageCallback` needs a model with R-LoRA adapters, and this one has none.")
         self.layers = [name.split(".rlora_adapters.")[0] for name in adapters]
+        self._routings = list({id(adapter.routing): adapter.routing for adapter in adapters.values()}.values())
+        names = self.tasks if self.tasks is not None else next((r.tasks for r in self._routings if r.tasks), ())
+        self._names = [*names, self.unknown]
+        heads = max(adapter.num_heads for adapter in adapters.values())
+        self._running = HeadUsage(len(names), len(adapters), heads, device)
         for row, adapter in enumerate(adapters.values()):
             adapter.usage_row = row
-        heads = max(adapter.num_heads for adapter in adapters.values())
-        routings = find_routings(model)
-        if self.tasks is None:
-            self.tasks = list(next((routing.tasks for routing in routings if routing.tasks), ()))
-        self._running = HeadUsage(len(self.tasks), len(adapters), heads, args.device)
-        for routing in routings:
+        for routing in self._routings:
             routing.usage = self._running
+
+    def stop(self) -> None:
+        """Stop counting."""
+        for routing in self._routings:
+            routing.usage = None
+        self._running, self._routings = None, []
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._start(kwargs["model"], args)
+        self.start(kwargs["model"], args.device)
 
-    def on_train_begin(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._running is None:
-            self._start(kwargs["model"], args)
+        if control.should_evaluate:
+            self.start(kwargs["model"], args.device)
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        if self._running is not None:
+            self.start(kwargs["model"], args.device)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._running is None:
             return
-        weights, tokens = self._running.weights, self._running.tokens
+        weights, tokens = self._running.weights.clone(), self._running.tokens.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            weights, tokens = weights.clone(), tokens.clone()
             torch.distributed.all_reduce(weights)
             torch.distributed.all_reduce(tokens)
         told = self.usage.setdefault(state.global_step, {})
-        for place, name in enumerate([*(self.tasks or []), self.unknown]):
+        for place, name in enumerate(self._names):
             if bool((tokens[place] > 0).any()):
-                told[name] = (weights[place] / tokens[place].clamp(min=1.0)[:, None]).float().cpu()
-        # The next evaluation, of another task or at another step, is counted by itself.
+                told[name] = (weights[place] / tokens[place].clamp(min=1.0)[:, None]).cpu()
+        # The next evaluation, of another task, is counted by itself.
         self._running.weights.zero_()
         self._running.tokens.zero_()
         if self.path is not None and state.is_world_process_zero:

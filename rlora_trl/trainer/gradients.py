@@ -36,10 +36,15 @@ class FirstGradients:
 
     Args:
         adapters (`Mapping[str, MultiHeadAdapter]`): The adapters in training, by the name of their layer.
+        fresh (`bool`, *optional*, defaults to `True`): Whether they are at their initial values. Of others it is not
+            known which gradients may be zero.
+        scaled (`bool`, *optional*, defaults to `False`): Whether the loss is scaled (fp16), so that gradients that are
+            not finite are a matter of course in the first steps.
     """
 
-    def __init__(self, adapters: Mapping[str, MultiHeadAdapter]) -> None:
+    def __init__(self, adapters: Mapping[str, MultiHeadAdapter], *, fresh: bool = True, scaled: bool = False) -> None:
         self.adapters = dict(adapters)
+        self.fresh, self.scaled = fresh, scaled
         self.squares: dict[tuple[str, str], torch.Tensor] = {}
         self.handles = []
         for layer, adapter in self.adapters.items():
@@ -78,8 +83,8 @@ class FirstGradients:
                 if square is None:
                     missing.append(f"{layer} ({name})")
                 elif not bool(torch.isfinite(square).all()):
-                    not_finite.append(f"{layer} ({name})")
-                elif name in _expected(adapter):
+                    not_finite += [] if self.scaled else [f"{layer} ({name})"]
+                elif self.fresh and name in _expected(adapter):
                     for head in self._zeros(layer, name):
                         zero.setdefault(f"head {head} of B" if name == "B" else name, []).append(layer)
         return _sentences(missing, not_finite, zero, self.adapters)
@@ -114,7 +119,7 @@ def _sentences(
             "or the scaling (`lora_alpha`), or train in bf16 rather than fp16."
         )
     for what, layers in zero.items():
-        told.append(f"a gradient of zero for {what} in {_few(layers)}: {_cause(what, adapters[layers[0]])}")
+        told.append(f"no gradient to speak of for {what} in {_few(layers)}: {_cause(what, adapters[layers[0]])}")
     return told
 
 

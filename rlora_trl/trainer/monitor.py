@@ -46,9 +46,13 @@ class RoutingMonitor:
         self.kind, self.coefficient, self.whole_step = kind, coefficient, whole_step
         self.factor = 0.0
         self.expected_tokens = 0.0
+        # For the scope of the whole step: tokens that this rank and the others still have, and shares `[L, 2 N]` of
+        # the step before: of all ranks, of this one, of the others.
+        self.own_left = self.others = torch.zeros((), device=device)
+        self.prior: torch.Tensor | None = None
+        self.prior_own = self.prior_others = torch.zeros((), device=device)
         self.step = new_record(len(adapters), self.num_heads, device)
         self.logged = torch.zeros_like(self.step)
-        self.prior: torch.Tensor | None = None
         for row, adapter in enumerate(self.adapters):
             adapter.routing_row = row
 
@@ -63,44 +67,58 @@ class RoutingMonitor:
             average_over (`int`): Ranks whose gradients will be averaged.
             reduce (`Callable`): Sums a tensor over the ranks.
         """
-        sums = tokens.reshape(1).to(self.step.device, torch.float64)
+        own = tokens.reshape(1).to(self.step)
         if self.whole_step:  # one collective for both
-            sums = torch.cat([sums, self._counts_and_heads()])
-        sums = reduce(sums)
+            own = torch.cat([own, self._counts_and_heads()])
+        sums = reduce(own)
         if self.whole_step:
-            self._set_prior(sums[1:])
+            self._set_prior(sums[1:], own[1:])
         self.logged += self.step
         self.step.zero_()
-        self.expected_tokens = float(sums[0])
+        self.expected_tokens, self.own_left = float(sums[0]), own[0]
+        self.others = self.expected_tokens - self.own_left
         self.factor = self.coefficient * average_over / (len(self.adapters) * max(self.expected_tokens, 1.0))
 
     def _counts_and_heads(self) -> torch.Tensor:
         """Tokens of each layer, and the sums that f and P are made from, in one row."""
-        return torch.cat([self.step[:, 0], self.step[:, 3 : 3 + 2 * self.num_heads].flatten()]).double()
+        return torch.cat([self.step[:, 0], self.step[:, 3 : 3 + 2 * self.num_heads].flatten()])
 
-    def _set_prior(self, sums: torch.Tensor) -> None:
+    def _shares(self, sums: torch.Tensor) -> torch.Tensor:
+        """f and P `[L, 2 N]` from what [`_counts_and_heads`] gives."""
         layers = len(self.adapters)
-        if not bool((sums[:layers] > 0).all()):
-            return  # nothing was recorded: the run begins, or goes on from a checkpoint that told the shares
-        shares = sums[layers:].view(layers, -1) / sums[:layers, None]
-        # Rows that start at multiples of 16 bytes, which the kernels like.
-        self.prior = torch.nn.functional.pad(shares.float(), (0, -shares.shape[1] % 4))
+        return sums[layers:].view(layers, -1) / sums[:layers, None].clamp(min=1.0)
 
-    def tally(self, divided_by: int) -> RoutingTally:
+    def _set_prior(self, sums: torch.Tensor, own: torch.Tensor) -> None:
+        if not bool((sums[: len(self.adapters)] > 0).all()):
+            return  # nothing was recorded: the run begins, or goes on from a checkpoint that told the shares
+        self.prior, self.prior_own = self._shares(sums), self._shares(own)
+        self.prior_others = self._shares(sums - own)
+
+    def tally(self, divided_by: int, tokens: torch.Tensor | int) -> RoutingTally:
         """
         The tally of one micro-batch.
 
         Args:
             divided_by (`int`): What the trainer will divide the loss of a micro-batch by, beside what the loss itself
                 was divided by.
+            tokens (`torch.Tensor` or `int`): Tokens of the micro-batch that count.
         """
+        prior = None
+        if self.whole_step and self.prior is not None:
+            # What is not seen yet: other ranks, which are taken to be as in the step before, and what is left of this
+            # rank's own part, which is taken to be as its own was.
+            self.own_left = self.own_left - tokens
+            left = (self.others + self.own_left).clamp(min=1.0)
+            prior = (self.others * self.prior_others + self.own_left * self.prior_own) / left
+            # Rows that start at multiples of 16 bytes, which the kernels like.
+            prior = torch.nn.functional.pad(prior, (0, -prior.shape[1] % 4))
         return RoutingTally(
             self.step,
             self.kind,
             self.factor * divided_by,
             self.whole_step,
             self.expected_tokens,
-            self.prior,
+            prior,
         )
 
     def summary(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
@@ -115,7 +133,7 @@ class RoutingMonitor:
             weights), `head_load_max` (mean weight of the most used head of a layer) and `head_load_cv` (standard
             deviation over mean of the heads' mean weights). Empty if nothing was recorded.
         """
-        record = reduce((self.logged + self.step).double())
+        record = reduce(self.logged + self.step).cpu().double()
         self.logged = -self.step  # what the running step has so far is told already
         tokens = record[:, :1]
         if not bool((tokens > 0).all()):
@@ -134,14 +152,21 @@ class RoutingMonitor:
             del named["balance_loss"]
         return named
 
-    def state(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[float] | None:
-        """What a resumed run needs to go on as this one: the sums of the step that ended last, over all ranks."""
-        return reduce(self._counts_and_heads()).tolist() if self.whole_step else None
+    def state(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[list[float]] | None:
+        """
+        What a resumed run needs to go on as this one: the sums of the step that ended last, of each rank.
 
-    def load_state(self, state: list[float] | None) -> None:
-        """Take up what [`state`] gave."""
-        if state is not None and self.whole_step:
-            self._set_prior(torch.tensor(state, dtype=torch.float64, device=self.step.device))
+        Args:
+            gather (`Callable`): Joins `[1, n]` of all ranks to `[ranks, n]`.
+        """
+        return gather(self._counts_and_heads()[None]).tolist() if self.whole_step else None
+
+    def load_state(self, state: list[list[float]] | None, rank: int, ranks: int) -> None:
+        """Take up what [`state`] gave; on another number of ranks, each takes an equal part to have been its own."""
+        if state is None or not self.whole_step:
+            return
+        sums = torch.tensor(state, device=self.step.device)
+        self._set_prior(sums.sum(0), sums[rank] if len(sums) == ranks else sums.sum(0) / ranks)
 
 
 def head_similarity(adapters: Sequence[MultiHeadAdapter]) -> float | None:

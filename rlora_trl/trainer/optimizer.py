@@ -51,3 +51,5 @@ def set_learning_rates(
         for rate in sorted({rates[p] for p in own}):
             members = [p for p in own if rates[p] == rate]
             optimizer.add_param_group({**options, "params": members, "lr": rate})
+    # Of the first group the learning rate is logged: it is kept, and that of all others, if it trains anything at all.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

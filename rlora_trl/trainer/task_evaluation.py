@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,8 @@ from ..tuner import Routing
 from .tasks import tasks_in
 
 
+logger = get_logger(__name__)
+
 _SCORED = ("prompt", "completion", "options")
 
 
@@ -22,12 +26,14 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
     """
     Evaluation data by task: a map-style data set with a column that names several tasks becomes a dictionary.
 
-    Everything else is returned as it is.
+    Everything else is returned as it is, a dictionary with its keys as strings.
 
     Args:
         dataset: What `SFTTrainer` takes as `eval_dataset`.
         task_column (`str`): Column that names the task of each row.
     """
+    if isinstance(dataset, Mapping):
+        return {str(name): data for name, data in dataset.items()}
     if not isinstance(dataset, Dataset) or task_column not in dataset.column_names:
         return dataset
     tasks = tasks_in(dataset, task_column, required=task_column != "task")
@@ -43,99 +49,106 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
     return {task: dataset.select(rows) for task, rows in places.items()}
 
 
+@dataclass(frozen=True)
 class OptionRows:
     """
-    The rows of evaluation data that can be scored: with a prompt, a completion and the options it is one of.
-
-    Preparation for training drops the options, so they are kept apart.
+    Rows of evaluation data that can be scored, kept apart because preparation for training drops their options.
 
     Args:
-        eval_dataset: What `SFTTrainer` takes as `eval_dataset`.
+        rows (`Dataset`): With `prompt`, `completion` and `options`, which contain it, and perhaps a task column.
+        task (`str`): The task of rows that don't name one.
+        task_column (`str`, *optional*): Column that names it, if there is one.
     """
 
-    def __init__(self, eval_dataset: Any) -> None:
-        self._by_name: dict[str, Dataset] = {}
-        self._by_prefix: dict[str, Dataset] = {}
-        if isinstance(eval_dataset, Mapping):
-            self._by_name = {
-                name: rows for name in eval_dataset if (rows := _scorable(eval_dataset[name])) is not None
-            }
-        elif (rows := _scorable(eval_dataset)) is not None:
-            self._by_name = {"": rows}
+    rows: Dataset
+    task: str
+    task_column: str | None = None
 
-    def add(self, eval_dataset: Any, prefix: str) -> None:
-        """Take in data that is given to `evaluate`, whose metrics will have this prefix."""
-        named = (
-            {f"{prefix}_{name}": data for name, data in eval_dataset.items()}
-            if isinstance(eval_dataset, Mapping)
-            else {prefix: eval_dataset}
+    def by_task(self) -> dict[str, Dataset]:
+        """The rows of each task."""
+        if self.task_column is None:
+            return {self.task: self.rows}
+        split = split_by_task(self.rows, self.task_column)
+        return split if isinstance(split, dict) else {str(self.rows[0][self.task_column]): self.rows}
+
+
+def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> dict[str, OptionRows]:
+    """
+    The rows that can be scored, by the name of their data set, with `prefix` and an underscore before it if given.
+
+    Args:
+        eval_dataset: What `SFTTrainer` takes as `eval_dataset`. A data set by itself has the name "".
+        task_column (`str`): Column that names the task of each row.
+        prefix (`str`, *optional*): Prefix of the names.
+    """
+    named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    found = {}
+    for name, dataset in named.items():
+        columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set()
+        # Preparation adds the end of the sequence to completions, which then are none of the options.
+        if not set(_SCORED) <= columns or "input_ids" in columns or len(dataset) == 0:
+            continue
+        key = "_".join(part for part in (prefix, str(name)) if part)
+        if _is_scorable(dataset, str(name)):
+            tells = task_column in columns
+            kept = dataset.select_columns([*_SCORED, task_column] if tells else list(_SCORED))
+            found[key] = OptionRows(kept, str(name), task_column if tells else None)
+    return found
+
+
+def _is_scorable(dataset: Dataset, name: str) -> bool:
+    outside = 0
+    for row in dataset.select_columns(list(_SCORED)):
+        if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str) and row["options"]):
+            return False
+        outside += row["completion"] not in row["options"]
+    if outside:
+        logger.warning(
+            f"Evaluation data{f' of {name!r}' if name else ''} have {outside} rows whose completion is none of their "
+            "`options`: no accuracy is computed. Make them agree, spaces too, or remove the column `options`."
         )
-        for key, data in named.items():
-            rows = _scorable(data)
-            if rows is not None:
-                self._by_prefix[key] = rows
-            elif "input_ids" not in (getattr(data, "column_names", None) or ()):
-                self._by_prefix.pop(key, None)  # of an earlier call
-
-    def find(self, eval_dataset: Any, prefix: str) -> Dataset | None:
-        """The rows that belong to one evaluation, by its name or by the prefix of its metrics."""
-        if eval_dataset is None:
-            return self._by_name.get("")
-        return self._by_name.get(eval_dataset) if isinstance(eval_dataset, str) else self._by_prefix.get(prefix)
-
-
-def _scorable(dataset: Any) -> Dataset | None:
-    columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set()
-    # Preparation adds the end of the sequence to completions, which then are none of the options.
-    if not set(_SCORED) <= columns or "input_ids" in columns or len(dataset) == 0:
-        return None
-    row = dataset[0]
-    plain = isinstance(row["prompt"], str) and isinstance(row["completion"], str) and bool(row["options"])
-    return dataset.select_columns(list(_SCORED)) if plain else None
+    return outside == 0
 
 
 def score_options(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
+    scored: OptionRows,
     *,
     batch_size: int,
     accelerator: Accelerator,
     share_rows: bool,
     routings: Sequence[Routing],
-    task: str | None,
 ) -> float:
     """
     The share of rows whose completion is the most likely of its options.
 
     Args:
-        model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`), rows (`Dataset`): What to score.
+        model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`), scored ([`OptionRows`]): What to score.
         batch_size (`int`): Sequences in one forward pass.
         accelerator (`Accelerator`): Ranks over which rows are shared out.
         share_rows (`bool`): Whether each rank scores a part of the rows, rather than all.
         routings (`Sequence[Routing]`): State of the adapters, which are told the task.
-        task (`str`, *optional*): The task, if the adapters know it.
     """
     ranks = accelerator.num_processes if share_rows else 1
-    own = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
     before = [(routing.task, routing.usage) for routing in routings]
-    for routing in routings:
-        routing.usage = None  # these passes repeat rows that were counted
-        if routing.kind == "task":
-            routing.task = None if task is None else routing.index_of(task)
+    counts = [0, 0]
     try:
-        counts = [0, 0]
-        if len(own):
-            score = score_tasks(model, tokenizer, {"": own.to_list()}, batch_size=batch_size)[""]
-            counts = [score.correct, score.total]
+        for task, rows in scored.by_task().items():
+            own = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
+            for routing in routings:
+                routing.usage = None  # these passes repeat rows that were counted
+                if routing.kind == "task":
+                    routing.task = routing.index_of(task) if task in routing.tasks else None
+            if len(own):
+                score = score_tasks(model, tokenizer, {"": own.to_list()}, batch_size=batch_size)[""]
+                counts = [counts[0] + score.correct, counts[1] + score.total]
     finally:
         for routing, (told, usage) in zip(routings, before, strict=True):
             routing.task, routing.usage = told, usage
-    total = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
-    if ranks > 1:
-        total = accelerator.reduce(total, "sum")
-    correct, scored = total.tolist()
-    return correct / scored
+    total = torch.tensor(counts, device=accelerator.device)
+    correct, scored_rows = (accelerator.reduce(total, "sum") if ranks > 1 else total).tolist()
+    return correct / scored_rows
 
 
 def mean_over_tasks(metrics: Mapping[str, float], tasks: Sequence[str], prefix: str) -> dict[str, float]:

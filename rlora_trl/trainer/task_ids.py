@@ -9,19 +9,24 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 
-from .tasks import AnyDataset, columns_of
+from .tasks import AnyDataset
 
 
-TASK_IDS = "task_ids"
+# Not a name that data sets use; a user's own column `task_ids` is none of the trainer's business.
+TASK_IDS = "rlora_task_ids"
+# Where rows of the data begin, in batches whose rows are packed or joined.
+ROW_STARTS = "rlora_row_starts"
 # Only where tokens that don't count can't be told from an attention mask.
-TOKEN_MASK = "token_mask"
+TOKEN_MASK = "rlora_token_mask"
+# Added to the id of the first token of a row, so that packing carries both in one column.
+_START = 1 << 30
 
 
 def number_tasks(
     dataset: AnyDataset, names: Sequence[str], task_column: str, *, unknown_allowed: bool = False
 ) -> AnyDataset:
     """
-    Add a column `task_ids` with the place of each row's task among `names`.
+    Add a column with the place of each row's task among `names`.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): With the column `task_column`.
@@ -30,14 +35,8 @@ def number_tasks(
         unknown_allowed (`bool`, *optional*, defaults to `False`): Tasks that are not among `names` get -1.
 
     Raises:
-        ValueError: If a task is not among `names`, at once or, in a stream, when its row comes; or if the data set has
-            a column `task_ids` already.
+        ValueError: If a task is not among `names`, at once or, in a stream, when its row comes.
     """
-    if TASK_IDS in columns_of(dataset):
-        raise ValueError(
-            f"The data set has a column {TASK_IDS!r}, which is made from `task_column={task_column!r}`. Rename or "
-            "remove it."
-        )
     index = {name: place for place, name in enumerate(names)}
 
     def place_of(name: Any) -> int:
@@ -60,19 +59,22 @@ def number_tasks(
 
 
 def number_alike(dataset: AnyDataset, task_id: int) -> AnyDataset:
-    """Add a column `task_ids` with one number in all rows."""
-    if TASK_IDS in columns_of(dataset):
-        return dataset
+    """Add a column of task ids with one number in all rows."""
     if isinstance(dataset, Dataset):
         return dataset.add_column(TASK_IDS, np.full(len(dataset), task_id, dtype=np.int64))
     return dataset.map(lambda row: {TASK_IDS: task_id})
 
 
 def spread_over_tokens(dataset: AnyDataset, **map_kwargs: Any) -> AnyDataset:
-    """Turn the task of each row into a list with the task of each of its tokens, which can be packed like them."""
+    """
+    Turn the task of each row into a list with the task of each of its tokens, which can be packed like them.
+
+    The first of a row is marked as such; [`TaskCollator`] takes the mark off again.
+    """
 
     def spread(row: dict[str, Any]) -> dict[str, list[int]]:
-        return {"_token_task_ids": [row[TASK_IDS]] * len(row["input_ids"])}
+        task_id, length = int(row[TASK_IDS]), len(row["input_ids"])
+        return {"_token_task_ids": [task_id + _START * (place == 0) for place in range(length)]}
 
     spread_out = dataset.map(spread, remove_columns=[TASK_IDS], **map_kwargs)
     return spread_out.rename_column("_token_task_ids", TASK_IDS)
@@ -82,8 +84,9 @@ class TaskCollator:
     """
     Any collator, and the tasks of the batch.
 
-    Adds `task_ids` to the batch if examples have them: `[B]`, or `[B, S]` with -1 for padding where rows were packed
-    or joined (padding-free). Adds `token_mask` `[B, S]` where padding can't be told from an attention mask.
+    Adds task ids to the batch if examples have them: `[B]`, or `[B, S]` with -1 for padding where rows were packed or
+    joined (padding-free), with a mask `[B, S]` of the tokens that begin a row. Adds a mask of the tokens that count
+    where padding can't be told from an attention mask.
 
     Args:
         collator (`Callable`): Makes a batch of examples, with `input_ids` `[B, S]`.
@@ -93,25 +96,34 @@ class TaskCollator:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        given = [example.get(TASK_IDS) for example in examples]
+        given: list[Any] = [example.get(TASK_IDS) for example in examples]
         rest = [{name: value for name, value in example.items() if name != TASK_IDS} for example in examples]
         batch = self.collator(rest)
+        if "input_ids" not in examples[0]:  # pictures, which the collator turns into tokens
+            if given[0] is not None:
+                batch[TASK_IDS] = torch.tensor([int(task_id) for task_id in given])
+            return batch
         rows, width = batch["input_ids"].shape
-        if "input_ids" in examples[0]:
-            lengths = [len(example["input_ids"]) for example in examples]
-            if rows != len(examples) and "attention_mask" not in batch and width > sum(lengths):
-                batch[TOKEN_MASK] = (torch.arange(width) < sum(lengths)).expand(rows, width)
+        lengths = [len(example["input_ids"]) for example in examples]
+        joined = "attention_mask" not in batch  # padding-free: all in one row
+        if joined and width > sum(lengths):
+            batch[TOKEN_MASK] = (torch.arange(width) < sum(lengths)).expand(rows, width)
         if given[0] is None:
             return batch
-        if rows == len(examples) and not isinstance(given[0], list):
-            batch[TASK_IDS] = torch.tensor(given)
+        packed = np.ndim(given[0]) > 0
+        if not packed and not joined:
+            batch[TASK_IDS] = torch.tensor([int(task_id) for task_id in given])
             return batch
-        by_token = [
-            ids if isinstance(ids, list) else [ids] * length for ids, length in zip(given, lengths, strict=True)
+        marked = [
+            np.asarray(ids) if packed else np.where(np.arange(length) == 0, int(ids) + _START, int(ids))
+            for ids, length in zip(given, lengths, strict=True)
         ]
-        if rows != len(examples):  # all in one row
-            by_token = [[task_id for ids in by_token for task_id in ids]]
-        batch[TASK_IDS] = torch.tensor([ids + [-1] * (width - len(ids)) for ids in by_token])
+        table = np.full((rows, width), -1, dtype=np.int64)
+        for row, ids in enumerate([np.concatenate(marked)] if joined else marked):
+            table[row, : len(ids)] = ids
+        starts = table >= _START - 1  # a row of no known task starts with -1, marked
+        batch[TASK_IDS] = torch.from_numpy(np.where(starts, table - _START, table))
+        batch[ROW_STARTS] = torch.from_numpy(starts)
         return batch
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import pyarrow as pa
+from accelerate.logging import get_logger
 from datasets import (
     ClassLabel,
     Dataset,
@@ -20,9 +21,17 @@ from datasets import (
 
 # The columns that TRL's preparation reads, by format; what else a task carries is dropped when tasks are joined.
 _FORMATS = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), ("text",))
-_COMPANIONS = ("labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs", "images", "image")
+_COMPANIONS = (
+    *("labels", "completion_mask", "assistant_masks", "seq_lengths"),
+    *("tools", "chat_template_kwargs", "images", "image"),
+)
+
+# From here on a column of mostly different values is not taken to name tasks, unless it is asked for.
+_FEW_ROWS = 20
 
 _NAME_TYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+logger = get_logger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -52,7 +61,12 @@ def _format_of(task: str, dataset: AnyDataset, text_column: str) -> tuple[str, .
 
 
 def join_tasks(
-    datasets: Mapping[str, AnyDataset], *, task_column: str = "task", text_column: str = "text", seed: int = 42
+    datasets: Mapping[str, AnyDataset],
+    *,
+    task_column: str = "task",
+    text_column: str = "text",
+    seed: int = 42,
+    any_format: bool = False,
 ) -> AnyDataset:
     """
     Join the data sets of several tasks into one with a column that names the task.
@@ -65,6 +79,7 @@ def join_tasks(
         task_column (`str`, *optional*, defaults to `"task"`): Name of the new column.
         text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
         seed (`int`, *optional*, defaults to `42`): Seed of the shuffle.
+        any_format (`bool`, *optional*, defaults to `False`): See [`label_tasks`].
 
     Returns:
         `Dataset` or `IterableDataset`: With the columns of the common format and the task column.
@@ -73,14 +88,19 @@ def join_tasks(
         ValueError: If there is no task, a task is empty, or formats differ.
         TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
     """
-    labelled = list(label_tasks(datasets, task_column=task_column, text_column=text_column).values())
+    options = {"task_column": task_column, "text_column": text_column}
+    labelled = list(label_tasks(datasets, **options, any_format=any_format).values())
     if isinstance(labelled[0], IterableDataset):
         return interleave_datasets(labelled, stopping_strategy="all_exhausted_without_replacement")
     return concatenate_datasets(labelled).shuffle(seed=seed)
 
 
 def label_tasks(
-    datasets: Mapping[str, AnyDataset], *, task_column: str = "task", text_column: str = "text"
+    datasets: Mapping[str, AnyDataset],
+    *,
+    task_column: str = "task",
+    text_column: str = "text",
+    any_format: bool = False,
 ) -> dict[str, AnyDataset]:
     """
     The data sets of several tasks, ready to be joined: of one format, of the same columns, each naming its task.
@@ -89,6 +109,9 @@ def label_tasks(
         datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all of one of TRL's formats.
         task_column (`str`, *optional*, defaults to `"task"`): Name of the new column.
         text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
+        any_format (`bool`, *optional*, defaults to `False`):
+            Columns are of no known format, as a function of the user's makes text of them: those that all tasks have
+            are kept.
 
     Returns:
         `dict[str, Dataset | IterableDataset]`: With the columns of the common format and the task column.
@@ -98,6 +121,9 @@ def label_tasks(
         TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
     """
     streamed = _check_datasets(datasets)
+    if any_format:
+        names = tuple(set.intersection(*(set(columns_of(dataset)) for dataset in datasets.values())) - {task_column})
+        return _label_all(datasets, sorted(names), task_column, streamed)
     formats = {task: _format_of(task, dataset, text_column) for task, dataset in datasets.items()}
     if len(set(formats.values())) > 1:
         listed = "; ".join(f"{task}: {' and '.join(names)}" for task, names in formats.items())
@@ -108,7 +134,12 @@ def label_tasks(
             f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another "
             "name for the column that names the task."
         )
-    kept = [*names, *_companions(datasets, names)]
+    return _label_all(datasets, [*names, *_companions(datasets, names)], task_column, streamed)
+
+
+def _label_all(
+    datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str, streamed: bool
+) -> dict[str, AnyDataset]:
     labelled = {task: _label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()}
     # `interleave_datasets` aligns the features of streams itself.
     return labelled if streamed else _align(labelled)
@@ -212,6 +243,13 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
     names = dataset.unique(task_column)
     if not required and names == [None]:
         return None
+    if not required and len(dataset) >= _FEW_ROWS and len(names) > len(dataset) / 2:
+        logger.warning(
+            f"Column {task_column!r} has {len(names)} different values in {len(dataset)} rows: they don't seem to be "
+            f"names of tasks, and are not taken for such. Set `task_column` to the column that names them, or rename "
+            "this one to be rid of this warning."
+        )
+        return None
     missing = (None, "")
     if any(name in missing for name in names):
         rows = sum(name in missing for name in dataset[task_column])
@@ -238,7 +276,7 @@ def refuse_splits(datasets: Any) -> None:
 
 
 def collect_tasks(
-    train_dataset: Any, *, task_column: str, text_column: str, seed: int
+    train_dataset: Any, *, task_column: str, text_column: str, seed: int, any_format: bool = False
 ) -> tuple[Any, list[str] | None]:
     """
     What `RLoraSFTTrainer` takes as `train_dataset`, as one data set and the names of its tasks.
@@ -248,6 +286,7 @@ def collect_tasks(
         task_column (`str`): Column that names the task of each row.
         text_column (`str`): Column of the format that is plain text.
         seed (`int`): Seed of the shuffle when tasks are joined.
+        any_format (`bool`, *optional*, defaults to `False`): See [`label_tasks`].
 
     Returns:
         `tuple`: The data set, and the names of the tasks or `None` if it does not tell.
@@ -264,7 +303,8 @@ def collect_tasks(
                 f"`train_dataset` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give "
                 "each task a name of its own."
             )
-        return join_tasks(train_dataset, task_column=task_column, text_column=text_column, seed=seed), names
+        columns = {"task_column": task_column, "text_column": text_column}
+        return join_tasks(train_dataset, **columns, seed=seed, any_format=any_format), names
     if isinstance(train_dataset, Dataset | IterableDataset):
         return train_dataset, tasks_in(train_dataset, task_column, required=task_column != "task")
     return train_dataset, None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from trl import SFTTrainer, pack_dataset
 
 from ..kernels import RoutingTally, anchor_loss
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
+from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
 from .mixing import Mixture, MixtureSampler, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
 from .optimizer import set_learning_rates
-from .task_evaluation import OptionRows, mean_over_tasks, score_options, split_by_task
+from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
 from .task_ids import (
+    ROW_STARTS,
     TASK_IDS,
     TOKEN_MASK,
     TaskCollator,
@@ -127,32 +130,41 @@ class RLoraSFTTrainer(SFTTrainer):
             task_column=args.task_column,
             text_column=args.dataset_text_field,
             seed=args.seed,
+            any_format=kwargs.get("formatting_func") is not None,
         )
         train_dataset = mixed if mixed is not train_dataset else joined
         config = peft_config if peft_config is not None else _active_config(model)
         _check_balance(args, config)
         self._tasks = _name_tasks(config, tasks, is_new=peft_config is not None)
-        if peft_config is not None:
-            peft_config.tasks = self._tasks or None
+        config.tasks = list(self._tasks) or None
+        if peft_config is None:
+            self._tell_adapters_their_tasks(model)
+        self._is_new_adapter = peft_config is not None
         self._task_column = args.task_column
         self.mixture: Mixture | None = None
         self._mixture_sampler: MixtureSampler | None = None
         eval_dataset = split_by_task(eval_dataset, args.task_column)
         _check_eval_tasks(eval_dataset, tasks)
-        self._option_rows = OptionRows(eval_dataset)
+        self._option_rows = find_option_rows(eval_dataset, args.task_column)
+        self._given_rows: dict[str, OptionRows] | None = None
+        self._scored: OptionRows | None = None
+        train_dataset = self._with_task_ids(train_dataset, required=config.router == "task")
+        # How `_prepare_dataset`, which is told a name alone, knows it from evaluation data named "train".
+        self._training_data: Any = train_dataset
         loaded = {p: p.data for p in model.parameters()} if isinstance(model, PeftModel) else {}
 
         super().__init__(
             model,
             args,
             data_collator,
-            self._with_task_ids(train_dataset, required=config.router == "task"),
-            eval_dataset,
+            train_dataset,
+            self._number_eval(eval_dataset),
             *positional,
             quantization_config=quantization_config,
             peft_config=peft_config,
             **kwargs,
         )
+        self._training_data = None
         self._undo_bf16_cast(loaded)
         self._set_up_adapters()
         self._set_up_tasks()
@@ -184,21 +196,21 @@ class RLoraSFTTrainer(SFTTrainer):
                 f"`balance_loss={self.args.balance_loss!r}` does not count tokens under context or sequence "
                 'parallelism yet. Set `balance_loss="none"`, or use data parallelism.'
             )
+        if self.optimizer is not None and (self.args.router_learning_rate or self.args.loraplus_lr_ratio):
+            raise ValueError(
+                "`router_learning_rate` and `loraplus_lr_ratio` set up the optimizer, and one was passed ready-made "
+                "in `optimizers`. Give it parameter groups of your own, or choose it by `optim`."
+            )
         self._records_step = False
         self._extra_logs: dict[str, float] = {}
         self._first_gradients: FirstGradients | None = None
 
     def _set_up_tasks(self) -> None:
         """Names of tasks in the adapter, counts by task, and the mixture that an epoch draws."""
-        config = self.model.peft_config[self.model.active_adapter]
         if self._tasks:
-            config.tasks = list(self._tasks)
-            for routing in self._routings:
-                routing.tasks = tuple(self._tasks)
             logger.info(f"Training on {len(self._tasks)} tasks: {', '.join(self._tasks)}")
         self._ledger = TaskLedger(self._tasks, self.args.device) if self._tasks else None
         self._fused_outputs: Any = None
-        self.model.get_base_model().register_forward_hook(self._keep_fused_outputs)
         numbered = isinstance(self.train_dataset, Dataset) and TASK_IDS in self.train_dataset.column_names
         if numbered and not self.args.packing and self.mixture is None:
             self.mixture = self._plan_mixture(self.train_dataset)
@@ -211,6 +223,13 @@ class RLoraSFTTrainer(SFTTrainer):
                 f"`mixing={self.args.mixing!r}` mixes tasks, and the training data does not tell them. Pass a "
                 "dictionary of data sets by task, or name the column that tells them in `task_column`."
             )
+
+    def _tell_adapters_their_tasks(self, model: PeftModel) -> None:
+        """Give the layers of a loaded adapter the names of the tasks that this run adds."""
+        for module in model.modules():
+            if isinstance(module, RLoraLayer) and model.active_adapter in module.rlora_adapters:
+                adapter: Any = module.rlora_adapters[model.active_adapter]
+                adapter.routing.tasks = tuple(self._tasks)
 
     @property
     def _balances(self) -> bool:
@@ -256,6 +275,19 @@ class RLoraSFTTrainer(SFTTrainer):
             )
         return dataset
 
+    def _number_eval(self, dataset: Any) -> Any:
+        """Evaluation data with the tasks of their rows, where they tell them: by a column, or by their key."""
+        if isinstance(dataset, Mapping):
+            return {name: self._number_one(data, name) for name, data in dataset.items()}
+        return self._number_one(dataset, "")
+
+    def _number_one(self, dataset: Any, name: str) -> Any:
+        if not self._tasks or not isinstance(dataset, Dataset | IterableDataset) or TASK_IDS in columns_of(dataset):
+            return dataset
+        if self._task_column in columns_of(dataset):
+            return number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=True)
+        return number_alike(dataset, self._tasks.index(name)) if name in self._tasks else dataset
+
     def _prepare_dataset(
         self,
         dataset: AnyDataset,
@@ -265,31 +297,24 @@ class RLoraSFTTrainer(SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> AnyDataset:
-        is_training = dataset_name == "train"
-        if not is_training and self._tasks and TASK_IDS not in columns_of(dataset):
-            if dataset_name in self._tasks:
-                dataset = number_alike(dataset, self._tasks.index(dataset_name))
-            elif self._task_column in columns_of(dataset):
-                dataset = number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=True)
-        arguments = (processing_class, args, packing, formatting_func, dataset_name)
-        columns = columns_of(dataset)
-        if not packing or TASK_IDS not in columns or "seq_lengths" in columns:
-            return super()._prepare_dataset(dataset, *arguments)
+        is_training = dataset is self._training_data
+        if not packing or TASK_IDS not in columns_of(dataset):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else.
         if args.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, which is None. Set it to the length of a packed row.")
         unpacked = copy.copy(args)
         unpacked.max_length, unpacked.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, unpacked, False, formatting_func, dataset_name)
-        return self._pack(dataset, args, dataset_name)
+        return self._pack(dataset, args, dataset_name, is_training)
 
-    def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, dataset_name: str) -> AnyDataset:
+    def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, dataset_name: str, is_training: bool) -> AnyDataset:
         """The last steps of `SFTTrainer._prepare_dataset`, with the task of each token beside the tokens."""
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Packing {dataset_name} dataset"}
         with PartialState().main_process_first():
-            if dataset_name == "train" and isinstance(dataset, Dataset):
+            if is_training and isinstance(dataset, Dataset):
                 self.mixture = self._plan_mixture(dataset, args)
                 if args.mixes_tasks:
                     draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
@@ -302,7 +327,7 @@ class RLoraSFTTrainer(SFTTrainer):
 
     def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> Mixture:
         args = self.args if args is None else args
-        rows, tokens = count_tasks(dataset, len(self._tasks))
+        rows, tokens = count_tasks(dataset, len(self._tasks), TASK_IDS)
         present = [place for place, count in enumerate(rows) if count]
         return Mixture(
             {self._tasks[place]: rows[place] for place in present},
@@ -355,7 +380,11 @@ class RLoraSFTTrainer(SFTTrainer):
         self._load_state(checkpoint)
         if self.mixture is not None and self.is_world_process_zero():
             self._show(self.mixture.table())
-        self._first_gradients = None if checkpoint else FirstGradients(self._adapters)
+        self._first_gradients = FirstGradients(
+            self._adapters,
+            fresh=self._is_new_adapter and not checkpoint and self.state.global_step == 0,
+            scaled=self.accelerator.scaler is not None,
+        )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -372,21 +401,24 @@ class RLoraSFTTrainer(SFTTrainer):
 
     def _will_log(self) -> bool:
         """Whether the step that is running ends in a log."""
-        if self.args.logging_strategy != IntervalStrategy.STEPS:
-            return True
         step = self.state.global_step + 1
+        if self.args.logging_strategy == IntervalStrategy.NO:
+            return False
+        if self.args.logging_strategy == IntervalStrategy.EPOCH:
+            epochs = max(1, self.state.num_train_epochs or 1)
+            return step % max(1, self.state.max_steps // epochs) == 0 or step == self.state.max_steps
         return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._records_step = self._monitor is not None and (self._balances or self._will_log())
         if self._monitor is not None and self._records_step:
-            tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float64)
-            ranks = self.accelerator.num_processes // self._tp_size
+            tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float32)
+            alike = self.get_tp_size()  # ranks that have the same batch
             if self._balances:
-                self._monitor.begin_step(tokens / self._tp_size, ranks, self._reduce)
+                self._monitor.begin_step(tokens / alike, self.accelerator.num_processes // alike, self._reduce)
             else:
-                self._monitor.begin_step(tokens, ranks, lambda tensor: tensor)
+                self._monitor.begin_step(tokens, 1, lambda tensor: tensor)
         return batches, num_items
 
     def _tell_batch(self, inputs: dict[str, Any], tally: RoutingTally | None) -> None:
@@ -412,27 +444,38 @@ class RLoraSFTTrainer(SFTTrainer):
         if is_training and self._monitor is not None and self._records_step:
             # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
             undivided = num_items_in_batch is not None or self.compute_loss_func is not None
-            tally = self._monitor.tally(1 if undivided else self.current_gradient_accumulation_steps)
+            divided_by = 1 if undivided else self.current_gradient_accumulation_steps
+            tally = self._monitor.tally(divided_by, count_tokens(inputs))
         self._tell_batch(inputs, tally)
-        own = {name: value for name, value in inputs.items() if name not in (TASK_IDS, TOKEN_MASK)}
-        self._fused_outputs = None
-        result = super().compute_loss(model, own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        outputs, self._fused_outputs = self._fused_outputs, None
-        if not is_training:
-            self._forget_batch()
-        elif self._ledger is not None and outputs is not None and TASK_IDS in inputs:
-            self._ledger.add(
-                inputs[TASK_IDS],
-                token_mask_of(inputs),
-                inputs.get("position_ids"),
-                outputs.log_probs.detach(),
-                outputs.label_mask,
+        own = {name: value for name, value in inputs.items() if name not in (TASK_IDS, ROW_STARTS, TOKEN_MASK)}
+        # For the length of the pass alone: a model that holds on to its trainer can't be copied or pickled.
+        hook = self.model.get_base_model().register_forward_hook(self._keep_fused_outputs)
+        try:
+            result = super().compute_loss(
+                model, own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+            self._note_tasks(inputs, is_training)
+        finally:
+            hook.remove()
+            self._fused_outputs = None
+            if not is_training:
+                self._forget_batch()
         if tally is None:
             return result
         if return_outputs:
             return anchor_loss(result[0], tally), result[1]
         return anchor_loss(result, tally)
+
+    def _note_tasks(self, inputs: dict[str, Any], is_training: bool) -> None:
+        outputs = self._fused_outputs
+        if is_training and self._ledger is not None and outputs is not None and TASK_IDS in inputs:
+            self._ledger.add(
+                inputs[TASK_IDS],
+                token_mask_of(inputs),
+                inputs.get(ROW_STARTS),
+                outputs.log_probs.detach(),
+                outputs.label_mask,
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
@@ -478,7 +521,9 @@ class RLoraSFTTrainer(SFTTrainer):
                 logs["head_similarity"] = similarity
             logs.update(self._extra_logs)
             if self._ledger is not None:
-                logs.update(self._ledger.tell(self._reduce))
+                by_task = self._ledger.tell(self._reduce)
+                # A task may be called like something else that is logged.
+                logs.update({name if name not in logs else f"task_{name}": loss for name, loss in by_task.items()})
         super().log(logs, *args, **kwargs)
 
     # Evaluation by task
@@ -486,39 +531,69 @@ class RLoraSFTTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        eval_dataset = split_by_task(eval_dataset, self._task_column)
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            self._option_rows.add(eval_dataset, metric_key_prefix)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        is_part = self._given_rows is not None  # `Trainer.evaluate` calls this for each data set of a dictionary
+        if not is_part:
+            eval_dataset = split_by_task(eval_dataset, self._task_column)
+            self._given_rows = {}
+            if eval_dataset is not None and not isinstance(eval_dataset, str):
+                self._given_rows = find_option_rows(eval_dataset, self._task_column, metric_key_prefix)
+                eval_dataset = self._number_eval(eval_dataset)
         tasks = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(tasks, dict):
-            means = mean_over_tasks(metrics, [str(task) for task in tasks], metric_key_prefix)
-            metrics.update(means)
+        try:
+            if isinstance(tasks, Mapping):
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                return self._add_means(metrics, list(tasks), metric_key_prefix)
+            self._scored = self._given_rows.get(metric_key_prefix) if self._given_rows else None
+            if eval_dataset is None or isinstance(eval_dataset, str):
+                self._scored = self._option_rows.get(eval_dataset or "")
+            with self._counting_heads():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._scored = None
+            if not is_part:
+                self._given_rows = None
+
+    def _add_means(self, metrics: dict[str, float], tasks: list[str], prefix: str) -> dict[str, float]:
+        means = mean_over_tasks(metrics, tasks, prefix)
+        if means:
             self.log(dict(means))
             # For callbacks that wait for a metric of all tasks, such as `EarlyStoppingCallback`.
             control: Any = self.control  # type: ignore[has-type]
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
-            return metrics
-        rows = self._option_rows.find(eval_dataset, metric_key_prefix)
-        if rows is not None:
-            accuracy = {f"{metric_key_prefix}_accuracy": self._accuracy(rows, eval_dataset, metric_key_prefix)}
-            metrics.update(accuracy)
-            self.log(dict(accuracy))
-        return metrics
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, control, dict(means))
+        return {**metrics, **means}
 
-    def _accuracy(self, rows: Dataset, eval_dataset: Any, prefix: str) -> float:
-        task = eval_dataset if isinstance(eval_dataset, str) else prefix.partition("_")[2]
-        return score_options(
-            self.model_wrapped if self.is_fsdp_enabled else self.model,
-            self.processing_class,
-            rows,
-            batch_size=self.args.eval_batch_size,
-            accelerator=self.accelerator,
-            # Every rank runs every row where a forward pass needs all of them.
-            share_rows=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
-            routings=self._routings,
-            task=task if task in self._tasks else None,
-        )
+    @contextmanager
+    def _counting_heads(self) -> Generator[None, None, None]:
+        callbacks = [cb for cb in self.callback_handler.callbacks if isinstance(cb, HeadUsageCallback)]
+        for callback in callbacks:
+            callback.start(self.model, self.args.device)
+        try:
+            yield
+        finally:
+            for callback in callbacks:
+                callback.stop()
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._scored is not None:
+            output.metrics[f"{metric_key_prefix}_accuracy"] = score_options(
+                self.model_wrapped if self.is_fsdp_enabled else self.model,
+                self.processing_class,
+                self._scored,
+                batch_size=self.args.eval_batch_size,
+                accelerator=self.accelerator,
+                # Every rank runs every row where a forward pass needs all of them.
+                share_rows=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+                routings=self._routings,
+            )
+        return output
 
     # What is kept: counts by task and, for `balance_scope="global"`, the shares of heads
 
@@ -534,7 +609,7 @@ class RLoraSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         state: dict[str, Any] = {"tasks": self.tasks_seen()}
         if self._monitor is not None:
-            state["head_sums"] = self._monitor.state(self._reduce)
+            state["head_sums"] = self._monitor.state(self.accelerator.gather)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / STATE_FILE).write_text(json.dumps(state))
@@ -544,13 +619,14 @@ class RLoraSFTTrainer(SFTTrainer):
         state: dict[str, Any] = {}
         if path is not None and path.is_file():
             try:
-                state = json.loads(path.read_text())
-            except ValueError as error:
+                state = dict(json.loads(path.read_text()))
+            except (ValueError, TypeError) as error:
                 logger.warning(f"{path} can't be read ({error}): rows seen by task are counted anew.")
         if self._ledger is not None:
             self._ledger.load(state.get("tasks", {}))
         if self._monitor is not None:
-            self._monitor.load_state(state.get("head_sums"))
+            ranks = self.accelerator.num_processes
+            self._monitor.load_state(state.get("head_sums"), self.accelerator.process_index, ranks)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         seen = self.tasks_seen()
@@ -596,7 +672,9 @@ def _name_tasks(config: RLoraConfig, tasks: list[str] | None, *, is_new: bool) -
     known = list(config.tasks or [])
     added = [task for task in tasks or [] if task not in known]
     if added and config.router == "task" and known:
-        remedy = "Name all tasks, or leave `tasks` to the trainer." if is_new else "Train a new adapter on all of them."
+        remedy = (
+            "Name all tasks, or leave `tasks` to the trainer." if is_new else "Train a new adapter on all of them."
+        )
         raise ValueError(
             f"The adapter has a mixture for each of its tasks ({', '.join(known)}), and the training data has "
             f"{', '.join(added)} too. {remedy}"
@@ -623,9 +701,13 @@ def _as_rlora_config(args: TrainingArguments | None, model: Any) -> RLoraSFTConf
         return RLoraSFTConfig(f"{str(name).rstrip('/').split('/')[-1]}-R-LoRA")
     # Not through `to_dict`, which hides every field named like a token, `eos_token` among them.
     known = {entry.name for entry in fields(RLoraSFTConfig)}
-    return RLoraSFTConfig(
+    config = RLoraSFTConfig(
         **{entry.name: getattr(args, entry.name) for entry in fields(args) if entry.init and entry.name in known}
     )
+    for entry in fields(args):
+        if entry.name not in known:  # of a subclass of the user's own
+            setattr(config, entry.name, getattr(args, entry.name))
+    return config
 
 
 def _choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConfig | None:

@@ -34,8 +34,8 @@ class HeadUsage:
     def __init__(
         self, num_tasks: int, num_layers: int, num_heads: int, device: torch.device | str | None = None
     ) -> None:
-        self.weights = torch.zeros(num_tasks + 1, num_layers, num_heads, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros(num_tasks + 1, num_layers, dtype=torch.float64, device=device)
+        self.weights = torch.zeros(num_tasks + 1, num_layers, num_heads, device=device)
+        self.tokens = torch.zeros(num_tasks + 1, num_layers, device=device)
 
     def add(self, layer: int, weights: torch.Tensor, task_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         """Add the weights `[T, N]` of one layer for tokens of tasks `[T]`, where `mask` `[T]` is not zero."""
@@ -43,11 +43,12 @@ class HeadUsage:
         if task_ids is None:
             task_ids = torch.full(weights.shape[:1], unknown, device=weights.device)
         task_ids = torch.where(task_ids < 0, unknown, task_ids)
-        counted = torch.ones_like(task_ids) if mask is None else mask
-        kept = counted.bool()
+        counted = torch.ones_like(weights[:, 0]) if mask is None else mask.to(weights.dtype)
+        # Selected rather than multiplied: what padding computes may be NaN.
+        weights = torch.where(counted[:, None] > 0, weights, 0.0).to(self.weights)
         heads = weights.shape[1]  # of an adapter that may have fewer than others
-        self.weights[:, layer, :heads].index_add_(0, task_ids[kept], weights[kept].to(self.weights))
-        self.tokens[:, layer].index_add_(0, task_ids[kept], counted[kept].to(self.tokens))
+        self.weights[:, layer, :heads].index_add_(0, task_ids, weights)
+        self.tokens[:, layer].index_add_(0, task_ids, counted.to(self.tokens))
 
 
 class Routing:

@@ -94,7 +94,10 @@ def by_autograd(trainer, kind):
     named = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     # Nothing is behind the last layers but their own routers.
-    return {n: torch.zeros_like(p).double() if g is None else g.double() for (n, p), g in zip(named.items(), grads)}
+    return {
+        n: torch.zeros_like(p).double() if g is None else g.double()
+        for (n, p), g in zip(named.items(), grads, strict=True)
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)

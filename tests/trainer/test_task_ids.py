@@ -1,4 +1,4 @@
-"""The task of each row: through preparation, packing and collation to the layers; counts, losses and scores by task."""
+"""The task of each row: through preparation and collation to the layers; counts, losses and scores by task."""
 
 import json
 
@@ -7,11 +7,11 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset
 from test_trainer import arguments, make_trainer
 from testing_utils import TINY_MODELS, build_tokenizer, task_datasets, task_rows
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
 from rlora_trl import HeadUsageCallback, MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer
-from rlora_trl.trainer.task_ids import TaskCollator, number_tasks
+from rlora_trl.trainer.task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, number_tasks
 
 
 TASKS = ["first", "colour", "same"]
@@ -30,7 +30,7 @@ def marked_datasets(count=30):
 
 def check_tokens(batch, tokenizer, whole_rows=True):
     """Each token's id is that of its task; the end of a row belongs to the row, where no row is cut."""
-    ids, tasks = batch["input_ids"], batch["task_ids"]
+    ids, tasks = batch["input_ids"], batch[TASK_IDS]
     if tasks.ndim == 1:
         tasks = tasks[:, None].expand_as(ids)
     words = tokenizer.convert_tokens_to_ids([f"w{index}" for index in range(3)])
@@ -101,10 +101,100 @@ def test_ids_from_every_kind_of_data(model_folders, tmp_path, kind):
     words = tokenizer.convert_tokens_to_ids([f"w{index}" for index in range(3)])
     names = ["0", "1", "2"] if kind == "numbers" else TASKS
     for batch in trainer.get_train_dataloader():
-        for ids, task in zip(batch["input_ids"], batch["task_ids"].tolist(), strict=True):
+        for ids, task in zip(batch["input_ids"], batch[TASK_IDS].tolist(), strict=True):
             assert trainer._tasks[task] == names[words.index(ids[0].item())]
     trainer.train()
     assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 16
+
+
+@pytest.mark.parametrize("preparation", PREPARATIONS)
+def test_rows_are_counted_whatever_becomes_of_them(model_folders, tmp_path, preparation):
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        train=marked_datasets(),
+        max_steps=-1,
+        num_train_epochs=1,
+        **PREPARATIONS[preparation],
+    )
+    trainer.train()
+    assert {task: counts["rows"] for task, counts in trainer.tasks_seen().items()} == dict.fromkeys(TASKS, 30)
+
+
+def test_evaluation_data_get_their_tasks_in_every_setup(model_folders, tmp_path):
+    """Also where preparation is skipped, where the key is "train", and with a column of the user's own."""
+    rows = task_datasets(6)
+    tasked = {name: [{**row, "task": name} for row in data] for name, data in rows.items()}
+    evaluate = {"train": Dataset.from_list(tasked["same"] + tasked["first"]), "colour": rows["colour"]}
+    trainer = make_trainer(
+        model_folders, tmp_path, evaluate=evaluate, peft_config=RLoraConfig(**TASK_ROUTER), max_steps=1
+    )
+    assert trainer.eval_dataset["train"][TASK_IDS] == [2] * 6 + [0] * 6
+    assert trainer.eval_dataset["colour"][TASK_IDS] == [1] * 6
+    plain = trainer.train_dataset.select(range(4)).select_columns(["input_ids", "labels"])
+    skipped = make_trainer(
+        model_folders,
+        tmp_path,
+        train=dict.fromkeys(TASKS, plain),
+        evaluate={"same": plain.add_column("task_ids", [7] * 4)},
+        peft_config=RLoraConfig(**TASK_ROUTER),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_steps=1,
+    )
+    skipped.train()
+    assert skipped.eval_dataset["same"][TASK_IDS] == [2] * 4
+    assert "eval_same_loss" in skipped.evaluate()
+
+
+def test_a_column_of_texts_called_task_is_not_taken_for_tasks(model_folders, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    rows = [{**row, "task": f"Solve problem {i}"} for i, row in enumerate(task_rows("first", 24))]
+    trainer = make_trainer(model_folders, tmp_path, train=Dataset.from_list(rows), max_steps=1)
+    assert "don't seem to be names of tasks" in caplog.text and trainer.tasks_seen() == {}
+    trainer.train()
+
+
+def test_rows_packed_by_the_user_keep_their_lengths(model_folders, tmp_path):
+    packed = Dataset.from_dict(
+        {"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[5, 6, 7, 8]] * 8, "seq_lengths": [[2, 2]] * 8}
+    )
+    trainer = make_trainer(
+        model_folders, tmp_path, train={"a": packed, "b": packed}, padding_free=True, max_length=None, max_steps=1
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["position_ids"].max() == 1
+
+
+def test_formatting_functions_with_tasks(model_folders, tmp_path):
+    train = {
+        name: Dataset.from_list([{"q": row["prompt"], "a": row["completion"], "id": 1} for row in data])
+        for name, data in task_datasets(8).items()
+    }
+    trainer = RLoraSFTTrainer(
+        model_folders["llama"],
+        arguments(tmp_path, max_steps=1),
+        train_dataset=train,
+        processing_class=build_tokenizer(),
+        formatting_func=lambda row: row["q"] + row["a"],
+    )
+    trainer.train()
+    assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 8
+
+
+def test_the_model_does_not_hold_the_trainer(model_folders, tmp_path):
+    import gc
+    import pickle
+    import weakref
+
+    trainer = make_trainer(model_folders, tmp_path, max_steps=1)
+    trainer.train()
+    model, held = trainer.model, weakref.ref(trainer)
+    pickled = pickle.dumps(model.get_base_model().model.layers[0].mlp)
+    assert len(pickled) < 10**6
+    del trainer
+    gc.collect()
+    routing = next(m.routing for m in model.modules() if isinstance(m, MultiHeadAdapter))
+    assert held() is None and routing.tally is None and routing.task_ids is None
 
 
 def test_the_right_mixture_is_trained(model_folders, tmp_path):
@@ -116,7 +206,7 @@ def test_the_right_mixture_is_trained(model_folders, tmp_path):
                 (m.router.grad.abs().sum(1) > 0).tolist() for m in model.modules() if isinstance(m, MultiHeadAdapter)
             ]
 
-    train = {task: dataset for task, dataset in marked_datasets().items()}
+    train = marked_datasets()
     watch = Mixtures()
     for packing in (False, True):
         trainer = RLoraSFTTrainer(
@@ -133,33 +223,38 @@ def test_the_right_mixture_is_trained(model_folders, tmp_path):
 
 def test_collator_wraps_any_other():
     collator = TaskCollator(default_data_collator)
-    examples = [{"input_ids": [1, 2], "task_ids": 1}, {"input_ids": [3, 4], "task_ids": 0}]
+    examples = [{"input_ids": [1, 2], "attention_mask": [1, 1], TASK_IDS: id} for id in (1, 0)]
     batch = collator(examples)
-    assert batch["task_ids"].tolist() == [1, 0] and batch["input_ids"].tolist() == [[1, 2], [3, 4]]
-    assert "task_ids" not in TaskCollator(default_data_collator)([{"input_ids": [1, 2]}])
+    assert batch[TASK_IDS].tolist() == [1, 0] and batch["input_ids"].tolist() == [[1, 2], [1, 2]]
+    assert TASK_IDS not in TaskCollator(default_data_collator)([{"input_ids": [1, 2]}])
 
 
 def test_padding_of_joined_rows_is_told():
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     collator = TaskCollator(DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=8))
-    batch = collator([{"input_ids": [5, 6, 7], "task_ids": 1}, {"input_ids": [8, 9], "task_ids": 0}])
-    assert batch["task_ids"].tolist() == [[1, 1, 1, 0, 0, -1, -1, -1]]
-    assert batch["token_mask"].tolist() == [[True] * 5 + [False] * 3]
+    batch = collator([{"input_ids": [5, 6, 7], TASK_IDS: 1}, {"input_ids": [8, 9], TASK_IDS: -1}])
+    assert batch[TASK_IDS].tolist() == [[1, 1, 1, -1, -1, -1, -1, -1]]
+    assert batch[ROW_STARTS].nonzero()[:, 1].tolist() == [0, 3]
+    assert batch[TOKEN_MASK].tolist() == [[True] * 5 + [False] * 3]
+    alone = collator([{"input_ids": torch.tensor([5, 6, 7]), TASK_IDS: torch.tensor(1)}])
+    assert alone[TASK_IDS].tolist() == [[1, 1, 1, -1, -1, -1, -1, -1]]
+    assert alone[TOKEN_MASK].sum() == 3
 
 
 def test_errors_of_data(model_folders, tmp_path):
     with pytest.raises(ValueError, match="learns from the task of each row, and the training data does not tell it"):
         make_trainer(
-            model_folders, tmp_path, train=Dataset.from_list(task_rows("first", 8)), peft_config=RLoraConfig(router="task")
+            model_folders,
+            tmp_path,
+            train=Dataset.from_list(task_rows("first", 8)),
+            peft_config=RLoraConfig(router="task"),
         )
     with pytest.raises(ValueError, match="the training data has same too. Name all tasks"):
         make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(router="task", tasks=["first", "colour"]))
     rows = Dataset.from_list([{"text": "w1", "task": "a", "task_ids": 1}])
-    with pytest.raises(ValueError, match="has a column 'task_ids', which is made from"):
-        number_tasks(rows, ["a"], "task")
     with pytest.raises(ValueError, match="has a row of task 'a', and the adapter's tasks are b"):
-        number_tasks(rows.remove_columns("task_ids"), ["b"], "task")
+        number_tasks(rows, ["b"], "task")
     with pytest.raises(ValueError, match="has 'first' more than once|has '1' more than once"):
         make_trainer(model_folders, tmp_path, train={1: task_datasets()["first"], "1": task_datasets()["same"]})
 
@@ -173,7 +268,7 @@ def test_a_task_router_goes_on_with_the_tasks_it_has(model_folders, tmp_path):
         train_dataset={"same": task_datasets()["same"]},
         processing_class=build_tokenizer(),
     )
-    assert set(again.train_dataset["task_ids"]) == {2}
+    assert set(again.train_dataset[TASK_IDS]) == {2}
     again.train()
     with pytest.raises(ValueError, match="has new too. Train a new adapter on all of them"):
         RLoraSFTTrainer(
@@ -210,7 +305,7 @@ def test_mixture_is_drawn_printed_and_counted(model_folders, tmp_path, capsys):
 
 def _tokens(trainer, task):
     dataset = trainer.train_dataset
-    return [row["input_ids"] for row in dataset if row["task_ids"] == task]
+    return [row["input_ids"] for row in dataset if row[TASK_IDS] == task]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -327,7 +422,7 @@ def test_training_loss_by_task(model_folders, tmp_path, preparation):
     for index, task in enumerate(TASKS):
         losses, tokens = 0.0, 0
         for row in plain.train_dataset:
-            if row["task_ids"] != index:
+            if row[TASK_IDS] != index:
                 continue
             with torch.no_grad():
                 labels = torch.tensor([row["labels"]])
@@ -409,6 +504,63 @@ def test_best_model_by_the_mean_over_tasks(model_folders, tmp_path):
     assert trainer.state.best_metric is not None
 
 
+def test_early_stopping_counts_each_evaluation_once(model_folders, tmp_path):
+    from transformers import EarlyStoppingCallback
+
+    def steps_until_stopped(metric, evaluate):
+        trainer = make_trainer(
+            model_folders,
+            tmp_path,
+            evaluate=evaluate,
+            max_steps=8,
+            learning_rate=1e-30,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model=metric,
+        )
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=3))
+        trainer.train()
+        return trainer.state.global_step
+
+    tasks = {task: scored_rows(task, 6) for task in ("colour", "same")}
+    for metric in ("eval_same_loss", "eval_same_accuracy", "eval_accuracy", "eval_loss"):
+        assert steps_until_stopped(metric, tasks) == 4, metric
+    assert steps_until_stopped("eval_accuracy", tasks["same"]) == 4
+
+
+def test_accuracy_is_that_of_the_task_whatever_the_data_are_called(model_folders, tmp_path):
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(**TASK_ROUTER), max_steps=60)
+    trainer.train()
+    rows = scored_rows("same", 24)
+    column = rows.add_column("task", ["same"] * 24)
+    known = trainer.evaluate({"same": rows})
+    for given, prefix in (({"val": column}, "my_test"), ({"same": rows}, "my_test"), (column, "my_test")):
+        metrics = trainer.evaluate(given, metric_key_prefix=prefix)
+        name = prefix if given is column else f"{prefix}_{next(iter(given))}"
+        assert metrics[f"{name}_loss"] == pytest.approx(known["eval_same_loss"], rel=1e-5)
+        assert metrics[f"{name}_accuracy"] == known["eval_same_accuracy"]
+    mean = trainer.evaluate({"unknown": rows})
+    assert mean["eval_unknown_loss"] != pytest.approx(known["eval_same_loss"], rel=1e-3)
+
+
+def test_accuracy_is_never_that_of_other_data(model_folders, tmp_path):
+    trainer = make_trainer(model_folders, tmp_path, max_steps=1)
+    assert "eval_accuracy" in trainer.evaluate(scored_rows("same", 6))
+    tokenised = trainer.train_dataset.select(range(4))
+    assert "eval_accuracy" not in trainer.evaluate(tokenised)
+
+
+def test_options_without_the_completion_are_told_and_passed_over(model_folders, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    rows = Dataset.from_list([{**row, "options": ["A", "B"]} for row in task_rows("same", 4)])
+    trainer = make_trainer(model_folders, tmp_path, evaluate={"same": rows}, max_steps=1)
+    assert "have 4 rows whose completion is none of their `options`" in caplog.text
+    assert "eval_same_accuracy" not in trainer.evaluate()
+
+
 def test_absent_tasks_are_told(model_folders, tmp_path, caplog):
     caplog.set_level("WARNING")
     make_trainer(model_folders, tmp_path, evaluate={"colour": scored_rows("colour", 4)})
@@ -441,6 +593,29 @@ def test_head_usage_by_task(model_folders, tmp_path):
     assert stored["layers"] == callback.layers and set(stored["usage"]) == {"2", "4"}
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # TRL's, of `predict`
+def test_head_usage_of_a_loaded_adapter_with_new_tasks(model_folders, tmp_path):
+    first = make_trainer(model_folders, tmp_path, train={"old": task_datasets()["first"]}, max_steps=1)
+    first.train()
+    callback = HeadUsageCallback()
+    trainer = RLoraSFTTrainer(
+        first.model,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=task_datasets(),
+        eval_dataset={"same": scored_rows("same", 4)},
+        processing_class=build_tokenizer(),
+        callbacks=[callback],
+    )
+    trainer.evaluate()
+    # Neither what is predicted nor what the user runs in between counts.
+    trainer.predict(trainer.eval_dataset["same"])
+    trainer.model(torch.tensor([[5, 6, 7]]))
+    trainer.train()
+    trainer.evaluate({"colour": scored_rows("colour", 4)})
+    assert {step: set(usage) for step, usage in callback.usage.items()} == {0: {"same"}, 1: {"colour"}}
+    assert all(routing.usage is None for routing in trainer._routings)
+
+
 def test_head_usage_with_a_plain_trainer(model_folders, tmp_path):
     from peft import get_peft_model
     from transformers import TrainingArguments
@@ -450,7 +625,10 @@ def test_head_usage_with_a_plain_trainer(model_folders, tmp_path):
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
     callback = HeadUsageCallback()
     trainer = Trainer(
-        model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), eval_dataset=rows, callbacks=[callback]
+        model,
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        eval_dataset=rows,
+        callbacks=[callback],
     )
     trainer.evaluate()
     weights = callback.usage[0]["(unknown)"]
@@ -509,6 +687,38 @@ def test_frozen_a(model_folders, tmp_path):
     assert "grad_norm_A" not in trainer.state.log_history[0]
 
 
+def test_learning_rates_need_an_optimizer_of_the_trainer(model_folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="one was passed ready-made"):
+        RLoraSFTTrainer(
+            model,
+            arguments(tmp_path, router_learning_rate=1e-3),
+            train_dataset=task_datasets(),
+            processing_class=build_tokenizer(),
+            optimizers=(optimizer, None),
+        )
+
+
+@pytest.mark.parametrize(("strategy", "logs"), [("no", 0), ("epoch", 2)])
+def test_other_logging_strategies(model_folders, tmp_path, strategy, logs):
+    trainer = make_trainer(
+        model_folders, tmp_path, train=task_datasets(8), logging_strategy=strategy, max_steps=-1, num_train_epochs=2
+    )
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == logs
+    assert all({"head_load_max", "grad_norm_router", "first_loss"} <= set(entry) for entry in entries)
+
+
+def test_a_task_called_like_something_that_is_logged(model_folders, tmp_path):
+    train = {"balance": task_datasets()["first"], "other": task_datasets()["same"]}
+    trainer = make_trainer(model_folders, tmp_path, train=train, max_steps=1, balance_loss="switch")
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert 0.9 < entry["balance_loss"] < 1.2 and {"task_balance_loss", "other_loss"} <= set(entry)
+
+
 def first_step_warnings(caplog):
     return [r.getMessage() for r in caplog.records if "The first step gave" in r.getMessage()]
 
@@ -529,7 +739,7 @@ def test_first_gradients_that_are_zero_are_told(model_folders, tmp_path, caplog)
             module.dropout = 0.0
     trainer.train()
     (told,) = first_step_warnings(caplog)
-    assert "a gradient of zero for router in base_model.model.model.layers.0" in told and "and 3 more" in told
+    assert "no gradient to speak of for router in base_model.model.model.layers.0" in told and "and 3 more" in told
     assert "equal heads give it nothing to choose from" in told
 
 
