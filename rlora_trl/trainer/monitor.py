@@ -130,7 +130,7 @@ class RoutingMonitor:
 
         Returns:
             `dict[str, float]`: `balance_loss` (without the coefficient), `router_entropy` (nats, of one token's
-            weights), `head_load_max` (mean weight of the most used head of a layer) and `head_load_cv` (standard
+            probabilities), `head_load_max` (mean weight of the most used head of a layer) and `head_load_cv` (standard
             deviation over mean of the heads' mean weights). Empty if nothing was recorded.
         """
         record = reduce(self.logged + self.step).cpu().double()

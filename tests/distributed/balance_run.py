@@ -31,6 +31,8 @@ from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 
 
 RANK = int(os.environ.get("RANK", 0))
+# Set in the GPU suite: a GPU for each rank.
+ON_GPU = os.environ.get("RLORA_TRL_TEST_DEVICE") == "cuda"
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -75,9 +77,9 @@ def watch_steps(trainer, found):
     begin_step = monitor.begin_step
 
     def begun(*args, **kwargs):
-        found["records"].append(monitor.step.clone())
+        found["records"].append(monitor.step.cpu().clone())
         begin_step(*args, **kwargs)
-        found["priors"].append(None if monitor.prior is None else monitor.prior.clone())
+        found["priors"].append(None if monitor.prior is None else monitor.prior.cpu().clone())
 
     monitor.begin_step = begun
 
@@ -89,7 +91,7 @@ def weights_of(trainer):
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(list(named.values())))
-        return {name: p.detach().clone().float() for name, p in named.items()}
+        return {name: p.detach().clone().float().cpu() for name, p in named.items()}
 
 
 def run(case, folder, model_folder, adapter_folder):
@@ -101,7 +103,7 @@ def run(case, folder, model_folder, adapter_folder):
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
     defaults = {
-        "use_cpu": True,
+        "use_cpu": not ON_GPU,
         "bf16": False,
         "report_to": "none",
         "save_strategy": "no",
@@ -118,7 +120,7 @@ def run(case, folder, model_folder, adapter_folder):
         "train_sampling_strategy": "sequential",
     }
     if "RANK" in os.environ:
-        defaults["ddp_backend"] = "gloo"
+        defaults["ddp_backend"] = "nccl" if ON_GPU else "gloo"
     if stage is not None:
         defaults["deepspeed"] = {**DEEPSPEED, "zero_optimization": {"stage": stage}}
     arguments = RLoraSFTConfig(str(output), **{**defaults, **case["arguments"]})
@@ -157,7 +159,7 @@ def main():
 
         # Else it compiles its own collectives, which takes longer than the tests.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo")
+        deepspeed.init_distributed("nccl" if ON_GPU else "gloo")
     for case in given["cases"]:
         run(case, Path(sys.argv[1]).parent, given["model"], given["adapter"])
         gc.collect()

@@ -24,8 +24,11 @@ LOSSES = ("switch", "importance", "mutual_information", "z")
 TASKS = ("first", "colour")
 # Seconds for one launch; most take less than 30.
 TIMEOUT = 120
-# Relative to the largest element of an update; updates are sums of float32 in another order.
-TOLERANCE = 2e-5
+# In the GPU suite, on a machine with two: `RLORA_TRL_TEST_DEVICE=cuda`.
+ON_GPU = os.environ.get("RLORA_TRL_TEST_DEVICE") == "cuda"
+# Relative to the largest element of an update; updates are sums of float32 in another order. On GPUs, products of
+# other sizes take other kernels, and each of the two layers adds to the difference.
+TOLERANCE = 2e-4 if ON_GPU else 2e-5
 
 
 def uneven_rows(count=8, seed=0):
@@ -86,12 +89,9 @@ def launch(folder, start, cases, processes):
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command += [str(Path(__file__).parent / "balance_run.py"), str(folder / "cases.json")]
-    settings = {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes)))}
+    if not ON_GPU:
+        settings |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     with open(folder / "output.txt", "w") as output:
         process = subprocess.Popen(
             command,

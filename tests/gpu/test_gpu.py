@@ -1,5 +1,9 @@
 """On a CUDA device: whole tiny models against the CPU, and what only exists there. Run by `make test-gpu`."""
 
+import gc
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -146,3 +150,33 @@ def test_four_bit_base(model_folders):
         assert torch.equal(model(ids).logits, expected)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["switch", "importance", "mutual_information", "z"])
+def test_balance_losses_under_fp16_loss_scaling(model_folders, tmp_path, kind):
+    """What the balance loss adds, with a scaled loss and 16-bit products, is what it adds in float32."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "trainer"))
+    from test_balance_training import added, flat, trainer_for
+
+    # Clipping, at a norm that is never reached, is where gradients are scaled back.
+    options = {"balance_loss": kind, "balance_coef": 2.0, "max_grad_norm": 1e9, "use_cpu": False}
+    wanted = added(lambda **own: trainer_for(model_folders, tmp_path, **own), **options)
+    got = added(lambda **own: trainer_for(model_folders, tmp_path, fp16=True, bf16=False, **own), **options)
+    a, b = flat(got, ".router"), flat(wanted, ".router")
+    # A few roundings of 2**-11; "switch" jumps where rounding reorders heads that are nearly equal.
+    assert ((a - b).norm() / b.norm()).item() < (5e-2 if kind == "switch" else 2e-2)
+
+
+def test_steps_with_balance_and_records_do_not_grow_memory(model_folders, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent.parent / "trainer"))
+    from test_balance_training import trainer_for
+
+    seen = []
+    for steps in (3, 30):
+        trainer = trainer_for(model_folders, tmp_path, max_steps=steps, balance_loss="switch", balance_scope="global")
+        trainer.train()
+        torch.cuda.synchronize()
+        seen.append(torch.cuda.memory_allocated())
+        del trainer
+        gc.collect()
+    assert seen[1] <= seen[0] + 2**20

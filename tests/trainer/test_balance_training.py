@@ -45,7 +45,7 @@ def trainer_for(model_folders, folder, rows=None, config=None, seed=3, **kwargs)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for adapter in adapters_of(trainer):
-            adapter.router.add_(torch.randn(adapter.router.shape, generator=generator))
+            adapter.router.add_(torch.randn(adapter.router.shape, generator=generator).to(adapter.router))
     return trainer
 
 
