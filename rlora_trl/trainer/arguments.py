@@ -18,6 +18,7 @@ _ARGUMENT_TYPES: dict[str, Any] = {
     "exclude_modules": list[str] | None,
     "layers_to_transform": list[int] | None,
     "layers_pattern": list[str] | None,
+    "tasks": list[str] | None,
     "trainable_token_indices": list[int] | None,
     "init_weights": str,
     "rank_pattern": str | None,
@@ -25,8 +26,6 @@ _ARGUMENT_TYPES: dict[str, Any] = {
 }
 # ModelConfig already has these two, so they stay there.
 _SHARED = ("lora_alpha", "use_rslora")
-# The trainer fills it in.
-_FILLED_IN = ("tasks",)
 # Arguments of ModelConfig that configure LoRA, and what R-LoRA has in their place.
 _LORA_ONLY = {
     "use_peft": "nothing: R-LoRA is always on",
@@ -45,7 +44,7 @@ def _rlora_fields() -> list[tuple[str, Any, Any]]:
     hints = get_type_hints(RLoraConfig)
     for entry in fields(RLoraConfig):
         name = entry.name
-        if name in inherited or name in _SHARED or name in _FILLED_IN:
+        if name in inherited or name in _SHARED:
             continue
         default = None if entry.default is MISSING else entry.default
         help_text = entry.metadata["help"]

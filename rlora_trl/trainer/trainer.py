@@ -148,7 +148,9 @@ class RLoraSFTTrainer(SFTTrainer):
         self._option_rows = find_option_rows(eval_dataset, args.task_column)
         self._given_rows: dict[str, OptionRows] | None = None
         self._scored: OptionRows | None = None
-        train_dataset = self._with_task_ids(train_dataset, required=config.router == "task")
+        is_stream = isinstance(train_dataset, IterableDataset)  # whose names come with its rows
+        if tasks is not None or is_stream or config.router == "task":
+            train_dataset = self._with_task_ids(train_dataset, required=config.router == "task")
         # How `_prepare_dataset`, which is told a name alone, knows it from evaluation data named "train".
         self._training_data: Any = train_dataset
         loaded = {p: p.data for p in model.parameters()} if isinstance(model, PeftModel) else {}
@@ -266,7 +268,8 @@ class RLoraSFTTrainer(SFTTrainer):
         """The training data with the place of each row's task among the adapter's, where it tells the task."""
         told = isinstance(dataset, Dataset | IterableDataset) and self._task_column in columns_of(dataset)
         if self._tasks and told:
-            return number_tasks(dataset, self._tasks, self._task_column)
+            # Only the stream of another router may have tasks that are not known: all others were asked for theirs.
+            return number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=not required)
         if required and dataset is not None:
             raise ValueError(
                 '`router="task"` learns from the task of each row, and the training data does not tell it. Pass a '

@@ -154,6 +154,19 @@ def test_a_column_of_texts_called_task_is_not_taken_for_tasks(model_folders, tmp
     trainer.train()
 
 
+def test_columns_that_name_no_tasks_of_the_adapter(model_folders, tmp_path):
+    """A loaded adapter has tasks; what it goes on with need not tell any, and a stream may have others."""
+    trainer = make_trainer(model_folders, tmp_path, max_steps=1)
+    trainer.train()
+    rows = [{**row, "task": f"Solve problem {i}"} for i, row in enumerate(task_rows("first", 24))]
+    for data in (Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows))):
+        again = RLoraSFTTrainer(
+            trainer.model, arguments(tmp_path, max_steps=1), train_dataset=data, processing_class=build_tokenizer()
+        )
+        again.train()
+        assert {counts["rows"] for counts in again.tasks_seen().values()} == {0}
+
+
 def test_rows_packed_by_the_user_keep_their_lengths(model_folders, tmp_path):
     packed = Dataset.from_dict(
         {"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[5, 6, 7, 8]] * 8, "seq_lengths": [[2, 2]] * 8}
