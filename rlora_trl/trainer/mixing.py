@@ -294,6 +294,37 @@ class MixtureSampler(Sampler[int]):
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 
+class PartSampler(Sampler[int]):
+    """
+    Goes through one part of a data set in each epoch, in random order, and from the last on to the first again.
+
+    For packed data, whose parts are the packed draws of one epoch each. Packing gives parts of slightly different
+    lengths; an epoch has as many rows as the shortest, so that its steps are known.
+
+    Args:
+        lengths (`Sequence[int]`): Rows of the parts, which follow each other in the data set.
+        seed (`int`, *optional*, defaults to `42`): Seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int = 42) -> None:
+        super().__init__()
+        self.lengths, self.seed, self.epoch = list(lengths), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through; see [`MixtureSampler.set_epoch`]."""
+        _check_draw(self.seed, epoch)
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return min(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        part = self.epoch % len(self.lengths)
+        generator = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(_ORDER, self.epoch)))
+        order = generator.permutation(self.lengths[part])[: len(self)]
+        yield from (sum(self.lengths[:part]) + order).tolist()
+
+
 def count_tasks(dataset: Dataset, num_tasks: int, column: str = "task_ids") -> tuple[list[int], list[int]]:
     """
     Rows and tokens of each task in a tokenised data set that names tasks by number.

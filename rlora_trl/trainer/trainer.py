@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -29,7 +30,7 @@ from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
-from .mixing import Mixture, MixtureSampler, count_tasks, mix_streams
+from .mixing import Mixture, MixtureSampler, PartSampler, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
 from .optimizer import set_learning_rates
 from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
@@ -50,6 +51,8 @@ from .tasks import AnyDataset, collect_tasks, columns_of
 logger = get_logger(__name__)
 
 STATE_FILE = "rlora_state.json"
+# Epochs whose draws are packed ahead.
+_PACKED_EPOCHS = 16
 
 
 class RLoraSFTTrainer(SFTTrainer):
@@ -142,7 +145,7 @@ class RLoraSFTTrainer(SFTTrainer):
         self._is_new_adapter = peft_config is not None
         self._task_column = args.task_column
         self.mixture: Mixture | None = None
-        self._mixture_sampler: MixtureSampler | None = None
+        self._mixture_sampler: MixtureSampler | PartSampler | None = None
         eval_dataset = split_by_task(eval_dataset, args.task_column)
         _check_eval_tasks(eval_dataset, tasks)
         self._option_rows = find_option_rows(eval_dataset, args.task_column)
@@ -217,9 +220,8 @@ class RLoraSFTTrainer(SFTTrainer):
         if numbered and not self.args.packing and self.mixture is None:
             self.mixture = self._plan_mixture(self.train_dataset)
             if self.args.mixes_tasks:
-                self._check_sampling()
-                draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
-                self._mixture_sampler = MixtureSampler(self.train_dataset[TASK_IDS], draws, self.args.seed)
+                self._check_sampling(self.args)
+                self._mixture_sampler = self._sample_mixture(self.train_dataset, self.args)
         if self.args.mixes_tasks and self.mixture is None and isinstance(self.train_dataset, Dataset):
             raise ValueError(
                 f"`mixing={self.args.mixing!r}` mixes tasks, and the training data does not tell them. Pass a "
@@ -320,13 +322,32 @@ class RLoraSFTTrainer(SFTTrainer):
             if is_training and isinstance(dataset, Dataset):
                 self.mixture = self._plan_mixture(dataset, args)
                 if args.mixes_tasks:
-                    draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
-                    dataset = dataset.select(list(MixtureSampler(dataset[TASK_IDS], draws, args.seed)))
-            dataset = spread_over_tokens(dataset, **map_kwargs).select_columns(["input_ids", "labels", TASK_IDS])
-            if args.shuffle_dataset:
-                dataset = dataset.shuffle(seed=args.seed)
-            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
-            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+                    return self._pack_epochs(dataset, args, map_kwargs)
+            return _pack_rows(dataset, args, map_kwargs)
+
+    def _pack_epochs(self, dataset: Dataset, args: RLoraSFTConfig, map_kwargs: dict[str, Any]) -> Dataset:
+        """What each epoch draws, packed by itself, one after the other; the sampler goes through one in each epoch."""
+        self._check_sampling(args)
+        sampler = self._sample_mixture(dataset, args)
+
+        def packed(epoch: int) -> Dataset:
+            sampler.set_epoch(epoch)
+            return _pack_rows(dataset.select(list(sampler)), args, map_kwargs)
+
+        parts = [packed(0)]
+        epochs = math.ceil(args.num_train_epochs)
+        if args.max_steps > 0:
+            rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size
+            epochs = math.ceil(rows * PartialState().num_processes / len(parts[0]))
+        # Epochs beyond begin again with the first: the packed draws are all on disk.
+        parts += [packed(epoch) for epoch in range(1, min(epochs, _PACKED_EPOCHS))]
+        self._mixture_sampler = PartSampler([len(part) for part in parts], args.seed)
+        return concatenate_datasets(parts)
+
+    def _sample_mixture(self, dataset: Dataset, args: RLoraSFTConfig) -> MixtureSampler:
+        assert self.mixture is not None
+        draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
+        return MixtureSampler(dataset[TASK_IDS], draws, args.seed)
 
     def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> Mixture:
         args = self.args if args is None else args
@@ -341,11 +362,11 @@ class RLoraSFTTrainer(SFTTrainer):
             unit=args.mixing_unit,
         )
 
-    def _check_sampling(self) -> None:
-        strategy = getattr(self.args, "train_sampling_strategy", "random")
+    def _check_sampling(self, args: RLoraSFTConfig) -> None:
+        strategy = getattr(args, "train_sampling_strategy", "random")
         if strategy != "random":
             raise ValueError(
-                f"`mixing={self.args.mixing!r}` draws rows itself and can't go with "
+                f"`mixing={args.mixing!r}` draws rows itself and can't go with "
                 f"`train_sampling_strategy={strategy!r}`. Leave that at 'random'."
             )
 
@@ -637,6 +658,14 @@ class RLoraSFTTrainer(SFTTrainer):
         path = Path(self.args.output_dir) / "README.md"
         if seen and self.is_world_process_zero() and path.is_file():
             path.write_text(add_task_table(path.read_text(), seen))
+
+
+def _pack_rows(dataset: AnyDataset, args: RLoraSFTConfig, map_kwargs: dict[str, Any]) -> AnyDataset:
+    dataset = spread_over_tokens(dataset, **map_kwargs).select_columns(["input_ids", "labels", TASK_IDS])
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 
 def add_task_table(card: str, seen: Mapping[str, Mapping[str, int]]) -> str:

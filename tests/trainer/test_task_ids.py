@@ -8,7 +8,6 @@ from datasets import ClassLabel, Dataset, IterableDataset
 from test_trainer import arguments, make_trainer
 from testing_utils import TINY_MODELS, build_tokenizer, task_datasets, task_rows
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
 
 from rlora_trl import HeadUsageCallback, MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer
 from rlora_trl.trainer.task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, number_tasks
@@ -346,12 +345,43 @@ def test_mixing_by_tokens_and_with_packing(model_folders, tmp_path, packing):
     assert rows == trainer.mixture.draws
 
 
+def test_packed_draws_are_redone_each_epoch(model_folders, tmp_path):
+    train = {"large": Dataset.from_list([{"text": f"w{n} w{n} w{n}"} for n in range(40)])}
+    train["small"] = Dataset.from_list([{"text": "red blue"}] * 4)
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        train=train,
+        max_steps=-1,
+        num_train_epochs=2,
+        mixing="equal",
+        packing=True,
+        max_length=16,
+        per_device_train_batch_size=1,
+    )
+    assert trainer.mixture.draws == {"large": 22, "small": 22}
+    loader = trainer.get_train_dataloader()
+    words = [build_tokenizer().convert_tokens_to_ids(f"w{n}") for n in range(40)]
+    seen = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        ids = torch.cat([batch["input_ids"].flatten() for batch in loader]).tolist()
+        seen.append({word for word in words if word in ids})
+    assert seen[0] == seen[2]
+    # 22 of 40 rows in one epoch, the others and four again in the next; a packed row may be left over.
+    assert len(seen[0]) >= 18 and len(seen[0] & seen[1]) <= 4 and len(seen[0] | seen[1]) >= 34
+    trainer.train()
+
+
 def test_mixing_needs_tasks_and_its_own_sampling(model_folders, tmp_path):
     plain = Dataset.from_list(task_rows("first", 8))
     with pytest.raises(ValueError, match="the training data does not tell them"):
         make_trainer(model_folders, tmp_path, train=plain, mixing="equal")
-    with pytest.raises(ValueError, match="can't go with `train_sampling_strategy='sequential'`"):
-        make_trainer(model_folders, tmp_path, mixing="equal", train_sampling_strategy="sequential")
+    for packing in (False, True):
+        with pytest.raises(ValueError, match="can't go with `train_sampling_strategy='sequential'`"):
+            make_trainer(
+                model_folders, tmp_path, mixing="equal", train_sampling_strategy="sequential", packing=packing
+            )
     stream = IterableDataset.from_generator(lambda: iter([{**row, "task": "a"} for row in task_rows("first", 8)]))
     with pytest.raises(ValueError, match="needs the tasks of a stream apart"):
         make_trainer(model_folders, tmp_path, train=stream, mixing="equal")
@@ -367,7 +397,14 @@ def test_streams_are_mixed(model_folders, tmp_path):
     assert sum(rows.values()) == 96 and min(rows.values()) > 20
 
 
-@pytest.mark.parametrize("settings", [{"mixing": "equal"}, {"balance_loss": "switch", "balance_scope": "global"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixing": "equal"},
+        {"mixing": "equal", "packing": True, "max_length": 16, "per_device_train_batch_size": 4},
+        {"balance_loss": "switch", "balance_scope": "global"},
+    ],
+)
 def test_resuming_within_the_second_epoch(model_folders, tmp_path, settings):
     def run(folder, resume=None, **kwargs):
         trainer = make_trainer(
@@ -386,14 +423,13 @@ def test_resuming_within_the_second_epoch(model_folders, tmp_path, settings):
         return trainer
 
     whole = run(tmp_path)
-    checkpoint = str(tmp_path / "checkpoint-12")  # of 18, 9 in an epoch
-    assert get_last_checkpoint(str(tmp_path)).endswith("18") and "tasks" in json.loads(
-        (tmp_path / "checkpoint-12" / "rlora_state.json").read_text()
-    )
-    resumed = run(tmp_path / "other", resume=checkpoint)
+    checkpoint = tmp_path / "checkpoint-12"
+    assert whole.state.max_steps // 2 < 12 < whole.state.max_steps  # within the second epoch
+    assert "tasks" in json.loads((checkpoint / "rlora_state.json").read_text())
+    resumed = run(tmp_path / "other", resume=str(checkpoint))
     tail = [e for e in whole.state.log_history if "loss" in e and e["step"] > 12]
     again = [e for e in resumed.state.log_history if "loss" in e and e["step"] > 12]
-    assert len(tail) == len(again) == 6
+    assert len(tail) == len(again) == whole.state.max_steps - 12
     for a, b in zip(tail, again, strict=True):
         for name in ("loss", "balance_loss", "head_load_max", "grad_norm_router"):
             assert a.get(name) == b.get(name), (a["step"], name)
