@@ -87,7 +87,7 @@ def multihead_delta(
     down, up = rank_space.pack(
         *(A, B, router, anchor_A, anchor_B, layout), scaling=scaling, dtype=x.dtype, down_rows=0, up_columns=0
     )
-    start = layout.h_columns
+    start = rank_space.h_columns(layout)
     if seed is not None and dropout > 0.0 and dropout_position == "input":
         keep = keep_mask(seed, tuple(tokens.shape), dropout, tokens.device)
         h = F.linear(tokens * keep * (1.0 / (1.0 - dropout)), down[:start])

@@ -16,6 +16,17 @@ import torch
 from .dropout import keep_mask
 
 
+# Functions beside the properties of `Layout`: in torch 2.6 `torch.compile` can't read properties of a named tuple.
+def h_columns(layout: "Layout") -> int:
+    """Columns of A x, and of A0 x."""
+    return layout.r if layout.shared else layout.r * layout.num_heads
+
+
+def anchor_start(layout: "Layout") -> int:
+    """The first column of A0 x in P, after those of A x and of the logits."""
+    return h_columns(layout) + layout.num_heads * layout.routed
+
+
 class Layout(NamedTuple):
     """
     Which columns P and Z have, and how the logits become weights.
@@ -38,12 +49,12 @@ class Layout(NamedTuple):
     @property
     def h_columns(self) -> int:
         """Columns of A x, and of A0 x."""
-        return self.r if self.shared else self.r * self.num_heads
+        return h_columns(self)
 
     @property
     def anchor_start(self) -> int:
         """The first column of A0 x in P, after those of A x and of the logits."""
-        return self.h_columns + self.num_heads * self.routed
+        return anchor_start(self)
 
     @property
     def p_columns(self) -> int:
@@ -87,21 +98,23 @@ def routing_weights(logits: torch.Tensor, top_k: int = 0) -> torch.Tensor:
 
 def logits_of(P: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The columns of P with the logits, `[T, N]`."""
-    return P[:, layout.h_columns : layout.h_columns + layout.num_heads]
+    start = h_columns(layout)
+    return P[:, start : start + layout.num_heads]
 
 
 def _split(P: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`A x` [T, 1 or N, r], the weights of the heads [T, N], and `A0 x` like `A x` or `None`, in float32 or wider."""
     dtype = _accumulation_dtype(P.dtype)
-    h = P[:, : layout.h_columns].to(dtype).view(P.shape[0], layout.h_columns // layout.r, layout.r)
+    width = h_columns(layout)
+    h = P[:, :width].to(dtype).view(P.shape[0], width // layout.r, layout.r)
     if layout.routed:
         weights = routing_weights(logits_of(P, layout), layout.top_k)
     else:
         weights = h.new_full((P.shape[0], layout.num_heads), 1.0 / layout.num_heads)
     if not layout.anchored:
         return h, weights, None
-    start = layout.anchor_start
-    return h, weights, P[:, start : start + layout.h_columns].to(dtype).view_as(h)
+    start = anchor_start(layout)
+    return h, weights, P[:, start : start + width].to(dtype).view_as(h)
 
 
 def _masked(tensor: torch.Tensor, dropout: float, seed: int | torch.Tensor | None) -> torch.Tensor:
