@@ -321,11 +321,8 @@ def fused_multihead(
     if router is not None and logits is not None:
         raise ValueError("Give `router` or `logits` (which take its place), not both.")
     spec = DeltaSpec(
-        layout=Layout(
-            *(B.shape[0], B.shape[2], router is not None or logits is not None),
-            anchored=anchor_A is not None,
-            shared=A.ndim == 2,
-            top_k=top_k,
+        layout=rank_space.layout_of(
+            *(A, B), routed=router is not None or logits is not None, anchor_A=anchor_A, top_k=top_k
         ),
         scaling=scaling,
         dropout=dropout if seed is not None else 0.0,

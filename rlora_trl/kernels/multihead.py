@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from . import rank_space
 from .balance import LayerProbe, probe_projections
 from .dropout import keep_mask
-from .rank_space import Layout
 
 
 def multihead_delta(
@@ -74,16 +73,12 @@ def multihead_delta(
     Returns:
         `torch.Tensor` of shape `[..., d_out]`, in the dtype in which the products ran.
     """
-    num_heads, d_out, r = B.shape
+    num_heads, d_out, _ = B.shape
     tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
     anchor_A = None if anchor_A is None else anchor_A.detach()
     anchor_B = None if anchor_B is None else anchor_B.detach()
-    layout = Layout(
-        *(num_heads, r, router is not None or logits is not None),
-        anchored=anchor_A is not None,
-        shared=A.ndim == 2,
-        top_k=top_k,
-    )
+    routed = router is not None or logits is not None
+    layout = rank_space.layout_of(A, B, routed=routed, anchor_A=anchor_A, top_k=top_k)
     down, up = rank_space.pack(
         *(A, B, router, anchor_A, anchor_B, layout), scaling=scaling, dtype=x.dtype, down_rows=0, up_columns=0
     )

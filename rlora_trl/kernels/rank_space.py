@@ -70,6 +70,11 @@ class Layout(NamedTuple):
         return 3 + 3 * self.num_heads
 
 
+def layout_of(A: torch.Tensor, B: torch.Tensor, *, routed: bool, anchor_A: torch.Tensor | None, top_k: int) -> Layout:
+    """The layout that the shapes of the parameters imply."""
+    return Layout(B.shape[0], B.shape[2], routed, anchor_A is not None, A.ndim == 2, top_k)
+
+
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of softmax, mixing and cancellation: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import score_tasks
 from ..tuner import Routing
-from .tasks import tasks_in
+from .tasks import task_namer, tasks_in
 
 
 logger = get_logger(__name__)
@@ -39,12 +39,8 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
     tasks = tasks_in(dataset, task_column, required=task_column != "task")
     if tasks is None or len(tasks) < 2:
         return dataset
-    feature = dataset.features[task_column]
-    names = [
-        feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in dataset[task_column]
-    ]
     places: dict[str, list[int]] = {task: [] for task in tasks}
-    for place, name in enumerate(names):
+    for place, name in enumerate(map(task_namer(dataset, task_column), dataset[task_column])):
         places[name].append(place)
     return {task: dataset.select(rows) for task, rows in places.items()}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
-from .tasks import AnyDataset
+from .tasks import AnyDataset, task_namer
 
 
 # Not a name that data sets use; a user's own column `task_ids` is none of the trainer's business.
@@ -49,8 +49,7 @@ def number_tasks(
             "it to `RLoraConfig(tasks=[...])` of a new adapter, or filter the row out."
         )
 
-    feature = (dataset.features or {}).get(task_column)
-    to_name = feature.int2str if isinstance(feature, ClassLabel) else str
+    to_name = task_namer(dataset, task_column)
     if isinstance(dataset, Dataset):
         values, inverse = np.unique(np.asarray(dataset[task_column]), return_inverse=True)
         places = np.asarray([place_of(to_name(value.item())) for value in values])

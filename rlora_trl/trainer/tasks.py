@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -254,7 +254,30 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
     if any(name in missing for name in names):
         rows = sum(name in missing for name in dataset[task_column])
         raise ValueError(f"{rows} rows have no task in column {task_column!r}. Fill it in, or filter them out.")
-    return sorted(feature.int2str(name) if isinstance(feature, ClassLabel) else str(name) for name in names)
+    return sorted(map(task_namer(dataset, task_column), names))
+
+
+def task_namer(dataset: AnyDataset, task_column: str) -> Callable[[Any], str]:
+    """What makes the name of a task of a value in its column: the label of a class, or the text of the value."""
+    feature = (dataset.features or {}).get(task_column)
+    return feature.int2str if isinstance(feature, ClassLabel) else str
+
+
+def task_names(datasets: Mapping[Any, Any]) -> list[str]:
+    """
+    The names of the tasks in a dictionary of data sets.
+
+    Raises:
+        ValueError: If two keys give one name.
+    """
+    names = [str(task) for task in datasets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"`train_dataset` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give each "
+            "task a name of its own."
+        )
+    return names
 
 
 def refuse_splits(datasets: Any) -> None:
@@ -296,13 +319,7 @@ def collect_tasks(
     """
     refuse_splits(train_dataset)
     if isinstance(train_dataset, Mapping):
-        names = [str(task) for task in train_dataset]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"`train_dataset` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give "
-                "each task a name of its own."
-            )
+        names = task_names(train_dataset)
         columns = {"task_column": task_column, "text_column": text_column}
         return join_tasks(train_dataset, **columns, seed=seed, any_format=any_format), names
     if isinstance(train_dataset, Dataset | IterableDataset):

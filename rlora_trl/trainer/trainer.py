@@ -45,7 +45,7 @@ from .task_ids import (
     spread_over_tokens,
     token_mask_of,
 )
-from .tasks import AnyDataset, collect_tasks, columns_of
+from .tasks import AnyDataset, collect_tasks, columns_of, task_names
 
 
 logger = get_logger(__name__)
@@ -127,15 +127,18 @@ class RLoraSFTTrainer(SFTTrainer):
     ) -> None:
         args = _as_rlora_config(args, model)
         peft_config = _choose_peft_config(model, peft_config)
+        tasks: list[str] | None
         mixed = mix_streams(train_dataset, args)
-        joined, tasks = collect_tasks(
-            train_dataset,
-            task_column=args.task_column,
-            text_column=args.dataset_text_field,
-            seed=args.seed,
-            any_format=kwargs.get("formatting_func") is not None,
-        )
-        train_dataset = mixed if mixed is not train_dataset else joined
+        if mixed is not train_dataset:
+            train_dataset, tasks = mixed, task_names(train_dataset)
+        else:
+            train_dataset, tasks = collect_tasks(
+                train_dataset,
+                task_column=args.task_column,
+                text_column=args.dataset_text_field,
+                seed=args.seed,
+                any_format=kwargs.get("formatting_func") is not None,
+            )
         config = peft_config if peft_config is not None else _active_config(model)
         _check_balance(args, config)
         self._tasks = _name_tasks(config, tasks, is_new=peft_config is not None)
