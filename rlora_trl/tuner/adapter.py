@@ -17,6 +17,9 @@ AdapterTensors: TypeAlias = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
 ]
 
+# Weights below this are none: their logits stay finite in 16 bits, and zero times them is zero.
+_TINY = 1e-300
+
 
 class MultiHeadAdapter(nn.Module):
     """
@@ -106,6 +109,8 @@ class MultiHeadAdapter(nn.Module):
         # This layer's rows in the records of a trainer, and of evaluation.
         self.routing_row: int | None = None
         self.usage_row: int | None = None
+        # Logits `[N]` of the weights that all tokens get, in place of the router; see `fixed_mixtures`.
+        self.fixed_logits: torch.Tensor | None = None
 
         self.A = nn.Parameter(torch.empty((r, in_features) if share_a else (num_heads, r, in_features), dtype=dtype))
         self.B = nn.Parameter(torch.empty(num_heads, out_features, r, dtype=dtype))
@@ -197,7 +202,7 @@ class MultiHeadAdapter(nn.Module):
         composed = torch.compiler.is_compiling() or (masked and self.dropout_position == "input")
         if composed or (base is not None and base.dtype != x.dtype):
             return self._composed(x, base, weight, masked)
-        logits = self._task_logits(x) if self.router_kind == "task" else None
+        logits = self._given_logits(x)
         if not self.training and not torch.is_grad_enabled() and weight is None:
             return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
         return fused_multihead(
@@ -210,16 +215,20 @@ class MultiHeadAdapter(nn.Module):
             seed=draw_seed() if masked else None,
             inplace=inplace,
             logits=logits,
-            top_k=self.top_k,
+            top_k=self._top_k(),
             probe=self._probe(x),
         )
 
     def _tensors(self) -> AdapterTensors:
         """With the router where it is a matrix for the input, which that of tasks is not."""
-        return self.A, self.B, None if self.router_kind == "task" else self.router, self.A0, self.B0
+        routed = self.router_kind != "task" and self.fixed_logits is None
+        return self.A, self.B, self.router if routed else None, self.A0, self.B0
+
+    def _top_k(self) -> int:
+        return self.top_k if self.fixed_logits is None else 0
 
     def _probe(self, x: torch.Tensor) -> LayerProbe | None:
-        if not self.training or self.routing.tally is None:
+        if not self.training or self.routing.tally is None or self.fixed_logits is not None:
             return None
         return self.routing.probe(self.routing_row, x.shape[:-1].numel())
 
@@ -237,8 +246,8 @@ class MultiHeadAdapter(nn.Module):
             dropout=self.dropout,
             seed=seed,
             dropout_position=self.dropout_position,
-            logits=self._task_logits(x) if self.router_kind == "task" else None,
-            top_k=self.top_k,
+            logits=self._given_logits(x),
+            top_k=self._top_k(),
             probe=self._probe(x),
         )
         if weight is not None:
@@ -249,12 +258,12 @@ class MultiHeadAdapter(nn.Module):
         """The weights side by side in the dtype of `x`, made once for inference, and again when one has changed."""
         # Straight from the dictionary: `nn.Module` looks attributes up in Python, which counts in decoding.
         parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
-        key = [x.dtype, torch.is_inference_mode_enabled()]
+        routed = self.router is not None or self.fixed_logits is not None
+        top_k = self._top_k()
+        key = [x.dtype, torch.is_inference_mode_enabled(), routed, top_k, self.fixed_logits is None, self.scaling]
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
-            layout = Layout(
-                *(self.num_heads, self.r, self.router is not None, self.A0 is not None, self.share_a, self.top_k)
-            )
+            layout = Layout(self.num_heads, self.r, routed, self.A0 is not None, self.share_a, top_k)
             spec = DeltaSpec(layout, self.scaling)
             self._cache = (key, PackedAdapter(*pack_weights(*self._tensors(), spec, x.dtype), spec))
         return self._cache[1]
@@ -267,6 +276,12 @@ class MultiHeadAdapter(nn.Module):
         """
         logits = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
         return torch.cat([logits, logits.softmax(-1).mean(0, keepdim=True).log()])
+
+    def _given_logits(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Logits `[T, N]` that take the place of a router's, if there are any."""
+        if self.fixed_logits is not None:
+            return self.fixed_logits.expand(x.shape[:-1].numel(), -1)
+        return self._task_logits(x) if self.router_kind == "task" else None
 
     def _task_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits `[T, N]` of the tasks of the tokens of `x`."""
@@ -295,15 +310,27 @@ class MultiHeadAdapter(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: all but what inference keeps, which they make for themselves."""
-        return {**self.__dict__, "_cache": None}
+        """What copies and pickles take along: all but what inference keeps, and what holds for a while only."""
+        return {**self.__dict__, "_cache": None, "fixed_logits": None}
+
+    def fix_mixture(self, weights: torch.Tensor | None) -> None:
+        """Give all tokens the weights `[N]` of the heads from now on, or with `None` those of the router again."""
+        if weights is None:
+            self.fixed_logits = None
+            return
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        logits = weights.to("cpu", torch.float64).clamp(min=_TINY).log()
+        # The kernels take logits in the dtype of the activations: near zero, where weights are large, 16 bits round
+        # them least.
+        self.fixed_logits = (logits - logits.max()).to(self.A.device, wide)
 
     def mixture(self, x: torch.Tensor) -> torch.Tensor:
         """The weights `[..., N]` of the heads for inputs `x` `[..., d_in]`, in float32 or wider."""
+        logits = self._given_logits(x)
+        if logits is not None:
+            return routing_weights(logits).view(*x.shape[:-1], self.num_heads)
         if self.router is None:
             return x.new_full((*x.shape[:-1], self.num_heads), 1.0 / self.num_heads, dtype=torch.float32)
-        if self.router_kind == "task":
-            return routing_weights(self._task_logits(x)).view(*x.shape[:-1], self.num_heads)
         return routing_weights(nn.functional.linear(x, self.router.to(x.dtype)), self.top_k)
 
     def delta_weight(self) -> torch.Tensor:

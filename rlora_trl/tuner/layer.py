@@ -40,6 +40,21 @@ def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     return None if torch.compiler.is_compiling() or weight.device != x.device else weight
 
 
+def undo_cpu_order(layer: nn.Module) -> None:
+    """
+    Put 4-bit weights back in the order that dequantisation knows.
+
+    On some CPUs bitsandbytes (0.50) keeps them in another order after inference. Reading the state dict puts them
+    back, but without double quantisation it leaves their scales in the other order.
+    """
+    quant_state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        layer.state_dict()
+    absmax = getattr(quant_state, "absmax", None)
+    if quant_state is not None and absmax is not None and absmax.ndim == 2:
+        quant_state.absmax = absmax.T.reshape(-1).float()
+
+
 class RLoraLayer(BaseTunerLayer):
     """What PEFT needs to know of a layer with R-LoRA adapters: where their parameters are and which are active."""
 
@@ -143,13 +158,15 @@ class RLoraLayer(BaseTunerLayer):
         if not any(parameter.device.type == "meta" for parameter in adapter.parameters()):
             adapter.to(device)
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the delta of an adapter by `scale`, beyond the scaling of its configuration; 1.0 is as it was."""
+        if adapter_name in self.rlora_adapters:
+            adapter: Any = self.rlora_adapters[adapter_name]
+            adapter.scaling = scale * self.scaling[adapter_name]
+
     def get_base_weight(self) -> torch.Tensor:
         """The weight of the base layer, dequantised where it is quantised."""
-        quant_state = getattr(getattr(self.get_base_layer(), "weight", None), "quant_state", None)
-        if getattr(quant_state, "packing_format_for_cpu", False):
-            # On some CPUs bitsandbytes (0.50) keeps 4-bit weights in another order after inference, which its
-            # dequantisation does not know; reading the state dict puts them back.
-            self.get_base_layer().state_dict()
+        undo_cpu_order(self.get_base_layer())
         return super().get_base_weight()
 
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: list[str]) -> None:

@@ -1,0 +1,233 @@
+"""Pictures of an adapter, as PNG: which heads each task uses, and how alike the heads are.
+
+Figures are made without `pyplot`, so that a user's back end and open figures stay as they are. The same input gives
+the same bytes with the same matplotlib; nothing of the machine is written into the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .heads import check_similarities, mean_between
+from .mixtures import HeadMixtures
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+_DPI = 150
+_WIDTH = 10.0  # inches; 1500 pixels, which pages show at half of that
+_COLOURS = "RdBu_r"
+_LONGEST_NAME = 26
+_MARGIN = 0.62  # inches above, between and below panels, for titles and labels
+_SMALLEST_SPAN = 0.05  # weights that differ by less look alike
+
+
+def plot_routing(mixtures: HeadMixtures, path: str | Path) -> Path:
+    """
+    Draw the mean weights of the heads: a panel for each kind of layer, a row for each task, a column for each head of
+    each layer, from the first layer to the last. White is an equal share, red more, blue less.
+
+    Args:
+        mixtures ([`HeadMixtures`]): What to draw.
+        path (`str` or `Path`): The PNG file to write.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: If there are no tasks or layers.
+        ImportError: If matplotlib is not installed.
+    """
+    if not mixtures.weights or not mixtures.layers:
+        raise ValueError("There are no mixtures to draw. Measure at least one task with `measure_mixtures`.")
+    tasks = list(mixtures.weights)
+    table = torch.stack([mixtures.weights[task].detach().float().cpu() for task in tasks])  # [tasks, L, N]
+    groups = _group_layers(mixtures.layers)
+    row = min(0.2, max(0.09, 4.0 / len(tasks)))  # inches
+    size = min(9.0, row * 72 * 0.8)  # points
+    left = max(len(_shorten(task)) for task in tasks) * size * 0.62 / 72 + 0.15
+    heights = [max(0.5, row * len(tasks))] * len(groups)
+    with _figure(heights, left, right=1.2) as (figure, panels):
+        norm = _weight_norm(table)
+        for axes, (kind, places) in zip(panels, groups.items(), strict=True):
+            image = _draw_weights(axes, table[:, [index for _, index in places]], norm)
+            # A task may be called "$a$", which is no formula.
+            axes.set_yticks(range(len(tasks)), [_shorten(task) for task in tasks], fontsize=size, parse_math=False)
+            axes.tick_params(axis="y", length=0)
+            _label_layers(axes, [depth for depth, _ in places], table.shape[-1])
+            axes.set_title(kind, fontsize=9, loc="left", parse_math=False)
+        axes.set_xlabel(f"layer; within it heads 1 to {table.shape[-1]}", fontsize=9)
+        _add_colour_bar(figure, image, panels, f"mean weight (equal share: {1 / table.shape[-1]:.3g})")
+        return _save(figure, path)
+
+
+def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | Path) -> Path:
+    """
+    Draw how alike the heads are: on the left the mean over layers, on the right the mean over heads by layer.
+
+    Args:
+        similarities (`Mapping[str, torch.Tensor]`): Cosines `[N, N]` by layer, from [`head_similarities`].
+        path (`str` or `Path`): The PNG file to write.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: If there are no layers, or only one head.
+        ImportError: If matplotlib is not installed.
+    """
+    check_similarities(similarities)
+    mean = torch.stack(list(similarities.values())).mean(0)
+    with _figure([3.2], left=0.7, right=1.6) as (figure, (axes,)):
+        left, bottom, width, height = axes.get_position().bounds
+        side = 3.2 / _WIDTH
+        axes.set_position((left, bottom, side, height))
+        _draw_cosines(axes, mean)
+        gap = 0.09  # for the labels of the axis
+        _draw_by_depth(figure.add_axes((left + side + gap, bottom, width - side - gap, height)), similarities)
+        return _save(figure, path)
+
+
+def _group_layers(layers: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
+    """
+    Kinds of layers, with the depth and the place of each: "model.layers.3.mlp.up_proj" is "mlp.up_proj" at depth "3".
+    """
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for index, name in enumerate(layers):
+        match = re.search(r"\.(\d+)\.", name)
+        depth, kind = (match[1], name[match.end() :]) if match else ("", name)
+        kind = ".".join(part for part in kind.split(".") if not part.isdigit())  # experts share a panel
+        groups.setdefault(kind, []).append((depth, index))
+    for places in groups.values():
+        places.sort(key=lambda place: (int(place[0] or 0), place[1]))
+    return dict(sorted(groups.items()))
+
+
+@contextmanager
+def _figure(heights: Sequence[float], left: float, right: float) -> Generator[tuple[Figure, list[Axes]], None, None]:
+    """
+    A figure with panels below each other, under default settings.
+
+    Args:
+        heights (`Sequence[float]`): Of the panels, in inches.
+        left (`float`), right (`float`): Margins, in inches.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Figures need matplotlib, which is not installed. Run `pip install rlora-trl[analysis]`."
+        ) from error
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's style would change the picture; `rc_context` brings it back
+        total = sum(heights) + _MARGIN * (len(heights) + 0.6)
+        figure = Figure(figsize=(_WIDTH, total), dpi=_DPI)
+        panels, top = [], total - 0.6 * _MARGIN
+        for height in heights:
+            box = (left / _WIDTH, (top - height) / total, 1 - (left + right) / _WIDTH, height / total)
+            panels.append(figure.add_axes(box))
+            top -= height + _MARGIN
+        yield figure, panels
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def _weight_norm(table: torch.Tensor) -> Any:
+    """Colours by the distance from an equal share, above as below it; small differences stay pale."""
+    from matplotlib.colors import Normalize
+
+    equal = 1.0 / table.shape[-1]
+    span = max(_SMALLEST_SPAN, float((table - equal).abs().max()))
+    return Normalize(vmin=equal - span, vmax=equal + span)
+
+
+def _draw_weights(axes: Axes, table: torch.Tensor, norm: Any) -> Any:
+    """Weights `[tasks, layers, N]` as an image of `[tasks, layers * N]`, with a line between layers."""
+    tasks, layers, heads = table.shape
+    image = axes.imshow(
+        table.reshape(tasks, layers * heads).numpy(), aspect="auto", cmap=_COLOURS, norm=norm, interpolation="nearest"
+    )
+    places = [layer * heads - 0.5 for layer in range(1, layers)]
+    axes.vlines(places, -0.5, tasks - 0.5, color="black", linewidth=0.4)
+    return image
+
+
+def _label_layers(axes: Axes, depths: Sequence[str], heads: int) -> None:
+    starts = [i for i, depth in enumerate(depths) if i == 0 or depth != depths[i - 1]]
+    shown = starts[:: -(-len(starts) // 40)]
+    axes.set_xticks([(i + 0.5) * heads - 0.5 for i in shown], [depths[i] for i in shown], fontsize=7)
+    axes.tick_params(axis="x", length=2)
+
+
+def _add_colour_bar(figure: Figure, image: Any, panels: Sequence[Axes], label: str) -> None:
+    top, bottom = panels[0].get_position().y1, panels[-1].get_position().y0
+    height = min(3.0 / figure.get_figheight(), top - bottom)
+    bar = figure.colorbar(image, cax=figure.add_axes((1 - 1.0 / _WIDTH, top - height, 0.015, height)))
+    # The scale goes as far below the equal share as above it, and weights stop at 0.
+    low, high = max(0.0, image.norm.vmin), image.norm.vmax
+    ticks = [low, (image.norm.vmin + high) / 2, high]
+    bar.set_ticks(ticks, labels=[f"{value:.3g}" for value in ticks])
+    bar.ax.set_ylim(low, high)
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label(label, fontsize=8)
+
+
+def _draw_cosines(axes: Axes, mean: torch.Tensor) -> None:
+    heads = mean.shape[0]
+    axes.imshow(mean.numpy(), cmap=_COLOURS, vmin=-1.0, vmax=1.0, interpolation="nearest")
+    axes.set_xticks(range(heads), [str(i + 1) for i in range(heads)], fontsize=8)
+    axes.set_yticks(range(heads), [str(i + 1) for i in range(heads)], fontsize=8)
+    axes.set_xlabel("head", fontsize=9)
+    axes.set_ylabel("head", fontsize=9)
+    axes.set_title("cosine between heads, mean over layers", fontsize=9)
+    if heads > 10:
+        return
+    for i in range(heads):
+        for j in range(heads):
+            value = float(mean[i, j])
+            text = f"{value:.2f}".replace("-0.00", "0.00")
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=min(9.0, 60.0 / heads))
+
+
+def _draw_by_depth(axes: Axes, similarities: Mapping[str, torch.Tensor]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    means = [float(mean_between(matrix)) for matrix in similarities.values()]
+    for kind, places in _group_layers(list(similarities)).items():
+        by_depth: dict[int, list[float]] = {}
+        for depth, index in places:
+            by_depth.setdefault(int(depth or 0), []).append(means[index])
+        values = [sum(entries) / len(entries) for entries in by_depth.values()]
+        axes.plot(list(by_depth), values, marker="o", markersize=3, linewidth=1.2, label=_shorten(kind))
+    axes.axhline(0.0, color="0.7", linewidth=0.8)
+    axes.set_ylim(min(-0.1, min(means) - 0.05), max(0.3, max(means) + 0.05))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("layer", fontsize=9)
+    axes.set_title("mean between different heads, by layer", fontsize=9)
+    legend = axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _shorten(name: str) -> str:
+    """One line, without the middle of long names: those of a collection often differ at the end."""
+    line = " ".join(name.split())
+    tail = _LONGEST_NAME // 2
+    return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - tail - 1]}…{line[-tail:]}"

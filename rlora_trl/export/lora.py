@@ -1,0 +1,122 @@
+"""A multi-head adapter under a fixed mixture as the two matrices of a LoRA adapter, exactly.
+
+With the weights w fixed, s the scaling, Bw = sum_i w_i B_i and the anchor A0, B0 the delta of a layer is
+
+    s (Bw A - B0 A0)  =  s (Bw (A - A0) + (Bw - B0) A0)
+
+The second form is the one written: A' = [A - A0; A0], B' = s [Bw, Bw - B0], of rank 2r. Engines round A' and B' to 16
+bits. In the first form, A' = [A; A0], what they round are the large terms that cancel; here it is what training
+changed. Without an anchor A' = A, B' = s Bw. With an A for each head, the heads stand side by side: A' = [A_i - A0_i;
+A0_i], B' = s [w_i B_i, w_i B_i - B0_i / N], of rank 2 N r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch.nn import functional as F
+
+from ..tuner import MultiHeadAdapter, RLoraConfig
+from ..tuner.fixed import adapter_of
+from ..tuner.layer import RLoraLayer
+
+
+PREFIX = "base_model.model."
+
+
+def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The delta of an adapter under fixed weights of its heads, as a product.
+
+    Args:
+        adapter ([`MultiHeadAdapter`]): The adapter.
+        weights (`torch.Tensor` of shape `[N]`): The weights.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: A' `[k, d_in]` and B' `[d_out, k]` in float64 on the CPU, scaling
+        included; k is as small as the adapter's parts allow.
+    """
+    A, B, A0, B0 = (
+        None if tensor is None else tensor.detach().to("cpu", torch.float64)
+        for tensor in (adapter.A, adapter.B, adapter.A0, adapter.B0)
+    )
+    assert A is not None and B is not None
+    weighted = weights.to("cpu", torch.float64)[:, None, None] * B  # [N, d_out, r]
+    if adapter.share_a:
+        downs, ups = [A], [weighted.sum(0)]
+        if A0 is not None and B0 is not None:
+            downs, ups = [A - A0, A0], [ups[0], ups[0] - B0]
+    else:
+        downs, ups = list(A), list(weighted)
+        if A0 is not None and B0 is not None:
+            downs = [*(A - A0), *A0]
+            ups = [*weighted, *(weighted - B0 / adapter.num_heads)]
+    return torch.cat(downs), adapter.scaling * torch.cat(ups, dim=1)
+
+
+def lora_tensors(
+    layers: Mapping[str, RLoraLayer], adapter_name: str, mixtures: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a LoRA adapter, named as PEFT names them in files, in float32.
+
+    All layers get the rank of the largest, filled with zeros: engines such as llama.cpp know one rank and one scaling.
+    """
+    factors = {name: lora_factors(adapter_of(layer, adapter_name), mixtures[name]) for name, layer in layers.items()}
+    rank = max(down.shape[0] for down, _ in factors.values())
+    tensors = {}
+    for name, (down, up) in factors.items():
+        missing = rank - down.shape[0]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = F.pad(down, (0, 0, 0, missing)).float().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = F.pad(up, (0, missing)).float().contiguous()
+    return tensors
+
+
+def target_names(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """
+    The shortest ends of names that select the adapted layers and no other module.
+
+    Args:
+        adapted (`Iterable[str]`): Names of the adapted layers.
+        modules (`Iterable[str]`): Names of all modules of the base.
+    """
+    wanted, known = set(adapted), [name for name in modules if name]
+    for parts in range(1, max(name.count(".") for name in wanted) + 2):
+        ends = {".".join(name.split(".")[-parts:]) for name in wanted}
+        chosen = {name for name in known if any(name == end or name.endswith(f".{end}") for end in ends)}
+        if chosen == wanted:
+            return sorted(ends)
+    return sorted(wanted)
+
+
+def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: bool) -> LoraConfig:
+    """
+    The configuration of the exported adapter: scaling 1, which is in B' already.
+
+    Args:
+        config ([`RLoraConfig`]): Configuration of the adapter.
+        rank (`int`): Rank of all layers.
+        targets (`list[str]`): Names of the layers.
+        transposed (`bool`): The base stores weights as `[d_in, d_out]`.
+    """
+    options: dict[str, Any] = {
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "task_type": config.task_type,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": "lora_only" if config.bias == "rlora_only" else config.bias,
+    }
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        use_rslora=False,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+        inference_mode=True,
+        **options,
+    )

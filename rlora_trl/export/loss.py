@@ -1,0 +1,127 @@
+"""What a fixed mixture loses against routing token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..analysis.mixtures import input_device
+from ..evaluation.scoring import score_tasks
+from ..tuner.fixed import core_model, fixed_mixtures, only_adapter
+from ..tuner.routing import find_routings
+
+
+_BATCH_SIZE = 16
+# Rows of logits that are compared at once, in float32: 200 MB for a vocabulary of 50,000, for each of two.
+_POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of a fixed mixture against dynamic routing; means over tasks."""
+
+    kl: float
+    accuracy_dynamic: float
+    accuracy_export: float
+    rows: int
+
+
+def measure_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter_name: str,
+    tasks: Mapping[str, Sequence[Mapping[str, Any]]],
+    mixtures: Mapping[str, torch.Tensor],
+    *,
+    known_task: str | None = None,
+) -> Loss:
+    """
+    Compare an adapter under a fixed mixture, which is what its export does, with the adapter as it is.
+
+    Args:
+        model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`), adapter_name (`str`): The adapter.
+        tasks (`Mapping[str, Sequence[Mapping]]`): Rows by task, as for [`score_tasks`].
+        mixtures (`Mapping[str, torch.Tensor]`): The weights of the heads by layer.
+        known_task (`str`, *optional*): The task that adapters with `router="task"` are told where a task of `tasks` is
+            none of theirs.
+
+    Returns:
+        [`Loss`]: Plain means over tasks. The KL divergence is a mean over the tokens of a task's completions.
+    """
+    kls, dynamic, fixed = [], [], []
+    for task, rows in tasks.items():
+        with only_adapter(model, adapter_name), _told(model, adapter_name, task, known_task):
+            dynamic.append(score_tasks(model, tokenizer, {task: rows})[task].accuracy)
+            kls.append(_mean_kl(model, tokenizer, adapter_name, rows, mixtures))
+            with fixed_mixtures(model, adapter_name, mixtures):
+                fixed.append(score_tasks(model, tokenizer, {task: rows})[task].accuracy)
+    total = sum(len(rows) for rows in tasks.values())
+    return Loss(_mean(kls), _mean(dynamic), _mean(fixed), total)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@contextmanager
+def _told(model: nn.Module, adapter_name: str, task: str, known_task: str | None) -> Generator[None, None, None]:
+    """Tell the adapters the task of all rows, and keep their statistics out of it."""
+    routings = find_routings(model)
+    before = [(routing.task, routing.task_ids, routing.token_mask, routing.usage) for routing in routings]
+    try:
+        for routing in routings:
+            name = task if task in routing.tasks else known_task
+            routing.task = routing.tasks.index(name) if routing.kind == "task" and name in routing.tasks else None
+            routing.task_ids, routing.token_mask, routing.usage = None, None, None
+        yield
+    finally:
+        for routing, state in zip(routings, before, strict=True):
+            routing.task, routing.task_ids, routing.token_mask, routing.usage = state
+
+
+@torch.no_grad()
+def _mean_kl(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter_name: str,
+    rows: Sequence[Mapping[str, Any]],
+    mixtures: Mapping[str, torch.Tensor],
+) -> float:
+    """Mean KL(adapter || fixed mixture) in nats over the positions that predict a token of a completion or its end."""
+    device = input_device(core_model(model))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sequences = sorted((_sequence(tokenizer, row) for row in rows), key=lambda entry: len(entry[0]))
+    total, count = 0.0, 0
+    for start in range(0, len(sequences), _BATCH_SIZE):
+        chosen = sequences[start : start + _BATCH_SIZE]
+        width = len(chosen[-1][0])
+        ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in chosen], device=device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in chosen], device=device)
+        first = min(begin for _, begin in chosen) - 1
+        kept = torch.arange(first, width, device=device)
+        counted = torch.zeros(len(chosen), width, dtype=torch.bool, device=device)
+        for place, (row_ids, begin) in enumerate(chosen):
+            counted[place, begin - 1 : len(row_ids)] = True
+        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": kept}
+        p = model(**inputs).logits[counted[:, first:]]
+        with fixed_mixtures(model, adapter_name, mixtures):
+            q = model(**inputs).logits[counted[:, first:]]
+        for p_part, q_part in zip(p.split(_POSITIONS), q.split(_POSITIONS), strict=True):
+            log_p, log_q = p_part.double().log_softmax(-1), q_part.double().log_softmax(-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum())
+        count += int(counted.sum())
+    return total / max(count, 1)
+
+
+def _sequence(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Token ids of a row, and where its completion begins, as in scoring."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+    shared = next((k for k, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
+    return ids, max(1, min(shared, len(ids) - 1))

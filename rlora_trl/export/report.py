@@ -1,0 +1,170 @@
+"""What an export reports of itself, and its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .._version import __version__
+from ..tuner import RLoraConfig
+
+
+# By which a folder is known to hold an export that a new one may replace.
+MARKER = "<!-- rlora_trl: export -->"
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+# What `vllm serve --max-lora-rank` takes (vLLM 0.33).
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """
+    What was exported, and what it costs.
+
+    Args:
+        path (`str`): Folder of the export.
+        task (`str` or `None`): The task that it is for; `None` for all of the adapter's tasks, or for given weights.
+        rank (`int`): Rank of the LoRA adapter, or of what was merged.
+        layers (`int`): Number of layers that it changes.
+        exact (`bool`): It is the same function as the adapter (for that task), as all tokens get these weights there
+            too.
+        max_logit_error (`float`): Largest difference of logits between the export and the adapter under the fixed
+            weights, on fixed prompts, relative to the largest logit. For a merged quantised base, what replacing the
+            quantised weights by 16-bit ones changes.
+        mixture (`str`): Where the weights of the heads are from, in words.
+        kl (`float` or `None`): Mean over tokens of KL(adapter || export) of the predicted distributions, in nats, over
+            the completions of the given data; `None` without data.
+        accuracy_dynamic (`float` or `None`), accuracy_export (`float` or `None`):
+            Accuracy of the adapter and of the export on the given data, ratios in `[0, 1]`; `None` without data.
+        rows (`int` or `None`): Rows that these three were measured on.
+        warnings (`tuple[str, ...]`): What users of the export should know.
+        merged (`bool`): It is a full model, not an adapter.
+    """
+
+    path: str
+    task: str | None
+    rank: int
+    layers: int
+    exact: bool
+    max_logit_error: float
+    mixture: str
+    kl: float | None = None
+    accuracy_dynamic: float | None = None
+    accuracy_export: float | None = None
+    rows: int | None = None
+    warnings: tuple[str, ...] = ()
+    merged: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**dataclasses.asdict(self), "warnings": list(self.warnings)}
+
+
+def render_card(report: ExportReport, config: RLoraConfig, source: str | None) -> ModelCard:
+    """
+    The card of an export.
+
+    Args:
+        report ([`ExportReport`]): What was exported.
+        config ([`RLoraConfig`]): Configuration of the adapter that it was made from.
+        source (`str`, *optional*): Name or folder of that adapter.
+    """
+    base = config.base_model_name_or_path
+    data = ModelCardData(
+        library_name="transformers" if report.merged else "peft",
+        base_model=base if base and not _is_path(base) else None,
+        base_model_relation="finetune" if report.merged else "adapter",
+        tags=["rlora"] if report.merged else ["lora", "rlora"],
+    )
+    what = "Model with an R-LoRA adapter merged into it" if report.merged else "Plain LoRA export of an R-LoRA adapter"
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n{MARKER}\n\n# {what}",
+        _origin(report, config, source),
+        _loss(report),
+        *([_list("Notes", report.warnings)] if report.warnings else []),
+        _use_merged() if report.merged else _use_adapter(report, base, config.task_type),
+        f"Made by [rlora-trl](https://pypi.org/project/rlora-trl/) {__version__}.\n",
+    ]
+    return ModelCard("\n\n".join(parts))
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is that of a folder: the Hub takes names of its own only, and folders are nobody's business."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or os.path.isdir(name)
+
+
+def _origin(report: ExportReport, config: RLoraConfig, source: str | None) -> str:
+    name = None if source is None or _is_path(source) else source
+    origin = f"the R-LoRA adapter [{name}](https://huggingface.co/{name})" if name else "an R-LoRA adapter"
+    task = f" for the task `{report.task}`" if report.task else ""
+    return (
+        f"Exported from {origin} with {config.num_heads} heads of rank {config.r} and `router={config.router!r}`"
+        f"{task}. Weights of the heads: {report.mixture}. {'Merged' if report.merged else 'LoRA'} rank {report.rank}, "
+        f"{report.layers} layers. Checked against the adapter under the same weights: logits of fixed prompts differ "
+        f"by at most {report.max_logit_error:.1e} of the largest."
+    )
+
+
+def _loss(report: ExportReport) -> str:
+    if report.exact:
+        lines = ["The adapter weighs its heads in this way for all tokens, so the export is the same function."]
+    else:
+        lines = [
+            "The adapter weighs its heads anew for each token; the export gives all tokens the same weights, and is "
+            "another function."
+        ]
+    if report.kl is None or report.accuracy_dynamic is None or report.accuracy_export is None:
+        lines += [] if report.exact else ["How much is lost was not measured."]
+    else:
+        lines += [
+            f"Measured on {report.rows} rows: accuracy {report.accuracy_export:.1%}, the adapter's "
+            f"{report.accuracy_dynamic:.1%}; mean KL divergence of the predicted distributions "
+            f"{report.kl:.2g} nats per token."
+        ]
+    return "## What is lost\n\n" + " ".join(lines)
+
+
+def _list(title: str, entries: tuple[str, ...]) -> str:
+    return f"## {title}\n\n" + "\n".join(f"- {entry}" for entry in entries)
+
+
+def _use_merged() -> str:
+    return (
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this folder")\n```'
+    )
+
+
+def _use_adapter(report: ExportReport, base: str | None, task_type: Any) -> str:
+    name = base if base and not _is_path(base) else "BASE_MODEL"
+    kind = str(getattr(task_type, "value", task_type))
+    auto = _AUTO_CLASSES.get(kind, _AUTO_CLASSES["CAUSAL_LM"])
+    rank = next((allowed for allowed in _VLLM_RANKS if allowed >= report.rank), report.rank)
+    with_peft = (
+        "## Use\n\nWith PEFT, without any other package:\n\n```python\n"
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'base = {auto}.from_pretrained("{name}")\n'
+        'model = PeftModel.from_pretrained(base, "this folder")\n```'
+    )
+    if kind in _AUTO_CLASSES and kind != "CAUSAL_LM":
+        return with_peft
+    return (
+        f"{with_peft}\n\nWith vLLM:\n\n```\n"
+        f"vllm serve {name} --enable-lora --lora-modules name=this_folder --max-lora-rank {rank}\n```\n\n"
+        "With llama.cpp:\n\n```\n"
+        "python convert_lora_to_gguf.py --base BASE_MODEL_FOLDER --outfile lora.gguf this_folder\n"
+        "llama-server -m base.gguf --lora lora.gguf\n```"
+    )

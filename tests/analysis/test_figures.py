@@ -1,0 +1,142 @@
+"""Figures: readable at all sizes, the same bytes each time, and nothing of the user's matplotlib changed."""
+
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+import torch
+
+from rlora_trl.analysis import HeadMixtures, plot_head_similarity, plot_routing
+
+
+matplotlib = pytest.importorskip("matplotlib")
+
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+ALL = (*MLP, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+# Tasks, depth, kinds of layers, heads: the smallest, a usual one, and much of everything.
+SIZES = {"small": (2, 2, MLP, 2), "usual": (10, 24, MLP, 3), "large": (40, 12, ALL, 16)}
+
+
+def mixtures(tasks=3, depth=2, kinds=MLP, heads=3, names=None):
+    generator = torch.Generator().manual_seed(0)
+    layers = tuple(f"model.layers.{i}.{kind}" for i in range(depth) for kind in kinds)
+    names = names or [f"task_{i}" for i in range(tasks)]
+    weights = {name: torch.randn(len(layers), heads, generator=generator).softmax(-1) for name in names}
+    return HeadMixtures(layers, weights, dict.fromkeys(names, 100))
+
+
+def similarities(depth=2, kinds=MLP, heads=3):
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for i in range(depth):
+        for kind in kinds:
+            B = torch.nn.functional.normalize(torch.randn(heads, 20, generator=generator), dim=1)
+            found[f"model.layers.{i}.{kind}"] = B @ B.T
+    return found
+
+
+def chunks(path):
+    """Chunks of a PNG file by type, their check sums checked."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    found, at = {}, 8
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
+        found.setdefault(kind.decode(), []).append(body)
+        at += 12 + length
+    return found
+
+
+@pytest.mark.parametrize("tasks, depth, kinds, heads", SIZES.values(), ids=SIZES)
+def test_routing_at_all_sizes(tmp_path, tasks, depth, kinds, heads):
+    path = plot_routing(mixtures(tasks, depth, kinds, heads), tmp_path / "figures" / "routing.png")
+    found = chunks(path)
+    width, height = struct.unpack(">II", found["IHDR"][0][:8])
+    assert width == 1500
+    # Each row of each panel has at least 13 pixels: its label stays readable.
+    assert height > len(kinds) * tasks * 13
+    assert height < len(kinds) * (tasks * 30 + 200) + 200
+
+
+@pytest.mark.parametrize("depth, kinds, heads", [(1, MLP[:1], 2), (24, MLP, 3), (12, ALL, 16)])
+def test_similarity_at_all_sizes(tmp_path, depth, kinds, heads):
+    path = plot_head_similarity(similarities(depth, kinds, heads), tmp_path / "head_similarity.png")
+    assert struct.unpack(">II", chunks(path)["IHDR"][0][:8])[0] == 1500
+
+
+def test_same_bytes_and_nothing_of_the_machine(tmp_path):
+    for draw, content in ((plot_routing, mixtures()), (plot_head_similarity, similarities())):
+        first = draw(content, tmp_path / "first.png")
+        second = draw(content, str(tmp_path / "second.png"))
+        assert first.read_bytes() == second.read_bytes()
+        assert set(chunks(first)) == {"IHDR", "pHYs", "IDAT", "IEND"}, "there is more than the picture"
+
+
+def test_the_picture_shows_the_weights(tmp_path):
+    even = mixtures()
+    for weights in even.weights.values():
+        weights.fill_(1 / 3)
+    one = HeadMixtures(even.layers, {task: w.clone() for task, w in even.weights.items()}, even.tokens)
+    one.weights["task_0"][0] = torch.tensor([1.0, 0.0, 0.0])
+    first, second = plot_routing(even, tmp_path / "even.png"), plot_routing(one, tmp_path / "one.png")
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_names_that_mean_something_to_matplotlib(tmp_path):
+    names = ["$a$", "$\\frac{1}{$", "_hidden", "two\nlines", "x" * 200, "a|b<c>&", ""]
+    content = mixtures(names=names[:-1])
+    assert plot_routing(content, tmp_path / "routing.png").is_file()
+    found = {f"blocks.{i}.$x$": matrix for i, matrix in enumerate(similarities().values())}
+    assert plot_head_similarity(found, tmp_path / "similarity.png").is_file()
+
+
+def test_layers_without_a_depth_and_experts(tmp_path):
+    layers = ("lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj")
+    weights = torch.full((3, 2), 0.5)
+    assert plot_routing(HeadMixtures(layers, {"a": weights}, {"a": 1}), tmp_path / "routing.png").is_file()
+    found = dict(zip(layers, similarities(heads=2).values(), strict=False))
+    assert plot_head_similarity(found, tmp_path / "similarity.png").is_file()
+
+
+def test_the_users_settings_stay_and_do_not_matter(tmp_path):
+    plain = plot_routing(mixtures(), tmp_path / "plain.png").read_bytes()
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "green", "savefig.dpi": 30}):
+        before = dict(matplotlib.rcParams)
+        styled = plot_routing(mixtures(), tmp_path / "styled.png").read_bytes()
+        assert dict(matplotlib.rcParams) == before
+    assert styled == plain
+
+
+def test_no_back_end_is_chosen_and_matplotlib_is_imported_late(tmp_path):
+    source = (
+        "import sys, torch\n"
+        "import rlora_trl.analysis as analysis\n"
+        "assert not any(name.startswith('matplotlib') for name in sys.modules), 'imported with the package'\n"
+        "eye = torch.eye(2)\n"
+        f"analysis.plot_head_similarity({{'model.layers.0.up': eye}}, {str(tmp_path / 'x.png')!r})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "import matplotlib\n"
+        "assert dict.__getitem__(matplotlib.rcParams, 'backend') is matplotlib.rcsetup._auto_backend_sentinel\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install rlora-trl\[analysis\]"):
+        plot_routing(mixtures(), tmp_path / "routing.png")
+    with pytest.raises(ImportError, match=r"pip install rlora-trl\[analysis\]"):
+        plot_head_similarity(similarities(), tmp_path / "similarity.png")
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="no mixtures to draw"):
+        plot_routing(HeadMixtures(("a",), {}, {}), tmp_path / "routing.png")
+    with pytest.raises(ValueError, match="one head has none"):
+        plot_head_similarity({"a": torch.ones(1, 1)}, tmp_path / "similarity.png")
+    assert not list(tmp_path.iterdir())
