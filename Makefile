@@ -45,7 +45,7 @@ test-floors:  ## The suite with the oldest supported versions
 	.venv-floors/bin/python $(PYTEST_SLOW)
 
 test-gpu:  ## Tests that need a CUDA device, in the present environment
-	$(PYTHON) -m pytest -q tests/gpu tests/kernels
+	CUDA_VISIBLE_DEVICES=0 $(PYTHON) -m pytest -q tests/gpu tests/kernels
 
 test-multi-gpu:  ## Tests that need two CUDA devices
 	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed

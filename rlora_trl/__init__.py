@@ -1,17 +1,23 @@
 """R-LoRA (Randomized Multi-Head LoRA, arXiv 2502.15455) for PEFT and TRL.
 
-Importing the package registers the method with PEFT. The trainer, which needs TRL, is imported on first use.
+Importing the package registers the method with PEFT. The trainer, which needs TRL, and what speaks to the Hub are
+imported on first use.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, register, set_task
 
 
 if TYPE_CHECKING:
+    from . import zoo
+    from .export import export_lora
+    from .hub import pull_adapter, push_adapter
     from .trainer import HeadUsageCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
+    from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, set_task
 
 
 __all__ = [
@@ -22,16 +28,25 @@ __all__ = [
     "RLoraSFTConfig",
     "RLoraSFTTrainer",
     "__version__",
+    "export_lora",
     "mix_tasks",
+    "pull_adapter",
+    "push_adapter",
     "set_task",
+    "zoo",
 ]
 
-_LAZY = dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer")
-
-register()
+_LAZY = {
+    **dict.fromkeys(("MultiHeadAdapter", "RLoraConfig", "RLoraModel", "set_task"), ".tuner"),
+    **dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"),
+    **dict.fromkeys(("pull_adapter", "push_adapter"), ".hub"),
+    "export_lora": ".export",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return import_module(".zoo", __name__)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -39,3 +54,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# The command `rlora` does without until it needs a model: its `--help` should not wait for PyTorch.
+if os.path.basename((getattr(sys, "argv", None) or [""])[0]) not in ("rlora", "rlora.exe"):
+    import_module(".tuner", __name__)  # which registers

@@ -90,20 +90,28 @@ class HeadUsageCallback(TrainerCallback):
     ) -> None:
         if self._running is None:
             return
-        weights, tokens = self._running.weights.clone(), self._running.tokens.clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(weights)
-            torch.distributed.all_reduce(tokens)
-        told = self.usage.setdefault(state.global_step, {})
-        for place, name in enumerate(self._names):
-            if bool((tokens[place] > 0).any()):
-                told[name] = (weights[place] / tokens[place].clamp(min=1.0)[:, None]).cpu()
-        # The next evaluation, of another task, is counted by itself.
-        self._running.weights.zero_()
-        self._running.tokens.zero_()
+        usage, _ = self.collect()
+        self.usage.setdefault(state.global_step, {}).update(usage)
         if self.path is not None and state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.to_dict()))
+
+    def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """
+        What was counted since the last call, on all ranks: mean weights `[L, N]` and tokens, by task.
+
+        The next evaluation, of another task, is counted by itself.
+        """
+        assert self._running is not None
+        weights, tokens = self._running.weights.clone(), self._running.tokens.clone()
+        self._running.weights.zero_()
+        self._running.tokens.zero_()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(weights)
+            torch.distributed.all_reduce(tokens)
+        seen = {name: place for place, name in enumerate(self._names) if bool((tokens[place] > 0).any())}
+        means = {n: (weights[p] / tokens[p].clamp(min=1.0)[:, None]).cpu() for n, p in seen.items()}
+        return means, {name: int(tokens[place].max()) for name, place in seen.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Layers, and by step and task the mean weights of the heads, as lists."""

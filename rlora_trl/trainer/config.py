@@ -52,6 +52,14 @@ class RLoraSFTConfig(SFTConfig):
         train_a (`bool`, *optional*, defaults to `True`):
             Whether A trains.
 
+        > Parameters that control what is recorded and published
+
+        mixture_rows (`int`, *optional*, defaults to `32`):
+            Rows of each task's training data on which, when training ends, the mean weights of the heads are measured.
+            They are saved with the adapter, for its card and for [`export_lora`]. 0 turns it off.
+        hub_base_model (`str`, *optional*):
+            Name of the base model on the Hub, to publish an adapter that is trained on a local folder.
+
     > [!NOTE]
     > One default differs from `trl.SFTConfig`: `bf16` is `True` unless `fp16` is set or the machine has no
     > accelerator, where `SFTConfig` raises an error.
@@ -90,6 +98,13 @@ class RLoraSFTConfig(SFTConfig):
         default=None, metadata={"help": "Learning rate of the heads B as a multiple of `learning_rate` (LoRA+)."}
     )
     train_a: bool = field(default=True, metadata={"help": "Whether A trains."})
+
+    mixture_rows: int = field(
+        default=32, metadata={"help": "Rows of each task on which the use of heads is measured when training ends."}
+    )
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Name of the base model on the Hub, where training uses a local folder."}
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not (self.use_cpu or torch.accelerator.is_available()):  # type: ignore[has-type]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
-from trl import SFTTrainer, pack_dataset
+from trl import pack_dataset
 
 from ..kernels import RoutingTally, anchor_loss
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
@@ -33,6 +33,7 @@ from .ledger import TaskLedger
 from .mixing import Mixture, MixtureSampler, PartSampler, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
 from .optimizer import set_learning_rates
+from .publishing import PublishingTrainer, check_publishing, task_facts
 from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
 from .task_ids import (
     ROW_STARTS,
@@ -55,7 +56,7 @@ STATE_FILE = "rlora_state.json"
 _PACKED_EPOCHS = 16
 
 
-class RLoraSFTTrainer(SFTTrainer):
+class RLoraSFTTrainer(PublishingTrainer):
     """
     Supervised fine-tuning of one model on many tasks with an R-LoRA adapter.
 
@@ -127,6 +128,9 @@ class RLoraSFTTrainer(SFTTrainer):
     ) -> None:
         args = _as_rlora_config(args, model)
         peft_config = _choose_peft_config(model, peft_config)
+        _check_devices(args)
+        check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
+        self._set_up_publishing(task_facts(train_dataset, args.task_column))
         tasks: list[str] | None
         mixed = mix_streams(train_dataset, args)
         if mixed is not train_dataset:
@@ -413,9 +417,12 @@ class RLoraSFTTrainer(SFTTrainer):
             scaled=self.accelerator.scaler is not None,
         )
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._end_first_gradients(tell=False)
+        self._seen = self.tasks_seen()
+        self.measure_mixtures()
+        return output
 
     def _show(self, text: str) -> None:
         if self.args.disable_tqdm:
@@ -569,6 +576,7 @@ class RLoraSFTTrainer(SFTTrainer):
         try:
             if isinstance(tasks, Mapping):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                self.note_metrics(metrics, tasks)
                 return self._add_means(metrics, list(tasks), metric_key_prefix)
             self._scored = self._given_rows.get(metric_key_prefix) if self._given_rows else None
             if eval_dataset is None or isinstance(eval_dataset, str):
@@ -633,8 +641,9 @@ class RLoraSFTTrainer(SFTTrainer):
         return {} if self._ledger is None else self._ledger.totals(self._reduce)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._seen = self.tasks_seen()
         super()._save_checkpoint(model, trial)
-        state: dict[str, Any] = {"tasks": self.tasks_seen()}
+        state: dict[str, Any] = {"tasks": self._seen}
         if self._monitor is not None:
             state["head_sums"] = self._monitor.state(self.accelerator.gather)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -655,13 +664,6 @@ class RLoraSFTTrainer(SFTTrainer):
             ranks = self.accelerator.num_processes
             self._monitor.load_state(state.get("head_sums"), self.accelerator.process_index, ranks)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        seen = self.tasks_seen()
-        super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
-        if seen and self.is_world_process_zero() and path.is_file():
-            path.write_text(add_task_table(path.read_text(), seen))
-
 
 def _pack_rows(dataset: AnyDataset, args: RLoraSFTConfig, map_kwargs: dict[str, Any]) -> AnyDataset:
     dataset = spread_over_tokens(dataset, **map_kwargs).select_columns(["input_ids", "labels", TASK_IDS])
@@ -671,27 +673,18 @@ def _pack_rows(dataset: AnyDataset, args: RLoraSFTConfig, map_kwargs: dict[str, 
     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 
-def add_task_table(card: str, seen: Mapping[str, Mapping[str, int]]) -> str:
-    """
-    A model card with the tasks trained on, before its first section about the framework or the citations.
-
-    Args:
-        card (`str`): The card, as Markdown.
-        seen (`Mapping[str, Mapping[str, int]]`): Rows and tokens by task.
-    """
-    total = max(1, sum(counts["rows"] for counts in seen.values()))
-    lines = ["## Tasks", "", "| task | rows seen | share | tokens |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {task} | {counts['rows']:,} | {100 * counts['rows'] / total:.1f} % | {counts['tokens']:,} |"
-        for task, counts in seen.items()
-    ]
-    places = [card.find(f"\n{title}") for title in ("### Framework versions", "## Citations")]
-    place = min((place for place in places if place >= 0), default=len(card))
-    return card[:place] + "\n" + "\n".join(lines) + "\n" + card[place:]
-
-
 def _active_config(model: Any) -> RLoraConfig:
     return model.peft_config[model.active_adapter]
+
+
+def _check_devices(args: RLoraSFTConfig) -> None:
+    if args.n_gpu > 1:
+        # What layers are told of a batch is one state, which the replicas of `torch.nn.DataParallel` would share.
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, over which `Trainer` would spread each batch by threads "
+            "(`torch.nn.DataParallel`), which R-LoRA does not support. Start one process for each GPU with "
+            "`accelerate launch` or `torchrun`, or show it a single one with `CUDA_VISIBLE_DEVICES=0`."
+        )
 
 
 def _check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""R-LoRA as a PEFT method: configuration, tuner layer, tuner model."""
+"""R-LoRA as a PEFT method: configuration, tuner layer, tuner model. Importing it registers the method with PEFT."""
 
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig, RLoraPeftType
@@ -21,3 +21,5 @@ __all__ = [
     "register",
     "set_task",
 ]
+
+register()

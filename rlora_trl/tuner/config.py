@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from peft import PeftConfig
 from typing_extensions import override
 
+from ..safe_files import read_safetensors_header
 from .initialization import INIT_SCHEMES, ROUTER_INITS
 
 
@@ -26,6 +26,14 @@ class RLoraPeftType(str, Enum):  # noqa: UP042 - as `peft.PeftType`; StrEnum pri
     """The method's entry beside `peft.PeftType`, which is closed to other packages; transformers reads `.value`."""
 
     RLORA = "RLORA"
+
+
+class AdapterSource(NamedTuple):
+    """Where an adapter was loaded from: a folder or a Hub name, its revision, and a folder in it."""
+
+    name: str
+    revision: str | None = None
+    subfolder: str | None = None
 
 
 @dataclass
@@ -89,6 +97,9 @@ class RLoraConfig(PeftConfig):
         ValueError: If a field has a value outside its range, or fields do not go together.
         TypeError: If a field has a value of another kind.
     """
+
+    # Not a field, as it is not saved: set where a configuration is loaded, for what lies beside it.
+    source: ClassVar[AdapterSource | None] = None
 
     r: int = field(default=4, metadata={"help": "Rank of each head."})
     num_heads: int = field(default=3, metadata={"help": "Number of head matrices B."})
@@ -342,6 +353,7 @@ class RLoraConfig(PeftConfig):
             ValueError: If the adapter's weights lie in the same folder and are truncated or not safetensors.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.source = AdapterSource(str(pretrained_model_name_or_path), kwargs.get("revision"), subfolder)
         weights = os.path.join(str(pretrained_model_name_or_path), subfolder or "", SAFETENSORS_NAME)
         if os.path.isfile(weights):
             check_safetensors_file(weights)
@@ -350,33 +362,12 @@ class RLoraConfig(PeftConfig):
 
 def check_safetensors_file(path: str) -> None:
     """
-    Check that a safetensors file is as long as its header says, before anything reads it.
+    Check that the header of a safetensors file describes the file exactly, before anything reads it.
 
     Args:
         path (`str`): The file.
 
     Raises:
-        ValueError: If it is not; the message gives both lengths.
+        ValueError: If it does not; the message says how.
     """
-    remedy = "Save the adapter again, or download it again."
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        header_size = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or 8 + header_size > size:
-            raise ValueError(
-                f"{path} is truncated or not a safetensors file: it has {size} bytes, its header alone needs "
-                f"{8 + header_size}. {remedy}"
-            )
-        try:
-            header = json.loads(file.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            expected = 8 + header_size + max(ends, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
-                f"{path} is not a safetensors file: its header can't be read ({error}). {remedy}"
-            ) from error
-    if expected != size:
-        raise ValueError(
-            f"{path} is truncated or altered: its header describes {expected} bytes, it has {size}. {remedy}"
-        )
+    read_safetensors_header(path)

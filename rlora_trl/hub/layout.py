@@ -1,0 +1,208 @@
+"""The files of an adapter: what each name in a folder or a repository stands for, and which are never touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from enum import StrEnum
+from pathlib import Path
+
+from ..safe_files import AdapterCheckError, shorten
+
+
+RECORD_NAME = "rlora_record.json"
+CARD_NAME = "README.md"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+FIGURES = "figures"
+EXPORTS = "exports"
+
+
+class FileKind(StrEnum):
+    """
+    What a file of an adapter is.
+
+    `OTHER` is harmless and ignored: neither published nor downloaded. `HOSTILE` is what a program that opens it may
+    execute or unpickle, or a name that leads elsewhere or passes for another.
+    """
+
+    CONFIG = "config"
+    WEIGHTS = "weights"
+    CARD = "card"
+    RECORD = "record"
+    TOKENIZER = "tokenizer"
+    FIGURE = "figure"
+    EXPORT = "export"
+    LICENSE = "license"
+    OTHER = "other"
+    HOSTILE = "hostile"
+
+
+_KINDS = {
+    CONFIG_NAME: FileKind.CONFIG,
+    WEIGHTS_NAME: FileKind.WEIGHTS,
+    CARD_NAME: FileKind.CARD,
+    RECORD_NAME: FileKind.RECORD,
+    **dict.fromkeys(("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"), FileKind.LICENSE),
+    **dict.fromkeys(
+        (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "vocab.txt",
+            "merges.txt",
+            "tokenizer.model",
+            "spiece.model",
+            "sentencepiece.bpe.model",
+            "chat_template.jinja",
+        ),
+        FileKind.TOKENIZER,
+    ),
+}
+_CHAT_TEMPLATES = "additional_chat_templates"  # transformers' name
+_FOLDERS = (FIGURES, EXPORTS, _CHAT_TEMPLATES)
+_EXPORT_FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
+# Names that file systems without letter case would take for one of ours.
+_FOLDED = {name.casefold(): name for name in (*_KINDS, *_FOLDERS)}
+_HOSTILE_SUFFIXES = frozenset(
+    # Pickles, or containers that may hold one; NumPy's own two among them.
+    ".bin .pt .pth .pkl .pickle .ckpt .joblib .dill .cloudpickle .npy .npz .mar .pt2 .pte "
+    # Programs, libraries and what an interpreter or a desktop starts.
+    ".py .pyc .pyo .pyd .pyw .pyz .pth .ipynb .so .dylib .dll .exe .com .msi .scr .sh .bash .zsh .bat .cmd .ps1 .vbs "
+    ".js .mjs .cjs .wasm .jar .class .rb .pl .php .lua .whl .egg .desktop .lnk .app .hta".split()
+)
+# What a Trainer leaves in its own output folder. Pickles, so hostile in a repository; at home just not published.
+_TRAINING_LEFTOVERS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state(_\d+)?)\.(pt|pth|bin)")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows
+_SLUG = re.compile(r"[a-z0-9_][a-z0-9._-]*")
+_FIGURE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.png")
+_TEMPLATE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja")
+_HASHED = re.compile(r"-[0-9a-f]{8}$")
+_MAX_PATH, _MAX_COMPONENT, _MAX_SLUG = 1024, 255, 64
+
+
+def classify(path: str) -> FileKind:
+    """
+    What a file is, by its name alone.
+
+    Args:
+        path (`str`): Path inside the folder or repository, separated by "/".
+    """
+    if _is_misleading(path):
+        return FileKind.HOSTILE
+    parts = path.split("/")
+    if os.path.splitext(parts[-1])[1].lower() in _HOSTILE_SUFFIXES:
+        return FileKind.HOSTILE
+    if len(parts) == 1:
+        return _KINDS.get(path, FileKind.OTHER)
+    if parts[0] == _CHAT_TEMPLATES and len(parts) == 2 and _TEMPLATE.fullmatch(parts[1]):
+        return FileKind.TOKENIZER
+    if parts[0] == FIGURES and len(parts) == 2 and _FIGURE.fullmatch(parts[1]):
+        return FileKind.FIGURE
+    if parts[0] == EXPORTS and len(parts) == 3 and _SLUG.fullmatch(parts[1]) and parts[2] in _EXPORT_FILES:
+        return FileKind.EXPORT
+    return FileKind.OTHER
+
+
+def _is_misleading(path: str) -> bool:
+    """Whether a name leads out of the folder, is not portable, or passes for another."""
+    if not path or len(path) > _MAX_PATH or not path.isprintable() or "\\" in path or ":" in path:
+        return True
+    parts = path.split("/")
+    for part in parts:
+        # "" also stands for a path that starts at the root. Windows drops dots and spaces at the end of a name.
+        if not part or part.rstrip(". ") != part or len(part.encode("utf-8")) > _MAX_COMPONENT:
+            return True
+        if _RESERVED.fullmatch(part) or part.casefold() == ".git":
+            return True
+    return any(_is_lookalike(part) for part in ((parts[0], parts[-1]) if parts[0] == EXPORTS else parts[:1]))
+
+
+def _is_lookalike(part: str) -> bool:
+    folded = unicodedata.normalize("NFKC", part).casefold()
+    return folded in _FOLDED and _FOLDED[folded] != part
+
+
+def is_training_leftover(path: str) -> bool:
+    """Whether a file is a pickle that a `Trainer` writes for itself, such as `training_args.bin`."""
+    return _TRAINING_LEFTOVERS.fullmatch(path.rsplit("/", 1)[-1]) is not None
+
+
+def task_slug(task: str) -> str:
+    """
+    Name of the folder in `exports` for a task.
+
+    Lower-case letters, digits, ".", "_" and "-". A task that is not such a name already gets a hash of it appended,
+    so that tasks do not share a folder.
+
+    Args:
+        task (`str`): Name of the task.
+
+    Raises:
+        ValueError: If the name is empty.
+    """
+    if not task:
+        raise ValueError("A task must have a name, got ''. Name it as in the `tasks` of the adapter.")
+    slug = re.sub(r"[^a-z0-9._-]+", "-", task.lower())[:_MAX_SLUG].strip("-.") or "task"
+    # A name that ends like a hash could be what another task is turned into.
+    if slug == task and not _HASHED.search(task) and not _RESERVED.fullmatch(task):
+        return slug
+    if _RESERVED.fullmatch(slug):
+        slug = slug.replace(".", "-")
+    return f"{slug}-{hashlib.sha256(task.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def adapter_files(folder: str | Path) -> list[str]:
+    """
+    Paths of all files in a folder that have to do with an adapter: its own, and those of its subfolders.
+
+    Other folders, such as a trainer's checkpoints, are not entered.
+
+    Raises:
+        AdapterCheckError: If a name among them is a link that leads out of the folder. Those of `huggingface_hub`'s
+            cache, which lead to its blobs, are followed.
+    """
+    root = Path(folder)
+    found: list[str] = []
+    for directory, folders, names in os.walk(root):
+        relative = Path(directory).relative_to(root)
+        at_top = relative == Path(".")
+        folders[:] = sorted(name for name in folders if not at_top or name in _FOLDERS)
+        for name in [*folders, *names]:
+            if os.path.islink(os.path.join(directory, name)):
+                _check_link(root, (relative / name).as_posix(), is_folder=name in folders)
+        found += [(relative / name).as_posix() for name in names]
+    return sorted(found)
+
+
+def _check_link(folder: Path, path: str, is_folder: bool) -> None:
+    target = Path(folder, path).resolve()
+    for parent in folder.resolve().parents:
+        if parent.name == "snapshots" and target.parent == parent.parent / "blobs":
+            return
+    if classify(path) is FileKind.OTHER and not is_folder:
+        return  # never opened
+    raise AdapterCheckError(
+        f"{shorten(path)} in {folder} is a link to {target}, outside the adapter. Put the file itself there."
+    )
+
+
+def published_files(folder: str | Path) -> list[str]:
+    """
+    Files of a local folder that belong to the adapter, and so are published; all else stays at home.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Returns:
+        `list[str]`: Sorted paths in it, separated by "/".
+
+    Raises:
+        AdapterCheckError: If one of them is a link to elsewhere.
+    """
+    return [path for path in adapter_files(folder) if classify(path) not in (FileKind.OTHER, FileKind.HOSTILE)]

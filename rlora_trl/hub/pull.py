@@ -1,0 +1,193 @@
+"""Fetching an adapter: the listing is checked before anything is downloaded, the files before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.hf_api import RepoFile, RepoSibling
+from transformers.utils import logging
+
+from .card import read_card_info
+from .card_check import check_card
+from .checks import AdapterCheckError, CheckedAdapter, check_adapter, check_listing
+from .layout import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, FileKind, classify
+
+
+logger = logging.get_logger(__name__)
+
+_CHUNK = 2**22
+_ATTEMPTS = 3
+
+
+def pull_adapter(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    base_model: str | None = None,
+    exports: bool = False,
+    local_files_only: bool = False,
+) -> str:
+    """
+    Download an adapter and check it before use; nothing in it is executed.
+
+    The revision is pinned to a commit first. Only files that an adapter consists of are downloaded, compared with the
+    hashes of that commit, and checked against each other: names, shapes and dtypes against the configuration, finite
+    values, the digest in the card. What is in the cache already is not downloaded again.
+
+    Args:
+        repo_id (`str`):
+            Repository on the Hub, or a local folder, which is checked where it is.
+        revision (`str`, *optional*):
+            Branch, tag or commit. Defaults to the main branch.
+        token (`str` or `bool`, *optional*):
+            As in `huggingface_hub.snapshot_download`.
+        cache_dir (`str`, *optional*):
+            Cache of `huggingface_hub`. Defaults to its own.
+        base_model (`str`, *optional*):
+            The base model that the adapter will be loaded on; another one is an error.
+        exports (`bool`, *optional*, defaults to `False`):
+            Download the plain-LoRA exports too.
+        local_files_only (`bool`, *optional*, defaults to `False`):
+            Use the cache alone. So it is, too, with `HF_HUB_OFFLINE=1`.
+
+    Returns:
+        `str`: The folder, to give to `from_pretrained`.
+
+    Raises:
+        AdapterCheckError: If the adapter is damaged, incomplete, hostile, or of another base model.
+        HfHubHTTPError: If the repository or revision is not there, or may not be read.
+        LocalEntryNotFoundError: If only the cache may be used, and the adapter is not in it.
+    """
+    checked = pull_checked(
+        repo_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        base_model=base_model,
+        exports=exports,
+        local_files_only=local_files_only,
+    )
+    return str(checked.folder)
+
+
+def pull_checked(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    base_model: str | None = None,
+    exports: bool = False,
+    local_files_only: bool = False,
+) -> CheckedAdapter:
+    """[`pull_adapter`], returning what the checks found out."""
+    if os.path.isdir(repo_id):
+        return _check(Path(repo_id), base_model)
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        # Not `snapshot_download`, which also asks for the files that were left out on purpose.
+        offline: dict[str, Any] = {"revision": revision, "local_files_only": True, **options}
+        paths = [hf_hub_download(repo_id, name, **offline) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        return _check(Path(str(paths[0])).parent, base_model)
+    listing, folder = _download_listed(HfApi(token=token), repo_id, revision, exports, options)
+    damaged = [path for path in listing.files if not is_same_file(Path(folder, path), listing.files[path])]
+    if damaged:
+        # What the cache has may have been damaged on disk; what comes anew should not be.
+        logger.warning(f"{', '.join(damaged)} of {repo_id} are damaged in the cache and are downloaded again.")
+        folder = _download(listing, listing.commit, {**options, "force_download": True}, damaged)
+        damaged = [path for path in damaged if not is_same_file(Path(folder, path), listing.files[path])]
+    if damaged:
+        raise AdapterCheckError(
+            f"{', '.join(damaged)} of {repo_id} at {listing.commit} arrived with other contents than the Hub lists. "
+            "Something between here and the Hub alters them, or the Hub does; try again from another network."
+        )
+    return _check(Path(folder), base_model)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    repo_id: str
+    commit: str
+    files: Mapping[str, RepoSibling]
+
+
+def _list(api: HfApi, repo_id: str, revision: str | None, exports: bool) -> _Listing:
+    """The commit that a revision names now, and the files of it that are wanted."""
+    info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    assert info.sha is not None  # only listings leave it out
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    wanted = check_listing({path: sibling.size for path, sibling in siblings.items()})
+    if not exports:
+        wanted = [path for path in wanted if classify(path) is not FileKind.EXPORT]
+    return _Listing(repo_id, info.sha, {path: siblings[path] for path in wanted})
+
+
+def _download_listed(
+    api: HfApi, repo_id: str, revision: str | None, exports: bool, options: Mapping[str, Any]
+) -> tuple[_Listing, str]:
+    """List, check, download; again if the revision has moved in between."""
+    for _ in range(_ATTEMPTS):
+        listing = _list(api, repo_id, revision, exports)
+        # By the revision's name, so that the cache knows which commit it stands for when there is no network.
+        folder = _download(listing, revision, options)
+        if Path(folder).name == listing.commit:
+            return listing, folder
+        logger.info(f"{revision or 'The main branch'} of {repo_id} moved on while it was read; reading it again.")
+    raise AdapterCheckError(
+        f"{revision or 'The main branch'} of {repo_id} got new commits each of the {_ATTEMPTS} times it was read. "
+        "Name a commit in `revision`."
+    )
+
+
+def _download(
+    listing: _Listing, revision: str | None, options: Mapping[str, Any], paths: Iterable[str] | None = None
+) -> str:
+    # Names were checked: none has characters that mean something in a pattern.
+    patterns = list(listing.files if paths is None else paths)
+    return snapshot_download(listing.repo_id, revision=revision, allow_patterns=patterns, **options)
+
+
+def is_same_file(path: Path, listed: RepoFile | RepoSibling) -> bool:
+    """
+    Whether a file is what a commit lists: by SHA-256 where it is a large one, else by Git's hash of its contents.
+
+    Args:
+        path (`Path`): The local file.
+        listed (`RepoFile` or `RepoSibling`): What the Hub says of it.
+    """
+    if not path.is_file() or (listed.size is not None and path.stat().st_size != listed.size):
+        return False
+    if listed.lfs is not None:
+        return _hash(path, hashlib.sha256()) == listed.lfs.sha256
+    if listed.blob_id is None:
+        return True
+    return _hash(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size)) == listed.blob_id
+
+
+def _hash(path: Path, state: hashlib._Hash) -> str:
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _check(folder: Path, base_model: str | None) -> CheckedAdapter:
+    checked = check_adapter(folder, base_model=base_model)
+    card = folder / CARD_NAME
+    if card.is_file():
+        told = read_card_info(check_card(card).data).get("digest")
+        if told is not None and told != checked.digest:
+            raise AdapterCheckError(
+                f"The weights in {folder} are not those that its card describes: their digest is {checked.digest}, "
+                f"the card says {told}. One of the two was exchanged. Use another revision, or ask its author to push "
+                "it again."
+            )
+    return checked

@@ -1,0 +1,479 @@
+"""Publishing an adapter: everything in one commit, checked before and read back after."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.hf_api import RepoFile
+from peft import PeftModel
+from transformers.utils import logging
+
+from ..analysis import head_similarities, plot_head_similarity, plot_routing
+from .card import hand_written, read_card_info, render_card
+from .card_check import check_card, check_card_text
+from .checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
+from .layout import (
+    CARD_NAME,
+    CONFIG_NAME,
+    EXPORTS,
+    FIGURES,
+    RECORD_NAME,
+    WEIGHTS_NAME,
+    FileKind,
+    classify,
+    published_files,
+    task_slug,
+)
+from .pull import is_same_file
+from .record import AdapterRecord, TaskRecord, find_record
+from .tokenizers import changed_tokenizer_files
+
+
+logger = logging.get_logger(__name__)
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+
+# What a Hub answers when it is the Hub's trouble; `create_commit` does not try again by itself (huggingface_hub 2.4).
+_TRANSIENT = (500, 502, 503, 504)
+_CONFLICT = (409, 412)
+_ATTEMPTS = 4
+
+
+def push_adapter(
+    adapter: PeftModel | str | os.PathLike,
+    repo_id: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    exports: Sequence[str] | None = None,
+    base_model: str | None = None,
+    tokenizer: Any = None,
+    license: str | None = None,
+    datasets: Sequence[str] | None = None,
+    tags: Sequence[str] | None = None,
+    commit_message: str | None = None,
+    adapter_name: str | None = None,
+    export_from: PeftModel | None = None,
+    export_data: Mapping[str, Rows] | None = None,
+) -> CommitInfo:
+    """
+    Publish an adapter on the Hub: weights, configuration, card, figures and exports in one commit.
+
+    The card of the repository is updated: what was written into it by hand stays. Nothing else of a training folder is
+    uploaded, neither checkpoints nor training arguments. After an interruption the same call can be made again; files
+    that are there already are not transferred twice.
+
+    Args:
+        adapter (`PeftModel` or `str`):
+            A model with an R-LoRA adapter, or a folder that `save_pretrained` or the trainer wrote.
+        repo_id (`str`):
+            `"user/name"` or `"organisation/name"`; made if it is not there.
+        tasks (`Sequence[str]`, *optional*):
+            Names of the tasks, for an adapter that does not know them.
+        metrics (`Mapping[str, Mapping[str, float]]`, *optional*):
+            By task, metrics such as `{"accuracy": 0.91}`, added to those that training recorded.
+        private (`bool`, *optional*), token (`str` or `bool`, *optional*):
+            As in `huggingface_hub.create_repo`.
+        revision (`str`, *optional*):
+            Branch to commit to, made if it is not there. Defaults to the main one.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Open a pull request with the commit instead.
+        exports (`Sequence[str]`, *optional*):
+            Tasks to publish as plain LoRA adapters too, in `exports/<task>`; see [`export_lora`].
+        base_model (`str`, *optional*):
+            Hub name of the base model, where the adapter was trained on a local folder.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Published with the adapter if it is not the base model's. By default that of the folder.
+        license (`str`, *optional*), datasets (`Sequence[str]`, *optional*), tags (`Sequence[str]`, *optional*):
+            Metadata of the card, as `huggingface_hub.ModelCardData` has them.
+        commit_message (`str`, *optional*):
+            Title of the commit.
+        adapter_name (`str`, *optional*):
+            Which adapter of a model to publish. Defaults to the active one.
+        export_from (`PeftModel`, *optional*):
+            The adapter of the folder as a model, so that exports need not load the base model again.
+        export_data (`Mapping[str, Sequence[Mapping]]`, *optional*):
+            Rows by task, as for [`score_tasks`], to measure on what the exports lose; with a model, it needs
+            `tokenizer`.
+
+    Returns:
+        `CommitInfo`: The commit, or the one that has all this already.
+
+    Raises:
+        AdapterCheckError: If the adapter is damaged, incomplete or not finite. Nothing was published.
+        ValueError: If the base model is a local folder and `base_model` is not given, or a task is not known.
+        HfHubHTTPError: What the Hub answered, after a few attempts where it was the Hub's trouble.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="rlora-push-") as scratch:
+        staged = Path(scratch) / "adapter"
+        stage_adapter(adapter, staged, base_model=base_model, tokenizer=tokenizer, adapter_name=adapter_name)
+        record = _look_up_licenses(api, _staged_record(staged, tasks, metrics))
+        record.save(staged)
+        checked = check_adapter(staged)
+        if exports:
+            model = adapter if isinstance(adapter, PeftModel) else export_from
+            name = adapter_name or ("default" if model is None else model.active_adapter)
+            source = str(staged) if model is None else model
+            _stage_exports(source, staged, exports, record, name, export_data, tokenizer)
+            checked = check_adapter(staged)
+        _stage_figures(staged, checked)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/") and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        facts = {"license": license, "datasets": datasets or (), "tags": tags or ()}
+        push = _Push(api, repo_id, revision, create_pr, staged, checked, facts)
+        commit = push.run(commit_message or "Upload R-LoRA adapter")
+        _read_back(api, repo_id, commit.oid, checked.digest)
+    return commit
+
+
+def stage_adapter(
+    adapter: PeftModel | str | os.PathLike,
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    tokenizer: Any = None,
+    adapter_name: str | None = None,
+) -> None:
+    """
+    Write what a push would publish of an adapter, without card, figures and exports, into a new folder.
+
+    Args:
+        adapter (`PeftModel` or `str`): A model or a folder.
+        folder (`Path`): Where to.
+        base_model (`str`, *optional*): Hub name of the base model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer to publish if it is not the base model's.
+        adapter_name (`str`, *optional*): Which adapter of a model.
+
+    Raises:
+        ValueError: If the base model is a local folder and `base_model` is not given.
+        FileNotFoundError: If the folder has no adapter.
+    """
+    folder.mkdir(parents=True)
+    local_base = _copy_folder(adapter, folder) if not isinstance(adapter, PeftModel) else None
+    if isinstance(adapter, PeftModel):
+        local_base = _save_model(adapter, folder, adapter_name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    kept = changed_tokenizer_files(folder, base_model or local_base)
+    for path in published_files(folder):
+        if classify(path) is FileKind.TOKENIZER and path not in kept:
+            (folder / path).unlink()
+    _name_base_model(folder, base_model)
+
+
+def _copy_folder(source: str | os.PathLike, folder: Path) -> str | None:
+    source = Path(source)
+    if not (source / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"{source} has no {CONFIG_NAME}: it is not the folder of an adapter. Pass the folder that `save_model` or "
+            "`save_pretrained` wrote, or the model."
+        )
+    for path in published_files(source):
+        if classify(path) is FileKind.EXPORT:
+            continue  # made anew, or kept on the Hub while the weights are the same
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
+    return json.loads((folder / CONFIG_NAME).read_text()).get("base_model_name_or_path")
+
+
+def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> str | None:
+    name = adapter_name or model.active_adapter
+    if name not in model.peft_config:
+        raise ValueError(f"The model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}.")
+    record = find_record(model.peft_config[name])
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    if name != "default":  # PEFT puts adapters of other names into a folder of their own
+        for path in (folder / name).iterdir():
+            shutil.move(path, folder / path.name)
+        (folder / name).rmdir()
+    (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which knows less than ours
+    if record is not None:
+        record.save(folder)
+    return model.peft_config[name].base_model_name_or_path
+
+
+def _name_base_model(folder: Path, base_model: str | None) -> None:
+    """Put the name that others know the base model by into the configuration and the record."""
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    name = base_model or config.get("base_model_name_or_path")
+    if name and (os.path.isabs(name) or os.path.exists(name)):
+        raise ValueError(
+            f"The adapter's base model is the local folder {name!r}, which nobody else can load. Give its name on the "
+            "Hub as `base_model`, for example `organisation/name`."
+        )
+    if name != config.get("base_model_name_or_path"):
+        config |= {"base_model_name_or_path": name, "revision": None}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+    record = AdapterRecord.load(folder)
+    if record is not None and record.base_model != name:
+        replace(record, base_model=name, base_model_revision=None).save(folder)
+
+
+def _staged_record(
+    folder: Path, tasks: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]] | None
+) -> AdapterRecord:
+    """The record of the adapter, with what the caller adds to it."""
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    record = AdapterRecord.load(folder) or AdapterRecord(base_model=config.get("base_model_name_or_path"))
+    known = {task.name: task for task in record.tasks}
+    for name in [*(config.get("tasks") or ()), *(tasks or ())]:
+        known.setdefault(name, TaskRecord(name))
+    if tasks is not None and not config.get("tasks"):
+        config["tasks"] = list(tasks)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+    for name, values in (metrics or {}).items():
+        if name not in known:
+            listed = ", ".join(known) or "(none)"
+            raise ValueError(f"`metrics` has a task {name!r}, and the adapter's are {listed}. Name it in `tasks` too.")
+        task = known[name]
+        known[name] = replace(task, metrics={**task.metrics, **{key: float(value) for key, value in values.items()}})
+    return replace(record, tasks=list(known.values()))
+
+
+def _stage_exports(
+    source: PeftModel | str,
+    folder: Path,
+    tasks: Sequence[str],
+    record: AdapterRecord,
+    adapter_name: str,
+    data: Mapping[str, Rows] | None,
+    tokenizer: Any,
+) -> None:
+    from ..export import export_lora  # knows transformers' models, which a push of files does without
+
+    told = []
+    with _public_base(source, adapter_name, record.base_model):
+        for task in tasks:
+            path = f"{EXPORTS}/{task_slug(task)}"
+            measured = {"data": {task: data[task]}, "tokenizer": tokenizer} if data and task in data else {}
+            options = {"adapter_name": adapter_name, "task": task, "routing": record.mixtures, **measured}
+            report = export_lora(source, folder / path, **options)
+            facts = {"kl": report.kl, "accuracy": report.accuracy_export, "accuracy_dynamic": report.accuracy_dynamic}
+            told.append({"task": task, "path": path, "rank": report.rank, **facts})
+    replace(record, exports=told).save(folder)
+
+
+@contextmanager
+def _public_base(source: PeftModel | str, adapter_name: str, base_model: str | None) -> Generator[None, None, None]:
+    """Have a model's adapter name its base as others know it, for the exports that are made of it."""
+    if isinstance(source, str):
+        yield
+        return
+    config = source.peft_config[adapter_name]
+    before, config.base_model_name_or_path = config.base_model_name_or_path, base_model
+    try:
+        yield
+    finally:
+        config.base_model_name_or_path = before
+
+
+def _stage_figures(folder: Path, checked: CheckedAdapter) -> None:
+    """Draw what there is to draw, where matplotlib is installed."""
+    figures = folder / FIGURES
+    figures.mkdir(exist_ok=True)
+    try:
+        if checked.config.num_heads > 1:
+            plot_head_similarity(head_similarities(folder), figures / "head_similarity.png")
+        if checked.record is not None and checked.record.mixtures is not None:
+            plot_routing(checked.record.mixtures, figures / "routing.png")
+    except ImportError as error:
+        logger.info(f"The card gets no figures: {error}")
+
+
+def _look_up_licenses(api: HfApi, record: AdapterRecord) -> AdapterRecord:
+    """The record with the licences that the Hub tells of the base model and of the data."""
+
+    def license_of(look_up: Callable[[str], Any], name: str | None) -> str | None:
+        if name is None:
+            return None
+        try:
+            card = look_up(name).card_data
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            logger.info(f"The licence of {name} is not known: {error}")
+            return None
+        told = card.get("license") if card is not None else None
+        return told if isinstance(told, str) else None
+
+    datasets = {task.dataset for task in record.tasks if task.dataset and task.license is None}
+    licenses = {name: license_of(api.dataset_info, name) for name in datasets}
+    tasks = [replace(task, license=task.license or licenses.get(task.dataset or "")) for task in record.tasks]
+    base = record.base_model_license or license_of(api.model_info, record.base_model)
+    return replace(record, tasks=tasks, base_model_license=base)
+
+
+class _Push:
+    """One push: what is in the repository, what should be, and the attempts to get there."""
+
+    def __init__(
+        self,
+        api: HfApi,
+        repo_id: str,
+        revision: str | None,
+        create_pr: bool,
+        folder: Path,
+        checked: CheckedAdapter,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.api, self.repo_id, self.revision, self.create_pr = api, repo_id, revision, create_pr
+        self.folder, self.checked, self.facts = folder, checked, facts
+        self.local_card = _read_text(folder / CARD_NAME) if (folder / CARD_NAME).is_file() else None
+        assert checked.record is not None  # it was staged
+        self.record = checked.record
+
+    def run(self, message: str) -> CommitInfo:
+        """Commit, and again where the Hub failed or the branch moved meanwhile."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            head = self._head(self.revision)
+            try:
+                return self._commit(head, message)
+            except HfHubHTTPError as error:
+                status = error.response.status_code if error.response is not None else None
+                landed = self._landed(head, message) if status in _TRANSIENT else None
+                if landed is not None:
+                    return landed
+                if attempt == _ATTEMPTS or status not in (*_TRANSIENT, *_CONFLICT):
+                    error.append_to_message(
+                        "\nNothing was published. Run the same push again: files that were uploaded are not "
+                        "transferred a second time."
+                    )
+                    raise
+                logger.warning(f"Attempt {attempt} of {_ATTEMPTS} to commit to {self.repo_id} failed: {error}")
+                if status in _TRANSIENT:
+                    time.sleep(0.25 * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _head(self, revision: str | None) -> str:
+        commit = self.api.model_info(self.repo_id, revision=revision).sha
+        assert commit is not None  # only listings leave it out
+        return commit
+
+    def _commit(self, head: str, message: str) -> CommitInfo:
+        there = set(self.api.list_repo_files(self.repo_id, revision=head))
+        remote_card = self._download_text(head, CARD_NAME) if CARD_NAME in there else None
+        kept = self._kept_exports(head, there, remote_card)
+        replace(self.record, exports=[*self.record.exports, *kept]).save(self.folder)
+        self._write_card(remote_card)
+        files = published_files(self.folder)
+        kept_files = tuple(f"{export['path']}/" for export in kept)
+        outdated = [
+            path
+            for path in sorted(there - set(files))
+            if classify(path) in (FileKind.FIGURE, FileKind.EXPORT) and not path.startswith(kept_files)
+        ]
+        return self.api.create_commit(
+            self.repo_id,
+            [CommitOperationAdd(path, str(self.folder / path)) for path in files]
+            + [CommitOperationDelete(path) for path in outdated],
+            commit_message=message,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            # The card was made from this head: put onto another, it could take back what somebody wrote meanwhile.
+            parent_commit=head,
+        )
+
+    def _kept_exports(self, head: str, there: set[str], remote_card: str | None) -> list[dict[str, Any]]:
+        """Exports in the repository that were made of these very weights, and are not made anew."""
+        if remote_card is None:
+            return []
+        card = check_card_text(remote_card, f"The card of {self.repo_id}")
+        if RECORD_NAME not in there or read_card_info(card.data).get("digest") != self.checked.digest:
+            return []
+        with tempfile.TemporaryDirectory() as scratch:
+            self._download(head, RECORD_NAME, scratch)
+            try:
+                remote = AdapterRecord.load(scratch)
+            except ValueError as error:
+                logger.warning(f"The record in {self.repo_id} is replaced, as it can't be read: {error}")
+                return []
+        anew = {export["path"] for export in self.record.exports}
+        found = [export for export in remote.exports if export["path"] not in anew] if remote else []
+        return [export for export in found if f"{export['path']}/{WEIGHTS_NAME}" in there]
+
+    def _write_card(self, remote: str | None) -> None:
+        """Write the card that is in the repository, brought up to date; what was written by hand stays."""
+        existing = remote if remote is not None else self.local_card
+        if remote is not None and self.local_card is not None:
+            own = hand_written(self.local_card).strip()
+            if own and own not in hand_written(remote):
+                existing = f"{remote.rstrip()}\n\n{own}\n"
+        card = render_card(
+            self.checked.config,
+            AdapterRecord.load(self.folder),
+            repo_id=self.repo_id,
+            digest=self.checked.digest,
+            num_parameters=self.checked.num_parameters,
+            figures=[path for path in published_files(self.folder) if classify(path) is FileKind.FIGURE],
+            existing=existing,
+            **self.facts,
+        )
+        card.save(self.folder / CARD_NAME)
+        check_card(self.folder / CARD_NAME)
+
+    def _download(self, revision: str, path: str, folder: str) -> str:
+        return self.api.hf_hub_download(self.repo_id, path, revision=revision, local_dir=folder)
+
+    def _download_text(self, revision: str, path: str) -> str:
+        with tempfile.TemporaryDirectory() as scratch:
+            return _read_text(Path(self._download(revision, path, scratch)))
+
+    def _landed(self, head: str, message: str) -> CommitInfo | None:
+        """The commit of an attempt that the Hub answered with an error, if it was made nevertheless."""
+        if self.create_pr:
+            numbers = [discussion.num for discussion in self.api.get_repo_discussions(self.repo_id)]
+            revisions: list[str | None] = [f"refs/pr/{number}" for number in sorted(numbers, reverse=True)[:5]]
+        else:
+            revisions = [self.revision]
+        for revision in revisions:
+            commit = self._head(revision)
+            if commit != head and self._is_published(commit):
+                url = f"{self.api.endpoint}/{self.repo_id}"
+                pr_url = f"{url}/discussions/{revision.rsplit('/', 1)[-1]}" if self.create_pr and revision else None
+                return CommitInfo(
+                    commit_url=f"{url}/commit/{commit}",
+                    commit_message=message,
+                    commit_description="",
+                    oid=commit,
+                    pr_url=pr_url,
+                )
+        return None
+
+    def _is_published(self, commit: str) -> bool:
+        """Whether a commit has all files of this push with the contents that they have here."""
+        files = published_files(self.folder)
+        entries = self.api.get_paths_info(self.repo_id, files, revision=commit)
+        told = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        return all(path in told and is_same_file(self.folder / path, told[path]) for path in files)
+
+
+def _read_text(path: Path) -> str:
+    with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
+        return file.read()
+
+
+def _read_back(api: HfApi, repo_id: str, commit: str, digest: str) -> None:
+    """Compare the tensors that the Hub gives out with those that were to be published."""
+    with tempfile.TemporaryDirectory(prefix="rlora-read-back-") as scratch:
+        path = api.hf_hub_download(repo_id, WEIGHTS_NAME, revision=commit, local_dir=scratch, force_download=True)
+        found = adapter_digest(path)
+    if found != digest:
+        raise AdapterCheckError(
+            f"{repo_id} at {commit} gives out tensors with the digest {found}, and {digest} was published. Push "
+            "again; if it stays so, tell the operators of the Hub."
+        )

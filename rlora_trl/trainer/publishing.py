@@ -1,0 +1,403 @@
+"""What a run records with its adapter, and how the trainer publishes it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+from trl import SFTTrainer
+
+from ..analysis.mixtures import HeadMixtures
+from ..hub import push_adapter
+from ..hub.card import render_card
+from ..hub.layout import CARD_NAME, published_files
+from ..hub.record import AdapterRecord, TaskRecord, collect_versions, select_hyperparameters
+from ..tuner import MultiHeadAdapter, RLoraConfig
+from ..tuner.fixed import kept_quantized
+from .callbacks import HeadUsageCallback
+from .task_evaluation import OptionRows
+from .task_ids import TASK_IDS
+
+
+logger = get_logger(__name__)
+
+# Rows of a task on which it is measured what an export loses.
+_MEASURED_ROWS = 200
+_HUB_SOURCE = re.compile(r"(?:hf://datasets/|huggingface\.co/datasets/)([\w.-]+/[\w.-]+)")
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the training data tell of a task: the cluster it belongs to, and the data set on the Hub it comes from."""
+
+    cluster: str | None = None
+    dataset: str | None = None
+
+
+def task_facts(dataset: Any, task_column: str) -> dict[str, TaskFacts]:
+    """
+    What map-style training data tell of their tasks.
+
+    Args:
+        dataset: What `RLoraSFTTrainer` takes as `train_dataset`.
+        task_column (`str`): Column that names the task of each row.
+    """
+    if isinstance(dataset, Mapping):
+        return {str(name): TaskFacts(_cluster_of(data), _hub_name(data)) for name, data in dataset.items()}
+    if not isinstance(dataset, Dataset) or not {task_column, "cluster"} <= set(dataset.column_names):
+        return {}
+    clusters = dict(zip(dataset[task_column], dataset["cluster"], strict=True))
+    return {str(task): TaskFacts(str(cluster), _hub_name(dataset)) for task, cluster in clusters.items()}
+
+
+def _cluster_of(dataset: Any) -> str | None:
+    if isinstance(dataset, Dataset) and "cluster" in dataset.column_names and len(dataset):
+        return str(dataset[0]["cluster"])
+    return None
+
+
+def _hub_name(dataset: Any) -> str | None:
+    """The repository of a data set that `load_dataset` got from the Hub."""
+    info = getattr(dataset, "info", None)
+    for source in getattr(info, "download_checksums", None) or ():
+        match = _HUB_SOURCE.search(str(source))
+        if match:
+            return match.group(1)
+    return None
+
+
+class PublishingTrainer(SFTTrainer):
+    """
+    The part of `RLoraSFTTrainer` that records, describes and publishes an adapter.
+
+    What needs all ranks is collected where all of them are (at the end of training, at checkpoints, in evaluation), so
+    that `save_model` may be called on one rank alone, as with any trainer.
+    """
+
+    _tasks: list[str]
+    _option_rows: dict[str, OptionRows]
+    push_in_progress: PushInProgress | None
+    _adapters: dict[str, MultiHeadAdapter]
+
+    def _set_up_publishing(self, facts: dict[str, TaskFacts]) -> None:
+        self._task_facts = facts
+        self._seen: dict[str, dict[str, int]] = {}
+        self._task_metrics: dict[str, dict[str, float]] = {}
+        self._metric_rows: dict[str, int] = {}
+        self._mixtures: HeadMixtures | None = None
+
+    # What is recorded
+
+    def note_metrics(self, metrics: Mapping[str, float], datasets: Any) -> None:
+        """Keep the newest `eval_<task>_*` metrics of each task."""
+        for task in self._tasks:
+            told = {name: metrics[key] for name in ("accuracy", "loss") if (key := f"eval_{task}_{name}") in metrics}
+            if told:
+                self._task_metrics[task] = told
+                if isinstance(datasets, Mapping) and hasattr(datasets.get(task), "__len__"):
+                    self._metric_rows[task] = len(datasets[task])
+
+    def adapter_record(self) -> AdapterRecord:
+        """What is known of the adapter and its training; see [`AdapterRecord`]."""
+        config = self._adapter_config()
+        base = config.base_model_name_or_path
+        model_config = self.model.config
+        balances = self.args.balance_loss != "none"
+        return AdapterRecord(
+            base_model=self.args.hub_base_model or (None if not base or os.path.exists(base) else base),
+            base_model_revision=_loaded_commit(base, config.revision or self._base_revision()),
+            quantization=describe_quantization(getattr(model_config, "quantization_config", None)),
+            tasks=[self._task_record(task) for task in self._tasks],
+            hyperparameters=select_hyperparameters(self.args),
+            versions=collect_versions(),
+            mixtures=self._mixtures,
+            balance_loss=self.args.balance_loss if balances else None,
+            balance_coef=self.args.balance_coef if balances else None,
+        )
+
+    def _base_revision(self) -> str | None:
+        return (self.args.model_init_kwargs or {}).get("revision")
+
+    def _task_record(self, task: str) -> TaskRecord:
+        facts = self._task_facts.get(task, TaskFacts())
+        seen = self._seen.get(task, {})
+        total = sum(counts["rows"] for counts in self._seen.values())
+        return TaskRecord(
+            task,
+            cluster=facts.cluster,
+            dataset=facts.dataset,
+            rows=seen.get("rows"),
+            tokens=seen.get("tokens"),
+            share=seen["rows"] / total if total else None,
+            metrics=dict(self._task_metrics.get(task, {})),
+            metric_rows=self._metric_rows.get(task),
+        )
+
+    def _adapter_config(self) -> RLoraConfig:
+        return self.model.peft_config[self.model.active_adapter]
+
+    def measure_mixtures(self, rows: int | None = None) -> HeadMixtures | None:
+        """
+        The mean weights of the heads by task, over rows of the training data. To be called on all ranks.
+
+        They are recorded with the adapter from then on. Training ends with such a measurement.
+
+        Args:
+            rows (`int`, *optional*): Rows of each task (packed: of the data). Defaults to `args.mixture_rows`.
+
+        Returns:
+            `HeadMixtures`, or `None` for an adapter without a router, or data that do not tell their tasks.
+        """
+        rows = self.args.mixture_rows if rows is None else rows
+        data = self._rows_by_task(rows)
+        if data is None or not any(adapter.router is not None for adapter in self._adapters.values()):
+            return None
+        counter = HeadUsageCallback(self._tasks)
+        metrics, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
+        model, was_training = self.model_wrapped, self.model.training
+        model.eval()
+        counter.start(self.model, self.args.device)
+        try:
+            with kept_quantized(self.model):
+                for inputs in self.get_eval_dataloader(data):
+                    self.prediction_step(model, inputs, prediction_loss_only=True)
+            usage, tokens = counter.collect()
+        finally:
+            counter.stop()
+            self._metrics["eval"] = metrics
+            model.train(was_training)
+        named = {task: weights for task, weights in usage.items() if task != counter.unknown}
+        if named:
+            layers = tuple(name.removeprefix("base_model.model.") for name in counter.layers)
+            self._mixtures = HeadMixtures(layers, named, {task: tokens[task] for task in named})
+        return self._mixtures
+
+    def _rows_by_task(self, rows: int) -> Dataset | None:
+        """Some rows of each task of the prepared training data, spread over it."""
+        data = self.train_dataset
+        if rows < 1 or not self._tasks or not isinstance(data, Dataset) or TASK_IDS not in data.column_names:
+            return None
+        ids = data[TASK_IDS]
+        if isinstance(ids[0], list):  # packed: one for each token
+            return data.select(_spread(range(len(data)), rows * len(self._tasks)))
+        places = defaultdict(list)
+        for place, task in enumerate(ids):
+            places[task].append(place)
+        return data.select(sorted(place for task in places for place in _spread(places[task], rows)))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            self.adapter_record().save(output_dir if output_dir is not None else self.args.output_dir)
+
+    # The card, and publishing
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the adapter's card into the output folder; text that was written into it by hand stays.
+
+        Args:
+            model_name (`str`, *optional*): Not used: a card is headed by the name of its repository.
+            dataset_name (`str` or `list[str]`, *optional*): Data sets on the Hub, for the metadata.
+            tags (`str` or `list[str]`, *optional*): Tags, for the metadata.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / CARD_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        card = render_card(
+            self._adapter_config(),
+            self.adapter_record(),
+            repo_id=self.hub_model_id,
+            num_parameters=sum(
+                p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.model.parameters() if p.requires_grad
+            ),
+            datasets=_as_list(dataset_name),
+            tags=[*self._tag_names, *_as_list(tags)],
+            existing=path.read_text() if path.is_file() else None,
+        )
+        card.save(path)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future | None:
+        """
+        Save the adapter and publish it with its card in one commit, on `args.hub_model_id`; see [`push_adapter`].
+
+        To be called on all ranks, as in `Trainer`. Only what makes up the adapter is uploaded.
+
+        Args:
+            commit_message (`str`, *optional*), blocking (`bool`, *optional*), token (`str`, *optional*),
+            revision (`str`, *optional*), private (`bool`, *optional*):
+                As in `Trainer.push_to_hub`.
+            kwargs:
+                `exports`, `create_pr`, `license`, `datasets`, `tags`, `base_model` as in [`push_adapter`];
+                `dataset_name` as in `Trainer.create_model_card`.
+
+        Returns:
+            `CommitInfo` on the main process, a `Future` of it with `blocking=False`, `None` on others.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        datasets = [*_as_list(kwargs.pop("dataset_name", None)), *_as_list(kwargs.pop("datasets", None))]
+        tags = [*self._tag_names, *_as_list(kwargs.pop("tags", None)), *_as_list(self.model.model_tags)]
+        kwargs.pop("model_name", None)  # the card is headed by the repository's
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(tags=tags, dataset_name=datasets)
+        self._finish_current_push()
+        options = {
+            "commit_message": commit_message or "End of training",
+            "revision": revision if revision is not None else self.args.hub_revision,
+            "token": token if token is not None else self.args.hub_token,
+            "private": private if private is not None else self.args.hub_private_repo,
+            "base_model": self.args.hub_base_model,
+            "tags": list(dict.fromkeys(tags)),
+            "datasets": datasets,
+            "export_from": None if self._is_sharded() else self.accelerator.unwrap_model(self.model),
+            "export_data": self._rows_to_measure(),
+            "tokenizer": self.processing_class,
+            **kwargs,
+        }
+        if blocking:
+            return push_adapter(self.args.output_dir, self.hub_model_id, **options)
+        return self._push_copy(self.args.output_dir, options)
+
+    def _rows_to_measure(self) -> dict[str, list[Any]]:
+        """Evaluation rows by task that can be scored, the first of each."""
+        found: dict[str, list[Any]] = {}
+        for scored in self._option_rows.values():
+            for task, rows in scored.by_task().items():
+                found.setdefault(task, rows.select(range(min(len(rows), _MEASURED_ROWS))).to_list())
+        return found
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+
+    def _push_copy(self, folder: str, options: dict[str, Any]) -> Future:
+        """Push in the background what a folder has now, whatever becomes of it meanwhile."""
+        copy = Path(tempfile.mkdtemp(prefix="rlora-push-"))
+        for path in published_files(folder):
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(folder) / path, copy / path)
+
+        def push() -> CommitInfo:
+            try:
+                return push_adapter(copy, self.hub_model_id, **options)
+            finally:
+                shutil.rmtree(copy, ignore_errors=True)
+
+        return HfApi().run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the adapter of a checkpoint: what `hub_strategy="every_save"` asks for."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = self.push_in_progress
+        if running is not None and running.is_done():
+            running = None
+        if running is not None and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        shutil.copyfile(Path(self.args.output_dir) / CARD_NAME, Path(checkpoint_folder) / CARD_NAME)
+        options = {
+            "commit_message": f"Training in progress, step {self.state.global_step}",
+            "revision": self.args.hub_revision,
+            "token": self.args.hub_token,
+            "base_model": self.args.hub_base_model,
+            "tags": list(self._tag_names),
+        }
+        job = self._push_copy(checkpoint_folder, options)
+        if running is not None:
+            running.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+
+def check_publishing(args: Any, base_model: str | None) -> None:
+    """
+    Refuse before training what could not be published after it.
+
+    Args:
+        args ([`RLoraSFTConfig`]): The configuration.
+        base_model (`str`, *optional*): Name or folder of the base model.
+
+    Raises:
+        ValueError: If checkpoints are to be pushed, which hold the state of the optimizer; or the base model is a
+            local folder without a name.
+    """
+    if not args.push_to_hub:
+        return
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"`hub_strategy={args.hub_strategy.value!r}` uploads checkpoints with the state of the optimizer and the "
+            "training arguments, which are not published with adapters. Use 'every_save' or 'end', and keep "
+            "checkpoints in storage of your own."
+        )
+    if args.hub_base_model is None and base_model and os.path.exists(base_model):
+        raise ValueError(
+            f"`push_to_hub=True`, and the base model is the local folder {base_model!r}, which nobody else can load. "
+            "Set `hub_base_model` to its name on the Hub, or load it by that name."
+        )
+
+
+def describe_quantization(config: Any) -> str | None:
+    """A base model's quantisation in words, such as "bitsandbytes 4-bit nf4, double quantisation"."""
+    if config is None:
+        return None
+    settings = config if isinstance(config, Mapping) else config.to_dict()
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if settings.get("load_in_4bit"):
+        double = ", double quantisation" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"bitsandbytes 4-bit {settings.get('bnb_4bit_quant_type')}{double}"
+    if settings.get("load_in_8bit"):
+        return "bitsandbytes 8-bit"
+    bits = settings.get("bits") or settings.get("nbits")
+    return f"{method} {bits}-bit" if bits else method
+
+
+def _loaded_commit(name: str | None, revision: str | None) -> str | None:
+    """The commit that a model of the Hub was loaded from, which is where the cache has it."""
+    if not name or os.path.exists(name):
+        return None
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _as_list(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _spread(places: Any, count: int) -> list[int]:
+    """At most `count` of the places, at even distances."""
+    if len(places) <= count:
+        return list(places)
+    return [places[(2 * number + 1) * len(places) // (2 * count)] for number in range(count)]

@@ -1,0 +1,147 @@
+"""Search of the Hub by what cards say: base model, tasks, author."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from itertools import islice
+from typing import Any
+
+from huggingface_hub import HfApi, ModelInfo
+
+from ..hub.card import read_card_info
+
+
+# What the Hub is asked to tell of each repository.
+_FIELDS: list[Any] = ["author", "cardData", "downloads", "lastModified", "private", "sha", "tags"]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """
+    What is known of a published adapter from its card, without downloading it.
+
+    Attributes:
+        repo_id (`str`): Its repository.
+        base_model (`str`, *optional*): The model it was trained on.
+        tasks (`tuple[str, ...]`): Names of its tasks.
+        metrics (`dict[str, dict[str, float]]`): By task, metrics by name; `accuracy` is a ratio in `[0, 1]`.
+        r (`int`, *optional*), num_heads (`int`, *optional*), router (`str`, *optional*): As in [`RLoraConfig`].
+        sha (`str`, *optional*): Commit.
+        downloads (`int`, *optional*): In the last 30 days.
+        last_modified (`datetime`, *optional*): Time of the last commit.
+        digest (`str`, *optional*): Of its tensors.
+        exports (`dict[str, str]`): By task, folders with plain LoRA adapters.
+        private (`bool`): Whether only its owners see it.
+    """
+
+    repo_id: str
+    base_model: str | None = None
+    tasks: tuple[str, ...] = ()
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    r: int | None = None
+    num_heads: int | None = None
+    sha: str | None = None
+    downloads: int | None = None
+    last_modified: datetime | None = None
+    router: str | None = None
+    digest: str | None = None
+    exports: Mapping[str, str] = field(default_factory=dict)
+    private: bool = False
+
+    @classmethod
+    def from_model_info(cls, info: ModelInfo) -> AdapterInfo:
+        """From what the Hub tells of a repository."""
+        card = read_card_info(info.card_data or {})
+        return cls(
+            repo_id=info.id,
+            base_model=card.get("base_model"),
+            tasks=tuple(card.get("tasks", ())),
+            metrics=card.get("metrics", {}),
+            r=card.get("r"),
+            num_heads=card.get("num_heads"),
+            sha=info.sha,
+            downloads=info.downloads,
+            last_modified=info.last_modified,
+            router=card.get("router"),
+            digest=card.get("digest"),
+            exports=card.get("exports", {}),
+            private=bool(info.private),
+        )
+
+    def mean(self, metric: str = "accuracy") -> float | None:
+        """The plain mean of a metric over the tasks that have it."""
+        values = [values[metric] for values in self.metrics.values() if metric in values]
+        return sum(values) / len(values) if values else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        modified = self.last_modified.isoformat() if self.last_modified else None
+        return {**asdict(self), "tasks": list(self.tasks), "last_modified": modified}
+
+
+def search(
+    base_model: str | None = None,
+    task: str | None = None,
+    author: str | None = None,
+    limit: int | None = None,
+    *,
+    token: str | bool | None = None,
+) -> list[AdapterInfo]:
+    """
+    Published R-LoRA adapters, those most downloaded first.
+
+    Args:
+        base_model (`str`, *optional*): Those of this base model.
+        task (`str`, *optional*): Those trained on a task of this name.
+        author (`str`, *optional*): Those of this user or organisation.
+        limit (`int`, *optional*): How many at most. Defaults to all.
+        token (`str` or `bool`, *optional*): As in `huggingface_hub.list_models`; shows private ones too.
+
+    Returns:
+        `list[AdapterInfo]`: What their cards say.
+
+    Raises:
+        ValueError: If `limit` is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, got {limit}. Leave it out for all adapters.")
+    return list(islice(_matching(base_model, task, author, token), limit))
+
+
+def _matching(
+    base_model: str | None, task: str | None, author: str | None, token: str | bool | None
+) -> Iterator[AdapterInfo]:
+    tags = ["rlora"]
+    if base_model is not None:
+        tags.append(f"base_model:adapter:{base_model}")
+    if task is not None:
+        tags.append(f"task:{task}")
+    for info in HfApi(token=token).list_models(filter=tags, author=author, sort="downloads", expand=_FIELDS):
+        found = AdapterInfo.from_model_info(info)
+        # Tags are free text: a card may carry one and describe something else.
+        if base_model in (None, found.base_model) and (task is None or task in found.tasks):
+            yield found
+
+
+def show(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> AdapterInfo:
+    """
+    What the card of one adapter says.
+
+    Args:
+        repo_id (`str`): Its repository.
+        revision (`str`, *optional*): Branch, tag or commit.
+        token (`str` or `bool`, *optional*): As in `huggingface_hub.model_info`.
+
+    Raises:
+        ValueError: If the repository is not tagged as an R-LoRA adapter.
+        HfHubHTTPError: If it is not there or may not be read.
+    """
+    info = HfApi(token=token).model_info(repo_id, revision=revision)
+    if "rlora" not in (info.tags or ()):
+        raise ValueError(
+            f"{repo_id} is not an R-LoRA adapter: its card does not have the tag `rlora`. Search for some with "
+            "`zoo.search()`."
+        )
+    return AdapterInfo.from_model_info(info)

@@ -1,0 +1,273 @@
+"""`push_adapter` against a real HTTP server: what is published, what never is, and what faults leave behind."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from samples import BASE, TASKS, save_adapter, save_base
+from worker import WorkerError
+
+from rlora_trl.hub import adapter_digest
+
+
+REPO = "user/words"
+PUSH = """
+import rlora_trl.hub.push as push
+commit = push.push_adapter(folder, repo, **options)
+result = {"oid": commit.oid, "pr": commit.pr_url}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_adapter(tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def push(hub, worker, base):
+    hub.commit(BASE, base)
+
+    def run(folder, repo=REPO, **options):
+        return worker.run(PUSH, folder=str(folder), repo=repo, options=options)
+
+    return run
+
+
+def card_of(hub, revision="main", repo=REPO):
+    return ModelCard(hub.files(repo, revision)["README.md"].decode())
+
+
+def test_everything_is_in_one_commit_and_nothing_else(hub, push, folder):
+    commit = push(folder)
+    assert len(hub.commits(REPO)) == 2, "more than one commit after the initial one"
+    assert hub.head(REPO) == commit["oid"]
+    files = hub.files(REPO)
+    assert set(files) == {
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "figures/head_similarity.png",
+        "figures/routing.png",
+        "rlora_record.json",
+    }  # no tokenizer, as it is the base model's
+    assert files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_nothing_private_is_uploaded(hub, push, tmp_path, base):
+    """No token, no path of this machine, no pickle: neither in the files nor in anything that went over the wire."""
+    folder = save_adapter(tmp_path / "adapter")
+    record = json.loads((folder / "rlora_record.json").read_text())
+    record["hyperparameters"]["output_dir"] = "kept"  # records are made from a list of fields; this one is a text
+    (folder / "rlora_record.json").write_text(json.dumps(record))
+    push(folder, token=hub.token)
+    for path, content in hub.files(REPO).items():
+        assert not re.search(rb"hf_[a-z]{3,}", content), path
+        assert not re.search(rb"/(home|root|tmp|work|Users)/", content), path
+        assert str(tmp_path).encode() not in content and hub.url.encode() not in content, path
+        assert not path.endswith((".bin", ".pt", ".txt"))
+
+
+def test_card(hub, push, folder):
+    push(folder, license="apache-2.0", tags=["mine"], metrics={"same": {"accuracy": 0.55}})
+    data = card_of(hub).data
+    assert data.library_name == "peft" and data.base_model == BASE and data.license == "apache-2.0"
+    assert data.to_dict()["base_model_relation"] == "adapter"
+    assert {"rlora", "multi-task", "lora", "mine", *(f"task:{task}" for task in TASKS)} <= set(data.tags)
+    results = {result.dataset_name: result.metric_value for result in data.eval_results}
+    assert results == {"first": 0.9, "colour": 0.75, "same": 0.55}
+    digest = adapter_digest(folder)
+    assert data.to_dict()["rlora"]["digest"] == digest
+    assert digest in card_of(hub).text
+    # The client has every card validated before a commit.
+    assert [r.status for r in hub.requests if r.path == "/api/validate-yaml"] == [200]
+
+
+def test_handwritten_text_is_kept(hub, push, folder, tmp_path):
+    push(folder)
+    card = hub.files(REPO)["README.md"].decode()
+    mine = card.replace("tags:\n", "tags:\n- by-hand\n", 1) + "\n## Known problems\n\nNone so far.\n"
+    hub.commit(REPO, {"README.md": mine})
+    push(save_adapter(tmp_path / "newer", seed=5))
+    updated = card_of(hub)
+    assert "## Known problems\n\nNone so far.\n" in updated.content
+    assert "by-hand" in updated.data.tags
+    assert adapter_digest(tmp_path / "newer") in updated.content and adapter_digest(folder) not in updated.content
+
+
+def test_text_written_into_the_local_card_is_published(hub, push, tmp_path):
+    folder = save_adapter(tmp_path / "adapter")
+    push(folder)
+    (folder / "README.md").write_text(card_of(hub).content + "\nRead me first.\n")
+    hub.commit(REPO, {"README.md": card_of(hub).content + "\nWritten on the Hub.\n"})
+    push(folder)
+    text = card_of(hub).content
+    assert "Read me first." in text and "Written on the Hub." in text
+    push(folder)
+    assert card_of(hub).content == text
+
+
+def test_pushing_again_transfers_nothing(hub, push, folder):
+    first = push(folder)
+    sent = hub.uploaded_bytes()
+    again = push(folder)
+    assert again["oid"] == first["oid"] and len(hub.commits(REPO)) == 2
+    assert hub.uploaded_bytes() == sent
+
+
+def test_read_back(hub, push, folder):
+    """What the Hub gives out is compared with what was pushed, and another content is an error."""
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    other = weights[:-1] + bytes([weights[-1] ^ 1])
+    hub.before("GET", "/cdn/", lambda: hub.tamper(REPO, "adapter_model.safetensors", other))
+    with pytest.raises(WorkerError, match="gives out tensors with the digest") as caught:
+        push(folder)
+    assert caught.value.type == "AdapterCheckError"
+
+
+def test_revision_private_and_pull_request(hub, push, folder):
+    push(folder, private=True, revision="experiment")
+    assert hub.repo(REPO).private
+    assert "adapter_config.json" not in hub.files(REPO)
+    assert "adapter_config.json" in hub.files(REPO, "experiment")
+    answer = push(folder, create_pr=True)
+    assert answer["pr"].endswith("/discussions/1")
+    assert "adapter_config.json" in hub.files(REPO, "refs/pr/1") and "adapter_config.json" not in hub.files(REPO)
+
+
+def test_organisation_and_rights(hub, push, folder):
+    push(folder, repo="org/words")
+    assert "adapter_config.json" in hub.files("org/words")
+    with pytest.raises(WorkerError) as caught:
+        push(folder, repo="org/other", token=hub.other_token)
+    assert "403" in caught.value.message
+    with pytest.raises(WorkerError) as caught:
+        push(folder, token="hf_wrong")
+    assert "401" in caught.value.message
+
+
+def test_tokenizer_is_published_when_it_changed(hub, push, tmp_path):
+    folder = save_adapter(tmp_path / "adapter")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<pad>"}))
+    push(folder)
+    assert "tokenizer.json" in hub.files(REPO)
+
+
+def test_base_model_in_a_local_folder(hub, push, tmp_path):
+    local = save_base(tmp_path / "local-base")
+    folder = save_adapter(tmp_path / "adapter", base=str(local))
+    (folder / "rlora_record.json").unlink()
+    with pytest.raises(WorkerError, match="as `base_model`") as caught:
+        push(folder)
+    assert "local folder" in caught.value.message and REPO not in hub.api.state.repos
+    push(folder, base_model=BASE)
+    assert json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"] == BASE
+    assert str(tmp_path).encode() not in b"".join(hub.files(REPO).values())
+
+
+def test_damaged_adapters_are_not_published(hub, push, tmp_path):
+    folder = save_adapter(tmp_path / "adapter")
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(WorkerError) as caught:
+        push(folder)
+    assert caught.value.type == "AdapterCheckError" and REPO not in hub.api.state.repos
+
+
+def test_adapter_of_another_name_from_a_model(hub, worker, base, push):
+    hub.commit(BASE, base)
+    worker.run(
+        """
+        import sys
+        sys.path[:0] = paths
+        from samples import tiny_adapter
+        from rlora_trl import RLoraConfig, push_adapter
+        model = tiny_adapter()
+        model.add_adapter("second", RLoraConfig(task_type="CAUSAL_LM", r=2))
+        push_adapter(model, repo, adapter_name="second", tasks=["poems"])
+        """,
+        repo=REPO,
+        paths=_test_paths(),
+    )
+    config = json.loads(hub.files(REPO)["adapter_config.json"])
+    assert config["r"] == 2 and config["tasks"] == ["poems"]
+
+
+def _test_paths():
+    from pathlib import Path
+
+    here = Path(__file__).parent
+    return [str(here), str(here.parent)]
+
+
+# Faults
+
+
+def test_hub_trouble_at_the_commit(hub, push, folder):
+    fault = hub.fail("POST", r"/api/models/.*/commit/", status=500, times=2)
+    push(folder)
+    assert fault.hits == 2 and len(hub.commits(REPO)) == 2
+
+
+def test_commit_that_landed_although_the_hub_said_no(hub, push, folder):
+    hub.fail("POST", r"/api/models/.*/commit/", status=503, after=True)
+    commit = push(folder)
+    assert commit["oid"] == hub.head(REPO) and len(hub.commits(REPO)) == 2
+
+
+def test_pull_request_that_landed_although_the_hub_said_no(hub, push, folder):
+    hub.fail("POST", r"/api/models/.*/commit/", status=503, after=True)
+    answer = push(folder, create_pr=True)
+    assert answer["pr"].endswith("/discussions/1") and "refs/pr/2" not in hub.repo(REPO).refs
+
+
+def test_lasting_trouble_publishes_nothing_and_the_retry_transfers_nothing_twice(hub, push, folder):
+    push(folder)
+    before = hub.files(REPO)
+    hub.fail("POST", r"/api/models/.*/commit/", status=500, times=None)
+    newer = save_adapter(folder.parent / "newer", seed=3)
+    with pytest.raises(WorkerError, match="Nothing was published"):
+        push(newer)
+    assert hub.files(REPO) == before
+    hub.faults.clear()
+    sent = hub.uploaded_bytes()
+    push(newer)
+    assert hub.uploaded_bytes() == sent, "large files were uploaded a second time"
+    assert hub.files(REPO)["adapter_model.safetensors"] == (newer / "adapter_model.safetensors").read_bytes()
+
+
+def test_cut_upload(hub, push, folder):
+    """Where the client gives up, nothing is published, and the same call succeeds afterwards."""
+    hub.fail("PUT", "/upload/", drop_after=1000, times=None)
+    with pytest.raises(WorkerError):
+        push(folder)
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    hub.faults.clear()
+    push(folder)
+    assert "adapter_model.safetensors" in hub.files(REPO)
+
+
+def test_branch_that_moves_during_a_push(hub, push, folder):
+    """Somebody edits the card between our reading it and our commit: the edit is in the card afterwards."""
+    push(folder)
+    text = hub.files(REPO)["README.md"].decode() + "\nEdited meanwhile.\n"
+    newer = save_adapter(folder.parent / "moved", seed=4)
+    hub.before("POST", r"/commit/main", lambda: hub.commit(REPO, {"README.md": text}))
+    push(newer)
+    assert "Edited meanwhile." in card_of(hub).content
+    assert adapter_digest(newer) in card_of(hub).content
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_refusals_are_not_tried_again(hub, push, folder, status):
+    fault = hub.fail("POST", r"/api/models/.*/commit/", status=status, times=None)
+    with pytest.raises(WorkerError, match=str(status)):
+        push(folder)
+    assert fault.hits == 1

@@ -1,0 +1,232 @@
+"""What training recorded: to JSON and back, wrong content, what may be published, and where it is found."""
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlora_trl import RLoraConfig, RLoraSFTConfig, __version__
+from rlora_trl.analysis import HeadMixtures
+from rlora_trl.hub.layout import RECORD_NAME
+from rlora_trl.hub.record import (
+    _HYPERPARAMETERS,
+    AdapterRecord,
+    TaskRecord,
+    collect_versions,
+    find_record,
+    hub_name,
+    is_plain,
+    select_hyperparameters,
+)
+from rlora_trl.tuner.config import AdapterSource
+
+
+def full_record() -> AdapterRecord:
+    layers = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]])
+    return AdapterRecord(
+        base_model="Qwen/Qwen2.5-0.5B",
+        base_model_revision="060db649",
+        base_model_license="apache-2.0",
+        quantization="bitsandbytes nf4",
+        tasks=[
+            TaskRecord("sst2", "sentiment", "nyu-mll/glue", "other", 6000, 90000, 0.75, {"accuracy": 0.95}, 250),
+            TaskRecord('数学 "x"'),
+        ],
+        hyperparameters={"learning_rate": 2e-4, "packing": False, "optim": "adamw_torch", "seed": 42},
+        versions={"peft": "0.21.2"},
+        mixtures=HeadMixtures(layers, {"sst2": weights}, {"sst2": 100}),
+        balance_loss="switch",
+        balance_coef=0.01,
+        exports=[{"task": "sst2", "path": "exports/sst2", "rank": 8, "kl": 0.01, "exact": False}],
+    )
+
+
+def test_round_trip(tmp_path):
+    record = full_record()
+    path = record.save(tmp_path / "new" / "folder")
+    assert path.name == RECORD_NAME and json.loads(path.read_text("utf-8"))["format"] == 1
+    loaded = AdapterRecord.load(path.parent)
+    for field in dataclasses.fields(AdapterRecord):
+        if field.name != "mixtures":
+            assert getattr(loaded, field.name) == getattr(record, field.name), field.name
+    assert torch.equal(loaded.mixtures.weights["sst2"], record.mixtures.weights["sst2"])
+    assert loaded.to_dict() == record.to_dict()
+
+
+def test_what_is_not_known_is_left_out():
+    assert AdapterRecord().to_dict() == {"format": 1}
+    assert TaskRecord("a", metrics={"loss": float("nan"), "accuracy": 1}).to_dict() == {
+        "name": "a",
+        "metrics": {"accuracy": 1.0},
+    }
+
+
+def test_the_mixtures_share_a_line(tmp_path):
+    text = full_record().save(tmp_path).read_text("utf-8")
+    assert sum("0.125" in line for line in text.splitlines()) == 1
+    assert len(text.splitlines()) > 30, "the rest is there to be read"
+
+
+def test_unknown_keys_are_ignored():
+    record = AdapterRecord.from_dict({"tasks": [{"name": "a", "colour": [1]}], "later": {"x": 1}})
+    assert record == AdapterRecord(tasks=[TaskRecord("a")])
+
+
+WRONG = {
+    "base_model": ({"base_model": 3}, "`base_model` must be a text, got 3"),
+    "tasks": ({"tasks": {"name": "a"}}, "`tasks` must be a list"),
+    "task": ({"tasks": ["a"]}, r"`tasks\[0\]` must be an object"),
+    "no name": ({"tasks": [{"rows": 1}]}, r"`tasks\[0\].name` is missing"),
+    "rows": ({"tasks": [{"name": "a"}, {"name": "b", "rows": "many"}]}, r"`tasks\[1\].rows` must be an integer"),
+    "boolean": ({"tasks": [{"name": "a", "tokens": True}]}, r"`tasks\[0\].tokens` must be an integer"),
+    "share": ({"tasks": [{"name": "a", "share": 75}]}, r"`tasks\[0\].share` must be a number from 0 to 1, got 75"),
+    "metrics": ({"tasks": [{"name": "a", "metrics": {"loss": "low"}}]}, r"`tasks\[0\].metrics` must be an object of"),
+    "nan": ({"tasks": [{"name": "a", "metrics": {"loss": float("nan")}}]}, r"`tasks\[0\].metrics`"),
+    "huge": ({"balance_coef": 10**400}, "`balance_coef` must be a number"),
+    "twice": ({"tasks": [{"name": "a"}, {"name": "a"}]}, "'a' more than once"),
+    "hyperparameters": ({"hyperparameters": {"a": [1]}}, "`hyperparameters` must be an object of"),
+    "versions": ({"versions": {"peft": 1}}, "`versions` must be"),
+    "exports": ({"exports": [{"task": "a"}]}, r"`exports\[0\].path` is missing"),
+    "mixtures": ({"mixtures": {"layers": 3}}, "`mixtures` can't be read"),
+    "format": ({"format": 2}, "Install a newer rlora_trl"),
+    "list": ([1], "must be an object"),
+}
+
+
+@pytest.mark.parametrize("content, message", WRONG.values(), ids=WRONG)
+def test_wrong_content(content, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterRecord.from_dict(content)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / RECORD_NAME).write_text('{"tasks": 3}')
+    with pytest.raises(ValueError, match=f"{RECORD_NAME} is not a record of an adapter: `tasks`"):
+        AdapterRecord.load(tmp_path)
+    (tmp_path / RECORD_NAME).write_text("{")
+    with pytest.raises(ValueError, match=RECORD_NAME):
+        AdapterRecord.load(tmp_path)
+
+
+def test_saving_is_all_or_nothing(tmp_path):
+    path = AdapterRecord(base_model="a/b").save(tmp_path)
+    before = path.read_text()
+    broken = AdapterRecord(hyperparameters={"x": object()})
+    with pytest.raises(TypeError):
+        broken.save(tmp_path)
+    path.unlink()
+    path.mkdir()  # what `os.replace` refuses to write over
+    with pytest.raises(OSError):
+        AdapterRecord(base_model="c/d").save(tmp_path)
+    path.rmdir()
+    path.write_text(before)
+    assert [file.name for file in tmp_path.iterdir()] == [RECORD_NAME], "temporary files are left"
+
+
+def test_task_by_name():
+    record = full_record()
+    assert record.task("sst2").rows == 6000
+    with pytest.raises(ValueError, match="no task 'rte'; it has 'sst2'"):
+        record.task("rte")
+
+
+def test_hyperparameters_of_a_run(tmp_path):
+    args = RLoraSFTConfig(
+        str(tmp_path / "out"),
+        hub_token="hf_secret",
+        hub_model_id="someone/model",
+        run_name="/home/me/run",
+        resume_from_checkpoint=str(tmp_path),
+        deepspeed=None,
+        router_learning_rate=1e-3,
+        balance_loss="switch",
+        mixing="temperature",
+        mixing_temperature=2.0,
+        use_cpu=True,
+    )
+    selected = select_hyperparameters(args)
+    assert selected["learning_rate"] == args.learning_rate and selected["router_learning_rate"] == 1e-3
+    assert selected["lr_scheduler_type"] == args.lr_scheduler_type.value
+    assert selected["optim"] == args.optim.value
+    assert selected["mixing_temperature"] == 2.0 and selected["balance_coef"] == 0.01
+    assert "num_train_epochs" in selected and "max_steps" not in selected
+    text = json.dumps(selected)
+    assert all(type(value) in (str, int, float, bool) for value in selected.values())
+    assert not any(secret in text for secret in ("hf_secret", "someone", "/home/me", str(tmp_path)))
+
+
+def test_settings_without_effect_are_left_out():
+    args = SimpleNamespace(balance_loss="none", balance_coef=0.01, mixing="proportional", mixing_temperature=2.0)
+    assert select_hyperparameters(args) == {"balance_loss": "none", "mixing": "proportional"}
+    assert select_hyperparameters(SimpleNamespace(max_steps=20, num_train_epochs=3.0)) == {"max_steps": 20}
+
+
+def test_paths_and_objects_are_not_selected():
+    args = SimpleNamespace(optim="/usr/lib/optim.so", lr_scheduler_type=object(), seed=float("nan"), packing="a\nb")
+    assert select_hyperparameters(args) == {}
+    assert is_plain("adamw_torch") and is_plain("2.13.0+cpu") and is_plain(True)
+    assert not any(map(is_plain, ("a/b", "C:\\x", "host:8080", "me@host", "x" * 65, "", None, [1])))
+
+
+def test_the_list_names_fields_that_exist():
+    names = {field.name for field in dataclasses.fields(RLoraSFTConfig)} | {"world_size"}
+    assert set(_HYPERPARAMETERS) <= names
+
+
+def test_versions_are_collected_without_imports():
+    imported = set(sys.modules)
+    versions = collect_versions()
+    assert versions["rlora_trl"] == __version__ and versions["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"peft", "trl", "transformers", "datasets", "accelerate"} <= set(versions)
+    assert not {name.partition(".")[0] for name in set(sys.modules) - imported} & set(versions)
+    assert all(map(is_plain, versions.values()))
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    assert hub_name("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B" and hub_name("gpt2") == "gpt2"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for name in (None, "", "models/mine", str(tmp_path), "./models", "../x", "~/x", "a/b/c", "C:\\models\\x", "a b"):
+        assert hub_name(name) is None, name
+
+
+def test_record_beside_a_folder(tmp_path):
+    config = RLoraConfig()
+    assert find_record(config) is None
+    AdapterRecord(base_model="a/b").save(tmp_path / "inner")
+    config.source = AdapterSource(str(tmp_path / "inner"))
+    assert find_record(config).base_model == "a/b"
+    config.source = AdapterSource(str(tmp_path), None, "inner")
+    assert find_record(config).base_model == "a/b"
+    config.source = AdapterSource(str(tmp_path))
+    assert find_record(config) is None
+    config.source = AdapterSource(str(tmp_path / "gone"))
+    assert find_record(config) is None
+
+
+FIND = """
+from rlora_trl import RLoraConfig
+from rlora_trl.hub.record import find_record
+from rlora_trl.tuner.config import AdapterSource
+
+config = RLoraConfig()
+config.source = AdapterSource(*source)
+record = find_record(config)
+result = None if record is None else record.to_dict()
+"""
+
+
+def test_record_on_the_hub(hub, worker):
+    record = AdapterRecord(base_model="a/b", tasks=[TaskRecord("first")])
+    hub.commit("user/adapter", {RECORD_NAME: json.dumps(record.to_dict()), "inner/adapter_config.json": "{}"})
+    first = hub.head("user/adapter")
+    hub.commit("user/adapter", {RECORD_NAME: json.dumps(AdapterRecord(base_model="c/d").to_dict())})
+    assert worker.run(FIND, source=["user/adapter", first])["base_model"] == "a/b"
+    assert worker.run(FIND, source=["user/adapter"])["base_model"] == "c/d"
+    hub.commit("user/bare", {"adapter_config.json": "{}"})
+    for source in (["user/bare"], ["user/adapter", None, "inner"], ["user/nowhere"], ["user/bare", "v9"]):
+        assert worker.run(FIND, source=source) is None, source

@@ -1,0 +1,44 @@
+"""What the worker runs for `test_zoo`: several adapters on one model."""
+
+import torch
+from testing_utils import random_ids
+
+from rlora_trl import zoo
+from rlora_trl.tuner import RLoraLayer
+
+
+@torch.no_grad()
+def check(repos):
+    model = zoo.load(repos)
+    names = list(model.peft_config)
+    ids = random_ids()
+
+    def logits():
+        return model(input_ids=ids).logits
+
+    first = logits()
+    active = model.active_adapter
+    model.set_adapter(names[1])
+    second = logits()
+    model.set_adapter(names[0])
+    zoo.mix(model, {names[0]: 1.0})
+    single = logits()
+    zoo.mix(model, dict.fromkeys(names, 0.0))
+    zero = logits()
+    with model.disable_adapter():
+        base = logits()
+    zoo.mix(model, {names[0]: 0.7, names[1]: -0.2})
+    layer = next(module for module in model.modules() if isinstance(module, RLoraLayer))
+    x = torch.randn(5, layer.in_features)
+    deltas = {name: layer.rlora_adapters[name](x) / layer.rlora_adapters[name].scaling for name in names}
+    expected = layer.base_layer(x) + sum(
+        weight * layer.scaling[name] * deltas[name] for name, weight in zip(names, (0.7, -0.2), strict=True)
+    )
+    return {
+        "names": names,
+        "active": active,
+        "switched": (first - second).abs().max().item(),
+        "single": (first - single).abs().max().item(),
+        "zero": (zero - base).abs().max().item(),
+        "sum": (layer(x) - expected).abs().max().item(),
+    }
