@@ -20,21 +20,17 @@ All fields of RLoraConfig, RLoraSFTConfig and TRL's ModelConfig are arguments, a
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from transformers.utils import logging as transformers_logging
-from trl import ScriptArguments, TrlParser, get_quantization_config
+from datasets import Dataset
 
-from rlora_trl import RLoraSFTConfig, RLoraSFTTrainer
-from rlora_trl.evaluation import TaskScore, score_tasks
-from rlora_trl.trainer.arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
+from rlora_trl import RLoraSFTConfig
+from rlora_trl.trainer import script
+from rlora_trl.trainer.arguments import RLoraModelConfig
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,9 +56,9 @@ DEMO_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class FlanArguments(ScriptArguments):
+class FlanArguments(script.RLoraScriptArguments):
     """
-    Which data to train on, and how many rows to score.
+    Which data to train on, beside the data sets that any training program takes.
 
     Args:
         flan (`bool`, *optional*, defaults to `False`):
@@ -71,9 +67,6 @@ class FlanArguments(ScriptArguments):
             Clusters of Flan v2 to use; by default all ten.
         rows_per_task (`int`, *optional*):
             Training rows of each task, for Flan v2 and the generated tasks; by default 1,000 and 160.
-        score_rows (`int`, *optional*, defaults to `25`):
-            Test rows of each task to score before and after training. Scoring needs prompt-completion data with a test
-            split and tasks; 0 turns it off.
     """
 
     flan: bool = field(
@@ -89,82 +82,27 @@ class FlanArguments(ScriptArguments):
     rows_per_task: int | None = field(
         default=None, metadata={"help": "Training rows of each task, for Flan v2 and the generated tasks."}
     )
-    score_rows: int = field(
-        default=25, metadata={"help": "Test rows of each task to score before and after training; 0 turns it off."}
-    )
 
 
-def load_user_dataset(args: FlanArguments) -> DatasetDict:
-    """A data set from the Hub, from a folder, or from one JSON-lines or Parquet file."""
-    formats = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    suffix = Path(args.dataset_name).suffix
-    if suffix in formats and Path(args.dataset_name).is_file():
-        files = {args.dataset_train_split: args.dataset_name}
-        return load_dataset(formats[suffix], data_files=files, streaming=args.dataset_streaming)
-    return load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
-
-
-def rows_by_task(dataset: Any, task_column: str, limit: int) -> dict[str, list[dict]]:
-    """The first rows of each task of a prompt-completion data set of plain text; nothing if it is not one."""
-    columns = set(dataset.column_names or [])
-    if not {"prompt", "completion", task_column} <= columns or not isinstance(next(iter(dataset))["prompt"], str):
-        return {}
-    rows: dict[str, list[dict]] = {}
-    if limit == 0 or isinstance(dataset, IterableDataset):  # a stream would have to be read to its end
-        return rows
-    for row in dataset:
-        task_rows = rows.setdefault(row[task_column], [])
-        if len(task_rows) < limit:
-            task_rows.append(row)
-    return rows
-
-
-def load_data(args: FlanArguments, training_args: RLoraSFTConfig) -> tuple[Any, Any, dict[str, list[dict]]]:
-    """Training data, evaluation data or `None`, and rows to score by task."""
+def load_data(args: FlanArguments, training_args: RLoraSFTConfig) -> script.TrainingData:
+    """The user's data set, Flan v2, or the generated tasks."""
     if args.dataset_name is not None:
-        splits = load_user_dataset(args)
-        if args.dataset_train_split not in splits:
-            raise ValueError(
-                f"`--dataset_train_split {args.dataset_train_split}` is not a split of {args.dataset_name}, which has "
-                f"{', '.join(splits)}."
-            )
-        test = splits.get(args.dataset_test_split)
-        scored = rows_by_task(test, training_args.task_column, args.score_rows) if test is not None else {}
-        evaluated = test if training_args.eval_strategy != "no" else None
-        return splits[args.dataset_train_split], evaluated, scored
+        return script.load_data(args, training_args)
+    evaluates = training_args.eval_strategy != "no"
+    seed = training_args.seed
     if args.flan:
-        options = {"clusters": args.flan_clusters, "seed": training_args.seed}
-        train = load_flan(rows_per_task=args.rows_per_task or 1000, **options)
-        if args.score_rows == 0 and training_args.eval_strategy == "no":
-            return train, None, {}
-        test = load_flan(split="test", rows_per_task=max(args.score_rows, 1), **options)
-        return (
-            train,
-            test if training_args.eval_strategy != "no" else None,
-            {t: list(rows) for t, rows in test.items()},
-        )
-    train = load_tiny_flan("train", seed=training_args.seed, rows_per_task=args.rows_per_task or 160)
-    test = load_tiny_flan("test", seed=training_args.seed, rows_per_task=max(args.score_rows, 1))
-    as_datasets = {task: Dataset.from_list(rows) for task, rows in train.items()}
-    evaluated = {task: Dataset.from_list(rows) for task, rows in test.items()}
-    return as_datasets, evaluated if training_args.eval_strategy != "no" else None, test
-
-
-def print_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> None:
-    """Accuracy by task before and after training, as a table."""
-    width = max(len("mean of tasks"), *(len(task) for task in before))
-    print(f"\n{'accuracy, %':<{width}}  {'rows':>5}  {'before':>6}  {'after':>6}")
-    for task, score in before.items():
-        print(f"{task:<{width}}  {score.total:>5}  {100 * score.accuracy:>6.1f}  {100 * after[task].accuracy:>6.1f}")
-    means = [100 * sum(score.accuracy for score in scores.values()) / len(scores) for scores in (before, after)]
-    rows = sum(score.total for score in before.values())
-    print(f"{'mean of tasks':<{width}}  {rows:>5}  {means[0]:>6.1f}  {means[1]:>6.1f}")
-
-
-def use_all_cores() -> None:
-    """`accelerate launch` sets one thread for a process; a single process on a CPU may have all cores."""
-    if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        torch.set_num_threads(os.cpu_count() or 1)
+        train = load_flan(rows_per_task=args.rows_per_task or 1000, clusters=args.flan_clusters, seed=seed)
+        if args.score_rows == 0 and not evaluates:
+            return script.TrainingData(train)
+        rows = max(args.score_rows, 1)
+        evaluated = load_flan(split="test", rows_per_task=rows, clusters=args.flan_clusters, seed=seed)
+        test = {task: list(task_rows) for task, task_rows in evaluated.items()}
+    else:
+        generated = load_tiny_flan("train", seed=seed, rows_per_task=args.rows_per_task or 160)
+        test = load_tiny_flan("test", seed=seed, rows_per_task=max(args.score_rows, 1))
+        train = {task: Dataset.from_list(rows) for task, rows in generated.items()}
+        evaluated = {task: Dataset.from_list(rows) for task, rows in test.items()}
+    return script.TrainingData(train, evaluated if evaluates else None, test if args.score_rows > 0 else {})
 
 
 def has_fast_bf16() -> bool:
@@ -176,7 +114,7 @@ def has_fast_bf16() -> bool:
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLoraSFTConfig, RLoraModelConfig, Any]:
     """The command line through TRL's parser; without a model or data, with the defaults of the demonstration."""
-    parser = TrlParser((FlanArguments, RLoraSFTConfig, RLoraModelConfig, RLoraArguments))
+    parser = script.make_parser(FlanArguments)
     argv = sys.argv[1:] if argv is None else argv
     parsed = parser.parse_args_and_config(list(argv))
     script_args, _, model_args, _ = parsed
@@ -201,42 +139,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
 def main(argv: list[str] | None = None) -> None:
     """Train, score, save, and say how to load the adapter."""
     script_args, training_args, model_args, rlora_args = parse_arguments(argv)
-    use_all_cores()
-    transformers_logging.set_verbosity_warning()
-    model_name = model_args.model_name_or_path or str(smollm2_folder())
-    train_dataset, eval_dataset, test_rows = load_data(script_args, training_args)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    trainer = RLoraSFTTrainer(
-        model=model_name,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=rlora_config_from_arguments(rlora_args, model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
-    # DeepSpeed places and shards the model when training starts; there is nothing to score before.
-    scoring = bool(test_rows) and script_args.score_rows > 0 and not trainer.is_deepspeed_enabled
-    tokenizer = trainer.processing_class
-    before = score_tasks(trainer.model, tokenizer, test_rows, description="Scoring, before") if scoring else {}
-    resume = training_args.resume_from_checkpoint
-    # On the command line "true" stands for the last checkpoint in the output folder.
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    after = score_tasks(trainer.model, tokenizer, test_rows, description="Scoring, after") if scoring else {}
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    if trainer.accelerator.is_main_process:
-        if scoring:
-            print_scores(before, after)
-        print(f"\nAdapter saved in {training_args.output_dir}. To load it again:\n")
-        print("    import rlora_trl")
-        print("    from peft import AutoPeftModelForCausalLM")
-        print(f"    model = AutoPeftModelForCausalLM.from_pretrained({training_args.output_dir!r})")
+    script.use_all_cores()
+    model = model_args.model_name_or_path or str(smollm2_folder())
+    data = load_data(script_args, training_args)
+    result = script.train(model, data, training_args, model_args, rlora_args)
+    if result.trainer.accelerator.is_main_process:
+        print(result.describe())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""The program: its commands, the options they share, and what happens to errors.
+
+Modules of this package import typer and rich alone. PyTorch and what builds on it is imported by a command when it
+runs, so that `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .._version import __version__
+from . import analyze, card, env, evaluate, export, pull, push, train, zoo
+from .errors import report
+from .output import note
+
+
+class ReportingGroup(TyperGroup):
+    """Commands whose errors become a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, usage_error()):  # typer shows it with the usage of the command
+                raise
+            raise typer.Exit(report(error, debug=bool(ctx.params.get("debug")))) from error
+
+
+def usage_error() -> type[Exception]:
+    """The base of typer's errors about arguments, which it exports under the name of one of them only."""
+    return next(base for base in reversed(typer.BadParameter.__mro__) if base.__name__ == "ClickException")
+
+
+app = typer.Typer(
+    name="rlora",
+    cls=ReportingGroup,
+    help="Train, measure, export and share R-LoRA adapters.",
+    epilog="Each command has `--help`. Options may be written with hyphens or underscores.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # `--base_model`, as training arguments are written, is `--base-model`.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlora-trl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error comes from. So does RLORA_DEBUG=1.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+for command in (train, evaluate, analyze, export, card, push, pull):
+    command.register(app)
+app.add_typer(zoo.app, name="zoo")
+env.register(app)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    if not issubclass(category, (FutureWarning, DeprecationWarning)):  # which are for who writes the code
+        note(f"Warning: {message}")
+
+
+def main() -> None:
+    """Entry point of the command `rlora`."""
+    # Where in the code a warning was raised tells users nothing.
+    warnings.showwarning = _show_warning
+    app(prog_name="rlora", args=sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+AdapterArgument = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.", show_default=False)
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Base model to load.", show_default="the one that the adapter names"),
+]
+LoadIn4BitOption = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Load the base model in 4 bits, as `rlora train` does.")
+]
+DtypeOption = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="Of the base model: bfloat16, float16, float32, or as it is stored."
+    ),
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Rows with prompt, completion and, where there are some, options: a JSON-lines, Parquet or CSV file, a "
+        "folder, or a data set on the Hub.",
+        show_default=False,
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="Split of the data.", show_default='"test", or the only one'),
+]
+TaskColumnOption = Annotated[
+    str | None,
+    typer.Option("--task-column", help="Column that names the task.", show_default='"task"'),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", metavar="N", min=1, help="Only so many rows of each task.")
+]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences in one forward pass.")
+]
+
+
+def help_of(function: Callable[..., Any]) -> str:
+    """
+    The docstring of a command as its help: paragraphs on one line each, as the terminal wraps them; what follows a
+    line with a backspace character is kept line by line.
+    """
+    shown = []
+    for paragraph in inspect.getdoc(function).split("\n\n"):  # type: ignore[union-attr]
+        shown.append(paragraph[2:] if paragraph.startswith("\b") else " ".join(paragraph.split()))
+    return "\n\n".join(shown)

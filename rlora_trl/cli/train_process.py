@@ -1,0 +1,37 @@
+"""One process of `rlora train`, started by accelerate: `python -m rlora_trl.cli.train_process`."""
+
+from __future__ import annotations
+
+import sys
+
+from .errors import INTERRUPTED, report
+from .output import print_text
+from .train import training_parser
+
+
+def run(arguments: list[str]) -> None:
+    """Train as the arguments say, and tell the scores."""
+    from ..trainer import script
+
+    # What the file has for the launcher is not ours to refuse: `rlora train` has checked it.
+    parsed = training_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
+    script_args, training_args, model_args, rlora_args = parsed
+    data = script.load_data(script_args, training_args)
+    result = script.train(model_args.model_name_or_path, data, training_args, model_args, rlora_args)
+    if result.trainer.accelerator.is_main_process:
+        print_text(result.describe())
+
+
+def main() -> int:
+    """Run, and turn errors into messages; returns the exit code."""
+    try:
+        run(sys.argv[1:])
+    except KeyboardInterrupt:
+        return INTERRUPTED  # told by `rlora train`, which is interrupted as well
+    except Exception as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

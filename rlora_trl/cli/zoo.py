@@ -1,0 +1,133 @@
+"""`rlora zoo`: published adapters, from what their cards say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import JsonOption, RevisionOption
+from .output import note, percent, print_facts, print_json, print_table, results_only, shorten
+
+
+app = typer.Typer(help="Find, compare and install published adapters.", no_args_is_help=True)
+
+
+@app.command()
+def search(
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Only adapters of this base model.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Only adapters trained on this task.", show_default=False)
+    ] = None,
+    author: Annotated[
+        str | None, typer.Option("--author", help="Only those of this user or organisation.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, help="At most so many, most downloaded first.")
+    ] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Search the Hub for R-LoRA adapters."""
+    with results_only():
+        from ..zoo import search as search_zoo
+
+        found = search_zoo(base_model=base_model, task=task, author=author, limit=limit)
+    if as_json:
+        print_json([info.to_dict() for info in found])
+    elif not found:
+        note("No adapter was found.")
+    else:
+        columns = ["repository", "base model", "tasks", "accuracy, %", "r", "heads", "downloads", "updated"]
+        print_table(columns, [_found_row(info) for info in found])
+
+
+def _found_row(info: Any) -> list[Any]:
+    updated = info.last_modified.date().isoformat() if info.last_modified else None
+    accuracy = percent(info.mean("accuracy"))
+    settings = [info.r, info.num_heads, info.downloads]
+    return [info.repo_id, info.base_model, shorten(info.tasks), accuracy, *settings, updated]
+
+
+@app.command()
+def compare(
+    repos: Annotated[
+        list[str], typer.Argument(metavar="REPO...", help="user/name or user/name@revision.", show_default=False)
+    ],
+    metric: Annotated[str, typer.Option("--metric", help="What to compare.")] = "accuracy",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare published adapters by task, from what their cards say."""
+    with results_only():
+        from ..zoo import compare as compare_zoo
+        from ..zoo.compare import format_metric
+
+        comparison = compare_zoo(repos, metric=metric)
+    if as_json:
+        print_json(comparison.to_dict())
+        return
+    names = [info.repo_id for info in comparison.adapters]
+    rows = [[row["task"], *(format_metric(metric, row[name]) for name in names)] for row in comparison.rows]
+    print_table([metric, *names], rows)
+
+
+@app.command()
+def show(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name.", show_default=False)],
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the card of an adapter says."""
+    with results_only():
+        from ..zoo import show as show_adapter
+
+        info = show_adapter(repo, revision=revision)
+    if as_json:
+        print_json(info.to_dict())
+        return
+    print_facts(
+        {
+            "Repository": info.repo_id,
+            "Base model": info.base_model,
+            "Adapter": f"{info.num_heads} heads of rank {info.r}, router {info.router}" if info.r else None,
+            "Commit": info.sha,
+            "Digest": info.digest,
+            "Downloads": info.downloads,
+            "Updated": info.last_modified.date().isoformat() if info.last_modified else None,
+            "Exports": ", ".join(info.exports) or None,
+        }
+    )
+    if info.tasks:
+        names = list(dict.fromkeys(name for values in info.metrics.values() for name in values))
+        typer.echo()
+        rows = [
+            [task, *(_metric(name, info.metrics.get(task, {}).get(name)) for name in names)] for task in info.tasks
+        ]
+        print_table(["task", *names], rows)
+
+
+def _metric(name: str, value: float | None) -> str:
+    from ..zoo.compare import format_metric
+
+    return format_metric(name, value)
+
+
+@app.command()
+def install(
+    manifest: Annotated[Path, typer.Argument(metavar="[MANIFEST]", help="File that pins adapters.")] = Path(
+        "zoo.yaml"
+    ),
+    offline: Annotated[bool, typer.Option("--offline", help="Use the cache alone.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch and check all adapters that a manifest pins."""
+    with results_only():
+        from ..zoo import Manifest
+
+        folders = Manifest.load(manifest).install(local_files_only=offline)
+    if as_json:
+        print_json(folders)
+    else:
+        print_table(["adapter", "folder"], list(folders.items()))

@@ -1,0 +1,192 @@
+"""What a training program consists of: arguments, data, training, scores. `rlora train` and the examples use it.
+
+All fields of `RLoraConfig`, `RLoraSFTConfig` and TRL's `ModelConfig` are arguments, and keys of a YAML file given by
+`--config`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+from trl import ScriptArguments, TrlParser, get_quantization_config
+
+from ..evaluation import TaskScore, score_tasks
+from ..evaluation.data import is_scorable, load_splits, rows_by_task
+from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
+from .config import RLoraSFTConfig
+from .trainer import RLoraSFTTrainer
+
+
+@dataclass
+class RLoraScriptArguments(ScriptArguments):
+    """
+    Which data to train on, and how many rows to score.
+
+    Args:
+        score_rows (`int`, *optional*, defaults to `25`):
+            Test rows of each task to score before and after training. Scoring needs prompt-completion data with a test
+            split and tasks; 0 turns it off.
+    """
+
+    score_rows: int = field(
+        default=25, metadata={"help": "Test rows of each task to score before and after training; 0 turns it off."}
+    )
+
+
+@dataclass
+class TrainingData:
+    """
+    The data of a run.
+
+    Args:
+        train: What [`RLoraSFTTrainer`] takes as `train_dataset`.
+        evaluation (*optional*): What it takes as `eval_dataset`.
+        scored (`Mapping[str, Sequence[Mapping]]`, *optional*): Rows by task to score before and after training.
+    """
+
+    train: Any
+    evaluation: Any = None
+    scored: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingResult:
+    """
+    What a run leaves behind.
+
+    Args:
+        trainer ([`RLoraSFTTrainer`]): The trainer, with the trained model.
+        before (`dict[str, TaskScore]`), after (`dict[str, TaskScore]`): Scores by task; empty if none were asked for.
+    """
+
+    trainer: RLoraSFTTrainer
+    before: dict[str, TaskScore]
+    after: dict[str, TaskScore]
+
+    def describe(self) -> str:
+        """The scores as a table, if there are any, and how to load the adapter."""
+        folder = self.trainer.args.output_dir
+        table = f"\n{format_scores(self.before, self.after)}\n" if self.before else ""
+        return (
+            f"{table}\nAdapter saved in {folder}. To load it again:\n\n"
+            "    import rlora_trl\n"
+            "    from peft import AutoPeftModelForCausalLM\n"
+            f"    model = AutoPeftModelForCausalLM.from_pretrained({folder!r})"
+        )
+
+
+def make_parser(arguments: type[RLoraScriptArguments] = RLoraScriptArguments, **options: Any) -> TrlParser:
+    """
+    TRL's parser for a training program.
+
+    Args:
+        arguments (`type[RLoraScriptArguments]`, *optional*): The program's own arguments.
+        options: For `argparse.ArgumentParser`, such as `prog`.
+    """
+    return TrlParser((arguments, RLoraSFTConfig, RLoraModelConfig, RLoraArguments), **options)
+
+
+def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> TrainingData:
+    """
+    The data set that the arguments name.
+
+    Raises:
+        ValueError: If they name none, or a split that it does not have.
+    """
+    if args.dataset_name is None:
+        raise ValueError(
+            "`--dataset_name` is missing: the data to train on, as a JSON-lines, Parquet or CSV file, a folder of "
+            "such files, or the name of a data set on the Hub."
+        )
+    splits = load_splits(
+        args.dataset_name,
+        args.dataset_config,
+        file_split=args.dataset_train_split,
+        streaming=args.dataset_streaming,
+    )
+    if args.dataset_train_split not in splits:
+        raise ValueError(
+            f"`--dataset_train_split {args.dataset_train_split}` is not a split of {args.dataset_name}, which has "
+            f"{', '.join(splits)}."
+        )
+    test = splits.get(args.dataset_test_split)
+    column = training_args.task_column
+    scored = {}
+    if args.score_rows > 0 and test is not None and is_scorable(test) and column in test.column_names:
+        scored = rows_by_task(test, column, args.score_rows)
+    return TrainingData(
+        train=splits[args.dataset_train_split],
+        evaluation=test if training_args.eval_strategy != "no" else None,
+        scored=scored,
+    )
+
+
+def train(
+    model: str,
+    data: TrainingData,
+    training_args: RLoraSFTConfig,
+    model_args: RLoraModelConfig,
+    rlora_args: Any,
+) -> TrainingResult:
+    """
+    Train, score before and after, save, and push if `training_args.push_to_hub`.
+
+    Args:
+        model (`str`): Folder or Hub name of the base model.
+        data ([`TrainingData`]): What to train and to score on.
+        training_args ([`RLoraSFTConfig`]), model_args ([`RLoraModelConfig`]), rlora_args ([`RLoraArguments`]): As
+            parsed.
+    """
+    use_all_cores()
+    transformers_logging.set_verbosity_warning()
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = RLoraSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        peft_config=rlora_config_from_arguments(rlora_args, model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    # DeepSpeed places and shards the model when training starts; there is nothing to score before.
+    scored = {} if trainer.is_deepspeed_enabled else data.scored
+    tokenizer = trainer.processing_class
+    before = score_tasks(trainer.model, tokenizer, scored, description="Scoring, before") if scored else {}
+    resume = training_args.resume_from_checkpoint
+    # On the command line "true" stands for the last checkpoint in the output folder.
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    after = score_tasks(trainer.model, tokenizer, scored, description="Scoring, after") if scored else {}
+    # The record that is saved and published with the adapter has them too.
+    trainer.note_metrics({f"eval_{task}_accuracy": score.accuracy for task, score in after.items()}, scored)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return TrainingResult(trainer, before, after)
+
+
+def use_all_cores() -> None:
+    """`accelerate launch` sets one thread for a process; a single process on a CPU may have all cores."""
+    if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.set_num_threads(os.cpu_count() or 1)
+
+
+def format_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> str:
+    """Accuracy by task before and after training, as a table of plain text."""
+    width = max(len("mean of tasks"), *(len(task) for task in before))
+    lines = [f"{'accuracy, %':<{width}}  {'rows':>5}  {'before':>6}  {'after':>6}"]
+    for task, score in before.items():
+        shares = (100 * score.accuracy, 100 * after[task].accuracy)
+        lines.append(f"{task:<{width}}  {score.total:>5}  {shares[0]:>6.1f}  {shares[1]:>6.1f}")
+    means = [100 * sum(score.accuracy for score in scores.values()) / len(scores) for scores in (before, after)]
+    rows = sum(score.total for score in before.values())
+    return "\n".join([*lines, f"{'mean of tasks':<{width}}  {rows:>5}  {means[0]:>6.1f}  {means[1]:>6.1f}"])

@@ -1,0 +1,195 @@
+"""Commands that measure, export and describe adapters, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from testing_utils import build_tokenizer, task_rows
+from transformers import AutoModelForCausalLM
+
+from rlora_trl import RLoraConfig, set_task
+from rlora_trl.analysis import head_similarities
+from rlora_trl.cli.loading import chosen_tasks, load_adapter, local_record
+from rlora_trl.evaluation import score_tasks
+from rlora_trl.evaluation.data import load_task_rows
+from rlora_trl.hub.checks import check_adapter
+from rlora_trl.hub.record import AdapterRecord
+from rlora_trl.tuner.routing import find_routings
+
+
+def test_eval_is_score_tasks(rlora, make_adapter, rows_folder):
+    folder = make_adapter()
+    result = rlora("eval", folder, "--data", rows_folder, "--compare_base", "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    model, rows = AutoPeftModelForCausalLM.from_pretrained(folder), load_task_rows(str(rows_folder))
+    expected = score_tasks(model, build_tokenizer(), rows)
+    assert {row["task"]: (row["correct"], row["rows"]) for row in told["tasks"]} == {
+        task: (score.correct, score.total) for task, score in expected.items()
+    }
+    with model.disable_adapter():
+        base = score_tasks(model, build_tokenizer(), rows)
+    assert {row["task"]: row["base_accuracy"] for row in told["tasks"]} == {t: s.accuracy for t, s in base.items()}
+    assert told["mean"]["accuracy"] == pytest.approx(sum(s.accuracy for s in expected.values()) / 3)
+
+
+def test_eval_shows_a_table(rlora, make_adapter, rows_folder):
+    result = rlora("eval", make_adapter(), "--data", rows_folder / "test.jsonl", "--limit", 5)
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["task", "rows", "accuracy,", "%"]
+    assert [line.split()[0] for line in lines[1:]] == ["same", "colour", "first", "mean"]
+    assert lines[-1].split()[3] == "15"
+    assert "\x1b" not in result.stdout
+
+
+def test_a_task_router_is_told_the_task(make_adapter):
+    loaded = load_adapter(check_adapter(make_adapter(router="task")))
+    routing = find_routings(loaded.model)[0]
+    told = [(list(portion), routing.task) for portion in chosen_tasks(loaded, {"first": [], "other": [], "same": []})]
+    assert told == [(["first"], 2), (["other"], None), (["same"], 0)]
+    assert routing.task is None
+
+
+def test_eval_of_a_task_router(rlora, make_adapter, rows_folder):
+    folder = make_adapter(router="task")
+    result = rlora("eval", folder, "--data", rows_folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    for row in json.loads(result.stdout)["tasks"]:
+        set_task(model, row["task"])
+        rows = load_task_rows(str(rows_folder))[row["task"]]
+        assert row["correct"] == score_tasks(model, build_tokenizer(), {"": rows})[""].correct
+
+
+def test_eval_saves_scores_of_the_adapters_tasks(rlora, make_adapter, rows_folder):
+    folder = make_adapter(tasks=["same", "colour"])
+    result = rlora("eval", folder, "--data", rows_folder, "--save", "--json")
+    accuracies = {row["task"]: row["accuracy"] for row in json.loads(result.stdout)["tasks"]}
+    record = AdapterRecord.load(folder)
+    assert {task.name: task.metrics for task in record.tasks} == {
+        task: {"accuracy": accuracies[task]} for task in ("same", "colour")
+    }
+    assert record.task("same").metric_rows == 8
+    assert "Not recorded, as the adapter was not trained on them: first" in result.stderr
+
+
+def test_eval_of_rows_without_tasks(rlora, make_adapter, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, task_rows("same", 4))))
+    for tasks, name in ((["same"], "same"), (["same", "first"], "rows")):
+        told = json.loads(rlora("eval", make_adapter(tasks=tasks), "--data", tmp_path / "rows.jsonl", "--json").stdout)
+        assert [row["task"] for row in told["tasks"]] == [name]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--task-column", "kind"], "has no column 'kind' to name tasks; it has prompt, completion, task, options."),
+        (["--split", "validation"], "has no split 'validation'; it has train, test."),
+        (["--data", "missing.jsonl"], "There is no data at missing.jsonl."),
+        (["--base", "./missing"], "./missing"),
+    ],
+)
+def test_eval_errors(rlora, make_adapter, rows_folder, words, message):
+    result = rlora("eval", make_adapter(), "--data", rows_folder, *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_adapters_that_are_not_there(rlora, rows_folder, tmp_path):
+    result = rlora("eval", tmp_path / "nothing", "--data", rows_folder)
+    assert result.exit_code == 1 and "There is no folder" in result.stderr
+    result = rlora("eval", "user/nothing", "--data", rows_folder)
+    assert result.exit_code == 1 and "not in the cache" in result.stderr
+    (tmp_path / "empty").mkdir()
+    result = rlora("pull", tmp_path / "empty")
+    assert result.exit_code == 1 and "adapter_config.json" in result.stderr
+
+
+def test_save_is_for_folders_of_the_user(rlora, make_adapter, rows_folder):
+    with pytest.raises(ValueError, match="rlora pull user/name --output FOLDER"):
+        local_record(check_adapter(make_adapter()), "user/name")
+
+
+def test_analyze(rlora, make_adapter, rows_folder, tmp_path):
+    folder = make_adapter()
+    told = json.loads(rlora("analyze", folder, "--json").stdout)
+    similarities = head_similarities(folder)
+    assert {layer: len(matrix) for layer, matrix in told["similarities"].items()} == dict.fromkeys(similarities, 3)
+    off_diagonal = [float(m[i][j]) for m in similarities.values() for i in range(3) for j in range(i)]
+    assert told["mean_similarity"] == pytest.approx(sum(off_diagonal) / len(off_diagonal), abs=1e-6)
+    assert told["mixtures"] is None
+    assert "mean of layers" in rlora("analyze", folder).stdout
+    assert rlora("analyze", folder, "--save").exit_code == 2
+
+
+def test_analyze_on_data(rlora, make_adapter, rows_folder, tmp_path):
+    folder = make_adapter()
+    words = ["--data", rows_folder, "--save", "--output", tmp_path / "drawn"]
+    result = rlora("analyze", folder, *words)
+    assert result.exit_code == 0, result.stderr
+    assert {"same", "colour", "first"} <= {line.split()[0] for line in result.stdout.splitlines() if line}
+    assert set(AdapterRecord.load(folder).mixtures.weights) == {"same", "colour", "first"}
+    for name in ("head_similarity.png", "routing.png"):
+        assert (tmp_path / "drawn" / "figures" / name).stat().st_size > 1000
+
+
+def test_export(rlora, make_adapter, rows_folder, tmp_path):
+    folder = make_adapter()
+    result = rlora("export", folder, tmp_path / "given", "--weights", "0.2,0.3,0.5", "--json")
+    told = json.loads(result.stdout)
+    assert (told["rank"], told["kl"]) == (8, None)
+    assert (tmp_path / "given" / "adapter_model.safetensors").is_file()
+    result = rlora("export", folder, tmp_path / "measured", "--task", "same", "--data", rows_folder)
+    assert result.exit_code == 0, result.stderr
+    assert "plain LoRA of rank 8" in result.stdout and "nats a token" in result.stdout
+    result = rlora("export", folder, tmp_path / "merged", "--weights", "0.2,0.3,0.5", "--merge")
+    assert "merged model" in result.stdout and (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_export_errors(rlora, make_adapter, tmp_path):
+    folder = make_adapter()
+    assert rlora("export", folder, tmp_path / "x", "--weights", "a,b").exit_code == 2
+    assert rlora("export", folder, tmp_path / "x", "--weights", "1,0,0", "--task", "same").exit_code == 2
+    result = rlora("export", folder, tmp_path / "x", "--weights", "1,0")
+    assert result.exit_code == 1 and "Error:" in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_card(rlora, make_adapter):
+    folder = make_adapter()
+    (folder / "README.md").unlink()
+    result = rlora("card", folder, "--repo", "user/words")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("---\n") and "user/words" in result.stdout
+    assert not (folder / "README.md").exists()
+    assert rlora("card", folder, "--write").exit_code == 0
+    assert "task:colour" in (folder / "README.md").read_text()
+    assert "task:colour" in json.loads(rlora("card", folder, "--json").stdout)["metadata"]["tags"]
+
+
+def test_pull_checks_and_copies_a_folder(rlora, make_adapter, tmp_path):
+    folder = make_adapter()
+    (folder / "notes.txt").write_text("mine")
+    told = json.loads(rlora("pull", folder, "--output", tmp_path / "copy", "--json").stdout)
+    assert (told["r"], told["num_heads"], told["layers"]) == (4, 3, 6)
+    assert told["tasks"] == ["same", "colour", "first"]
+    assert (tmp_path / "copy" / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapter_model.safetensors"
+    ).read_bytes()
+    assert not (tmp_path / "copy" / "notes.txt").exists()
+    result = rlora("pull", folder, "--output", tmp_path / "copy")
+    assert result.exit_code == 1 and "is not empty" in result.stderr
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:-10])
+    result = rlora("pull", folder)
+    assert result.exit_code == 1 and "Traceback" not in result.stderr
+
+
+def test_dtype_and_quantisation_of_the_base(make_adapter, model_folders, tmp_path):
+    assert load_adapter(check_adapter(make_adapter()), dtype="bfloat16").model.dtype == torch.bfloat16
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForCausalLM.from_pretrained(model_folders["llama64"])
+    get_peft_model(model, RLoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "four")
+    loaded = load_adapter(check_adapter(tmp_path / "four"), load_in_4bit=True)
+    assert loaded.model.get_base_model().is_loaded_in_4bit

@@ -1,0 +1,108 @@
+"""`rlora train`: in a process of its own as users run it, and how it parts the command line."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import typer
+from cli_program import PROGRAM
+
+from rlora_trl.cli.train import split_arguments, training_parser
+from rlora_trl.hub.record import AdapterRecord
+
+
+NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
+
+
+def train(*words, timeout=300):
+    return subprocess.run(
+        [*PROGRAM, "train", *map(str, words)], capture_output=True, text=True, timeout=timeout, env=os.environ
+    )
+
+
+def test_train_from_yaml(model_folders, rows_folder, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {model_folders['llama']}\ndataset_name: {rows_folder}\noutput_dir: {tmp_path / 'out'}\n"
+        "max_steps: 2\nper_device_train_batch_size: 4\nreport_to: none\nsave_strategy: 'no'\nnum_heads: 5\nr: 3\n"
+        "num_processes: 1\nenv:\n  RLORA_TRL_KERNELS: torch\n"
+    )
+    done = train("--config", config, "--r", 2, "--score-rows", 3, "--mixed_precision", "no")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "mean of tasks" in done.stdout and "AutoPeftModelForCausalLM.from_pretrained" in done.stdout
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["num_heads"], saved["r"], saved["tasks"]) == (5, 2, ["colour", "first", "same"])
+    record = AdapterRecord.load(tmp_path / "out")
+    assert {task.name: task.metric_rows for task in record.tasks} == dict.fromkeys(saved["tasks"], 3)
+
+
+def test_errors_in_the_process_are_one_message(rlora, capfd, model_folders, rows_folder, tmp_path):
+    words = ["--model_name_or_path", model_folders["llama"], "--dataset_name", rows_folder, "--r", 0]
+    result = rlora("train", *words, "--output_dir", tmp_path / "out")
+    assert result.exit_code == 1
+    lines = (capfd.readouterr().err + result.stderr).splitlines()
+    assert not any("Traceback" in line or "CalledProcessError" in line for line in lines)
+    assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
+    assert "`r`" in lines[-1]
+
+
+def split(*words):
+    return split_arguments(training_parser(), list(words))
+
+
+def test_what_is_whose(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("learning_rate: 1.0e-3\nnum_processes: 2\n")
+    launch, program = split("--num_machines", "1", f"--config={config}", *NEEDED, "--accelerate_config", "zero2")
+    assert launch == ["--num_processes", "2", "--num_machines", "1", "--accelerate_config", "zero2"]
+    assert program == ["--config", str(config), *NEEDED]
+
+
+def test_environment_of_the_file_reaches_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLORA_TEST_SET", "before")
+    config = tmp_path / "run.yaml"
+    config.write_text("env:\n  RLORA_TEST_SET: 3\n")
+    split("--config", str(config), *NEEDED)
+    assert os.environ["RLORA_TEST_SET"] == "3"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        # Abbreviations too: an option of the launcher may be how one of ours begins.
+        ([*NEEDED, "--learning_rat", "1"], "No such argument: `--learning_rat`. Did you mean `--learning_rate`?"),
+        (["run.yaml"], "Unexpected argument `run.yaml`. Did you mean `--config run.yaml`?"),
+        (NEEDED[:2], "`--dataset_name`, the data, is missing."),
+        (NEEDED[2:], "`--model_name_or_path`, the base model, is missing."),
+        ([*NEEDED, "--config"], "`--config` needs a YAML file after it."),
+    ],
+)
+def test_wrong_arguments(words, message):
+    with pytest.raises(typer.BadParameter) as raised:
+        split(*words)
+    assert message in raised.value.message
+
+
+def test_wrong_yaml(tmp_path):
+    (tmp_path / "run.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="must be a YAML mapping of arguments, got list"):
+        split("--config", str(tmp_path / "run.yaml"))
+    (tmp_path / "typo.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(typer.BadParameter, match="No such argument: `--learning_rat`"):
+        split("--config", str(tmp_path / "typo.yaml"), *NEEDED)
+
+
+def test_all_arguments_are_shown(rlora):
+    result = rlora("train", "--help-all")
+    assert result.exit_code == 0
+    for name in (
+        "--num_heads",
+        "--balance_coef",
+        "--learning_rate",
+        "--load_in_4bit",
+        "--score_rows",
+        "--task_column",
+    ):
+        assert name in result.stdout
+    assert rlora("train").exit_code == 2
