@@ -7,6 +7,7 @@ the same bytes with the same matplotlib; nothing of the machine is written into 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +24,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_DPI = 150
-_WIDTH = 10.0  # inches; 1500 pixels, which pages show at half of that
+# Pages show pictures about 900 pixels wide: texts of 8 points are 12 pixels high then.
+_WIDTH = 8.0  # inches
+_DPI = 187.5  # 1500 pixels
 _COLOURS = "RdBu_r"
 _LONGEST_NAME = 26
 _MARGIN = 0.62  # inches above, between and below panels, for titles and labels
 _SMALLEST_SPAN = 0.05  # weights that differ by less look alike
+# A few strong weights would leave all others pale: where the largest are this much larger than those of this share of
+# the cells, colours end there.
+_SHOWN_SHARE, _CLIPPED_FROM = 0.95, 1.5
+_SMALLEST_RANGE = 0.1  # of an axis of cosines, whose noise would fill the panel
 
 
 def plot_routing(mixtures: HeadMixtures, path: str | Path) -> Path:
     """
     Draw the mean weights of the heads: a panel for each kind of layer, a row for each task, a column for each head of
-    each layer, from the first layer to the last. White is an equal share, red more, blue less.
+    each layer, from the first layer to the last. White is an equal share, red more, blue less. Where a few weights are
+    far from all others, the colours end before them, and the scale says so.
 
     Args:
         mixtures ([`HeadMixtures`]): What to draw.
@@ -52,11 +59,12 @@ def plot_routing(mixtures: HeadMixtures, path: str | Path) -> Path:
     tasks = list(mixtures.weights)
     table = torch.stack([mixtures.weights[task].detach().float().cpu() for task in tasks])  # [tasks, L, N]
     groups = _group_layers(mixtures.layers)
-    row = min(0.2, max(0.09, 4.0 / len(tasks)))  # inches
+    row = min(0.18, max(0.08, 3.2 / len(tasks)))  # inches
     size = min(9.0, row * 72 * 0.8)  # points
     left = max(len(_shorten(task)) for task in tasks) * size * 0.62 / 72 + 0.15
-    heights = [max(0.5, row * len(tasks))] * len(groups)
-    with _figure(heights, left, right=1.2) as (figure, panels):
+    # One panel alone must have room for the label of the scale.
+    heights = [max(0.5 if len(groups) > 1 else 1.4, row * len(tasks))] * len(groups)
+    with _figure(heights, left, right=1.4) as (figure, panels):
         norm = _weight_norm(table)
         for axes, (kind, places) in zip(panels, groups.items(), strict=True):
             image = _draw_weights(axes, table[:, [index for _, index in places]], norm)
@@ -64,9 +72,9 @@ def plot_routing(mixtures: HeadMixtures, path: str | Path) -> Path:
             axes.set_yticks(range(len(tasks)), [_shorten(task) for task in tasks], fontsize=size, parse_math=False)
             axes.tick_params(axis="y", length=0)
             _label_layers(axes, [depth for depth, _ in places], table.shape[-1])
-            axes.set_title(kind, fontsize=9, loc="left", parse_math=False)
+            axes.set_title(kind, fontsize=10, loc="left", parse_math=False)
         axes.set_xlabel(f"layer; within it heads 1 to {table.shape[-1]}", fontsize=9)
-        _add_colour_bar(figure, image, panels, f"mean weight (equal share: {1 / table.shape[-1]:.3g})")
+        _add_colour_bar(figure, image, panels, table)
         return _save(figure, path)
 
 
@@ -87,13 +95,15 @@ def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | P
     """
     check_similarities(similarities)
     mean = torch.stack(list(similarities.values())).mean(0)
-    with _figure([3.2], left=0.7, right=1.6) as (figure, (axes,)):
+    side = 1.8 if len(mean) <= 4 else 2.4  # inches
+    longest = max(len(_shorten(kind)) for kind in _group_layers(list(similarities)))
+    with _figure([2.4], left=0.55, right=0.55 + longest * 8 * 0.6 / 72) as (figure, (axes,)):
         left, bottom, width, height = axes.get_position().bounds
-        side = 3.2 / _WIDTH
-        axes.set_position((left, bottom, side, height))
+        share = side / 2.4
+        axes.set_position((left, bottom + (1 - share) * height, side / _WIDTH, share * height))
         _draw_cosines(axes, mean)
-        gap = 0.09  # for the labels of the axis
-        _draw_by_depth(figure.add_axes((left + side + gap, bottom, width - side - gap, height)), similarities)
+        start = (side + 0.7) / _WIDTH  # with room for the labels of the axis
+        _draw_by_depth(figure.add_axes((left + start, bottom, width - start, height)), similarities)
         return _save(figure, path)
 
 
@@ -152,7 +162,11 @@ def _weight_norm(table: torch.Tensor) -> Any:
     from matplotlib.colors import Normalize
 
     equal = 1.0 / table.shape[-1]
-    span = max(_SMALLEST_SPAN, float((table - equal).abs().max()))
+    distances = (table - equal).abs().flatten().sort().values
+    largest = max(_SMALLEST_SPAN, float(distances[-1]))
+    span = max(_SMALLEST_SPAN, float(distances[int(_SHOWN_SHARE * (len(distances) - 1))]))
+    if largest <= _CLIPPED_FROM * span:
+        span = largest
     return Normalize(vmin=equal - span, vmax=equal + span)
 
 
@@ -169,32 +183,40 @@ def _draw_weights(axes: Axes, table: torch.Tensor, norm: Any) -> Any:
 
 def _label_layers(axes: Axes, depths: Sequence[str], heads: int) -> None:
     starts = [i for i, depth in enumerate(depths) if i == 0 or depth != depths[i - 1]]
-    shown = starts[:: -(-len(starts) // 40)]
-    axes.set_xticks([(i + 0.5) * heads - 0.5 for i in shown], [depths[i] for i in shown], fontsize=7)
+    shown = starts[:: -(-len(starts) // 24)]
+    axes.set_xticks([(i + 0.5) * heads - 0.5 for i in shown], [depths[i] for i in shown], fontsize=7.5)
     axes.tick_params(axis="x", length=2)
 
 
-def _add_colour_bar(figure: Figure, image: Any, panels: Sequence[Axes], label: str) -> None:
+def _add_colour_bar(figure: Figure, image: Any, panels: Sequence[Axes], table: torch.Tensor) -> None:
     top, bottom = panels[0].get_position().y1, panels[-1].get_position().y0
-    height = min(3.0 / figure.get_figheight(), top - bottom)
-    bar = figure.colorbar(image, cax=figure.add_axes((1 - 1.0 / _WIDTH, top - height, 0.015, height)))
+    height = min(2.6 / figure.get_figheight(), top - bottom)
+    bar = figure.colorbar(image, cax=figure.add_axes((1 - 1.25 / _WIDTH, top - height, 0.018, height)))
     # The scale goes as far below the equal share as above it, and weights stop at 0.
     low, high = max(0.0, image.norm.vmin), image.norm.vmax
     ticks = [low, (image.norm.vmin + high) / 2, high]
-    bar.set_ticks(ticks, labels=[f"{value:.3g}" for value in ticks])
+    labels = [f"{value:.3g}" for value in ticks]
+    label = f"mean weight (equal share: {1 / table.shape[-1]:.3g})"
+    rounding = 1e-6
+    if float(table.max()) > high + rounding or float(table.min()) < low - rounding:
+        label += f"; colours end where {_SHOWN_SHARE:.0%} of the cells lie"
+        labels = [f"≤ {labels[0]}" if low > 0 else labels[0], labels[1], f"≥ {labels[2]}"]
+    bar.set_ticks(ticks, labels=labels)
     bar.ax.set_ylim(low, high)
     bar.ax.tick_params(labelsize=8)
-    bar.set_label(label, fontsize=8)
+    letters = int(height * figure.get_figheight() * 72 / (8 * 0.55))
+    bar.set_label(textwrap.fill(label, letters), fontsize=8)
 
 
 def _draw_cosines(axes: Axes, mean: torch.Tensor) -> None:
     heads = mean.shape[0]
     axes.imshow(mean.numpy(), cmap=_COLOURS, vmin=-1.0, vmax=1.0, interpolation="nearest")
-    axes.set_xticks(range(heads), [str(i + 1) for i in range(heads)], fontsize=8)
-    axes.set_yticks(range(heads), [str(i + 1) for i in range(heads)], fontsize=8)
+    shown = range(0, heads, 1 if heads <= 12 else -(-heads // 8))
+    axes.set_xticks(shown, [str(i + 1) for i in shown], fontsize=8)
+    axes.set_yticks(shown, [str(i + 1) for i in shown], fontsize=8)
     axes.set_xlabel("head", fontsize=9)
     axes.set_ylabel("head", fontsize=9)
-    axes.set_title("cosine between heads, mean over layers", fontsize=9)
+    axes.set_title("cosine between heads,\nmean over layers", fontsize=9)
     if heads > 10:
         return
     for i in range(heads):
@@ -209,17 +231,21 @@ def _draw_by_depth(axes: Axes, similarities: Mapping[str, torch.Tensor]) -> None
     from matplotlib.ticker import MaxNLocator
 
     means = [float(mean_between(matrix)) for matrix in similarities.values()]
+    drawn = []
     for kind, places in _group_layers(list(similarities)).items():
         by_depth: dict[int, list[float]] = {}
         for depth, index in places:
             by_depth.setdefault(int(depth or 0), []).append(means[index])
         values = [sum(entries) / len(entries) for entries in by_depth.values()]
+        drawn += values
         axes.plot(list(by_depth), values, marker="o", markersize=3, linewidth=1.2, label=_shorten(kind))
+    middle, span = (min(drawn) + max(drawn)) / 2, max(_SMALLEST_RANGE, 1.2 * (max(drawn) - min(drawn)))
     axes.axhline(0.0, color="0.7", linewidth=0.8)
-    axes.set_ylim(min(-0.1, min(means) - 0.05), max(0.3, max(means) + 0.05))
+    axes.set_ylim(middle - span / 2, middle + span / 2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
     axes.set_xlabel("layer", fontsize=9)
+    axes.set_ylabel("cosine", fontsize=9)
     axes.set_title("mean between different heads, by layer", fontsize=9)
     legend = axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for text in legend.get_texts():

@@ -13,6 +13,7 @@ from .options import (
     AdapterArgument,
     BaseOption,
     BatchSizeOption,
+    Command,
     DtypeOption,
     JsonOption,
     LimitOption,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("analyze", help=help_of(analyze))(analyze)
+    app.command("analyze", cls=Command, help=help_of(analyze))(analyze)
 
 
 def analyze(
@@ -162,5 +163,5 @@ def _show_mixtures(mixtures: HeadMixtures) -> None:
     for task, weights in mixtures.weights.items():
         means = weights.mean(0).tolist()
         rows.append([task, mixtures.tokens.get(task), *(f"{value:.3f}" for value in means)])
-    columns = ["task", "tokens", *(f"head {index}" for index in range(heads))]
+    columns = ["task", "tokens", *(f"head {index}" for index in range(1, heads + 1))]
     print_table(columns, rows, title="Mean weight of each head, over layers")

@@ -11,15 +11,15 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .._version import __version__
 from . import analyze, card, env, evaluate, export, pull, push, train, zoo
-from .errors import report
+from .errors import quieten_libraries, report
+from .options import Group
 from .output import note
 
 
-class ReportingGroup(TyperGroup):
+class ReportingGroup(Group):
     """Commands whose errors become a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -30,7 +30,8 @@ class ReportingGroup(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, usage_error()):  # typer shows it with the usage of the command
                 raise
-            raise typer.Exit(report(error, debug=bool(ctx.params.get("debug")))) from error
+            debug = bool(ctx.params.get("debug"))
+            raise typer.Exit(report(error, debug=debug, translated=True)) from error
 
 
 def usage_error() -> type[Exception]:
@@ -86,4 +87,5 @@ def main() -> None:
     """Entry point of the command `rlora`."""
     # Where in the code a warning was raised tells users nothing.
     warnings.showwarning = _show_warning
+    quieten_libraries()
     app(prog_name="rlora", args=sys.argv[1:])

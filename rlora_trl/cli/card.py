@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from .loading import refuse_missing_folder
-from .options import JsonOption, help_of
+from .options import Command, JsonOption, help_of
 from .output import note, print_json, print_text, results_only
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("card", help=help_of(show_card))(show_card)
+    app.command("card", cls=Command, help=help_of(show_card))(show_card)
 
 
 def show_card(

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from .options import JsonOption, help_of
+from .options import Command, JsonOption, help_of
 from .output import print_json, print_text, results_only
 
 
@@ -19,7 +19,7 @@ _PACKAGES = (
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("env", help=help_of(show_environment))(show_environment)
+    app.command("env", cls=Command, help=help_of(show_environment))(show_environment)
 
 
 def show_environment(as_json: JsonOption = False) -> None:

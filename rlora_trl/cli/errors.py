@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -13,14 +14,50 @@ from .output import stderr_console
 DEBUG_VARIABLE = "RLORA_DEBUG"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
+# Messages of the library name arguments of functions; what these are called on the command line.
+_TRANSLATIONS = (
+    (r"Pass `data=.*\)`\.$", "Add `--data` to measure them, or say how to mix the heads with `--weights`."),
+    (r"Rows of `data\[(.*?)\]`", r"Rows of task \1 in `--data`"),
+    (r"got `task=None`", "none is given"),
+    (r"`task=(.*?)`", r"task \1"),
+    (r"Set `task` to", "Set `--task` to"),
+    (r"give weights in `routing`", "give weights with `--weights`"),
+    (r"leave `data` out", "leave `--data` out"),
+    (r"`data` has no rows", "`--data` has no rows"),
+    (r"`output_dir` ", "OUTPUT "),
+    (r" \(`merge=False`\)", ", without `--merge`"),
+    (r"`max_rows`", "`--limit`"),
+    (r"one of these in `metric`", "one of these with `--metric`"),
+    (r"`zoo\.search\(\)`", "`rlora zoo search`"),
+    (r"`Manifest\.pin`", "`rlora zoo pin`"),
+    (r"Hub as `base_model`", "Hub with `--base-model`"),
+    (r"a commit in `revision`", "a commit with `--revision`"),
+    (r"`routing`", "`--weights`"),
+)
+_REJECTED_TOKEN = re.compile(r"invalid (credentials|user token|username or password)", re.IGNORECASE)
 
-def report(error: BaseException, *, debug: bool = False) -> int:
+
+class _NotAboutKernels(logging.Filter):
+    """All that a library logs, but for faster kernels that it would have liked to download."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+
+
+def quieten_libraries() -> None:
+    """Leave out remarks of libraries that users can do nothing about, before the libraries are imported."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_NotAboutKernels())
+
+
+def report(error: BaseException, *, debug: bool = False, translated: bool = False) -> int:
     """
     Tell an error on stderr.
 
     Args:
         error (`BaseException`): What was raised.
         debug (`bool`, *optional*, defaults to `False`): Show where, too. So does `RLORA_DEBUG=1`.
+        translated (`bool`, *optional*, defaults to `False`): Name options of commands where the library names its
+            arguments. Those of training have one name in both.
 
     Returns:
         `int`: The exit code.
@@ -32,6 +69,8 @@ def report(error: BaseException, *, debug: bool = False) -> int:
         console.print("Interrupted.", style="bold red")
         return INTERRUPTED
     message = explain(error)
+    if translated and message is not None:
+        message = translate(message)
     _show_traceback(error, debug or message is None)
     if message is None:
         message = (
@@ -67,6 +106,13 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def translate(message: str) -> str:
+    """A message of the library in words of the command line: `--data`, where it speaks of the argument `data`."""
+    for pattern, words in _TRANSLATIONS:
+        message = re.sub(pattern, words, message)
+    return message
+
+
 def _explain_hub(error: BaseException) -> str | None:
     """The message for an error of huggingface_hub's, which was imported if there is one."""
     if "huggingface_hub" not in sys.modules:
@@ -76,7 +122,7 @@ def _explain_hub(error: BaseException) -> str | None:
     repository = getattr(error, "repo_id", None) or "The repository"
     if isinstance(error, errors.GatedRepoError):
         return f"{repository} is gated. Ask for access on its page, then log in with `hf auth login`."
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError) and not _REJECTED_TOKEN.search(str(error)):
         return (
             f"{repository} is not on the Hub, or it is private. Check the name; if it is private, log in with "
             "`hf auth login`."
@@ -86,11 +132,13 @@ def _explain_hub(error: BaseException) -> str | None:
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "You are not logged in. Run `hf auth login`, or set HF_TOKEN."
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "This needs the Hub, and HF_HUB_OFFLINE=1 forbids to ask it. Unset it."
+        return "This needs the Hub, and HF_HUB_OFFLINE=1 does not allow it. Unset it."
     if isinstance(error, errors.LocalEntryNotFoundError):
         return f"It is not in the cache, and the Hub can't be asked: {_one_line(error)}"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else None
+        if status == 401 and _REJECTED_TOKEN.search(f"{error} {error.server_message or ''}"):
+            return "The Hub rejected your token. Log in again with `hf auth login`, or correct HF_TOKEN."
         remedy = {
             401: " Log in with `hf auth login`.",
             403: " Use a token that may do this: `hf auth login`.",

@@ -21,6 +21,7 @@ from .options import (
     AdapterArgument,
     BaseOption,
     BatchSizeOption,
+    Command,
     DataOption,
     DtypeOption,
     JsonOption,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("eval", help=help_of(evaluate))(evaluate)
+    app.command("eval", cls=Command, help=help_of(evaluate))(evaluate)
 
 
 def evaluate(
@@ -62,6 +63,9 @@ def evaluate(
     save: Annotated[
         bool, typer.Option("--save", help="Record the scores in the adapter's folder, for its card and its push.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let --save replace scores that were measured on more rows.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score an adapter by task.
@@ -72,6 +76,8 @@ def evaluate(
         checked = find_adapter(adapter, revision)
         record = local_record(checked, adapter) if save else None
         tasks = load_rows(checked, data, split, task_column, limit)
+        if record is not None and not overwrite:
+            _refuse_fewer_rows(record, tasks)
         loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
         scores = _score(loaded, tasks, batch_size, "Scoring the adapter")
         base_scores = None
@@ -79,7 +85,7 @@ def evaluate(
             with loaded.model.disable_adapter():
                 base_scores = _score(loaded, tasks, batch_size, "Scoring the base model")
         if record is not None:
-            say_saved(_with_scores(record, scores, checked).save(checked.folder))
+            say_saved(_with_scores(record, scores, base_scores, checked).save(checked.folder))
     rows = [_row(task, score, base_scores) for task, score in scores.items()]
     means = {"accuracy": _mean(scores), **({"base_accuracy": _mean(base_scores)} if base_scores else {})}
     if as_json:
@@ -98,7 +104,25 @@ def _score(loaded: LoadedAdapter, tasks: dict[str, Any], batch_size: int, descri
     return scores
 
 
-def _with_scores(record: AdapterRecord, scores: dict[str, TaskScore], checked: CheckedAdapter) -> AdapterRecord:
+def _refuse_fewer_rows(record: AdapterRecord, tasks: dict[str, Any]) -> None:
+    fewer = [
+        f"{task.name} ({len(tasks[task.name])} rows, recorded are scores of {task.metric_rows})"
+        for task in record.tasks
+        if task.name in tasks and task.metric_rows is not None and len(tasks[task.name]) < task.metric_rows
+    ]
+    if fewer:
+        raise ValueError(
+            f"`--save` would replace scores that were measured on more rows: {', '.join(fewer)}. Score all rows, or "
+            "add `--overwrite`."
+        )
+
+
+def _with_scores(
+    record: AdapterRecord,
+    scores: dict[str, TaskScore],
+    base_scores: dict[str, TaskScore] | None,
+    checked: CheckedAdapter,
+) -> AdapterRecord:
     """The record with the scores of the adapter's tasks: it does not learn others by being tested on them."""
     from ..hub.record import TaskRecord
 
@@ -110,6 +134,10 @@ def _with_scores(record: AdapterRecord, scores: dict[str, TaskScore], checked: C
     for name, score in scores.items():
         if name in known:
             metrics = {**known[name].metrics, "accuracy": score.accuracy}
+            if base_scores is not None:
+                metrics["base_accuracy"] = base_scores[name].accuracy
+            elif score.total != known[name].metric_rows:  # of other rows, and not to be compared
+                metrics.pop("base_accuracy", None)
             known[name] = replace(known[name], metrics=metrics, metric_rows=score.total)
     return replace(record, tasks=list(known.values()))
 

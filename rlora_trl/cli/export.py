@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .loading import find_adapter, load_adapter, load_rows
+from .loading import find_adapter, load_adapter, load_rows, refuse_unknown_task
 from .options import (
     AdapterArgument,
     BaseOption,
+    Command,
     DtypeOption,
     JsonOption,
     LimitOption,
@@ -25,7 +27,7 @@ from .output import note, percent, print_facts, print_json, results_only
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("export", help=help_of(export))(export)
+    app.command("export", cls=Command, help=help_of(export))(export)
 
 
 def export(
@@ -76,6 +78,10 @@ def export(
         from ..export import export_lora
 
         checked = find_adapter(adapter, revision)
+        if task is not None:
+            refuse_unknown_task(checked, task)
+        if routing is not None:
+            _check_weights(routing, weights, checked.config.num_heads)
         rows = load_rows(checked, data, split, task_column, limit) if data is not None else None
         loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
         report = export_lora(
@@ -101,6 +107,15 @@ def _parse_weights(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"`--weights` must be numbers with commas between, got {text!r}.") from None
+
+
+def _check_weights(values: list[float], typed: str | None, num_heads: int) -> None:
+    """Refuse weights that are no mixture, as they were typed."""
+    if len(values) != num_heads or min(values) < 0 or not math.isclose(sum(values), 1.0, abs_tol=1e-3):
+        raise ValueError(
+            f"`--weights {typed}` must be {num_heads} numbers, one for each head, of at least 0 and with the sum 1; "
+            f"these are {len(values)} with the sum {sum(values):g}. Correct them."
+        )
 
 
 def _facts(values: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,22 @@ def refuse_missing_folder(name: str) -> None:
         )
 
 
+def refuse_unknown_task(checked: CheckedAdapter, task: str) -> None:
+    """
+    Refuse a task that an adapter does not have, if it knows its tasks.
+
+    Raises:
+        ValueError: If it has others.
+    """
+    from difflib import get_close_matches
+
+    known = checked.config.tasks or []
+    if known and task not in known:
+        close = get_close_matches(task, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"There is no task {task!r}; the adapter has {', '.join(map(repr, known))}.{hint}")
+
+
 def load_adapter(
     checked: CheckedAdapter, *, base: str | None = None, dtype: str = "auto", load_in_4bit: bool = False
 ) -> LoadedAdapter:
@@ -89,7 +105,7 @@ def load_adapter(
 
 
 def hide_progress_in_logs() -> None:
-    """Leave out the bars of loading where stderr is a file."""
+    """Leave out the bars of loading where stderr is no terminal."""
     if sys.stderr.isatty():
         return
     import datasets

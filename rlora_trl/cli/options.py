@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 
 AdapterArgument = Annotated[
@@ -52,6 +53,25 @@ LimitOption = Annotated[
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences in one forward pass.")
 ]
+
+
+class _PlainFlags:
+    """Help without `<bool>` behind each flag, which takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class Command(_PlainFlags, TyperCommand):
+    """A command of the program."""
+
+
+class Group(_PlainFlags, TyperGroup):
+    """A group of commands."""
 
 
 def help_of(function: Callable[..., Any]) -> str:

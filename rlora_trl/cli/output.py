@@ -91,7 +91,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     if Measurement.get(console, unbounded, table).maximum <= console.width:
         _print_trimmed(console, table)
         return
-    for row in rows:
+    for place, row in enumerate(rows):
+        if place:
+            console.print()
         console.print(str(row[0]), style="bold", markup=False, soft_wrap=True)
         print_facts(dict(zip(columns[1:], row[1:], strict=True)), indent=2)
 
@@ -121,7 +123,8 @@ def _is_number(value: Any) -> bool:
     if value in (None, "", "-"):
         return True
     try:
-        float(str(value).replace(",", "").removesuffix(" %"))
+        # "80.0 % (+12.5)" is one number too, with what it has gained.
+        float(str(value).partition(" (")[0].replace(",", "").removesuffix(" %"))
     except ValueError:
         return False
     return True
@@ -149,8 +152,8 @@ def print_facts(facts: Mapping[str, Any], *, indent: int = 0) -> None:
     for name, value in shown.items():
         width = max(20, console.width - start)
         lines = textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)
-        label = Text(f"{' ' * indent}{name}".ljust(start), style="bold")
-        console.print(label + f"\n{' ' * start}".join(lines), soft_wrap=True)
+        label = f"{' ' * indent}{name}".ljust(start)
+        console.print(Text.assemble((label, "bold"), f"\n{' ' * start}".join(lines)), soft_wrap=True)
 
 
 def print_text(text: str) -> None:

@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from .loading import find_adapter, load_adapter, refuse_missing_folder
-from .options import JsonOption, help_of
+from .loading import find_adapter, load_adapter, refuse_missing_folder, refuse_unknown_task
+from .options import Command, JsonOption, help_of
 from .output import print_facts, print_json, results_only
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("push", help=help_of(push))(push)
+    app.command("push", cls=Command, help=help_of(push))(push)
 
 
 def push(
@@ -65,6 +65,9 @@ def push(
         from ..hub.push import push_adapter
 
         refuse_missing_folder(folder if "/" in folder else f"./{folder}")
+        head = None if create_pr else head_of(repo, revision)
+        for task in exports or ():
+            refuse_unknown_task(find_adapter(folder), task)
         # Made on the base model that the folder names, which need not be on the Hub.
         source = load_adapter(find_adapter(folder)).model if exports else None
         commit = push_adapter(
@@ -81,10 +84,25 @@ def push(
             commit_message=message,
             export_from=source,
         )
-    facts = {"commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url}
+    repo_id = commit.repo_url.repo_id  # with the user's name, which may be left out
+    unchanged = commit.oid == head
+    facts = {"commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url, "unchanged": unchanged}
     if as_json:
-        print_json({"repo_id": repo, **facts})
+        print_json({"repo_id": repo_id, **facts})
+    elif unchanged:
+        print_facts({"Unchanged": f"{repo_id}, already at {commit.oid}", "URL": commit.commit_url})
     else:
         print_facts(
-            {"Published": repo, "Commit": facts["commit"], "URL": facts["url"], "Pull request": facts["pull_request"]}
+            {"Published": repo_id, "Commit": commit.oid, "URL": commit.commit_url, "Pull request": commit.pr_url}
         )
+
+
+def head_of(repo: str, revision: str | None) -> str | None:
+    """The commit that a repository is at; `None` if there is no such repository or branch yet."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return HfApi().model_info(repo, revision=revision).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None

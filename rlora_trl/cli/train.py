@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import DEBUG_VARIABLE
-from .options import help_of
+from .options import Command, help_of
 
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ PROCESS = "rlora_trl.cli.train_process"
 def register(app: typer.Typer) -> None:
     """Add the command."""
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    named = app.command("train", help=help_of(train), context_settings=settings, options_metavar="[--NAME VALUE]...")
-    named(train)
+    layout: dict[str, Any] = {"cls": Command, "options_metavar": "[--NAME VALUE]..."}
+    app.command("train", help=help_of(train), context_settings=settings, **layout)(train)
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
     """Train an adapter on one or many tasks.
 
     Arguments are those of RLoraConfig, RLoraSFTConfig (TRL's SFTConfig and transformers' TrainingArguments with it)
-    and TRL's ModelConfig. Each may stand in a YAML file too, and the command line comes first. The most used:
+    and TRL's ModelConfig. Each may stand in a YAML file too, and the command line overrides the file. The most used:
 
     \b
     --config FILE                  YAML file of arguments
@@ -47,7 +47,7 @@ def train(
     --r, --num_heads N             rank of a head (4), number of heads (3)
     --learning_rate, --num_train_epochs, --per_device_train_batch_size
     --load_in_4bit                 train on a 4-bit base (QLoRA)
-    --score_rows N                 test rows of each task to score before and after (25)
+    --score_rows N                 test rows of each task to score (25)
     --resume_from_checkpoint true  go on from the last checkpoint
     --push_to_hub, --hub_model_id  publish the adapter
 
@@ -55,7 +55,7 @@ def train(
 
     \b
     --num_processes N              processes, one for each GPU
-    --accelerate_config NAME       a file, or multi_gpu, zero1, zero2, zero3, fsdp2
+    --accelerate_config NAME       a file, multi_gpu, zero1, zero2, zero3, fsdp2
     """
     parser = training_parser()
     if help_all:
@@ -157,6 +157,28 @@ def _without(arguments: list[str], removed: list[str]) -> list[str]:
     return kept
 
 
+def with_defaults(launch_args: list[str]) -> list[str]:
+    """
+    Add what `accelerate launch` chooses by itself, which it would tell at length: a process for each GPU of this
+    machine and nothing else.
+
+    Args:
+        launch_args (`list[str]`): Arguments of the launcher. A configuration file has all of them, also the one that
+            `accelerate config` has written.
+    """
+    from accelerate.commands.config.config_args import default_config_file
+
+    given = {word.split("=", 1)[0].replace("-", "_") for word in launch_args if word.startswith("--")}
+    if "__config_file" in given or os.path.isfile(default_config_file):
+        return launch_args
+    import torch
+
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    values = {"num_processes": devices, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    missing = [(f"--{name}", str(value)) for name, value in values.items() if f"__{name}" not in given]
+    return [*(word for pair in missing for word in pair), *launch_args]
+
+
 def launch(launch_args: list[str], training_args: list[str]) -> None:
     """
     Run the training program through `accelerate launch`.
@@ -172,7 +194,7 @@ def launch(launch_args: list[str], training_args: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    resolved = resolve_accelerate_config_argument(launch_args)
+    resolved = with_defaults(resolve_accelerate_config_argument(launch_args))
     # A failing process tells the error itself; `--quiet` keeps the launcher from adding its own traceback.
     words = [*resolved, "--quiet", "--module", PROCESS, *training_args]
     try:

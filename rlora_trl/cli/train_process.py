@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from shlex import quote
 
-from .errors import INTERRUPTED, report
-from .output import print_text
+from .errors import INTERRUPTED, quieten_libraries, report
+from .output import note, print_text
 from .train import training_parser
 
 
@@ -20,10 +21,13 @@ def run(arguments: list[str]) -> None:
     result = script.train(model_args.model_name_or_path, data, training_args, model_args, rlora_args)
     if result.trainer.accelerator.is_main_process:
         print_text(result.describe())
+        folder = training_args.output_dir
+        note(f"\nTo share it:\n\n    rlora card {quote(folder)} --write\n    rlora push {quote(folder)} user/name")
 
 
 def main() -> int:
     """Run, and turn errors into messages; returns the exit code."""
+    quieten_libraries()
     try:
         run(sys.argv[1:])
     except KeyboardInterrupt:

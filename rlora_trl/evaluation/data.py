@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, DatasetDict, IterableDataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
 
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -29,7 +30,7 @@ def load_splits(
             Read rows as they are needed.
 
     Raises:
-        FileNotFoundError: If `name` is a path, and nothing is there.
+        FileNotFoundError: If there is neither a file, a folder nor a data set of this name.
     """
     path = Path(name)
     if path.suffix in _FORMATS and path.is_file():
@@ -40,7 +41,14 @@ def load_splits(
             f"There is no data at {name}. Give a JSON-lines, Parquet or CSV file, a folder of such files, or the name "
             "of a data set on the Hub."
         )
-    return load_dataset(name, config_name, streaming=streaming)
+    try:
+        return load_dataset(name, config_name, streaming=streaming)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(
+            f"There is no file or folder {name} here, and no such data set was found on the Hub: {error}"
+        ) from error
 
 
 def rows_by_task(dataset: Any, task_column: str, limit: int | None = None) -> dict[str, list[dict]]:

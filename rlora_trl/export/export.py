@@ -24,7 +24,7 @@ from ..tuner.fixed import adapted_layers, adapter_config, adapter_of, check_weig
 from ..tuner.layer import RLoraLayer
 from .bare import bare_base
 from .loading import load_adapted
-from .lora import PREFIX, lora_config, lora_tensors, target_names
+from .lora import PREFIX, lora_config, lora_tensors, save_lora_config, target_names
 from .loss import Loss, measure_loss
 from .merge import check_merged, write_merged
 from .report import MARKER, ExportReport, render_card
@@ -57,6 +57,9 @@ def export_lora(
     data: Mapping[str, Rows] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     merge: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    published_as: tuple[str, str] | None = None,
 ) -> ExportReport:
     """
     Write an adapter as a plain LoRA adapter of PEFT's format, which needs nothing of this package.
@@ -76,7 +79,7 @@ def export_lora(
         adapter_name (`str`, *optional*, defaults to `"default"`):
             The adapter to export; `None` for the only one, or the active one.
         task (`str`, *optional*):
-            The task to export it for. `router="task"` needs it.
+            The task to export it for. `router="task"` needs it. An adapter that knows its tasks takes these only.
         routing ([`HeadMixtures`], weights, or weights by layer, *optional*):
             Weights of the heads: measured by [`measure_mixtures`], N numbers for all layers, or such numbers by layer.
             By default the adapter's own, those of `task` recorded with the adapter, or measured on `data`. What was
@@ -89,27 +92,37 @@ def export_lora(
         merge (`bool`, *optional*, defaults to `False`):
             Write the full model with the adapter merged into it, in the dtype of the base, or where the base is
             quantised, in 16 bits.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the adapter, where `model` is a name on the Hub.
+        token (`str` or `bool`, *optional*):
+            For the Hub, as in `huggingface_hub.hf_hub_download`: where `model` is a name, or a folder whose base model
+            is private.
+        published_as (`tuple[str, str]`, *optional*):
+            Where the export will be published beside its adapter, for the card: name of the Hub repository, and folder
+            in it, as in `("user/name", "exports/sst2")`.
 
     Returns:
         [`ExportReport`]: What was exported; the card in the folder says the same.
 
     Raises:
-        ValueError: If the weights are not known or are none, the task is unknown, the folder holds something else, the
-            model is sharded or offloaded, or the export does not do what the adapter does. Nothing is written then.
+        ValueError: If the weights are not known or are none, the adapter or the task is unknown, the folder holds
+            something else, the model is sharded or offloaded, or the export does not do what the adapter does. Nothing
+            is written then.
     """
     target = _check_target(Path(output_dir))
     source: str | None = None
     if not isinstance(model, nn.Module):
         source = os.fspath(model)
-        model, loaded_tokenizer = load_adapted(source, adapter_name or "default")
+        model, loaded_tokenizer = load_adapted(source, adapter_name or "default", revision=revision, token=token)
         tokenizer = tokenizer if tokenizer is not None else loaded_tokenizer
-    adapter_name, config = adapter_config(model, adapter_name)
+    adapter_name, config = _chosen_adapter(model, adapter_name)
+    _check_task(config, task)
     source = source or (config.source.name if config.source is not None else None)
     _check_whole(model)
     layers = adapted_layers(model, adapter_name)
     rows = _rows_of(data, task, tokenizer)
     with kept_quantized(core_model(model)):
-        mixture = _choose_mixture(model, config, adapter_name, layers, task, routing, rows, tokenizer)
+        mixture = _choose_mixture(model, config, adapter_name, layers, task, routing, rows, tokenizer, token)
         _check_mixture(mixture, layers, adapter_name)
         job = _Job(model, config, adapter_name, layers, mixture, task)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
@@ -121,7 +134,8 @@ def export_lora(
                 loss = measure_loss(model, tokenizer, adapter_name, rows, mixture.weights, known_task=task)
                 report = _with_loss(report, loss)
             report = dataclasses.replace(report, path=str(output_dir))
-            render_card(report, config, source).save(stage / "README.md")
+            repo_id, subfolder = published_as or (None, None)
+            render_card(report, config, source, repo_id, subfolder).save(stage / "README.md")
             _put(stage, target)
     for warning in report.warnings:
         logger.warning(warning)
@@ -149,7 +163,7 @@ class _Job:
         transposed = any(layer.fan_in_fan_out for layer in self.layers.values())
         with kept_quantized(core):
             others = other_tensors(self.model, self.adapter_name, self.config)
-        lora_config(self.config, rank, targets, transposed).save_pretrained(str(stage))
+        save_lora_config(lora_config(self.config, rank, targets, transposed), stage)
         save_file({**tensors, **others}, stage / "adapter_model.safetensors", metadata={"format": "pt"})
         error = self._verify(stage)
         return self._report(rank, error, _refused_by_engines(self.config, others))
@@ -271,6 +285,7 @@ def _choose_mixture(
     routing: Mixtures | None,
     rows: Mapping[str, Rows],
     tokenizer: PreTrainedTokenizerBase | None,
+    token: str | bool | None,
 ) -> _Mixture:
     heads = config.num_heads
     own = heads == 1 or config.router == "uniform"
@@ -286,7 +301,7 @@ def _choose_mixture(
         chosen = _known_task(config, task)
         table = fixed_weights(layers, adapter_name, chosen)
         return _Mixture(dict(zip(layers, table, strict=True)), True, f"those learned for the task `{chosen}`")
-    recorded = _recorded_mixtures(config)
+    recorded = _recorded_mixtures(config, token)
     if recorded is not None and (recorded.weights if task is None else task in recorded.weights):
         return _measured_mixture(recorded, task, "measured in training and recorded with the adapter")
     if rows:
@@ -302,14 +317,30 @@ def _choose_mixture(
     )
 
 
+def _chosen_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, RLoraConfig]:
+    try:
+        return adapter_config(model, adapter_name)
+    except ValueError as error:
+        raise ValueError(f"`adapter_name={adapter_name!r}` can't be exported. {error}") from None
+
+
+def _check_task(config: RLoraConfig, task: str | None) -> None:
+    """Refuse a task that the adapter does not have. One that does not tell its tasks may have any."""
+    if task is not None and config.tasks and task not in config.tasks:
+        raise ValueError(
+            f"The adapter's tasks are {', '.join(map(repr, config.tasks))}; got `task={task!r}`. Set `task` to one of "
+            "these."
+        )
+
+
 def _known_task(config: RLoraConfig, task: str | None) -> str:
     tasks = config.tasks or []
     if task is None and len(tasks) == 1:
         return tasks[0]
-    if task is None or task not in tasks:
+    if task is None:
         raise ValueError(
             f"The adapter has `router='task'` and a mixture for each of {', '.join(map(repr, tasks))}; got "
-            f"`task={task!r}`. Set `task` to one of these, or give weights in `routing`."
+            "`task=None`. Set `task` to one of these, or give weights in `routing`."
         )
     return task
 
@@ -318,10 +349,15 @@ def _given_mixture(routing: Mixtures, layers: Mapping[str, RLoraLayer], num_head
     if isinstance(routing, HeadMixtures):
         return _measured_mixture(routing, task, "measured")
     if isinstance(routing, Mapping):
-        weights = {name: check_weights(given, num_heads, f" of {name}") for name, given in routing.items()}
+        weights = {name: check_weights(_exact(given), num_heads, f" of {name}") for name, given in routing.items()}
         return _Mixture(weights, False, "given, by layer")
-    weight = check_weights(routing, num_heads)
+    weight = check_weights(_exact(routing), num_heads)
     return _Mixture(dict.fromkeys(layers, weight), False, f"given, {[round(w, 4) for w in weight.tolist()]}")
+
+
+def _exact(weights: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """Weights as they were given: 0.3 and not the nearest number of 32 bits."""
+    return weights if isinstance(weights, torch.Tensor) else torch.tensor(list(weights), dtype=torch.float64)
 
 
 def _measured_mixture(mixtures: HeadMixtures, task: str | None, origin: str) -> _Mixture:
@@ -345,12 +381,12 @@ def _check_mixture(mixture: _Mixture, layers: Mapping[str, RLoraLayer], adapter_
         check_weights(mixture.weights[name], layer.num_heads[adapter_name], f" of {name}")
 
 
-def _recorded_mixtures(config: RLoraConfig) -> HeadMixtures | None:
+def _recorded_mixtures(config: RLoraConfig, token: str | bool | None) -> HeadMixtures | None:
     if config.source is None:
         return None
     from ..hub.record import find_record
 
-    record = find_record(config)
+    record = find_record(config, token)
     return None if record is None else record.mixtures
 
 

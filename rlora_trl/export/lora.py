@@ -12,11 +12,14 @@ A0_i], B' = s [w_i B_i, w_i B_i - B0_i / N], of rank 2 N r.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 from torch.nn import functional as F
 
 from ..tuner import MultiHeadAdapter, RLoraConfig
@@ -120,3 +123,14 @@ def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: 
         inference_mode=True,
         **options,
     )
+
+
+def save_lora_config(config: LoraConfig, folder: Path) -> None:
+    """Write a configuration as PEFT does, but its lists of names sorted: PEFT keeps sets, in the order of a hash."""
+    config.save_pretrained(str(folder))
+    path = folder / CONFIG_NAME
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            values[key] = sorted(value)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

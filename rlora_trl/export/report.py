@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
+from ..hub.record import hub_name
 from ..tuner import RLoraConfig
 
 
@@ -73,41 +74,74 @@ class ExportReport:
         return {**dataclasses.asdict(self), "warnings": list(self.warnings)}
 
 
-def render_card(report: ExportReport, config: RLoraConfig, source: str | None) -> ModelCard:
+@dataclass(frozen=True)
+class _Place:
+    """Where the reader of a card finds the export, as arguments of code and as a folder of shells."""
+
+    repo_id: str | None
+    subfolder: str | None
+
+    @property
+    def arguments(self) -> str:
+        if self.repo_id is None:
+            return '"this folder"'
+        return json.dumps(self.repo_id) + (f", subfolder={json.dumps(self.subfolder)}" if self.subfolder else "")
+
+    @property
+    def name(self) -> str:
+        return (self.subfolder or self.repo_id or "name").rpartition("/")[2]
+
+    @property
+    def folder(self) -> str:
+        return "this_folder" if self.repo_id is None else f"adapter/{self.subfolder or ''}".rstrip("/")
+
+    @property
+    def download(self) -> str:
+        """A line for the shell, or nothing where the export is there."""
+        if self.repo_id is None:
+            return ""
+        only = f' --include "{self.subfolder}/*"' if self.subfolder else ""
+        return f"hf download {self.repo_id}{only} --local-dir adapter\n"
+
+
+def render_card(
+    report: ExportReport,
+    config: RLoraConfig,
+    source: str | None,
+    repo_id: str | None = None,
+    subfolder: str | None = None,
+) -> ModelCard:
     """
-    The card of an export.
+    The card of an export. Folders are not named: the Hub takes names of its own only, and they are nobody's business.
 
     Args:
         report ([`ExportReport`]): What was exported.
         config ([`RLoraConfig`]): Configuration of the adapter that it was made from.
         source (`str`, *optional*): Name or folder of that adapter.
+        repo_id (`str`, *optional*): Repository of the Hub in which the adapter and the export are published.
+        subfolder (`str`, *optional*): Folder of the export in it.
     """
-    base = config.base_model_name_or_path
+    base = hub_name(config.base_model_name_or_path)
+    place = _Place(repo_id, subfolder)
     data = ModelCardData(
         library_name="transformers" if report.merged else "peft",
-        base_model=base if base and not _is_path(base) else None,
+        base_model=base,
         base_model_relation="finetune" if report.merged else "adapter",
         tags=["rlora"] if report.merged else ["lora", "rlora"],
     )
     what = "Model with an R-LoRA adapter merged into it" if report.merged else "Plain LoRA export of an R-LoRA adapter"
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n{MARKER}\n\n# {what}",
-        _origin(report, config, source),
+        _origin(report, config, repo_id or hub_name(source)),
         _loss(report),
         *([_list("Notes", report.warnings)] if report.warnings else []),
-        _use_merged() if report.merged else _use_adapter(report, base, config.task_type),
-        f"Made by [rlora-trl](https://pypi.org/project/rlora-trl/) {__version__}.\n",
+        _use_merged(place) if report.merged else _use_adapter(report, base, config.task_type, place),
+        f"Made with the Python package rlora-trl {__version__}.\n",
     ]
     return ModelCard("\n\n".join(parts))
 
 
-def _is_path(name: str) -> bool:
-    """Whether a name is that of a folder: the Hub takes names of its own only, and folders are nobody's business."""
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or os.path.isdir(name)
-
-
-def _origin(report: ExportReport, config: RLoraConfig, source: str | None) -> str:
-    name = None if source is None or _is_path(source) else source
+def _origin(report: ExportReport, config: RLoraConfig, name: str | None) -> str:
     origin = f"the R-LoRA adapter [{name}](https://huggingface.co/{name})" if name else "an R-LoRA adapter"
     task = f" for the task `{report.task}`" if report.task else ""
     return (
@@ -141,15 +175,15 @@ def _list(title: str, entries: tuple[str, ...]) -> str:
     return f"## {title}\n\n" + "\n".join(f"- {entry}" for entry in entries)
 
 
-def _use_merged() -> str:
+def _use_merged(place: _Place) -> str:
     return (
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("this folder")\n```'
+        f"model = AutoModelForCausalLM.from_pretrained({place.arguments})\n```"
     )
 
 
-def _use_adapter(report: ExportReport, base: str | None, task_type: Any) -> str:
-    name = base if base and not _is_path(base) else "BASE_MODEL"
+def _use_adapter(report: ExportReport, base: str | None, task_type: Any, place: _Place) -> str:
+    name = base or "BASE_MODEL"
     kind = str(getattr(task_type, "value", task_type))
     auto = _AUTO_CLASSES.get(kind, _AUTO_CLASSES["CAUSAL_LM"])
     rank = next((allowed for allowed in _VLLM_RANKS if allowed >= report.rank), report.rank)
@@ -157,14 +191,14 @@ def _use_adapter(report: ExportReport, base: str | None, task_type: Any) -> str:
         "## Use\n\nWith PEFT, without any other package:\n\n```python\n"
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'base = {auto}.from_pretrained("{name}")\n'
-        'model = PeftModel.from_pretrained(base, "this folder")\n```'
+        f"model = PeftModel.from_pretrained(base, {place.arguments})\n```"
     )
     if kind in _AUTO_CLASSES and kind != "CAUSAL_LM":
         return with_peft
     return (
-        f"{with_peft}\n\nWith vLLM:\n\n```\n"
-        f"vllm serve {name} --enable-lora --lora-modules name=this_folder --max-lora-rank {rank}\n```\n\n"
+        f"{with_peft}\n\nWith vLLM:\n\n```\n{place.download}"
+        f"vllm serve {name} --enable-lora --lora-modules {place.name}={place.folder} --max-lora-rank {rank}\n```\n\n"
         "With llama.cpp:\n\n```\n"
-        "python convert_lora_to_gguf.py --base BASE_MODEL_FOLDER --outfile lora.gguf this_folder\n"
+        f"python convert_lora_to_gguf.py --base BASE_MODEL_FOLDER --outfile lora.gguf {place.folder}\n"
         "llama-server -m base.gguf --lora lora.gguf\n```"
     )

@@ -22,7 +22,7 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .layout import EXPORTS, task_slug
-from .record import AdapterRecord, TaskRecord, hub_name, is_plain
+from .record import BASE_ACCURACY, AdapterRecord, TaskRecord, hub_name, is_plain
 
 
 if TYPE_CHECKING:
@@ -62,9 +62,28 @@ _ROUTERS = {
     "task": " with a learned mixture of them for each task",
     "uniform": ", all of the same weight",
 }
+# By the name of a picture: what it is, and how to read it.
 _FIGURES = {
-    "routing": "Mean weight of each head by task and layer",
-    "head_similarity": "Cosine similarity between the heads",
+    "routing": (
+        "Mean weight of each head by task and layer",
+        "White: an equal share; red: the task uses the head more; blue: less.",
+    ),
+    "head_similarity": (
+        "Cosine similarity between the heads",
+        "1: copies of each other; 0: unrelated.",
+    ),
+}
+# Settings that nobody has chosen, and that are the same in most runs.
+_SILENT = {
+    "train_a": True,
+    "warmup_steps": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "weight_decay": 0,
+    "label_smoothing_factor": 0,
+    "neftune_noise_alpha": 0,
+    "loss_type": "nll",
 }
 
 
@@ -364,7 +383,8 @@ def _own_results(tasks: Sequence[TaskRecord], taken: Collection[str]) -> list[Ev
     for task in tasks:
         dataset = hub_name(task.dataset)
         shared = dataset is not None and (used[dataset] > 1 or dataset in taken)
-        for metric, value in task.metrics.items():
+        # The first metric of a task is taken for its main one.
+        for metric, value in sorted(task.metrics.items(), key=lambda entry: entry[0] != "accuracy"):
             if _is_finite(value):
                 results.append(
                     EvalResult(
@@ -480,10 +500,11 @@ def _render_body(facts: _Facts, has_title: bool) -> str:
         task=_literal(tasks[0].name) if config.router == "task" and tasks else None,
         export=_literal(str(export["path"])) if export else None,
         export_table=_export_table(facts.exports),
+        exports_measured=any(export.get("kl") is not None for export in facts.exports),
         adapter_table=_adapter_table(facts),
         hyperparameter_table=_hyperparameter_table(facts.record),
         versions=_versions(facts.record),
-        figures=[(_figure_name(path), quote(path)) for path in facts.figures],
+        figures=[(*_figure_texts(path), quote(path)) for path in facts.figures],
         licenses=_licenses(facts),
     )
     return re.sub(r"\n{3,}", "\n\n", card.text).strip()
@@ -501,13 +522,20 @@ def _summary(facts: _Facts) -> str:
     accuracies = [task.metrics["accuracy"] for task in facts.tasks if "accuracy" in task.metrics]
     if len(accuracies) > 1:
         of = "its" if len(accuracies) == len(facts.tasks) else f"{len(accuracies)} of its"
-        text += f" Mean accuracy over {of} tasks: {_metric('accuracy', sum(accuracies) / len(accuracies))}."
+        text += f" Mean accuracy over {of} tasks: {_metric('accuracy', sum(accuracies) / len(accuracies))}"
+        told = [task.metrics for task in facts.tasks if "accuracy" in task.metrics]
+        of_base = [metrics[BASE_ACCURACY] for metrics in told if BASE_ACCURACY in metrics]
+        if len(of_base) == len(accuracies):
+            text += f", that of the base model alone: {_metric('accuracy', sum(of_base) / len(of_base))}"
+        text += "."
     return text
 
 
 def _task_table(tasks: Sequence[TaskRecord]) -> str:
     metrics = _unique([metric for task in tasks for metric in task.metrics])
-    metrics.sort(key=lambda name: {"accuracy": 0, "loss": 2}.get(name, 1))
+    others = [name for name in metrics if name not in ("accuracy", BASE_ACCURACY)]
+    others.sort(key=lambda name: name == "loss")
+    accuracies = [(task.metrics.get("accuracy"), task.metrics.get(BASE_ACCURACY)) for task in tasks]
     columns = {
         "task": [_escape(task.name) for task in tasks],
         "cluster": [_escape(task.cluster) for task in tasks],
@@ -515,9 +543,12 @@ def _task_table(tasks: Sequence[TaskRecord]) -> str:
         "rows seen": [_count(task.rows) for task in tasks],
         "tokens seen": [_count(task.tokens) for task in tasks],
         "share": ["" if task.share is None else f"{100 * task.share:.1f} %" for task in tasks],
+        "accuracy": [_metric("accuracy", own) for own, _ in accuracies],
+        "base": [_metric("accuracy", base) for _, base in accuracies],
+        "gain (points)": [_points(own, base) for own, base in accuracies],
         **{
             _escape(name.replace("_", " ")): [_metric(name, task.metrics.get(name)) for task in tasks]
-            for name in metrics
+            for name in others
         },
         "rows tested": [_count(task.metric_rows) for task in tasks],
     }
@@ -532,7 +563,11 @@ def _export_table(exports: Sequence[Mapping[str, Any]]) -> str:
         "exact": ["" if export.get("exact") is None else "yes" if export["exact"] else "no" for export in exports],
         "accuracy": [_metric("accuracy", export.get("accuracy")) for export in exports],
         "with its router": [_metric("accuracy", export.get("accuracy_dynamic")) for export in exports],
+        "lost (points)": [
+            _points(export.get("accuracy_dynamic"), export.get("accuracy")).removeprefix("+") for export in exports
+        ],
         "KL from it": [_metric("kl", export.get("kl")) for export in exports],
+        "rows tested": [_count(export.get("rows")) for export in exports],
     }
     return _table(columns, left=("task", "`subfolder`"))
 
@@ -549,6 +584,7 @@ def _adapter_table(facts: _Facts) -> str:
     top_k = f", {config.router_top_k} heads for each token" if config.router_top_k else ""
     rows = {
         "base model": _hub_link(facts.base_model) + revision,
+        "its dtype in training": _escape(record.base_dtype),
         "its quantisation in training": _escape(record.quantization),
         "heads": f"{config.num_heads}" + ("" if config.share_a else ", an A for each"),
         "rank of each": f"{config.r}" + _patterns(config.rank_pattern),
@@ -577,8 +613,11 @@ def _hyperparameter_table(record: AdapterRecord) -> str:
         name: value
         for name, value in record.hyperparameters.items()
         if is_plain(name) and is_plain(value) and (value is not False or name == "train_a")
+        if not (name in _SILENT and value == _SILENT[name])
         if name not in ("balance_loss", "balance_coef")  # told with the adapter
     }
+    if not values.get("packing"):
+        values.pop("packing_strategy", None)
     columns = {
         "argument": [f"`{name}`" for name in values],
         "value": [f"{value:g}" if isinstance(value, float) else _escape(value) for value in values.values()],
@@ -628,6 +667,13 @@ def _metric(name: str, value: float | None) -> str:
     return f"{value:.4f}"
 
 
+def _points(value: float | None, other: float | None) -> str:
+    """The difference of two ratios in points of a percent."""
+    if value is None or other is None or not (0 <= value <= 1 and 0 <= other <= 1):
+        return ""
+    return f"{100 * (value - other):+.1f}".replace("-0.0", "+0.0")
+
+
 def _targets(modules: Any) -> str | None:
     if not modules:
         return None
@@ -638,9 +684,10 @@ def _hub_link(name: str | None, kind: str = "") -> str:
     return f"[{_escape(name)}](https://huggingface.co/{kind}{quote(name)})" if name else ""
 
 
-def _figure_name(path: str) -> str:
+def _figure_texts(path: str) -> tuple[str, str]:
+    """What a picture shows, and how to read it, if that is known."""
     stem = path.rpartition("/")[2].rpartition(".")[0]
-    return _FIGURES.get(stem) or _escape(stem.replace("_", " "))
+    return _FIGURES.get(stem) or (_escape(stem.replace("_", " ")), "")
 
 
 def _escape(text: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile, RepoSibling
 from transformers.utils import logging
 
@@ -90,14 +91,21 @@ def pull_checked(
 ) -> CheckedAdapter:
     """[`pull_adapter`], returning what the checks found out."""
     if os.path.isdir(repo_id):
+        if revision is not None:
+            raise ValueError(
+                f"`revision={revision!r}` belongs to a repository, and {repo_id!r} is a folder here. Leave it out, or "
+                "call from elsewhere to get the repository of that name."
+            )
         return _check(Path(repo_id), base_model)
     options: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
     if local_files_only or constants.HF_HUB_OFFLINE:
-        # Not `snapshot_download`, which also asks for the files that were left out on purpose.
-        offline: dict[str, Any] = {"revision": revision, "local_files_only": True, **options}
-        paths = [hf_hub_download(repo_id, name, **offline) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-        return _check(Path(str(paths[0])).parent, base_model)
-    listing, folder = _download_listed(HfApi(token=token), repo_id, revision, exports, options)
+        return _check(_cached(repo_id, revision, options), base_model)
+    try:
+        listing, folder = _download_listed(HfApi(token=token), repo_id, revision, exports, options)
+    except HTTPError as error:
+        if getattr(error, "response", None) is not None:
+            raise  # the Hub answered
+        return _check(_cached(repo_id, revision, options, error), base_model)
     damaged = [path for path in listing.files if not is_same_file(Path(folder, path), listing.files[path])]
     if damaged:
         # What the cache has may have been damaged on disk; what comes anew should not be.
@@ -110,6 +118,23 @@ def pull_checked(
             "Something between here and the Hub alters them, or the Hub does; try again from another network."
         )
     return _check(Path(folder), base_model)
+
+
+def _cached(repo_id: str, revision: str | None, options: Mapping[str, Any], reason: Exception | None = None) -> Path:
+    """The folder that the cache has, because nothing else may be asked or, for a `reason`, can be."""
+    # Not `snapshot_download`, which also asks for the files that were left out on purpose.
+    offline: dict[str, Any] = {"revision": revision, "local_files_only": True, **options}
+    try:
+        paths = [hf_hub_download(repo_id, name, **offline) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    except LocalEntryNotFoundError:
+        if reason is None:
+            raise
+        raise ConnectionError(
+            f"The Hub can't be reached ({reason}), and {repo_id} is not in the cache. Try again later."
+        ) from reason
+    if reason is not None:
+        logger.warning(f"The Hub can't be reached ({reason}); {repo_id} is taken from the cache.")
+    return Path(str(paths[0])).parent
 
 
 @dataclass(frozen=True)

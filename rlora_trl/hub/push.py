@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftModel
 from transformers.utils import logging
 
 from ..analysis import head_similarities, plot_head_similarity, plot_routing
-from .card import hand_written, read_card_info, render_card
+from ..tuner.fixed import kept_quantized
+from .card import hand_written, render_card
 from .card_check import check_card, check_card_text
 from .checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
 from .layout import (
@@ -28,15 +32,17 @@ from .layout import (
     CONFIG_NAME,
     EXPORTS,
     FIGURES,
+    PICKLED_WEIGHTS_NAME,
     RECORD_NAME,
     WEIGHTS_NAME,
     FileKind,
     classify,
+    is_training_leftover,
     published_files,
     task_slug,
 )
 from .pull import is_same_file
-from .record import AdapterRecord, TaskRecord, find_record
+from .record import AdapterRecord, TaskRecord, find_record, hub_name
 from .tokenizers import changed_tokenizer_files
 
 
@@ -48,6 +54,9 @@ Rows: TypeAlias = Sequence[Mapping[str, Any]]
 _TRANSIENT = (500, 502, 503, 504)
 _CONFLICT = (409, 412)
 _ATTEMPTS = 4
+_FIGURE_NAMES = ("head_similarity.png", "routing.png")
+# Keys in the card's block `rlora`.
+_TEXT, _LOCAL_TEXT = "text", "local_text"
 
 
 def push_adapter(
@@ -122,7 +131,9 @@ def push_adapter(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="rlora-push-") as scratch:
         staged = Path(scratch) / "adapter"
-        stage_adapter(adapter, staged, base_model=base_model, tokenizer=tokenizer, adapter_name=adapter_name)
+        stage_adapter(
+            adapter, staged, base_model=base_model, tokenizer=tokenizer, adapter_name=adapter_name, token=token
+        )
         record = _look_up_licenses(api, _staged_record(staged, tasks, metrics))
         record.save(staged)
         checked = check_adapter(staged)
@@ -130,7 +141,8 @@ def push_adapter(
             model = adapter if isinstance(adapter, PeftModel) else export_from
             name = adapter_name or ("default" if model is None else model.active_adapter)
             source = str(staged) if model is None else model
-            _stage_exports(source, staged, exports, record, name, export_data, tokenizer)
+            measuring = {"data": export_data, "tokenizer": tokenizer}
+            _stage_exports(source, staged, exports, record, name, repo_id=repo_id, token=token, **measuring)
             checked = check_adapter(staged)
         _stage_figures(staged, checked)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -150,6 +162,7 @@ def stage_adapter(
     base_model: str | None = None,
     tokenizer: Any = None,
     adapter_name: str | None = None,
+    token: str | bool | None = None,
 ) -> None:
     """
     Write what a push would publish of an adapter, without card, figures and exports, into a new folder.
@@ -160,6 +173,7 @@ def stage_adapter(
         base_model (`str`, *optional*): Hub name of the base model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer to publish if it is not the base model's.
         adapter_name (`str`, *optional*): Which adapter of a model.
+        token (`str` or `bool`, *optional*): To read the base model's tokenizer.
 
     Raises:
         ValueError: If the base model is a local folder and `base_model` is not given.
@@ -171,7 +185,7 @@ def stage_adapter(
         local_base = _save_model(adapter, folder, adapter_name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    kept = changed_tokenizer_files(folder, base_model or local_base)
+    kept = changed_tokenizer_files(folder, base_model or local_base, token)
     for path in published_files(folder):
         if classify(path) is FileKind.TOKENIZER and path not in kept:
             (folder / path).unlink()
@@ -190,7 +204,7 @@ def _copy_folder(source: str | os.PathLike, folder: Path) -> str | None:
             continue  # made anew, or kept on the Hub while the weights are the same
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, folder / path)
-    return json.loads((folder / CONFIG_NAME).read_text()).get("base_model_name_or_path")
+    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> str | None:
@@ -198,7 +212,8 @@ def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> str
     if name not in model.peft_config:
         raise ValueError(f"The model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}.")
     record = find_record(model.peft_config[name])
-    model.save_pretrained(str(folder), selected_adapters=[name])
+    with kept_quantized(model):
+        model.save_pretrained(str(folder), selected_adapters=[name])
     if name != "default":  # PEFT puts adapters of other names into a folder of their own
         for path in (folder / name).iterdir():
             shutil.move(path, folder / path.name)
@@ -211,16 +226,17 @@ def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> str
 
 def _name_base_model(folder: Path, base_model: str | None) -> None:
     """Put the name that others know the base model by into the configuration and the record."""
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     name = base_model or config.get("base_model_name_or_path")
-    if name and (os.path.isabs(name) or os.path.exists(name)):
+    if hub_name(name) is None:
+        what = f"the local folder {name!r}, which nobody else can load" if name else "not named in its configuration"
         raise ValueError(
-            f"The adapter's base model is the local folder {name!r}, which nobody else can load. Give its name on the "
+            f"The adapter's base model is {what}. Give its name on the "
             "Hub as `base_model`, for example `organisation/name`."
         )
     if name != config.get("base_model_name_or_path"):
         config |= {"base_model_name_or_path": name, "revision": None}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     record = AdapterRecord.load(folder)
     if record is not None and record.base_model != name:
         replace(record, base_model=name, base_model_revision=None).save(folder)
@@ -230,14 +246,14 @@ def _staged_record(
     folder: Path, tasks: Sequence[str] | None, metrics: Mapping[str, Mapping[str, float]] | None
 ) -> AdapterRecord:
     """The record of the adapter, with what the caller adds to it."""
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     record = AdapterRecord.load(folder) or AdapterRecord(base_model=config.get("base_model_name_or_path"))
     known = {task.name: task for task in record.tasks}
     for name in [*(config.get("tasks") or ()), *(tasks or ())]:
         known.setdefault(name, TaskRecord(name))
     if tasks is not None and not config.get("tasks"):
         config["tasks"] = list(tasks)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     for name, values in (metrics or {}).items():
         if name not in known:
             listed = ", ".join(known) or "(none)"
@@ -253,21 +269,53 @@ def _stage_exports(
     tasks: Sequence[str],
     record: AdapterRecord,
     adapter_name: str,
+    *,
+    repo_id: str,
+    token: str | bool | None,
     data: Mapping[str, Rows] | None,
     tokenizer: Any,
 ) -> None:
     from ..export import export_lora  # knows transformers' models, which a push of files does without
 
+    _check_export_tasks(tasks, record, folder, data)
     told = []
     with _public_base(source, adapter_name, record.base_model):
         for task in tasks:
             path = f"{EXPORTS}/{task_slug(task)}"
             measured = {"data": {task: data[task]}, "tokenizer": tokenizer} if data and task in data else {}
-            options = {"adapter_name": adapter_name, "task": task, "routing": record.mixtures, **measured}
-            report = export_lora(source, folder / path, **options)
+            options = {
+                "adapter_name": adapter_name,
+                "task": task,
+                "routing": record.mixtures,
+                "token": token,
+                **measured,
+            }
+            published_as = (repo_id, path) if "/" in repo_id else None  # else the Hub adds the user's name
+            report = export_lora(source, folder / path, published_as=published_as, **options)
             facts = {"kl": report.kl, "accuracy": report.accuracy_export, "accuracy_dynamic": report.accuracy_dynamic}
-            told.append({"task": task, "path": path, "rank": report.rank, **facts})
+            facts |= {"rank": report.rank, "exact": report.exact, "rows": report.rows}
+            told.append({"task": task, "path": path, **facts})
     replace(record, exports=told).save(folder)
+
+
+def _check_export_tasks(
+    tasks: Sequence[str], record: AdapterRecord, folder: Path, data: Mapping[str, Rows] | None
+) -> None:
+    known = [task.name for task in record.tasks]
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise ValueError(
+            f"`exports` names {', '.join(map(repr, unknown))}, and the adapter's tasks are "
+            f"{', '.join(known) or '(none)'}. Use these names."
+        )
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    measured = set(record.mixtures.weights if record.mixtures is not None else ()) | set(data or ())
+    lacking = [task for task in tasks if task not in measured]
+    if lacking and config.get("router") in ("softmax", "top_k") and config.get("num_heads", 1) > 1:
+        raise ValueError(
+            f"`exports` needs the mean weights of the heads for {', '.join(map(repr, lacking))}, which training did "
+            "not record. Pass rows to measure them on, `export_data={task: rows}` and `tokenizer`."
+        )
 
 
 @contextmanager
@@ -290,9 +338,9 @@ def _stage_figures(folder: Path, checked: CheckedAdapter) -> None:
     figures.mkdir(exist_ok=True)
     try:
         if checked.config.num_heads > 1:
-            plot_head_similarity(head_similarities(folder), figures / "head_similarity.png")
+            plot_head_similarity(head_similarities(folder), figures / _FIGURE_NAMES[0])
         if checked.record is not None and checked.record.mixtures is not None:
-            plot_routing(checked.record.mixtures, figures / "routing.png")
+            plot_routing(checked.record.mixtures, figures / _FIGURE_NAMES[1])
     except ImportError as error:
         logger.info(f"The card gets no figures: {error}")
 
@@ -318,6 +366,52 @@ def _look_up_licenses(api: HfApi, record: AdapterRecord) -> AdapterRecord:
     return replace(record, tasks=tasks, base_model_license=base)
 
 
+@dataclass(frozen=True)
+class _Remote:
+    """What a repository has at the commit that a push is put onto."""
+
+    files: frozenset[str]
+    card: str | None = None
+    digest: Any = None  # of its tensors, as the card says
+    # Digests of the hand-written text at the last push: of the card that was published, of the one in the folder.
+    texts: tuple[Any, Any] = (None, None)
+    record: AdapterRecord | None = None
+
+
+def _merge_texts(local: str | None, remote: str | None, texts: tuple[Any, Any]) -> str | None:
+    """
+    The card to go on with, of the one in the folder and the one in the repository.
+
+    Where only one of the two has changed by hand since the last push, that is the one. Where both have, what the local
+    one has beyond the other is put below it.
+
+    Args:
+        local (`str`, *optional*), remote (`str`, *optional*): The cards.
+        texts: Digests of the hand-written text at the last push: of the published card, of the local one.
+    """
+    published, before = texts
+    if remote is None or local is None or not hand_written(local).strip():
+        return remote if remote is not None else local
+    if _text_digest(local) in (published, before, _text_digest(remote)):
+        return remote
+    metadata = REGEX_YAML_BLOCK.search(remote)
+    if _text_digest(remote) == published and metadata is not None:
+        own = REGEX_YAML_BLOCK.search(local)
+        return metadata.group(0) + (local if own is None else local[own.end() :])
+    there = _paragraphs(hand_written(remote))
+    added = [paragraph for paragraph in _paragraphs(hand_written(local)) if paragraph not in there]
+    return "\n\n".join([remote.rstrip(), *added]) + "\n"
+
+
+def _paragraphs(text: str) -> list[str]:
+    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    return [paragraph.strip("\n") for paragraph in re.split(r"\n{2,}", lines) if paragraph.strip()]
+
+
+def _text_digest(card: str) -> str:
+    return hashlib.sha256("\n\n".join(_paragraphs(hand_written(card))).encode()).hexdigest()[:16]
+
+
 class _Push:
     """One push: what is in the repository, what should be, and the attempts to get there."""
 
@@ -340,22 +434,22 @@ class _Push:
     def run(self, message: str) -> CommitInfo:
         """Commit, and again where the Hub failed or the branch moved meanwhile."""
         for attempt in range(1, _ATTEMPTS + 1):
-            head = self._head(self.revision)
+            head = None
             try:
+                head = self._head(self.revision)
                 return self._commit(head, message)
-            except HfHubHTTPError as error:
-                status = error.response.status_code if error.response is not None else None
-                landed = self._landed(head, message) if status in _TRANSIENT else None
+            except HTTPError as error:
+                # Without an answer the connection broke, perhaps after the Hub had made the commit.
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                transient = status is None or status in _TRANSIENT
+                landed = self._landed_if_known(head, message) if transient and head is not None else None
                 if landed is not None:
                     return landed
-                if attempt == _ATTEMPTS or status not in (*_TRANSIENT, *_CONFLICT):
-                    error.append_to_message(
-                        "\nNothing was published. Run the same push again: files that were uploaded are not "
-                        "transferred a second time."
-                    )
+                if attempt == _ATTEMPTS or not (transient or status in _CONFLICT):
+                    _explain_failure(error)
                     raise
                 logger.warning(f"Attempt {attempt} of {_ATTEMPTS} to commit to {self.repo_id} failed: {error}")
-                if status in _TRANSIENT:
+                if transient:
                     time.sleep(0.25 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
@@ -365,22 +459,16 @@ class _Push:
         return commit
 
     def _commit(self, head: str, message: str) -> CommitInfo:
-        there = set(self.api.list_repo_files(self.repo_id, revision=head))
-        remote_card = self._download_text(head, CARD_NAME) if CARD_NAME in there else None
-        kept = self._kept_exports(head, there, remote_card)
+        remote = self._look(head)
+        kept = self._kept_exports(remote)
         replace(self.record, exports=[*self.record.exports, *kept]).save(self.folder)
-        self._write_card(remote_card)
+        self._write_card(remote)
         files = published_files(self.folder)
-        kept_files = tuple(f"{export['path']}/" for export in kept)
-        outdated = [
-            path
-            for path in sorted(there - set(files))
-            if classify(path) in (FileKind.FIGURE, FileKind.EXPORT) and not path.startswith(kept_files)
-        ]
+        outdated = self._outdated(remote, [export["path"] for export in kept])
         return self.api.create_commit(
             self.repo_id,
             [CommitOperationAdd(path, str(self.folder / path)) for path in files]
-            + [CommitOperationDelete(path) for path in outdated],
+            + [CommitOperationDelete(path) for path in sorted(outdated - set(files))],
             commit_message=message,
             revision=self.revision,
             create_pr=self.create_pr,
@@ -388,31 +476,59 @@ class _Push:
             parent_commit=head,
         )
 
-    def _kept_exports(self, head: str, there: set[str], remote_card: str | None) -> list[dict[str, Any]]:
-        """Exports in the repository that were made of these very weights, and are not made anew."""
-        if remote_card is None:
-            return []
-        card = check_card_text(remote_card, f"The card of {self.repo_id}")
-        if RECORD_NAME not in there or read_card_info(card.data).get("digest") != self.checked.digest:
-            return []
+    def _look(self, head: str) -> _Remote:
+        """Read what the repository has."""
+        files = frozenset(self.api.list_repo_files(self.repo_id, revision=head))
+        if CARD_NAME not in files:
+            return _Remote(files)
+        text = self._download_text(head, CARD_NAME)
+        block = check_card_text(text, f"The card of {self.repo_id}").data.to_dict().get("rlora")
+        block = block if isinstance(block, Mapping) else {}
         with tempfile.TemporaryDirectory() as scratch:
-            self._download(head, RECORD_NAME, scratch)
+            if RECORD_NAME in files:
+                self._download(head, RECORD_NAME, scratch)
             try:
-                remote = AdapterRecord.load(scratch)
+                record = AdapterRecord.load(scratch)
             except ValueError as error:
                 logger.warning(f"The record in {self.repo_id} is replaced, as it can't be read: {error}")
-                return []
-        anew = {export["path"] for export in self.record.exports}
-        found = [export for export in remote.exports if export["path"] not in anew] if remote else []
-        return [export for export in found if f"{export['path']}/{WEIGHTS_NAME}" in there]
+                record = None
+        return _Remote(files, text, block.get("digest"), (block.get(_TEXT), block.get(_LOCAL_TEXT)), record)
 
-    def _write_card(self, remote: str | None) -> None:
+    def _kept_exports(self, remote: _Remote) -> list[dict[str, Any]]:
+        """Exports in the repository that were made of these very weights, and are not made anew."""
+        if remote.record is None or remote.digest != self.checked.digest:
+            return []
+        anew = {export["path"] for export in self.record.exports}
+        found = [export for export in remote.record.exports if export["path"] not in anew]
+        return [export for export in found if f"{export['path']}/{WEIGHTS_NAME}" in remote.files]
+
+    def _outdated(self, remote: _Remote, kept: Sequence[str]) -> set[str]:
+        """
+        What earlier pushes have put there of other weights, and what a stock trainer has.
+
+        Raises:
+            AdapterCheckError: If the repository has files for which nobody could pull the adapter.
+        """
+        hostile = {path for path in remote.files if classify(path) is FileKind.HOSTILE}
+        pickles = {path for path in hostile if is_training_leftover(path) or path == PICKLED_WEIGHTS_NAME}
+        if hostile - pickles:
+            raise AdapterCheckError(
+                f"{self.repo_id} has {', '.join(sorted(hostile - pickles)[:5])}, which a loader might execute: "
+                "`pull_adapter` would refuse the repository. Remove them, or push to another one."
+            )
+        if pickles:
+            logger.warning(f"The pickles in {self.repo_id} are removed by this push: {', '.join(sorted(pickles))}")
+        outdated = set(pickles)
+        if remote.digest != self.checked.digest:
+            outdated |= remote.files & {f"{FIGURES}/{name}" for name in _FIGURE_NAMES}
+        made = [f"{export['path']}/" for export in (remote.record.exports if remote.record else ())]
+        made = [path for path in made if path.rstrip("/") not in kept]
+        return outdated | {
+            path for path in remote.files if classify(path) is FileKind.EXPORT and path.startswith(tuple(made))
+        }
+
+    def _write_card(self, remote: _Remote) -> None:
         """Write the card that is in the repository, brought up to date; what was written by hand stays."""
-        existing = remote if remote is not None else self.local_card
-        if remote is not None and self.local_card is not None:
-            own = hand_written(self.local_card).strip()
-            if own and own not in hand_written(remote):
-                existing = f"{remote.rstrip()}\n\n{own}\n"
         card = render_card(
             self.checked.config,
             AdapterRecord.load(self.folder),
@@ -420,9 +536,14 @@ class _Push:
             digest=self.checked.digest,
             num_parameters=self.checked.num_parameters,
             figures=[path for path in published_files(self.folder) if classify(path) is FileKind.FIGURE],
-            existing=existing,
+            existing=_merge_texts(self.local_card, remote.card, remote.texts),
             **self.facts,
         )
+        # By which the next push can tell who has changed the text since.
+        block: dict[str, Any] = vars(card.data)["rlora"]
+        block[_TEXT] = _text_digest(str(card))
+        local = remote.texts[1] if self.local_card is None else _text_digest(self.local_card)
+        block |= {_LOCAL_TEXT: local} if local is not None else {}
         card.save(self.folder / CARD_NAME)
         check_card(self.folder / CARD_NAME)
 
@@ -432,6 +553,14 @@ class _Push:
     def _download_text(self, revision: str, path: str) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             return _read_text(Path(self._download(revision, path, scratch)))
+
+    def _landed_if_known(self, head: str, message: str) -> CommitInfo | None:
+        try:
+            return self._landed(head, message)
+        except HTTPError:
+            if self.create_pr:
+                raise  # another attempt might open a second pull request
+            return None  # a commit that landed leaves nothing to commit the next time
 
     def _landed(self, head: str, message: str) -> CommitInfo | None:
         """The commit of an attempt that the Hub answered with an error, if it was made nevertheless."""
@@ -462,6 +591,14 @@ class _Push:
         return all(path in told and is_same_file(self.folder / path, told[path]) for path in files)
 
 
+def _explain_failure(error: HTTPError) -> None:
+    text = "\nRun the same push again: files that were uploaded are not transferred a second time."
+    if isinstance(error, HfHubHTTPError):
+        error.append_to_message(f"\nNothing was published.{text}" if error.response is not None else text)
+    else:
+        error.args = (f"{error}. The connection to the Hub broke.{text}",)
+
+
 def _read_text(path: Path) -> str:
     with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
         return file.read()
@@ -469,9 +606,15 @@ def _read_text(path: Path) -> str:
 
 def _read_back(api: HfApi, repo_id: str, commit: str, digest: str) -> None:
     """Compare the tensors that the Hub gives out with those that were to be published."""
-    with tempfile.TemporaryDirectory(prefix="rlora-read-back-") as scratch:
-        path = api.hf_hub_download(repo_id, WEIGHTS_NAME, revision=commit, local_dir=scratch, force_download=True)
-        found = adapter_digest(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix="rlora-read-back-") as scratch:
+            path = api.hf_hub_download(repo_id, WEIGHTS_NAME, revision=commit, local_dir=scratch, force_download=True)
+            found = adapter_digest(path)
+    except (HTTPError, OSError, ValueError) as error:
+        raise ConnectionError(
+            f"{repo_id} was published as commit {commit}, but could not be read back to compare it: {error}. Check it "
+            f"with `pull_adapter({repo_id!r}, revision={commit!r})`."
+        ) from error
     if found != digest:
         raise AdapterCheckError(
             f"{repo_id} at {commit} gives out tensors with the digest {found}, and {digest} was published. Push "

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 RECORD_FORMAT = 1
+BASE_ACCURACY = "base_accuracy"  # the metric of a task that tells the accuracy of the base model by itself
 Scalar: TypeAlias = str | int | float | bool
 
 # Packages whose versions matter to whoever wants to repeat a training run, by the names that pip knows.
@@ -79,7 +80,8 @@ class TaskRecord:
         license (`str`, *optional*): Licence of the data.
         rows (`int`, *optional*), tokens (`int`, *optional*): What training has seen of it, repetitions counted.
         share (`float`, *optional*): Share in the mixture, a ratio in `[0, 1]`.
-        metrics (`dict[str, float]`, *optional*): Values by name: `"accuracy"`, a ratio in `[0, 1]`; `"loss"`; others.
+        metrics (`dict[str, float]`, *optional*): Values by name: `"accuracy"`, a ratio in `[0, 1]`;
+            `"base_accuracy"`, that of the base model without the adapter; `"loss"`; others.
         metric_rows (`int`, *optional*): Rows that the metrics were measured on.
     """
 
@@ -92,6 +94,33 @@ class TaskRecord:
     share: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     metric_rows: int | None = None
+
+    def merged_with(self, older: TaskRecord) -> TaskRecord:
+        """
+        The record of a task that was trained before, and is again; its share stays to be computed.
+
+        Rows and tokens are added. What was measured before is kept while the task is not trained again; the score of
+        the base model is kept in any case.
+
+        Args:
+            older ([`TaskRecord`]): What was recorded before.
+        """
+        metrics, metric_rows = dict(self.metrics), self.metric_rows
+        if not metrics and not self.rows:
+            metrics, metric_rows = dict(older.metrics), older.metric_rows
+        elif BASE_ACCURACY in older.metrics:
+            metrics.setdefault(BASE_ACCURACY, older.metrics[BASE_ACCURACY])
+        return replace(
+            self,
+            cluster=self.cluster or older.cluster,
+            dataset=self.dataset or older.dataset,
+            license=self.license or older.license,
+            rows=_sum_of_known(older.rows, self.rows),
+            tokens=_sum_of_known(older.tokens, self.tokens),
+            share=older.share if self.share is None else self.share,
+            metrics=metrics,
+            metric_rows=metric_rows,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it: what is not known is left out, metrics that are not finite too."""
@@ -133,6 +162,7 @@ class AdapterRecord:
     Args:
         base_model (`str`, *optional*), base_model_revision (`str`, *optional*): Name on the Hub, and commit.
         base_model_license (`str`, *optional*): Its licence.
+        base_dtype (`str`, *optional*): In which dtype it ran in training, for example `"bfloat16"`.
         quantization (`str`, *optional*): How the base was quantised in training, for example `"bitsandbytes nf4"`.
         tasks (`list[TaskRecord]`, *optional*): The tasks.
         hyperparameters (`dict`, *optional*): Numbers and short texts, see [`select_hyperparameters`].
@@ -140,12 +170,13 @@ class AdapterRecord:
         mixtures ([`HeadMixtures`], *optional*): Mean weights of the heads by task and layer.
         balance_loss (`str`, *optional*), balance_coef (`float`, *optional*): Balance loss and its coefficient.
         exports (`list[dict]`, *optional*): Plain-LoRA exports: `task`, `path`, `rank`, and where they were measured
-            `kl`, `accuracy` and `accuracy_dynamic`.
+            `kl`, `accuracy` and `accuracy_dynamic`, and the `rows` measured on.
     """
 
     base_model: str | None = None
     base_model_revision: str | None = None
     base_model_license: str | None = None
+    base_dtype: str | None = None
     quantization: str | None = None
     tasks: list[TaskRecord] = field(default_factory=list)
     hyperparameters: dict[str, Scalar] = field(default_factory=dict)
@@ -167,6 +198,36 @@ class AdapterRecord:
                 return task
         listed = ", ".join(repr(task.name) for task in self.tasks) or "none"
         raise ValueError(f"The record has no task {name!r}; it has {listed}. Use one of these names.")
+
+    def merged_with(self, older: AdapterRecord) -> AdapterRecord:
+        """
+        The record of an adapter that was trained before, and is again.
+
+        Settings, versions and exports are those of this record: older exports were made of other weights. Tasks and
+        mixtures that it lacks are kept, and shares are computed anew from the rows of both.
+
+        Args:
+            older ([`AdapterRecord`]): What was recorded before. Neither record is changed.
+
+        Returns:
+            `AdapterRecord`: With the older tasks first.
+        """
+        before = {task.name: task for task in older.tasks}
+        now = {task.name: task for task in self.tasks}
+        tasks = [now[name].merged_with(task) if name in now else replace(task) for name, task in before.items()]
+        tasks += [replace(task) for name, task in now.items() if name not in before]
+        total = sum(task.rows or 0 for task in tasks)
+        if total:
+            tasks = [replace(task, share=None if task.rows is None else task.rows / total) for task in tasks]
+        same_base = self.base_model in (None, older.base_model)
+        return replace(
+            self,
+            base_model=self.base_model or older.base_model,
+            base_model_revision=self.base_model_revision or (older.base_model_revision if same_base else None),
+            base_model_license=self.base_model_license or (older.base_model_license if same_base else None),
+            tasks=tasks,
+            mixtures=_merge_mixtures(self.mixtures, older.mixtures),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it: what is not known is left out."""
@@ -195,6 +256,7 @@ class AdapterRecord:
             base_model=read.text("base_model"),
             base_model_revision=read.text("base_model_revision"),
             base_model_license=read.text("base_model_license"),
+            base_dtype=read.text("base_dtype"),
             quantization=read.text("quantization"),
             tasks=tasks,
             hyperparameters=read.mapping("hyperparameters", "numbers, texts or booleans", _is_scalar),
@@ -319,6 +381,22 @@ def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value != {} and value != []}
 
 
+def _sum_of_known(*counts: int | None) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _merge_mixtures(newer: HeadMixtures | None, older: HeadMixtures | None) -> HeadMixtures | None:
+    """Mixtures of the tasks of both, if they are of the same layers and number of heads; else the newer ones."""
+    if newer is None or older is None:
+        return newer or older
+    shapes = {weights.shape for mixtures in (newer, older) for weights in mixtures.weights.values()}
+    if newer.layers != older.layers or len(shapes) > 1:
+        return newer
+    weights, tokens = {**older.weights, **newer.weights}, {**older.tokens, **newer.tokens}
+    return replace(newer, weights=weights, tokens=tokens)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -363,7 +441,7 @@ def _read_export(data: Any, where: str) -> dict[str, Any]:
     texts = {key: read.text(key) for key in ("task", "path")}
     numbers = {key: read.number(key) for key in ("kl", "accuracy", "accuracy_dynamic")}
     others = {key: value for key, value in data.items() if isinstance(key, str) and _is_scalar(value)}
-    return _without_empty({**others, **texts, "rank": read.count("rank"), **numbers})
+    return _without_empty({**others, **texts, "rank": read.count("rank"), **numbers, "rows": read.count("rows")})
 
 
 def hub_name(name: str | None) -> str | None:
@@ -382,13 +460,14 @@ def hub_name(name: str | None) -> str | None:
     return name
 
 
-def find_record(config: RLoraConfig) -> AdapterRecord | None:
+def find_record(config: RLoraConfig, token: str | bool | None = None) -> AdapterRecord | None:
     """
     The record that lies beside the place that a configuration was loaded from.
 
     Args:
         config ([`RLoraConfig`]): Its `source` is a folder, or a repository: then the record is read from the cache
             or downloaded.
+        token (`str` or `bool`, *optional*): For the Hub, as in `huggingface_hub.hf_hub_download`.
 
     Returns:
         `AdapterRecord`, or `None` if there is none, or the configuration was not loaded from anywhere.
@@ -403,7 +482,7 @@ def find_record(config: RLoraConfig) -> AdapterRecord | None:
     if os.path.isdir(name):
         return AdapterRecord.load(Path(name, subfolder or ""))
     try:
-        path = hf_hub_download(name, RECORD_NAME, revision=revision, subfolder=subfolder)
+        path = hf_hub_download(name, RECORD_NAME, revision=revision, subfolder=subfolder, token=token)
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
     return AdapterRecord.load(Path(path).parent)

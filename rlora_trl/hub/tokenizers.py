@@ -14,13 +14,14 @@ from .layout import FileKind, classify, published_files
 logger = logging.get_logger(__name__)
 
 
-def changed_tokenizer_files(folder: Path, base_model: str | None) -> set[str]:
+def changed_tokenizer_files(folder: Path, base_model: str | None, token: str | bool | None = None) -> set[str]:
     """
     The tokenizer's files of an adapter's folder, unless that tokenizer is the base model's.
 
     Args:
         folder (`Path`): Folder of the adapter.
         base_model (`str`, *optional*): Its base model, a name or a folder.
+        token (`str` or `bool`, *optional*): To read it from the Hub.
 
     Returns:
         `set[str]`: Paths in the folder; all of them, too, where the base model's tokenizer can't be had.
@@ -29,7 +30,8 @@ def changed_tokenizer_files(folder: Path, base_model: str | None) -> set[str]:
     if not files or base_model is None:
         return files
     try:
-        own, base = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base_model)
+        own = AutoTokenizer.from_pretrained(folder)
+        base = AutoTokenizer.from_pretrained(base_model, token=token)
     except (OSError, ValueError) as error:
         logger.info(f"The tokenizer is published, as that of {base_model} can't be loaded to compare: {error}")
         return files

@@ -7,8 +7,9 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
+from torch import nn
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
@@ -24,16 +26,25 @@ from ..analysis.mixtures import HeadMixtures
 from ..hub import push_adapter
 from ..hub.card import render_card
 from ..hub.layout import CARD_NAME, published_files
-from ..hub.record import AdapterRecord, TaskRecord, collect_versions, select_hyperparameters
+from ..hub.record import (
+    AdapterRecord,
+    TaskRecord,
+    collect_versions,
+    find_record,
+    hub_name,
+    select_hyperparameters,
+)
 from ..tuner import MultiHeadAdapter, RLoraConfig
 from ..tuner.fixed import kept_quantized
 from .callbacks import HeadUsageCallback
 from .task_evaluation import OptionRows
 from .task_ids import TASK_IDS
+from .tasks import task_namer
 
 
 logger = get_logger(__name__)
 
+_METRICS = ("accuracy", "loss", "base_accuracy")
 # Rows of a task on which it is measured what an export loses.
 _MEASURED_ROWS = 200
 _HUB_SOURCE = re.compile(r"(?:hf://datasets/|huggingface\.co/datasets/)([\w.-]+/[\w.-]+)")
@@ -57,16 +68,24 @@ def task_facts(dataset: Any, task_column: str) -> dict[str, TaskFacts]:
     """
     if isinstance(dataset, Mapping):
         return {str(name): TaskFacts(_cluster_of(data), _hub_name(data)) for name, data in dataset.items()}
-    if not isinstance(dataset, Dataset) or not {task_column, "cluster"} <= set(dataset.column_names):
+    if not isinstance(dataset, Dataset) or task_column not in dataset.column_names:
         return {}
-    clusters = dict(zip(dataset[task_column], dataset["cluster"], strict=True))
-    return {str(task): TaskFacts(str(cluster), _hub_name(dataset)) for task, cluster in clusters.items()}
+    names = map(task_namer(dataset, task_column), dataset[task_column])
+    clusters = dataset["cluster"] if "cluster" in dataset.column_names else [None] * len(dataset)
+    source = _hub_name(dataset)
+    return {
+        task: TaskFacts(_text(cluster), source) for task, cluster in dict(zip(names, clusters, strict=True)).items()
+    }
 
 
 def _cluster_of(dataset: Any) -> str | None:
     if isinstance(dataset, Dataset) and "cluster" in dataset.column_names and len(dataset):
-        return str(dataset[0]["cluster"])
+        return _text(dataset[0]["cluster"])
     return None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _hub_name(dataset: Any) -> str | None:
@@ -92,8 +111,15 @@ class PublishingTrainer(SFTTrainer):
     push_in_progress: PushInProgress | None
     _adapters: dict[str, MultiHeadAdapter]
 
-    def _set_up_publishing(self, facts: dict[str, TaskFacts]) -> None:
-        self._task_facts = facts
+    def _set_up_publishing(self, train_dataset: Any, task_column: str, loaded: RLoraConfig | None) -> None:
+        self._task_facts = task_facts(train_dataset, task_column)
+        self._dataset_name = _hub_name(train_dataset)
+        # What is known of an adapter that goes on training.
+        self._older_record = find_record(loaded) if loaded is not None else None
+        # One for all, as its jobs wait for each other.
+        self._hub_api = HfApi()
+        # The step at which the metrics were measured.
+        self._metrics_step: int | None = None
         self._seen: dict[str, dict[str, int]] = {}
         self._task_metrics: dict[str, dict[str, float]] = {}
         self._metric_rows: dict[str, int] = {}
@@ -102,23 +128,38 @@ class PublishingTrainer(SFTTrainer):
     # What is recorded
 
     def note_metrics(self, metrics: Mapping[str, float], datasets: Any) -> None:
-        """Keep the newest `eval_<task>_*` metrics of each task."""
+        """
+        Keep `eval_<task>_accuracy` and `_loss` of each task for the adapter's record, with others of the same step.
+
+        Args:
+            metrics (`Mapping[str, float]`): As `evaluate` returns them.
+            datasets (`Mapping`): The data that they were measured on, by task.
+        """
+        if self._metrics_step != self.state.global_step:
+            self._metrics_step, self._task_metrics, self._metric_rows = self.state.global_step, {}, {}
         for task in self._tasks:
-            told = {name: metrics[key] for name in ("accuracy", "loss") if (key := f"eval_{task}_{name}") in metrics}
+            told = {name: metrics[key] for name in _METRICS if (key := f"eval_{task}_{name}") in metrics}
             if told:
-                self._task_metrics[task] = told
+                self._task_metrics.setdefault(task, {}).update(told)
                 if isinstance(datasets, Mapping) and hasattr(datasets.get(task), "__len__"):
                     self._metric_rows[task] = len(datasets[task])
 
     def adapter_record(self) -> AdapterRecord:
         """What is known of the adapter and its training; see [`AdapterRecord`]."""
+        record = self._own_record()
+        return record if self._older_record is None else record.merged_with(self._older_record)
+
+    def _own_record(self) -> AdapterRecord:
         config = self._adapter_config()
         base = config.base_model_name_or_path
         model_config = self.model.config
         balances = self.args.balance_loss != "none"
         return AdapterRecord(
-            base_model=self.args.hub_base_model or (None if not base or os.path.exists(base) else base),
+            base_model=self.args.hub_base_model or hub_name(base),
             base_model_revision=_loaded_commit(base, config.revision or self._base_revision()),
+            base_dtype=str(model_config.dtype).removeprefix("torch.")
+            if getattr(model_config, "dtype", None)
+            else None,
             quantization=describe_quantization(getattr(model_config, "quantization_config", None)),
             tasks=[self._task_record(task) for task in self._tasks],
             hyperparameters=select_hyperparameters(self.args),
@@ -135,6 +176,8 @@ class PublishingTrainer(SFTTrainer):
         facts = self._task_facts.get(task, TaskFacts())
         seen = self._seen.get(task, {})
         total = sum(counts["rows"] for counts in self._seen.values())
+        # Metrics are of the weights of their step, and of no others.
+        measured = self._metrics_step == self.state.global_step
         return TaskRecord(
             task,
             cluster=facts.cluster,
@@ -142,8 +185,8 @@ class PublishingTrainer(SFTTrainer):
             rows=seen.get("rows"),
             tokens=seen.get("tokens"),
             share=seen["rows"] / total if total else None,
-            metrics=dict(self._task_metrics.get(task, {})),
-            metric_rows=self._metric_rows.get(task),
+            metrics=dict(self._task_metrics.get(task, {})) if measured else {},
+            metric_rows=self._metric_rows.get(task) if measured else None,
         )
 
     def _adapter_config(self) -> RLoraConfig:
@@ -171,8 +214,11 @@ class PublishingTrainer(SFTTrainer):
         model.eval()
         counter.start(self.model, self.args.device)
         try:
+            # Not `get_eval_dataloader`, which may hand out a loader that it keeps for evaluation. Batches are those of
+            # training, which fit.
+            loader = self._get_dataloader(data, "mixtures", self.args.train_batch_size, self._get_eval_sampler)
             with kept_quantized(self.model):
-                for inputs in self.get_eval_dataloader(data):
+                for inputs in loader:
                     self.prediction_step(model, inputs, prediction_loss_only=True)
             usage, tokens = counter.collect()
         finally:
@@ -198,10 +244,70 @@ class PublishingTrainer(SFTTrainer):
             places[task].append(place)
         return data.select(sorted(place for task in places for place in _spread(places[task], rows)))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        self._seen = self.tasks_seen()
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            self._take_metrics_of(best)
+        self.measure_mixtures()
+        return output
+
+    def tasks_seen(self) -> dict[str, dict[str, int]]:
+        """Rows and tokens of each task that were trained on."""
+        return {}
+
+    def _take_metrics_of(self, checkpoint: str) -> None:
+        """Go on with the metrics of a checkpoint whose weights were loaded."""
+        record = AdapterRecord.load(self._adapter_folder(checkpoint))
+        if record is not None:
+            self._metrics_step = self.state.global_step
+            self._task_metrics = {task.name: dict(task.metrics) for task in record.tasks}
+            self._metric_rows = {task.name: task.metric_rows for task in record.tasks if task.metric_rows is not None}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter with its record and card; see `Trainer.save_model`."""
+        with self._gathered_anchors():
+            super().save_model(output_dir, _internal_call)
+
+    @contextmanager
+    def _gathered_anchors(self) -> Generator[None, None, None]:
+        """
+        Have anchors saved under ZeRO-3.
+
+        `Trainer.save_model` (transformers 5.23) has DeepSpeed gather for PEFT models what is not frozen, and anchors
+        are.
+        """
+        anchors = [
+            parameter
+            for module in self.model.modules()
+            if isinstance(module, MultiHeadAdapter)
+            for parameter in (module.A0, module.B0)
+            if parameter is not None and hasattr(parameter, "ds_id") and not parameter.requires_grad
+        ]
+        for parameter in anchors:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in anchors:
+                parameter.requires_grad_(False)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
+        root = output_dir if output_dir is not None else self.args.output_dir
+        card = self._adapter_folder(root) / CARD_NAME
+        # PEFT writes a card of its own over it.
+        existing = _read(card) if self.args.should_save else None
+        with kept_quantized(self.model):
+            super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            self.adapter_record().save(output_dir if output_dir is not None else self.args.output_dir)
+            self.adapter_record().save(card.parent)
+            self._write_card(card, existing)
+
+    def _adapter_folder(self, root: str | Path) -> Path:
+        """Where the adapter lies in a folder that it was saved in: PEFT puts other names than "default" below it."""
+        name = self.model.active_adapter
+        return Path(root) if name == "default" else Path(root, name)
 
     # The card, and publishing
 
@@ -221,18 +327,21 @@ class PublishingTrainer(SFTTrainer):
         """
         if not self.is_world_process_zero():
             return
-        path = Path(self.args.output_dir) / CARD_NAME
+        path = self._adapter_folder(self.args.output_dir) / CARD_NAME
+        self._write_card(path, _read(path), tags=_as_list(tags), datasets=_as_list(dataset_name))
+
+    def _write_card(
+        self, path: Path, existing: str | None, tags: Sequence[str] = (), datasets: Sequence[str] = ()
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         card = render_card(
             self._adapter_config(),
             self.adapter_record(),
             repo_id=self.hub_model_id,
-            num_parameters=sum(
-                p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.model.parameters() if p.requires_grad
-            ),
-            datasets=_as_list(dataset_name),
-            tags=[*self._tag_names, *_as_list(tags)],
-            existing=path.read_text() if path.is_file() else None,
+            num_parameters=count_trainable(self.model),
+            datasets=[*datasets, *_as_list(self._dataset_name)],
+            tags=[*self._tag_names, *tags],
+            existing=existing,
         )
         card.save(path)
 
@@ -260,11 +369,21 @@ class PublishingTrainer(SFTTrainer):
 
         Returns:
             `CommitInfo` on the main process, a `Future` of it with `blocking=False`, `None` on others.
+
+        Raises:
+            ValueError: If `exports` are asked for where the model is divided among processes, or in the background.
         """
+        if kwargs.get("exports") and (self._is_sharded() or not blocking):
+            where = "of a model that is divided among processes" if self._is_sharded() else "in the background"
+            raise ValueError(
+                f"`exports` can't be made {where}: they run the whole model. Push without them, and afterwards, in "
+                f"one process: `push_adapter({self.args.output_dir!r}, {self.args.hub_model_id!r}, exports=[...])`."
+            )
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         datasets = [*_as_list(kwargs.pop("dataset_name", None)), *_as_list(kwargs.pop("datasets", None))]
+        datasets += _as_list(self._dataset_name)
         tags = [*self._tag_names, *_as_list(kwargs.pop("tags", None)), *_as_list(self.model.model_tags)]
         kwargs.pop("model_name", None)  # the card is headed by the repository's
         self.save_model(_internal_call=True)
@@ -285,9 +404,10 @@ class PublishingTrainer(SFTTrainer):
             "tokenizer": self.processing_class,
             **kwargs,
         }
+        folder = self._adapter_folder(self.args.output_dir)
         if blocking:
-            return push_adapter(self.args.output_dir, self.hub_model_id, **options)
-        return self._push_copy(self.args.output_dir, options)
+            return push_adapter(folder, self.hub_model_id, **options)
+        return self._push_copy(folder, options)
 
     def _rows_to_measure(self) -> dict[str, list[Any]]:
         """Evaluation rows by task that can be scored, the first of each."""
@@ -300,20 +420,23 @@ class PublishingTrainer(SFTTrainer):
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
 
-    def _push_copy(self, folder: str, options: dict[str, Any]) -> Future:
+    def _push_copy(self, folder: Path, options: dict[str, Any]) -> Future:
         """Push in the background what a folder has now, whatever becomes of it meanwhile."""
         copy = Path(tempfile.mkdtemp(prefix="rlora-push-"))
         for path in published_files(folder):
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(folder) / path, copy / path)
+            shutil.copyfile(folder / path, copy / path)
 
         def push() -> CommitInfo:
             try:
                 return push_adapter(copy, self.hub_model_id, **options)
+            except Exception as error:  # which nobody may ever ask the future for
+                logger.warning(f"A push to {self.hub_model_id} in the background failed: {error}")
+                raise
             finally:
                 shutil.rmtree(copy, ignore_errors=True)
 
-        return HfApi().run_as_future(push)
+        return self._hub_api.run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the adapter of a checkpoint: what `hub_strategy="every_save"` asks for."""
@@ -325,7 +448,6 @@ class PublishingTrainer(SFTTrainer):
         if running is not None and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        shutil.copyfile(Path(self.args.output_dir) / CARD_NAME, Path(checkpoint_folder) / CARD_NAME)
         options = {
             "commit_message": f"Training in progress, step {self.state.global_step}",
             "revision": self.args.hub_revision,
@@ -333,7 +455,7 @@ class PublishingTrainer(SFTTrainer):
             "base_model": self.args.hub_base_model,
             "tags": list(self._tag_names),
         }
-        job = self._push_copy(checkpoint_folder, options)
+        job = self._push_copy(self._adapter_folder(checkpoint_folder), options)
         if running is not None:
             running.jobs.append(job)
         else:
@@ -360,11 +482,21 @@ def check_publishing(args: Any, base_model: str | None) -> None:
             "training arguments, which are not published with adapters. Use 'every_save' or 'end', and keep "
             "checkpoints in storage of your own."
         )
-    if args.hub_base_model is None and base_model and os.path.exists(base_model):
+    if args.hub_base_model is None and base_model and hub_name(base_model) is None:
         raise ValueError(
             f"`push_to_hub=True`, and the base model is the local folder {base_model!r}, which nobody else can load. "
             "Set `hub_base_model` to its name on the Hub, or load it by that name."
         )
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Parameters that train, in whole also where they are divided among processes."""
+    return sum(
+        parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+        for name, parameter in model.named_parameters()
+        # Anchors get gradients for the moment of being saved.
+        if parameter.requires_grad and name.rsplit(".", 1)[-1] not in MultiHeadAdapter.anchor_names
+    )
 
 
 def describe_quantization(config: Any) -> str | None:
@@ -388,6 +520,13 @@ def _loaded_commit(name: str | None, revision: str | None) -> str | None:
         return None
     path = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _read(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
+        return file.read()
 
 
 def _as_list(value: Any) -> list[str]:

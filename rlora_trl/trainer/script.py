@@ -167,7 +167,9 @@ def train(
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     after = score_tasks(trainer.model, tokenizer, scored, description="Scoring, after") if scored else {}
     # The record that is saved and published with the adapter has them too.
-    trainer.note_metrics({f"eval_{task}_accuracy": score.accuracy for task, score in after.items()}, scored)
+    measured = {f"eval_{task}_accuracy": score.accuracy for task, score in after.items()}
+    measured |= {f"eval_{task}_base_accuracy": score.accuracy for task, score in before.items()}
+    trainer.note_metrics(measured, scored)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -33,7 +33,7 @@ from .ledger import TaskLedger
 from .mixing import Mixture, MixtureSampler, PartSampler, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
 from .optimizer import set_learning_rates
-from .publishing import PublishingTrainer, check_publishing, task_facts
+from .publishing import PublishingTrainer, check_publishing
 from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
 from .task_ids import (
     ROW_STARTS,
@@ -130,7 +130,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         peft_config = _choose_peft_config(model, peft_config)
         _check_devices(args)
         check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
-        self._set_up_publishing(task_facts(train_dataset, args.task_column))
+        self._set_up_publishing(train_dataset, args.task_column, None if peft_config else _active_config(model))
         tasks: list[str] | None
         mixed = mix_streams(train_dataset, args)
         if mixed is not train_dataset:
@@ -417,12 +417,9 @@ class RLoraSFTTrainer(PublishingTrainer):
             scaled=self.accelerator.scaler is not None,
         )
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._end_first_gradients(tell=False)
-        self._seen = self.tasks_seen()
-        self.measure_mixtures()
-        return output
 
     def _show(self, text: str) -> None:
         if self.args.disable_tqdm:

@@ -158,6 +158,12 @@ class RLoraLayer(BaseTunerLayer):
         if not any(parameter.device.type == "meta" for parameter in adapter.parameters()):
             adapter.to(device)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, at the scaling of their configuration."""
+        super().set_adapter(adapter_names, inference_mode)
+        for name in self.rlora_adapters:
+            self.set_scale(name, 1.0)
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the delta of an adapter by `scale`, beyond the scaling of its configuration; 1.0 is as it was."""
         if adapter_name in self.rlora_adapters:

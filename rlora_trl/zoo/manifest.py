@@ -14,6 +14,8 @@ from huggingface_hub import HfApi
 
 from ..hub.checks import AdapterCheckError
 from ..hub.pull import pull_checked
+from ..hub.record import hub_name
+from .names import adapter_name, is_adapter_name, split_revision
 
 
 MANIFEST_NAME = "zoo.yaml"
@@ -31,7 +33,8 @@ class PinnedAdapter:
         repo_id (`str`): Its repository.
         revision (`str`): Its commit, 40 hexadecimal digits: branches move.
         digest (`str`, *optional*): Digest of its tensors, `"sha256:..."`.
-        name (`str`): What to call it. Defaults to the repository's name.
+        name (`str`): What to call it on a model: letters, digits, `_` and `-`. Defaults to the repository's name,
+            with `_` for other characters.
     """
 
     repo_id: str
@@ -48,7 +51,12 @@ class PinnedAdapter:
         if self.digest is not None and not _DIGEST.fullmatch(str(self.digest)):
             raise ValueError(f"`digest` of {self.repo_id} must be `sha256:` and 64 digits, got {self.digest!r}.")
         if not self.name:
-            object.__setattr__(self, "name", self.repo_id.rsplit("/", 1)[-1])
+            object.__setattr__(self, "name", adapter_name(self.repo_id))
+        if not is_adapter_name(self.name):
+            raise ValueError(
+                f"`name` of {self.repo_id} must consist of letters, digits, `_` and `-`, got {self.name!r}. Choose "
+                "another: adapters of a model are called by it."
+            )
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,19 @@ class Manifest:
     Attributes:
         adapters (`tuple[PinnedAdapter, ...]`): The set.
         base_model (`str`, *optional*): The base model of all of them.
+
+    Raises:
+        ValueError: If two adapters have one name.
     """
 
     adapters: tuple[PinnedAdapter, ...] = field(default_factory=tuple)
     base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [adapter.name for adapter in self.adapters]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"The manifest has more than one adapter named {', '.join(twice)}. Give each a `name`.")
 
     @classmethod
     def load(cls, path: str | os.PathLike = MANIFEST_NAME) -> Manifest:
@@ -95,11 +112,10 @@ class Manifest:
         if base_model is not None and not isinstance(base_model, str):
             raise ValueError(f"`base_model` in {path} must be a name, got {base_model!r}.")
         adapters = tuple(_pinned(entry, path) for entry in entries)
-        names = [adapter.name for adapter in adapters]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{path} has more than one adapter named {', '.join(twice)}. Give each a `name`.")
-        return cls(adapters, base_model)
+        try:
+            return cls(adapters, base_model)
+        except ValueError as error:
+            raise ValueError(f"{path} can't be used: {error}") from error
 
     @classmethod
     def pin(
@@ -110,17 +126,27 @@ class Manifest:
 
         Args:
             repo_ids (`Iterable[str]`): Repositories; `"user/name@revision"` names a revision.
-            base_model (`str`, *optional*): The base model that all must have.
+            base_model (`str`, *optional*): The base model that all must have. Defaults to the one that they share, if
+                they do.
             token (`str` or `bool`, *optional*): As in [`pull_adapter`].
+
+        Raises:
+            AdapterCheckError: If one is damaged, hostile, or of another base model than `base_model`.
+            HfHubHTTPError: If a repository or revision is not there, or may not be read.
         """
-        pinned = []
-        for name in repo_ids:
-            repo_id, _, revision = name.partition("@")
-            commit = HfApi(token=token).model_info(repo_id, revision=revision or None).sha
-            assert commit is not None  # only listings leave it out
-            checked = pull_checked(repo_id, revision=commit, token=token, base_model=base_model)
-            pinned.append(PinnedAdapter(repo_id, commit, checked.digest))
-        return cls(tuple(pinned), base_model)
+        pinned: dict[str, PinnedAdapter] = {}
+        bases = set()
+        for place in repo_ids:
+            repo_id, revision = split_revision(place)
+            info = HfApi(token=token).model_info(repo_id, revision=revision)
+            assert info.sha is not None  # only listings leave it out
+            checked = pull_checked(info.id, revision=info.sha, token=token, base_model=base_model)
+            name = adapter_name(info.id, pinned)
+            pinned[name] = PinnedAdapter(info.id, info.sha, checked.digest, name)
+            bases.add(hub_name(checked.base_model))
+        if base_model is None and len(bases) == 1:
+            base_model = bases.pop()
+        return cls(tuple(pinned.values()), base_model)
 
     def save(self, path: str | os.PathLike = MANIFEST_NAME) -> Path:
         """Write the manifest."""
@@ -132,7 +158,7 @@ class Manifest:
                 "repo_id": adapter.repo_id,
                 "revision": adapter.revision,
                 **({"digest": adapter.digest} if adapter.digest else {}),
-                **({"name": adapter.name} if adapter.name != adapter.repo_id.rsplit("/", 1)[-1] else {}),
+                **({"name": adapter.name} if adapter.name != adapter_name(adapter.repo_id) else {}),
             }
             for adapter in self.adapters
         ]

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 from huggingface_hub import HfApi, ModelInfo
 
 from ..hub.card import read_card_info
 
+
+Order = Literal["downloads", "updated", "accuracy"]
 
 # What the Hub is asked to tell of each repository.
 _FIELDS: list[Any] = ["author", "cardData", "downloads", "lastModified", "private", "sha", "tags"]
@@ -87,42 +89,57 @@ def search(
     author: str | None = None,
     limit: int | None = None,
     *,
+    sort: Order = "downloads",
     token: str | bool | None = None,
 ) -> list[AdapterInfo]:
     """
-    Published R-LoRA adapters, those most downloaded first.
+    Published R-LoRA adapters.
 
     Args:
         base_model (`str`, *optional*): Those of this base model.
         task (`str`, *optional*): Those trained on a task of this name.
         author (`str`, *optional*): Those of this user or organisation.
         limit (`int`, *optional*): How many at most. Defaults to all.
+        sort (`str`, *optional*, defaults to `"downloads"`): Which come first: those most downloaded, `"updated"`:
+            changed last, or `"accuracy"`: those whose cards tell the highest mean, of whatever tasks they have.
         token (`str` or `bool`, *optional*): As in `huggingface_hub.list_models`; shows private ones too.
 
     Returns:
         `list[AdapterInfo]`: What their cards say.
 
     Raises:
-        ValueError: If `limit` is not positive.
+        ValueError: If `limit` is not positive, or `sort` is none of these.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}. Leave it out for all adapters.")
-    return list(islice(_matching(base_model, task, author, token), limit))
+    if sort not in get_args(Order):
+        raise ValueError(f"`sort` must be one of {', '.join(get_args(Order))}, got {sort!r}.")
+    found = _matching(base_model, task, author, sort, token)
+    if sort == "accuracy":  # which the Hub does not know
+        found = iter(sorted(found, key=lambda info: info.mean() or 0.0, reverse=True))
+    return list(islice(found, limit))
 
 
 def _matching(
-    base_model: str | None, task: str | None, author: str | None, token: str | bool | None
+    base_model: str | None, task: str | None, author: str | None, sort: Order, token: str | bool | None
 ) -> Iterator[AdapterInfo]:
     tags = ["rlora"]
     if base_model is not None:
         tags.append(f"base_model:adapter:{base_model}")
     if task is not None:
-        tags.append(f"task:{task}")
-    for info in HfApi(token=token).list_models(filter=tags, author=author, sort="downloads", expand=_FIELDS):
+        tags.append(f"task:{_one_line(task)}")
+    order: Any = "last_modified" if sort == "updated" else "downloads"
+    for info in HfApi(token=token).list_models(filter=tags, author=author, sort=order, expand=_FIELDS):
         found = AdapterInfo.from_model_info(info)
         # Tags are free text: a card may carry one and describe something else.
-        if base_model in (None, found.base_model) and (task is None or task in found.tasks):
+        of_task = task is None or _one_line(task) in map(_one_line, found.tasks)
+        if base_model in (None, found.base_model) and of_task:
             yield found
+
+
+def _one_line(task: str) -> str:
+    """A task as the tags of cards have it."""
+    return " ".join(task.split())
 
 
 def show(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> AdapterInfo:

@@ -8,7 +8,7 @@ import zlib
 import pytest
 import torch
 
-from rlora_trl.analysis import HeadMixtures, plot_head_similarity, plot_routing
+from rlora_trl.analysis import HeadMixtures, figures, plot_head_similarity, plot_routing
 
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -84,6 +84,43 @@ def test_the_picture_shows_the_weights(tmp_path):
     one.weights["task_0"][0] = torch.tensor([1.0, 0.0, 0.0])
     first, second = plot_routing(even, tmp_path / "even.png"), plot_routing(one, tmp_path / "one.png")
     assert first.read_bytes() != second.read_bytes()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Have figures returned instead of written."""
+    monkeypatch.setattr(figures, "_save", lambda figure, path: figure)
+
+
+def with_strong_cells(count):
+    content = mixtures(tasks=5, depth=10)
+    for weights in content.weights.values():
+        weights.copy_(1 / 3 + torch.tensor([0.06, -0.04, -0.02]))
+    strong = torch.tensor([0.98, 0.01, 0.01])
+    list(content.weights.values())[0][:count] = strong
+    return content
+
+
+def test_a_strong_cell_does_not_wash_out_the_rest(drawn):
+    *_, scale = plot_routing(with_strong_cells(1), "").axes
+    low, high = scale.get_ylim()
+    assert low == pytest.approx(1 / 3 - 0.06, abs=1e-4) and high == pytest.approx(1 / 3 + 0.06, abs=1e-4)
+    assert "colours end where 95% of the cells lie" in " ".join(scale.get_ylabel().split())
+    assert [tick.get_text() for tick in scale.get_yticklabels()] == ["≤ 0.273", "0.333", "≥ 0.393"]
+    # Many are no exception: the scale is theirs, and ends at 0 below.
+    *_, scale = plot_routing(with_strong_cells(30), "").axes
+    assert scale.get_ylim() == pytest.approx((0.0, 0.98)) and "colours end" not in scale.get_ylabel()
+    assert [tick.get_text() for tick in scale.get_yticklabels()] == ["0", "0.333", "0.98"]
+
+
+@pytest.mark.parametrize("level", [0.0, 0.94])
+def test_the_axis_of_cosines_fits_them(drawn, level):
+    found = {name: matrix * 0.02 + level for name, matrix in similarities(depth=8).items()}
+    matrix, by_depth = plot_head_similarity(found, "").axes
+    low, high = by_depth.get_ylim()
+    values = [float(value) for line in by_depth.lines for value in line.get_ydata() if len(line.get_ydata()) == 8]
+    assert low < min(values) and max(values) < high and high - low == pytest.approx(0.1)
+    assert matrix.get_position().width < 0.6 * by_depth.get_position().width
 
 
 def test_names_that_mean_something_to_matplotlib(tmp_path):

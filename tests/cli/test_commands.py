@@ -74,6 +74,23 @@ def test_eval_saves_scores_of_the_adapters_tasks(rlora, make_adapter, rows_folde
     assert "Not recorded, as the adapter was not trained on them: first" in result.stderr
 
 
+def test_eval_saves_what_the_base_model_does(rlora, make_adapter, rows_folder):
+    folder = make_adapter()
+    told = json.loads(rlora("eval", folder, "--data", rows_folder, "--compare-base", "--save", "--json").stdout)
+    metrics = {task.name: task.metrics for task in AdapterRecord.load(folder).tasks}
+    assert metrics == {
+        row["task"]: {"accuracy": row["accuracy"], "base_accuracy": row["base_accuracy"]} for row in told["tasks"]
+    }
+    before = AdapterRecord.load(folder)
+    result = rlora("eval", folder, "--data", rows_folder, "--limit", 3, "--save")
+    assert result.exit_code == 1 and "same (3 rows, recorded are scores of 8)" in result.stderr
+    assert "`--overwrite`" in result.stderr and AdapterRecord.load(folder) == before
+    result = rlora("eval", folder, "--data", rows_folder, "--limit", 3, "--save", "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    task = AdapterRecord.load(folder).task("same")
+    assert task.metric_rows == 3 and set(task.metrics) == {"accuracy"}, "the base was scored on other rows"
+
+
 def test_eval_of_rows_without_tasks(rlora, make_adapter, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, task_rows("same", 4))))
     for tasks, name in ((["same"], "same"), (["same", "first"], "rows")):
@@ -87,6 +104,7 @@ def test_eval_of_rows_without_tasks(rlora, make_adapter, tmp_path):
         (["--task-column", "kind"], "has no column 'kind' to name tasks; it has prompt, completion, task, options."),
         (["--split", "validation"], "has no split 'validation'; it has train, test."),
         (["--data", "missing.jsonl"], "There is no data at missing.jsonl."),
+        (["--data", "missing"], "There is no file or folder missing here, and no such data set was found on the Hub"),
         (["--base", "./missing"], "./missing"),
     ],
 )
@@ -101,6 +119,8 @@ def test_adapters_that_are_not_there(rlora, rows_folder, tmp_path):
     assert result.exit_code == 1 and "There is no folder" in result.stderr
     result = rlora("eval", "user/nothing", "--data", rows_folder)
     assert result.exit_code == 1 and "not in the cache" in result.stderr
+    result = rlora("pull", tmp_path / "nothing")
+    assert result.exit_code == 1 and "There is no folder" in result.stderr
     (tmp_path / "empty").mkdir()
     result = rlora("pull", tmp_path / "empty")
     assert result.exit_code == 1 and "adapter_config.json" in result.stderr
@@ -129,6 +149,7 @@ def test_analyze_on_data(rlora, make_adapter, rows_folder, tmp_path):
     result = rlora("analyze", folder, *words)
     assert result.exit_code == 0, result.stderr
     assert {"same", "colour", "first"} <= {line.split()[0] for line in result.stdout.splitlines() if line}
+    assert "head 1  head 2  head 3" in result.stdout, "as figures count them"
     assert set(AdapterRecord.load(folder).mixtures.weights) == {"same", "colour", "first"}
     for name in ("head_similarity.png", "routing.png"):
         assert (tmp_path / "drawn" / "figures" / name).stat().st_size > 1000
@@ -152,7 +173,18 @@ def test_export_errors(rlora, make_adapter, tmp_path):
     assert rlora("export", folder, tmp_path / "x", "--weights", "a,b").exit_code == 2
     assert rlora("export", folder, tmp_path / "x", "--weights", "1,0,0", "--task", "same").exit_code == 2
     result = rlora("export", folder, tmp_path / "x", "--weights", "1,0")
-    assert result.exit_code == 1 and "Error:" in result.stderr
+    assert result.exit_code == 1
+    assert "Error: `--weights 1,0` must be 3 numbers, one for each head" in result.stderr
+    result = rlora("export", folder, tmp_path / "x", "--weights", "0.2,0.3,0.4")
+    assert "these are 3 with the sum 0.9." in result.stderr
+    result = rlora("export", folder, tmp_path / "x", "--task", "colours")
+    assert "There is no task 'colours'; the adapter has 'same', 'colour', 'first'. Did you mean 'colour'?" in (
+        result.stderr
+    )
+    result = rlora("export", folder, tmp_path / "x", "--task", "same")
+    assert result.exit_code == 1 and result.stderr.strip().endswith(
+        "Add `--data` to measure them, or say how to mix the heads with `--weights`."
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -179,11 +211,23 @@ def test_pull_checks_and_copies_a_folder(rlora, make_adapter, tmp_path):
     ).read_bytes()
     assert not (tmp_path / "copy" / "notes.txt").exists()
     result = rlora("pull", folder, "--output", tmp_path / "copy")
+    assert result.exit_code == 0 and "has this adapter already" in result.stderr
+    assert "from_pretrained" in result.stderr and str(tmp_path / "copy") in result.stdout
+    result = rlora("pull", make_adapter("other", r=2), "--output", tmp_path / "copy")
     assert result.exit_code == 1 and "is not empty" in result.stderr
     weights = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(weights[:-10])
     result = rlora("pull", folder)
     assert result.exit_code == 1 and "Traceback" not in result.stderr
+
+
+def test_pull_tells_repository_and_commit(rlora, make_adapter, tmp_path):
+    (tmp_path / "models--user--some--words" / "snapshots").mkdir(parents=True)
+    folder = make_adapter("models--user--some--words/snapshots/" + "a" * 40)
+    told = json.loads(rlora("pull", folder, "--json").stdout)
+    assert (told["repo_id"], told["commit"]) == ("user/some--words", "a" * 40)
+    lines = rlora("pull", folder).stdout.splitlines()
+    assert [line.split() for line in lines[:2]] == [["Repository", "user/some--words"], ["Commit", "a" * 40]]
 
 
 def test_dtype_and_quantisation_of_the_base(make_adapter, model_folders, tmp_path):

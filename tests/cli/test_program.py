@@ -1,6 +1,7 @@
 """The program itself: how fast it starts, what it does with errors, and where its output goes."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -16,13 +17,14 @@ from typer.testing import CliRunner
 
 from rlora_trl import __version__
 from rlora_trl.cli.app import ReportingGroup
+from rlora_trl.cli.errors import quieten_libraries
 from rlora_trl.cli.output import plain, print_facts, print_json, print_table, results_only
 from rlora_trl.safe_files import AdapterCheckError
 
 
 COMMANDS = (
     *("train", "eval", "analyze", "export", "card", "push", "pull", "env"),
-    *("zoo", "zoo search", "zoo compare", "zoo show", "zoo install"),
+    *("zoo", "zoo search", "zoo compare", "zoo show", "zoo install", "zoo pin"),
 )
 HEAVY = ("torch", "transformers", "peft", "datasets", "trl", "accelerate", "matplotlib")
 ALL_HELP = f"""
@@ -58,6 +60,7 @@ def test_each_command_has_help(rlora, command):
     result = rlora(*command.split(), "-h")
     assert result.exit_code == 0
     assert f"rlora {command}" in result.stdout
+    assert "<bool>" not in result.stdout
 
 
 def test_version(rlora):
@@ -106,9 +109,17 @@ EXPECTED = [
     (_hub_error("GatedRepoError", 403), "Error: user/x is gated. Ask for access"),
     (_hub_error("RevisionNotFoundError", 404), "Error: user/x has no such revision."),
     (_hub_error("HfHubHTTPError", 401), "Error: The Hub refused: told by the Hub Log in with `hf auth login`.\n"),
+    (_hub_error("HfHubHTTPError", 401, "Invalid user token."), "Error: The Hub rejected your token. Log in again"),
+    (ValueError("Name one of these in `metric`."), "Error: Name one of these with `--metric`.\n"),
+    (ValueError("Search for some with `zoo.search()`."), "Error: Search for some with `rlora zoo search`.\n"),
+    (
+        ValueError("Give its name on the Hub as `base_model`."),
+        "Error: Give its name on the Hub with `--base-model`.\n",
+    ),
+    (ValueError("`output_dir` 'a' is a file."), "Error: OUTPUT 'a' is a file.\n"),
     (_hub_error("HfHubHTTPError", 500, "down\n\nAgain."), "Error: The Hub refused: down Again.\n"),
     (hub_errors.LocalTokenNotFoundError(), "Error: You are not logged in."),
-    (hub_errors.OfflineModeIsEnabled(), "Error: This needs the Hub, and HF_HUB_OFFLINE=1"),
+    (hub_errors.OfflineModeIsEnabled(), "Error: This needs the Hub, and HF_HUB_OFFLINE=1 does not allow it."),
     (hub_errors.LocalEntryNotFoundError("no x"), "Error: It is not in the cache, and the Hub can't be asked: no x\n"),
     (hub_errors.HTTPError("refused"), "can't be reached: refused\n"),
 ]
@@ -170,14 +181,17 @@ def test_tables_in_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     long = "user/" + "x" * 50
     print_table(["task", "rows"], [["same", 7]])
-    print_table(["repository", "tasks", "r"], [[long, "one, two", 4]])
+    print_table(["repository", "tasks", "r"], [[long, "one, two", 4], ["user/short", "one", 5]])
     print_facts({"Folder": "/" + "y" * 60, "Tasks": "sst2, " * 10})
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    text = capsys.readouterr().out
+    assert "\x1b[1m  tasks  \x1b[0mone, two\n" in text, "only labels are bold"
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     assert lines[:3] == ["task   rows", "───────────", "same      7"]
     # Too wide for a table: a few lines for each row, and what may be copied stays whole.
     assert lines[3:6] == [long, "  tasks  one, two", "  r      4"]
-    assert lines[6] == "Folder  /" + "y" * 60
-    assert all(len(line) <= 40 for line in lines[7:]) and len(lines) > 8
+    assert lines[6:10] == ["", "user/short", "  tasks  one", "  r      5"]
+    assert lines[10] == "Folder  /" + "y" * 60
+    assert all(len(line) <= 40 for line in lines[11:]) and len(lines) > 12
 
 
 def test_only_results_go_to_stdout(capsys):
@@ -187,6 +201,14 @@ def test_only_results_go_to_stdout(capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"value": 1}
     assert captured.err == "what a library prints\n"
+
+
+def test_only_the_remark_about_a_missing_kernel_is_left_out(caplog):
+    quieten_libraries()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    logger.warning("Something else")
+    assert [record.getMessage() for record in caplog.records] == ["Something else"]
 
 
 def test_values_as_json():

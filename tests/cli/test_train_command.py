@@ -8,7 +8,7 @@ import pytest
 import typer
 from cli_program import PROGRAM
 
-from rlora_trl.cli.train import split_arguments, training_parser
+from rlora_trl.cli.train import split_arguments, training_parser, with_defaults
 from rlora_trl.hub.record import AdapterRecord
 
 
@@ -31,6 +31,8 @@ def test_train_from_yaml(model_folders, rows_folder, tmp_path):
     done = train("--config", config, "--r", 2, "--score-rows", 3, "--mixed_precision", "no")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "mean of tasks" in done.stdout and "AutoPeftModelForCausalLM.from_pretrained" in done.stdout
+    assert f"rlora push {tmp_path / 'out'} user/name" in done.stderr
+    assert "values were not passed" not in done.stdout + done.stderr
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (saved["num_heads"], saved["r"], saved["tasks"]) == (5, 2, ["colour", "first", "same"])
     record = AdapterRecord.load(tmp_path / "out")
@@ -57,6 +59,17 @@ def test_what_is_whose(tmp_path):
     launch, program = split("--num_machines", "1", f"--config={config}", *NEEDED, "--accelerate_config", "zero2")
     assert launch == ["--num_processes", "2", "--num_machines", "1", "--accelerate_config", "zero2"]
     assert program == ["--config", str(config), *NEEDED]
+
+
+def test_what_the_launcher_chooses_by_itself(monkeypatch, tmp_path):
+    import accelerate.commands.config.config_args as config_args
+
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default.yaml"))
+    words = with_defaults(["--num-processes=2", "--mixed_precision", "bf16"])
+    assert words == ["--num_machines", "1", "--dynamo_backend", "no", "--num-processes=2", "--mixed_precision", "bf16"]
+    assert with_defaults(["--config_file", "x.yaml"]) == ["--config_file", "x.yaml"]
+    (tmp_path / "default.yaml").write_text("num_processes: 3\n")
+    assert with_defaults([]) == []
 
 
 def test_environment_of_the_file_reaches_the_launcher(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from testing_utils import build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
+from rlora_trl.hub import check_adapter
 
 
 RANK = int(os.environ.get("RANK", 0))
@@ -144,6 +145,7 @@ def run(case, folder, model_folder, adapter_folder):
         trainer.save_model()
         if RANK == 0:
             found["saved"] = load_file(output / "adapter_model.safetensors")
+            check_adapter(output)  # that it is complete, anchors included
     torch.save(found, folder / f"{case['name']}.{RANK}.pt")
     trainer.accelerator.free_memory()
 

@@ -1,10 +1,12 @@
 """Data sets by file, folder and split, and their rows by task."""
 
 import json
+from unittest import mock
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from rlora_trl.evaluation import data
 from rlora_trl.evaluation.data import is_scorable, load_splits, load_task_rows, rows_by_task
 
 
@@ -24,6 +26,13 @@ def test_files_are_one_split(tmp_path, kind):
     getattr(Dataset.from_list(ROWS), {"jsonl": "to_json"}.get(kind, f"to_{kind}"))(path)
     splits = load_splits(str(path), file_split="mine")
     assert {name: data.to_list() for name, data in splits.items()} == {"mine": ROWS}
+
+
+def test_data_that_are_nowhere(monkeypatch):
+    # Without a network the library raises an error of the connection.
+    monkeypatch.setattr(data, "load_dataset", mock.Mock(side_effect=ConnectionError("can't be reached")))
+    with pytest.raises(FileNotFoundError, match="There is no file or folder words here, .* can't be reached"):
+        load_splits("words")
 
 
 def test_split_of_a_folder(folder):

@@ -1,6 +1,7 @@
 """`export_lora`: exact where it can be, refused where it is wrong, and loaded by those who lack this package."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -561,15 +562,24 @@ def test_what_is_refused(model_folders, tmp_path, tokenizer):
         ),
         ({"data": {"a": [{"text": "w1"}]}, "tokenizer": tokenizer}, r"`data\['a'\]` need a `prompt`.*got text"),
         ({"data": {"a": []}, "tokenizer": tokenizer}, "no rows"),
-        ({"adapter_name": "other", "routing": WEIGHTS}, "'other' is unknown"),
+        (
+            {"adapter_name": "other", "routing": WEIGHTS},
+            "`adapter_name='other'` can't be exported.*'other' is unknown",
+        ),
+        ({"routing": [0.2, 0.3]}, r"sum to 1, got \[0.2, 0.3\]"),
     ]
     for kwargs, message in cases:
         with pytest.raises(ValueError, match=message):
             export_lora(model, out, **kwargs)
     tasks = adapted(model_folders, router="task", tasks=TASKS)
-    for task in (None, "colour"):
-        with pytest.raises(ValueError, match=f"mixture for each of 'first', 'same'; got `task={task!r}`"):
-            export_lora(tasks, out, task=task)
+    with pytest.raises(ValueError, match="mixture for each of 'first', 'same'; got `task=None`"):
+        export_lora(tasks, out)
+    uniform, by_token = (adapted(model_folders, router=router, tasks=TASKS) for router in ("uniform", "softmax"))
+    for given in (tasks, uniform, by_token):
+        with pytest.raises(ValueError, match="tasks are 'first', 'same'; got `task='colour'`. Set `task` to one"):
+            export_lora(given, out, task="colour", routing=WEIGHTS)
+        with pytest.raises(ValueError, match="got `task='colour'`"):
+            export_lora(given, out, task="colour")
     lora = get_peft_model(load_base(model_folders, "llama"), LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="is of another method"):
         export_lora(lora, out)
@@ -637,11 +647,52 @@ def test_card_and_report(model_folders, tmp_path, tokenizer):
     assert (saved.base_model_name_or_path, saved.revision, saved.task_type) == ("org/base", "abc", "CAUSAL_LM")
     values = json.loads(json.dumps(report.to_dict()))
     assert values["rank"] == 8 and values["path"] == str(tmp_path / "out") and values["warnings"] == []
+    # Where it will be published, beside its adapter.
+    for merge in (False, True):
+        place = ("user/x", "exports/same")
+        export_lora(model, tmp_path / "out", routing=WEIGHTS, merge=merge, published_as=place)
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert '"user/x", subfolder="exports/same")' in text and "[user/x](https://huggingface.co/user/x)" in text
+        assert not re.search("this.folder|pypi|tmp", text)
+        if not merge:
+            assert 'hf download user/x --include "exports/same/*" --local-dir adapter\nvllm serve org/base' in text
+            assert "--lora-modules same=adapter/exports/same" in text
+            assert "--outfile lora.gguf adapter/exports/same" in text
     # A folder is nobody else's business.
     config.base_model_name_or_path = model_folders["llama"]
     export_lora(model, tmp_path / "out", routing=WEIGHTS)
     card = (tmp_path / "out" / "README.md").read_text()
     assert model_folders["llama"] not in card and "not measured" in card
+
+
+TWICE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+from rlora_trl.export import export_lora
+place = ("user/x", "exports/same")
+for merge in (False, True):
+    export_lora(sys.argv[1], f"{sys.argv[2]}/{merge}", task="same", merge=merge, published_as=place)
+"""
+
+
+def test_the_same_bytes_each_time(model_folders, tmp_path):
+    """A push of the same adapter finds nothing new, whatever order another process has its sets in."""
+    targets = ["gate_proj", "up_proj", "down_proj", "q_proj", "v_proj"]
+    model = adapted(model_folders, router="uniform", target_modules=targets, modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "adapter")
+    found = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        arguments = [sys.executable, "-c", TWICE, str(tmp_path / "adapter"), str(out)]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        found.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+    first, second = found
+    assert len(first) >= 6 and first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert json.loads(first["False/adapter_config.json"])["target_modules"] == sorted(targets)
 
 
 def test_a_changed_file_does_something_else(model_folders, tmp_path):

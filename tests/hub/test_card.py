@@ -32,6 +32,7 @@ def record(**fields):
         "base_model": BASE,
         "base_model_revision": "060db6499f32faf8b98477b0a26969ef7d8b9987",
         "base_model_license": "apache-2.0",
+        "base_dtype": "bfloat16",
         "quantization": "bitsandbytes nf4",
         "tasks": [
             TaskRecord("sst2", "sentiment", "nyu-mll/glue", "other", 6000, 90000, 0.75, {"accuracy": 0.953}, 250),
@@ -81,7 +82,8 @@ def test_the_first_screen():
         "them for each token. Mean accuracy over 2 of its tasks: 82.7 %."
     )
     assert lines[6].startswith("| task |")
-    assert lines.index("## Load") == 12 and "import rlora_trl" in lines[15]
+    assert lines.index("## Load") == 12 and "import rlora_trl" in lines[17]
+    assert lines[14] == "Needs the Python package `rlora-trl`." and "pypi" not in str(render())
 
 
 def test_the_table_of_tasks():
@@ -113,12 +115,14 @@ def test_facts_of_the_adapter_and_of_training():
     assert facts["dropout"] == "0.2, a mask of its own for each head" and facts["router"] == "softmax"
     assert facts["balance loss"] == "switch, coefficient 0.01"
     assert facts["target modules"] == "down_proj, up_proj" and facts["trainable parameters"] == "5,898,240"
+    assert facts["its dtype in training"] == "bfloat16"
     assert "060db6499f32" in facts["base model"] and facts["its quantisation in training"] == "bitsandbytes nf4"
     assert facts["digest of the tensors"] == f"`{DIGEST}`"
     assert dict(training[1:]) == {"`learning_rate`": "0.0002", "`bf16`": "True", "`seed`": "42"}
     assert "Versions: rlora_trl 0.1.0, peft 0.21.2." in text
     assert "![Mean weight of each head by task and layer](figures/routing.png)" in text
-    assert "![Cosine similarity between the heads](figures/head_similarity.png)" in text
+    assert "(figures/routing.png)\n\nWhite: an equal share;" in text
+    assert "![Cosine similarity between the heads](figures/head_similarity.png)\n\n1: copies of" in text
     licenses = text[text.index("## Licences") : text.index("## Citation")]
     assert "- This adapter: mit" in licenses and f"({'https://huggingface.co/' + BASE}): apache-2.0" in licenses
     assert "datasets/nyu-mll/glue): other" in licenses
@@ -149,13 +153,59 @@ def test_exports():
     *_, stock = snippets(card.text)
     assert 'subfolder="exports/sst2"' in stock and "rlora_trl" not in stock
     ast.parse(stock)
+    assert "nats per token" in card.text
     table = next(table for table in tables(card.text) if table[0][1] == "`subfolder`")
     assert table[0] == ["task", "`subfolder`", "rank", "exact", "accuracy", "KL from it"]
     assert table[1] == ["sst2", "exports/sst2", "8", "no", "94.0 %", "0.0123"]
     other = f"exports/{task_slug('EN fr')}"
     assert table[2] == ["EN fr", other, "", "", "", ""]
     assert read_card_info(card.data)["exports"] == {"sst2": "exports/sst2", "EN fr": other}
-    assert "subfolder" not in render().text
+    assert "subfolder" not in render().text and "nats" not in render(exports=["sst2"]).text
+
+
+def test_what_exports_lose():
+    told = {"path": "exports/sst2", "rank": 8, "kl": 0.0123, "accuracy": 0.94, "accuracy_dynamic": 0.953, "rows": 250}
+    same = {"path": "exports/rte", "rank": 8, "accuracy": 0.7004, "accuracy_dynamic": 0.7}
+    card = render(record=record(exports=[{"task": "sst2", **told}, {"task": "rte", **same}]))
+    table = next(table for table in tables(card.text) if table[0][1] == "`subfolder`")
+    assert table[0][3:] == ["accuracy", "with its router", "lost (points)", "KL from it", "rows tested"]
+    assert table[1][3:] == ["94.0 %", "95.3 %", "1.3", "0.0123", "250"]
+    assert table[2][3:] == ["70.0 %", "70.0 %", "0.0", "", ""]
+
+
+def test_the_score_of_the_base_model():
+    told = record(
+        tasks=[
+            TaskRecord("sst2", metrics={"loss": 0.5, "base_accuracy": 0.52, "accuracy": 0.95}),
+            TaskRecord("rte", metrics={"accuracy": 0.5, "base_accuracy": 0.55}),
+            TaskRecord("en_fr", metrics={"base_accuracy": 0.25}),
+        ]
+    )
+    card = render(record=told)
+    assert tables(card.text)[0] == [
+        ["task", "accuracy", "base", "gain (points)", "loss"],
+        ["sst2", "95.0 %", "52.0 %", "+43.0", "0.5000"],
+        ["rte", "50.0 %", "55.0 %", "-5.0", ""],
+        ["en_fr", "", "25.0 %", "", ""],
+    ]
+    assert "Mean accuracy over 2 of its tasks: 72.5 %, that of the base model alone: 53.5 %." in card.text
+    index = card.data.to_dict()["model-index"][0]["results"]
+    assert [metric["type"] for metric in index[0]["metrics"]] == ["accuracy", "loss", "base_accuracy"]
+    assert card.data.metrics == ["accuracy"]
+    assert read_card_info(card.data)["metrics"]["rte"] == {"accuracy": 0.5, "base_accuracy": 0.55}
+    assert str(render(str(card), record=told)) == str(card)
+    told.tasks[1].metrics.pop("base_accuracy")
+    assert "tasks: 72.5 %." in render(record=told).text and "base model alone" not in render(record=told).text
+
+
+def test_settings_that_say_nothing_are_left_out():
+    usual = {"learning_rate": 2e-4, "train_a": True, "warmup_steps": 0, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    usual |= {"packing": False, "packing_strategy": "bfd", "label_smoothing_factor": 0.0, "loss_type": "nll"}
+    assert "packing" not in (text := render(record=record(hyperparameters=usual)).text)
+    assert dict(tables(text)[-1][1:]) == {"`learning_rate`": "0.0002"}
+    chosen = {"train_a": False, "warmup_steps": 10, "adam_beta2": 0.95, "packing": True, "packing_strategy": "wrapped"}
+    shown = dict(tables(render(record=record(hyperparameters=chosen)).text)[-1][1:])
+    assert shown == {f"`{name}`": str(value) for name, value in chosen.items()}
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,64 @@ def test_text_written_into_the_local_card_is_published(hub, push, tmp_path):
     assert card_of(hub).content == text
 
 
+def test_text_corrected_on_the_hub_is_not_put_back(hub, push, tmp_path):
+    """The local card still has what it had at the last push; then it changes, and the Hub's does not."""
+    folder = save_adapter(tmp_path / "adapter")
+    (folder / "README.md").write_text("# Notes\n\nMade on Monday.\n\nSecond paragraph.\n")
+    push(folder)
+    card = hub.files(REPO)["README.md"].decode()
+    hub.commit(REPO, {"README.md": card.replace("Monday", "Tuesday").replace("\n", "\r\n")})
+    push(folder)
+    text = hub.files(REPO)["README.md"].decode()
+    assert "Tuesday" in text and "Monday" not in text and text.count("Second paragraph.") == 1
+    local = text.replace("Tuesday", "Wednesday").replace("\r\n", "\n")
+    (folder / "README.md").write_text(local)
+    push(folder)
+    text = hub.files(REPO)["README.md"].decode()
+    assert "Wednesday" in text and "Tuesday" not in text
+
+
+def test_other_peoples_files_stay(hub, push, folder, tmp_path):
+    push(folder)
+    mine = {"figures/my_curve.png": b"\x89PNG\r\n\x1a\n", "exports/mine/adapter_config.json": "{}", "notes.md": "x"}
+    hub.commit(REPO, mine)
+    push(save_adapter(tmp_path / "newer", seed=6))
+    assert set(mine) <= set(hub.files(REPO))
+
+
+def test_exports_of_the_same_weights_stay_and_of_others_go(hub, push, folder, tmp_path):
+    push(folder, exports=["first"])
+    first = hub.files(REPO)
+    assert "exports/first/adapter_model.safetensors" in first
+    push(folder, tags=["more"])
+    assert (
+        hub.files(REPO)["exports/first/adapter_model.safetensors"] == first["exports/first/adapter_model.safetensors"]
+    )
+    assert "exports/first" in hub.files(REPO)["README.md"].decode()
+    push(save_adapter(tmp_path / "newer", seed=6))
+    assert not any(path.startswith("exports/") for path in hub.files(REPO))
+    assert "exports/first" not in hub.files(REPO)["README.md"].decode()
+
+
+def test_exports_of_unknown_tasks(hub, push, folder):
+    with pytest.raises(WorkerError, match="'frist'.*first, colour, same"):
+        push(folder, exports=["frist"])
+    assert REPO not in hub.api.state.repos
+
+
+def test_repository_of_a_stock_trainer(hub, push, folder):
+    """Its pickles go, as nobody could pull the adapter beside them; other code is not ours to remove."""
+    hub.commit(
+        REPO, {"training_args.bin": b"\x80", "adapter_model.bin": b"\x80", "checkpoint-5/optimizer.pt": b"\x80"}
+    )
+    push(folder)
+    assert not any(path.endswith((".bin", ".pt")) for path in hub.files(REPO))
+    hub.commit(REPO, {"modeling.py": "import os"})
+    with pytest.raises(WorkerError, match="modeling.py") as caught:
+        push(folder)
+    assert caught.value.type == "AdapterCheckError"
+
+
 def test_pushing_again_transfers_nothing(hub, push, folder):
     first = push(folder)
     sent = hub.uploaded_bytes()
@@ -158,6 +216,17 @@ def test_tokenizer_is_published_when_it_changed(hub, push, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<pad>"}))
     push(folder)
     assert "tokenizer.json" in hub.files(REPO)
+
+
+@pytest.mark.parametrize("name", ["../secret/base", "C:\\Users\\jane\\base", "~/models/base", "a/b/base", None])
+def test_names_that_are_no_names(hub, push, tmp_path, name):
+    folder = save_adapter(tmp_path / "adapter", base=name)
+    (folder / "rlora_record.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    with pytest.raises(WorkerError, match="as `base_model`"):
+        push(folder)
+    assert REPO not in hub.api.state.repos
 
 
 def test_base_model_in_a_local_folder(hub, push, tmp_path):
@@ -226,6 +295,26 @@ def test_pull_request_that_landed_although_the_hub_said_no(hub, push, folder):
     hub.fail("POST", r"/api/models/.*/commit/", status=503, after=True)
     answer = push(folder, create_pr=True)
     assert answer["pr"].endswith("/discussions/1") and "refs/pr/2" not in hub.repo(REPO).refs
+
+
+def test_connection_that_breaks_at_the_commit(hub, push, folder):
+    hub.fail("POST", r"/commit/", after=True, drop_after=0)
+    commit = push(folder)
+    assert commit["oid"] == hub.head(REPO) and len(hub.commits(REPO)) == 2
+
+
+def test_second_fault_while_looking_whether_it_landed(hub, push, folder):
+    hub.fail("POST", r"/commit/", status=500, after=True)
+    hub.fail("GET", r"/api/models/user/words", status=503, skip=1)
+    push(folder)
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_adapter_that_can_not_be_read_back(hub, push, folder):
+    hub.fail("*", "/resolve/.*safetensors", status=403, times=None)
+    with pytest.raises(WorkerError, match="was published as commit [0-9a-f]{40}, but could not be read back"):
+        push(folder)
+    assert "adapter_model.safetensors" in hub.files(REPO)
 
 
 def test_lasting_trouble_publishes_nothing_and_the_retry_transfers_nothing_twice(hub, push, folder):

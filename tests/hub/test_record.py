@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from samples import BASE, save_base, tiny_adapter, tiny_record
+from worker import WorkerError
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, __version__
 from rlora_trl.analysis import HeadMixtures
@@ -31,6 +33,7 @@ def full_record() -> AdapterRecord:
         base_model="Qwen/Qwen2.5-0.5B",
         base_model_revision="060db649",
         base_model_license="apache-2.0",
+        base_dtype="bfloat16",
         quantization="bitsandbytes nf4",
         tasks=[
             TaskRecord("sst2", "sentiment", "nyu-mll/glue", "other", 6000, 90000, 0.75, {"accuracy": 0.95}, 250),
@@ -125,6 +128,63 @@ def test_saving_is_all_or_nothing(tmp_path):
     path.rmdir()
     path.write_text(before)
     assert [file.name for file in tmp_path.iterdir()] == [RECORD_NAME], "temporary files are left"
+
+
+def test_an_adapter_that_goes_on_training():
+    older, before = full_record(), full_record().to_dict()
+    older.tasks.append(TaskRecord("cola", rows=2000, tokens=10, metrics={"base_accuracy": 0.5, "accuracy": 0.7}))
+    older.mixtures.weights["cola"], older.mixtures.tokens["cola"] = older.mixtures.weights["sst2"].clone(), 7
+    mixtures = HeadMixtures(older.mixtures.layers, {"cola": torch.full((2, 3), 1 / 3)}, {"cola": 9})
+    newer = AdapterRecord(
+        base_model="Qwen/Qwen2.5-0.5B",
+        base_dtype="float16",
+        tasks=[
+            TaskRecord("rte", rows=1000, tokens=50, share=0.25),
+            TaskRecord("sst2"),
+            TaskRecord("cola", "grammar", rows=1000, share=0.75, metrics={"accuracy": 0.8}, metric_rows=40),
+        ],
+        hyperparameters={"learning_rate": 1e-4},
+        mixtures=mixtures,
+    )
+    told = newer.to_dict()
+    merged = newer.merged_with(older)
+    sst2, unnamed, cola, rte = merged.tasks
+    assert dataclasses.replace(sst2, share=0.75) == older.task("sst2"), "not trained now"
+    assert unnamed == older.tasks[1] and rte == dataclasses.replace(newer.tasks[0], share=0.1)
+    assert cola == TaskRecord(
+        "cola",
+        "grammar",
+        rows=3000,
+        tokens=10,
+        share=0.3,
+        metrics={"accuracy": 0.8, "base_accuracy": 0.5},
+        metric_rows=40,
+    )
+    assert sst2.share == 0.6 and unnamed.share is None
+    assert (merged.base_model_revision, merged.base_model_license) == ("060db649", "apache-2.0")
+    assert (merged.base_dtype, merged.quantization, merged.balance_loss) == ("float16", None, None)
+    assert merged.hyperparameters == {"learning_rate": 1e-4} and merged.exports == []
+    assert list(merged.mixtures.weights) == ["sst2", "cola"] and merged.mixtures.tokens == {"sst2": 100, "cola": 9}
+    assert torch.equal(merged.mixtures.weights["cola"], mixtures.weights["cola"])
+    assert newer.to_dict() == told and full_record().to_dict() == before
+    merged.tasks[0].metrics["x"] = 1.0
+    assert AdapterRecord.from_dict(merged.to_dict()).to_dict() == merged.to_dict()
+
+
+def test_what_does_not_fit_is_not_kept():
+    older = full_record()
+    other_layers = HeadMixtures(("a",), {"rte": torch.full((1, 3), 1 / 3)}, {"rte": 1})
+    other_heads = HeadMixtures(older.mixtures.layers, {"rte": torch.full((2, 2), 0.5)}, {"rte": 1})
+    for mixtures in (other_layers, other_heads):
+        assert AdapterRecord(mixtures=mixtures).merged_with(older).mixtures is mixtures
+    assert AdapterRecord().merged_with(older).mixtures is older.mixtures
+    # Another base has neither its commit nor its licence.
+    merged = AdapterRecord(base_model="a/b").merged_with(older)
+    assert (merged.base_model, merged.base_model_revision, merged.base_model_license) == ("a/b", None, None)
+    # Weights that went on training have not the old score, and nothing is counted where nothing is known.
+    again = TaskRecord("sst2", rows=1).merged_with(older.task("sst2"))
+    assert again.metrics == {} and again.metric_rows is None and again.rows == 6001
+    assert TaskRecord("a").merged_with(TaskRecord("a", share=0.5)) == TaskRecord("a", share=0.5)
 
 
 def test_task_by_name():
@@ -230,3 +290,31 @@ def test_record_on_the_hub(hub, worker):
     hub.commit("user/bare", {"adapter_config.json": "{}"})
     for source in (["user/bare"], ["user/adapter", None, "inner"], ["user/nowhere"], ["user/bare", "v9"]):
         assert worker.run(FIND, source=source) is None, source
+
+
+PRIVATE = """
+import os
+
+os.environ.pop("HF_TOKEN")
+from rlora_trl.export import export_lora
+
+report = export_lora("user/adapter", out, task="same", revision="trained", token=token)
+result = [report.mixture, sorted(os.listdir(out))]
+"""
+
+
+def test_a_token_opens_the_record_the_adapter_and_its_base(hub, worker, tmp_path):
+    """For `export_lora`, which finds the mixtures in the record."""
+    tiny_adapter().save_pretrained(tmp_path / "adapter")
+    tiny_record().save(tmp_path / "adapter")
+    hub.create(BASE, private=True)
+    hub.commit(BASE, {path.name: path.read_bytes() for path in save_base(tmp_path / "base").iterdir()})
+    hub.create("user/adapter", private=True)
+    hub.commit("user/adapter", {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()})
+    hub.repo("user/adapter").refs["refs/heads/trained"] = hub.head("user/adapter")
+    hub.commit("user/adapter", {"adapter_config.json": "{}"})
+    mixture, files = worker.run(PRIVATE, out=str(tmp_path / "out"), token=hub.token)
+    assert "recorded with the adapter" in mixture and files[:2] == ["README.md", "adapter_config.json"]
+    hub.wipe()
+    with pytest.raises(WorkerError, match="user/adapter"):
+        worker.run(PRIVATE, out=str(tmp_path / "other"), token=False)

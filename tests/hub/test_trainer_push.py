@@ -33,6 +33,16 @@ if not hasattr(commit, "oid"):
 """
 
 
+# An untrained adapter "default", and the one to train, "mine".
+NAMED = """
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(model), RLoraConfig(r=2, task_type="CAUSAL_LM"))
+model.add_adapter("mine", RLoraConfig(r=5, task_type="CAUSAL_LM"))
+model.set_adapter("mine")
+"""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"))
@@ -42,12 +52,17 @@ def base(tmp_path_factory):
 def train(hub, worker, base, tmp_path):
     hub.commit(BASE, base)
 
+    def source(text, arguments):
+        variables = {"arguments": arguments, "push": {}, "config": {}, "paths": [str(HERE), str(HERE.parent)]}
+        return worker.run(text, model=BASE, folder=str(tmp_path / "run"), repo=REPO, **variables)
+
     def run(model=BASE, arguments=None, push=None, config=None, folder=None):
         variables = {"arguments": arguments or {}, "push": push or {}, "config": config or {}}
         folder = str(folder or tmp_path / "run")
         paths = [str(HERE), str(HERE.parent)]
         return worker.run(TRAIN, model=model, folder=folder, repo=REPO, paths=paths, **variables)
 
+    run.source, run.base = source, base
     return run
 
 
@@ -87,6 +102,61 @@ def test_exports_are_in_the_same_commit(hub, train):
     exports = {export["task"]: export for export in json.loads(files["rlora_record.json"])["exports"]}
     assert exports["same"]["kl"] > 0 and 0 <= exports["same"]["accuracy"] <= 1 and "kl" not in exports["first"]
     assert "nats per token" in files["exports/same/README.md"].decode()
+
+
+def test_exports_in_the_background(hub, train):
+    with pytest.raises(WorkerError, match="in the background"):
+        train(push={"exports": ["first"], "blocking": False})
+
+
+def test_adapter_of_another_name(hub, train, worker, base, tmp_path):
+    """The active adapter is published, not one that happens to be called "default"."""
+    hub.commit(BASE, base)
+    source = TRAIN.replace("    model,\n", "").replace("peft_config=RLoraConfig(**config)", "peft_config=None")
+    source = source.replace("trainer = RLoraSFTTrainer(", NAMED + "trainer = RLoraSFTTrainer(")
+    variables = {"arguments": {}, "push": {}, "config": {}, "paths": [str(HERE), str(HERE.parent)]}
+    worker.run(source, model=BASE, folder=str(tmp_path / "run"), repo=REPO, **variables)
+    config = json.loads(hub.files(REPO)["adapter_config.json"])
+    assert config["r"] == 5 and config["tasks"] == ["first", "colour", "same"]
+    assert {task["name"] for task in json.loads(hub.files(REPO)["rlora_record.json"])["tasks"]} == set(config["tasks"])
+
+
+def test_best_checkpoint_has_its_own_metrics(hub, train):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_strategy": "steps"}
+    best |= {"eval_steps": 2, "save_steps": 2, "max_steps": 6, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    source = TRAIN.replace("trainer.evaluate()\n", "before = trainer.adapter_record().to_dict()\n")
+    source = source.replace("trainer.push_to_hub(**push)", "trainer.evaluate()").replace(
+        'result = {"oid": getattr(commit, "oid", None)', 'result = {"oid": "", "before": before'
+    )
+    source = source[: source.index("if not hasattr")]
+    hub.commit(BASE, train.base)
+    result = train.source(source, best)
+    losses = [{task["name"]: task["metrics"]["loss"] for task in result[key]["tasks"]} for key in ("before", "record")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_going_on_keeps_what_is_known(hub, train, worker, base, tmp_path):
+    train()
+    source = """
+        import sys
+        sys.path[:0] = paths
+        from peft import AutoPeftModelForCausalLM
+        from testing_utils import task_datasets
+        from rlora_trl import RLoraSFTConfig, RLoraSFTTrainer
+        model = AutoPeftModelForCausalLM.from_pretrained(repo, is_trainable=True)
+        args = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "hub_model_id": repo}
+        data = {"same": task_datasets()["same"]}
+        trainer = RLoraSFTTrainer(model, RLoraSFTConfig(folder, **args), train_dataset=data)
+        trainer.train()
+        trainer.push_to_hub()
+    """
+    paths = [str(HERE), str(HERE.parent)]
+    worker.run(source, repo=REPO, folder=str(tmp_path / "more"), paths=paths)
+    record = json.loads(hub.files(REPO)["rlora_record.json"])
+    tasks = {task["name"]: task for task in record["tasks"]}
+    assert tasks["first"]["rows"] > 0 and tasks["first"]["cluster"] == "words"
+    assert sum(task["rows"] for task in tasks.values()) == 32 + 16
+    assert set(record["mixtures"]["weights"]) == {"first", "colour", "same"}
 
 
 def test_every_save(hub, train):

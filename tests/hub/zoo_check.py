@@ -2,9 +2,22 @@
 
 import torch
 from testing_utils import random_ids
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from rlora_trl import zoo
+from rlora_trl.cli import app
 from rlora_trl.tuner import RLoraLayer
+
+
+def base_model(name):
+    return AutoModelForCausalLM.from_pretrained(name)
+
+
+def rlora(words):
+    """Exit code, results and remarks of the command line."""
+    result = CliRunner().invoke(app, words, prog_name="rlora")
+    return result.exit_code, result.stdout, result.stderr
 
 
 @torch.no_grad()
@@ -34,11 +47,19 @@ def check(repos):
     expected = layer.base_layer(x) + sum(
         weight * layer.scaling[name] * deltas[name] for name, weight in zip(names, (0.7, -0.2), strict=True)
     )
+    mixed = layer(x)
+    model.set_adapter(names[0])
+    back = logits()
+    zoo.mix(model, {names[0]: 0.3})
+    model.set_adapter(names[1])
+    other = logits()
     return {
         "names": names,
         "active": active,
         "switched": (first - second).abs().max().item(),
         "single": (first - single).abs().max().item(),
+        "back": (first - back).abs().max().item(),
+        "other": (second - other).abs().max().item(),
         "zero": (zero - base).abs().max().item(),
-        "sum": (layer(x) - expected).abs().max().item(),
+        "sum": (mixed - expected).abs().max().item(),
     }
