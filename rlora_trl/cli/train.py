@@ -120,7 +120,7 @@ def _apply_file(parser: Any, arguments: list[str]) -> tuple[list[str], list[str]
     if place + 1 == len(arguments):
         raise typer.BadParameter("`--config` needs a YAML file after it.")
     path = arguments[place + 1]
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         values = yaml.safe_load(file)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a YAML mapping of arguments, got {type(values).__name__}.")

@@ -70,12 +70,13 @@ def task_facts(dataset: Any, task_column: str) -> dict[str, TaskFacts]:
         return {str(name): TaskFacts(_cluster_of(data), _hub_name(data)) for name, data in dataset.items()}
     if not isinstance(dataset, Dataset) or task_column not in dataset.column_names:
         return {}
-    names = map(task_namer(dataset, task_column), dataset[task_column])
-    clusters = dataset["cluster"] if "cluster" in dataset.column_names else [None] * len(dataset)
     source = _hub_name(dataset)
-    return {
-        task: TaskFacts(_text(cluster), source) for task, cluster in dict(zip(names, clusters, strict=True)).items()
-    }
+    name_of = task_namer(dataset, task_column)
+    if "cluster" not in dataset.column_names:
+        values = dataset.unique(task_column) if source is not None else ()
+        return {name_of(value): TaskFacts(None, source) for value in values}
+    pairs = dict(zip(dataset[task_column], dataset["cluster"], strict=True))
+    return {name_of(value): TaskFacts(_text(cluster), source) for value, cluster in pairs.items()}
 
 
 def _cluster_of(dataset: Any) -> str | None:
@@ -153,13 +154,12 @@ class PublishingTrainer(SFTTrainer):
         config = self._adapter_config()
         base = config.base_model_name_or_path
         model_config = self.model.config
+        dtype = getattr(model_config, "dtype", None)
         balances = self.args.balance_loss != "none"
         return AdapterRecord(
             base_model=self.args.hub_base_model or hub_name(base),
             base_model_revision=_loaded_commit(base, config.revision or self._base_revision()),
-            base_dtype=str(model_config.dtype).removeprefix("torch.")
-            if getattr(model_config, "dtype", None)
-            else None,
+            base_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             quantization=describe_quantization(getattr(model_config, "quantization_config", None)),
             tasks=[self._task_record(task) for task in self._tasks],
             hyperparameters=select_hyperparameters(self.args),

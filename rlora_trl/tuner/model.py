@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 from typing_extensions import override
 
 from .adapter import MultiHeadAdapter
@@ -24,6 +26,8 @@ from .config import RLoraConfig
 from .layer import RLoraLayer, RLoraLinear
 from .routing import Routing, TaskIds, find_routings, set_task
 
+
+logger = logging.get_logger(__name__)
 
 # The layers named "output.dense" include attention's, so these need an expression.
 _BERT = r".*\.layer\.\d+\.(intermediate|output)\.dense"
@@ -89,6 +93,20 @@ class _OnRegistration:
             parent.register_forward_pre_hook(_take_task_ids, with_kwargs=True)
 
 
+def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
+    """Say when a loaded adapter comes onto a model of another name, which may have its shapes all the same."""
+    trained_on = config.base_model_name_or_path
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if config.source is None or not trained_on or not name or trained_on == name:
+        return
+    # A folder may hold the same model.
+    if not os.path.exists(name) and not os.path.exists(trained_on):
+        logger.warning(
+            f"The adapter from {config.source.name} was trained on {trained_on} and is loaded on {name}. Its outputs "
+            "are only meant for the former; ignore this if the two are the same model."
+        )
+
+
 class RLoraModel(BaseTuner):
     """
     A model with R-LoRA adapters on its linear layers ([paper](https://huggingface.co/papers/2502.15455)).
@@ -125,6 +143,7 @@ class RLoraModel(BaseTuner):
                 f"`tasks` is {config.tasks!r}. Set `RLoraConfig(tasks=[...])`, or let `RLoraSFTTrainer` make the "
                 "adapter from a dictionary of data sets or a task column."
             )
+        _warn_of_another_base(config, model)
         self._new_routing = Routing(config.tasks, config.router)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -99,7 +99,7 @@ class Manifest:
         """
         path = Path(path)
         try:
-            content = yaml.safe_load(path.read_text())
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -163,7 +163,7 @@ class Manifest:
             for adapter in self.adapters
         ]
         path = Path(path)
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         return path
 
     def install(

@@ -89,6 +89,14 @@ def test_card(hub, push, folder):
     assert [r.status for r in hub.requests if r.path == "/api/validate-yaml"] == [200]
 
 
+def test_licence_of_the_base_is_looked_up(hub, push, folder):
+    assert "cc-by-4.0" not in hub.files(BASE).get("README.md", b"").decode()
+    hub.commit(BASE, {"README.md": "---\nlicense: cc-by-4.0\n---\nA base model"})
+    push(folder)
+    assert json.loads(hub.files(REPO)["rlora_record.json"])["base_model_license"] == "cc-by-4.0"
+    assert "cc-by-4.0" in card_of(hub).content and card_of(hub).data.license is None
+
+
 def test_handwritten_text_is_kept(hub, push, folder, tmp_path):
     push(folder)
     card = hub.files(REPO)["README.md"].decode()

@@ -132,3 +132,15 @@ def test_a_loaded_adapter_is_untouched_by_a_failed_load(base, saved):
     with pytest.raises(ValueError, match="lacks"):
         model.load_adapter(saved, "second")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_base_of_another_name(model_folders, saved, caplog):
+    """Of the same shapes, so that nothing else would tell."""
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/one"}))
+    for name, warns in (("org/one", False), ("org/other", True), (model_folders["llama"], False)):
+        caplog.clear()
+        model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+        model.config._name_or_path = name
+        PeftModel.from_pretrained(model, saved)
+        assert ("trained on org/one and is loaded on org/other" in caplog.text) == warns, name
