@@ -381,7 +381,7 @@ class PublishingTrainer(SFTTrainer):
             )
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self._make_repository(token, private)
         datasets = [*_as_list(kwargs.pop("dataset_name", None)), *_as_list(kwargs.pop("datasets", None))]
         datasets += _as_list(self._dataset_name)
         tags = [*self._tag_names, *_as_list(kwargs.pop("tags", None)), *_as_list(self.model.model_tags)]
@@ -408,6 +408,15 @@ class PublishingTrainer(SFTTrainer):
         if blocking:
             return push_adapter(folder, self.hub_model_id, **options)
         return self._push_copy(folder, options)
+
+    def _make_repository(self, token: str | None, private: bool | None) -> None:
+        # `init_hf_repo` takes `private` itself in later versions of transformers than 5.17.
+        before = self.args.hub_private_repo
+        self.args.hub_private_repo = before if private is None else private
+        try:
+            self.init_hf_repo(token=token)
+        finally:
+            self.args.hub_private_repo = before
 
     def _rows_to_measure(self) -> dict[str, list[Any]]:
         """Evaluation rows by task that can be scored, the first of each."""

@@ -91,8 +91,8 @@ def test_push_to_hub(hub, train, tmp_path):
 
 
 def test_exports_are_in_the_same_commit(hub, train):
-    train(push={"exports": ["first", "same"]})
-    assert len(hub.commits(REPO)) == 2
+    train(push={"exports": ["first", "same"], "private": True})
+    assert len(hub.commits(REPO)) == 2 and hub.repo(REPO).private
     files = hub.files(REPO)
     for task in ("first", "same"):
         config = json.loads(files[f"exports/{task}/adapter_config.json"])
