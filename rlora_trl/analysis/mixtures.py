@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..safe_files import shorten
 from ..tuner import HeadUsage
 from ..tuner.fixed import (
     SUM_TOLERANCE,
@@ -101,24 +102,19 @@ class HeadMixtures:
         """
         layers, weights, tokens = (_entry(values, key) for key in ("layers", "weights", "tokens"))
         if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
-            raise ValueError(f"`layers` of mixtures must be a list of names, got {_short(layers)}.")
+            raise ValueError(f"`layers` of mixtures must be a list of names, got {shorten(layers)}.")
         if not isinstance(tokens, dict) or not all(type(count) is int and count >= 0 for count in tokens.values()):
-            raise ValueError(f"`tokens` of mixtures must be numbers by task, got {_short(tokens)}.")
+            raise ValueError(f"`tokens` of mixtures must be numbers by task, got {shorten(tokens)}.")
         if not isinstance(weights, dict):
-            raise ValueError(f"`weights` of mixtures must be lists by task, got {_short(weights)}.")
+            raise ValueError(f"`weights` of mixtures must be lists by task, got {shorten(weights)}.")
         table = {task: torch.tensor(_rows(task, rows), dtype=torch.float32) for task, rows in weights.items()}
         return cls(tuple(layers), table, dict(tokens))
 
 
 def _entry(values: Mapping[str, Any], key: str) -> Any:
     if not isinstance(values, Mapping) or key not in values:
-        raise ValueError(f"Mixtures must be a dictionary with {key!r}, got {_short(values)}.")
+        raise ValueError(f"Mixtures must be a dictionary with {key!r}, got {shorten(values)}.")
     return values[key]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _rows(task: str, rows: Any) -> list[list[float]]:
@@ -127,7 +123,7 @@ def _rows(task: str, rows: Any) -> list[list[float]]:
 
     good = isinstance(rows, list) and all(isinstance(row, list) and all(map(is_weight, row)) for row in rows)
     if not good or not rows or len({len(row) for row in rows}) != 1:
-        raise ValueError(f"Weights of task {task!r} must be lists of numbers, all of one length, got {_short(rows)}.")
+        raise ValueError(f"Weights of task {task!r} must be lists of numbers, all of one length, got {shorten(rows)}.")
     return rows
 
 

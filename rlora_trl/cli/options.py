@@ -80,6 +80,6 @@ def help_of(function: Callable[..., Any]) -> str:
     line with a backspace character is kept line by line.
     """
     shown = []
-    for paragraph in inspect.getdoc(function).split("\n\n"):  # type: ignore[union-attr]
+    for paragraph in (inspect.getdoc(function) or "").split("\n\n"):
         shown.append(paragraph[2:] if paragraph.startswith("\b") else " ".join(paragraph.split()))
     return "\n\n".join(shown)

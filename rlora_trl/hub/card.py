@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import quote
 
@@ -173,6 +174,14 @@ def render_card(
     body = (old.before or old.newline) + generated.replace("\n", old.newline) + (old.after or old.newline)
     header = f"---{old.newline}{data.to_yaml(line_break=old.newline)}{old.newline}---{old.newline}"
     return ModelCard(header + body)
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a card with its line ends as they are; `None` if there is no such file."""
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
 
 
 def hand_written(text: str) -> str:

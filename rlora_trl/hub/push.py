@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..analysis import head_similarities, plot_head_similarity, plot_routing
 from ..tuner.fixed import kept_quantized
-from .card import hand_written, render_card
+from .card import hand_written, read_card, render_card
 from .card_check import check_card, check_card_text
 from .checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
 from .layout import (
@@ -180,9 +180,10 @@ def stage_adapter(
         FileNotFoundError: If the folder has no adapter.
     """
     folder.mkdir(parents=True)
-    local_base = _copy_folder(adapter, folder) if not isinstance(adapter, PeftModel) else None
     if isinstance(adapter, PeftModel):
         local_base = _save_model(adapter, folder, adapter_name)
+    else:
+        local_base = _copy_folder(adapter, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     kept = changed_tokenizer_files(folder, base_model or local_base, token)
@@ -427,7 +428,7 @@ class _Push:
     ) -> None:
         self.api, self.repo_id, self.revision, self.create_pr = api, repo_id, revision, create_pr
         self.folder, self.checked, self.facts = folder, checked, facts
-        self.local_card = _read_text(folder / CARD_NAME) if (folder / CARD_NAME).is_file() else None
+        self.local_card = read_card(folder / CARD_NAME)
         assert checked.record is not None  # it was staged
         self.record = checked.record
 
@@ -481,17 +482,17 @@ class _Push:
         files = frozenset(self.api.list_repo_files(self.repo_id, revision=head))
         if CARD_NAME not in files:
             return _Remote(files)
-        text = self._download_text(head, CARD_NAME)
-        block = check_card_text(text, f"The card of {self.repo_id}").data.to_dict().get("rlora")
-        block = block if isinstance(block, Mapping) else {}
         with tempfile.TemporaryDirectory() as scratch:
-            if RECORD_NAME in files:
-                self._download(head, RECORD_NAME, scratch)
+            for path in files & {CARD_NAME, RECORD_NAME}:
+                self._download(head, path, scratch)
+            text = read_card(Path(scratch, CARD_NAME)) or ""
             try:
                 record = AdapterRecord.load(scratch)
             except ValueError as error:
                 logger.warning(f"The record in {self.repo_id} is replaced, as it can't be read: {error}")
                 record = None
+        block = check_card_text(text, f"The card of {self.repo_id}").data.to_dict().get("rlora")
+        block = block if isinstance(block, Mapping) else {}
         return _Remote(files, text, block.get("digest"), (block.get(_TEXT), block.get(_LOCAL_TEXT)), record)
 
     def _kept_exports(self, remote: _Remote) -> list[dict[str, Any]]:
@@ -550,10 +551,6 @@ class _Push:
     def _download(self, revision: str, path: str, folder: str) -> str:
         return self.api.hf_hub_download(self.repo_id, path, revision=revision, local_dir=folder)
 
-    def _download_text(self, revision: str, path: str) -> str:
-        with tempfile.TemporaryDirectory() as scratch:
-            return _read_text(Path(self._download(revision, path, scratch)))
-
     def _landed_if_known(self, head: str, message: str) -> CommitInfo | None:
         try:
             return self._landed(head, message)
@@ -597,11 +594,6 @@ def _explain_failure(error: HTTPError) -> None:
         error.append_to_message(f"\nNothing was published.{text}" if error.response is not None else text)
     else:
         error.args = (f"{error}. The connection to the Hub broke.{text}",)
-
-
-def _read_text(path: Path) -> str:
-    with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
-        return file.read()
 
 
 def _read_back(api: HfApi, repo_id: str, commit: str, digest: str) -> None:

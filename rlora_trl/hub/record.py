@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .._version import __version__
-from ..safe_files import read_json
+from ..safe_files import read_json, shorten
 from .layout import RECORD_NAME
 
 
@@ -317,12 +317,12 @@ class _Reader:
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, Mapping):
-            raise ValueError(f"`{where}` must be an object with named values, got {_shown(data)}.")
+            raise ValueError(f"`{where}` must be an object with named values, got {shorten(data)}.")
         self.data, self.where = data, where
 
     def _fail(self, key: str, accepted: str) -> ValueError:
         name = key if self.where == "record" else f"{self.where}.{key}"
-        return ValueError(f"`{name}` must be {accepted}, got {_shown(self.data[key])}. Correct it, or leave it out.")
+        return ValueError(f"`{name}` must be {accepted}, got {shorten(self.data[key])}. Correct it, or leave it out.")
 
     def text(self, key: str) -> str | None:
         value = self.data.get(key)
@@ -370,11 +370,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | bool) or _is_number(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _without_empty(values: dict[str, Any]) -> dict[str, Any]:

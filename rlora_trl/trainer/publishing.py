@@ -24,7 +24,7 @@ from trl import SFTTrainer
 
 from ..analysis.mixtures import HeadMixtures
 from ..hub import push_adapter
-from ..hub.card import render_card
+from ..hub.card import read_card, render_card
 from ..hub.layout import CARD_NAME, published_files
 from ..hub.record import (
     AdapterRecord,
@@ -297,12 +297,13 @@ class PublishingTrainer(SFTTrainer):
         root = output_dir if output_dir is not None else self.args.output_dir
         card = self._adapter_folder(root) / CARD_NAME
         # PEFT writes a card of its own over it.
-        existing = _read(card) if self.args.should_save else None
+        existing = read_card(card) if self.args.should_save else None
         with kept_quantized(self.model):
             super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            self.adapter_record().save(card.parent)
-            self._write_card(card, existing)
+            record = self.adapter_record()
+            record.save(card.parent)
+            self._write_card(card, record, existing)
 
     def _adapter_folder(self, root: str | Path) -> Path:
         """Where the adapter lies in a folder that it was saved in: PEFT puts other names than "default" below it."""
@@ -328,15 +329,22 @@ class PublishingTrainer(SFTTrainer):
         if not self.is_world_process_zero():
             return
         path = self._adapter_folder(self.args.output_dir) / CARD_NAME
-        self._write_card(path, _read(path), tags=_as_list(tags), datasets=_as_list(dataset_name))
+        self._write_card(
+            path, self.adapter_record(), read_card(path), tags=_as_list(tags), datasets=_as_list(dataset_name)
+        )
 
     def _write_card(
-        self, path: Path, existing: str | None, tags: Sequence[str] = (), datasets: Sequence[str] = ()
+        self,
+        path: Path,
+        record: AdapterRecord,
+        existing: str | None,
+        tags: Sequence[str] = (),
+        datasets: Sequence[str] = (),
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         card = render_card(
             self._adapter_config(),
-            self.adapter_record(),
+            record,
             repo_id=self.hub_model_id,
             num_parameters=count_trainable(self.model),
             datasets=[*datasets, *_as_list(self._dataset_name)],
@@ -529,13 +537,6 @@ def _loaded_commit(name: str | None, revision: str | None) -> str | None:
         return None
     path = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(path).parent.name if isinstance(path, str) else None
-
-
-def _read(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with open(path, encoding="utf-8", newline="") as file:  # line ends stay as they are
-        return file.read()
 
 
 def _as_list(value: Any) -> list[str]:
