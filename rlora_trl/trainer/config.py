@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from ..kernels import BALANCE_LOSSES
 from .mixing import check_options
+from .nan_policy import NAN_POLICIES
 
 
 @dataclass
@@ -51,6 +52,13 @@ class RLoraSFTConfig(SFTConfig):
             Learning rate of the heads B as a multiple of `learning_rate` (LoRA+, arXiv 2402.12354).
         train_a (`bool`, *optional*, defaults to `True`):
             Whether A trains.
+
+        > Parameters that control what happens when something goes wrong
+
+        nan_policy (`str`, *optional*, defaults to `"stop"`):
+            What a step does whose gradients are not finite. `"stop"`: it raises a `FloatingPointError`, before any
+            weight changes. `"skip"`: it is left out, counted in the logs as `skipped_steps`; more than ten in a row
+            end the run. `"ignore"`: nothing is looked at. In fp16 the gradient scaler decides.
 
         > Parameters that control what is recorded and published
 
@@ -99,6 +107,10 @@ class RLoraSFTConfig(SFTConfig):
     )
     train_a: bool = field(default=True, metadata={"help": "Whether A trains."})
 
+    nan_policy: Literal["stop", "skip", "ignore"] = field(
+        default="stop", metadata={"help": "What a step does whose gradients are not finite."}
+    )
+
     mixture_rows: int = field(
         default=32, metadata={"help": "Rows of each task on which the use of heads is measured when training ends."}
     )
@@ -113,7 +125,12 @@ class RLoraSFTConfig(SFTConfig):
         if not self.task_column:
             raise ValueError(f"`task_column` must name a column, got {self.task_column!r}. The default is 'task'.")
         check_options(self.mixing, self.mixing_temperature, self.mixing_cap, self.mixing_unit, prefix="mixing_")
-        for name, accepted in (("balance_loss", BALANCE_LOSSES), ("balance_scope", ("micro", "global"))):
+        choices = {
+            "balance_loss": BALANCE_LOSSES,
+            "balance_scope": ("micro", "global"),
+            "nan_policy": NAN_POLICIES,
+        }
+        for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 listed = ", ".join(map(repr, accepted))
                 raise ValueError(f"`{name}` must be one of {listed}, got {getattr(self, name)!r}. Choose one.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from ..tuner import MultiHeadAdapter
@@ -33,6 +34,8 @@ class FirstGradients:
     Watches the gradients of the first step for those that are missing, zero or not finite where they should not be.
 
     They are watched as they arrive, before any averaging over ranks, so that it works whoever keeps them afterwards.
+    FSDP2 puts parameters of its own in place of those that are watched, and keeps their gradients: these are read
+    when all is told.
 
     Args:
         adapters (`Mapping[str, MultiHeadAdapter]`): The adapters in training, by the name of their layer.
@@ -55,9 +58,7 @@ class FirstGradients:
 
     def _watch(self, layer: str, name: str) -> Callable[[torch.Tensor], None]:
         def hook(grad: torch.Tensor) -> None:
-            grad = grad.detach().float()
-            # Heads are told apart; the rest is taken as a whole.
-            square = grad.pow(2).flatten(1).sum(1) if name == "B" else grad.pow(2).sum().reshape(1)
+            square = _square(grad, name)
             key = (layer, name)
             self.squares[key] = self.squares[key] + square if key in self.squares else square
 
@@ -70,7 +71,11 @@ class FirstGradients:
         self.handles = []
 
     def report(self) -> list[str]:
-        """A sentence for each thing that is wrong, with its likely cause; empty if nothing is."""
+        """
+        A sentence for each thing that is wrong, with its likely cause; empty if nothing is.
+
+        To be called on all ranks, and before gradients are clipped.
+        """
         missing: list[str] = []
         not_finite: list[str] = []
         zero: dict[str, list[str]] = {}
@@ -79,6 +84,8 @@ class FirstGradients:
                 parameter = getattr(adapter, name)
                 if parameter is None or not parameter.requires_grad:
                     continue
+                if isinstance(parameter.grad, DTensor) and (layer, name) not in self.squares:
+                    self.squares[layer, name] = _square(parameter.grad.full_tensor(), name)
                 square = self.squares.get((layer, name))
                 if square is None:
                     missing.append(f"{layer} ({name})")
@@ -101,6 +108,12 @@ class FirstGradients:
             return (square <= 1e-4 * square.max()).nonzero().flatten().tolist()
         scale = self.squares.get((layer, "A" if name == "router" else "B"), square).sum()
         return [0] if bool(square.sum() <= 1e-10 * scale) else []
+
+
+def _square(grad: torch.Tensor, name: str) -> torch.Tensor:
+    """Sums of squares: of each head of B, which are told apart; of the rest as a whole."""
+    square = grad.detach().float().pow(2)
+    return square.flatten(1).sum(1) if name == "B" else square.sum().reshape(1)
 
 
 def _sentences(

@@ -58,8 +58,10 @@ class TaskLedger:
         for target, mask in ((self.seen[0], starts), (self.seen[1], counted)):
             target.index_add_(0, by_token.flatten(), mask.flatten().to(target))
         labelled = by_token[:, 1:].flatten()
-        self.losses[0].index_add_(0, labelled, label_mask.flatten().to(self.losses))
-        self.losses[1].index_add_(0, labelled, -log_probs.flatten().to(self.losses))
+        # One batch that is not finite, which may be left out of training, shall not hide the loss of all others.
+        finite = torch.isfinite(log_probs)
+        self.losses[0].index_add_(0, labelled, (label_mask & finite).flatten().to(self.losses))
+        self.losses[1].index_add_(0, labelled, -log_probs.where(finite, 0.0).flatten().to(self.losses))
 
     def tell(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Mean loss of each task that had one since the last call, as `<task>_loss`, over all ranks."""

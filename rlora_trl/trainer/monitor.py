@@ -121,6 +121,10 @@ class RoutingMonitor:
             prior,
         )
 
+    def drop_step(self) -> None:
+        """Forget what the running step has recorded."""
+        self.step.zero_()
+
     def summary(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """
         What was recorded since the last call, over all ranks: means over layers.

@@ -7,9 +7,8 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from torch import nn
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
-from trl import SFTTrainer
 
 from ..analysis.mixtures import HeadMixtures
 from ..hub import push_adapter
@@ -37,6 +35,8 @@ from ..hub.record import (
 from ..tuner import MultiHeadAdapter, RLoraConfig
 from ..tuner.fixed import kept_quantized
 from .callbacks import HeadUsageCallback
+from .checkpoints import CheckpointTrainer
+from .saving import STAGING, adapter_folder
 from .task_evaluation import OptionRows
 from .task_ids import TASK_IDS
 from .tasks import task_namer
@@ -99,7 +99,7 @@ def _hub_name(dataset: Any) -> str | None:
     return None
 
 
-class PublishingTrainer(SFTTrainer):
+class PublishingTrainer(CheckpointTrainer):
     """
     The part of `RLoraSFTTrainer` that records, describes and publishes an adapter.
 
@@ -209,22 +209,17 @@ class PublishingTrainer(SFTTrainer):
         if data is None or not any(adapter.router is not None for adapter in self._adapters.values()):
             return None
         counter = HeadUsageCallback(self._tasks)
-        metrics, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
-        model, was_training = self.model_wrapped, self.model.training
-        model.eval()
-        counter.start(self.model, self.args.device)
-        try:
-            # Not `get_eval_dataloader`, which may hand out a loader that it keeps for evaluation. Batches are those of
-            # training, which fit.
-            loader = self._get_dataloader(data, "mixtures", self.args.train_batch_size, self._get_eval_sampler)
-            with kept_quantized(self.model):
+        with self._evaluating() as model:
+            counter.start(self.model, self.args.device)
+            try:
+                # Not `get_eval_dataloader`, which may hand out a loader that it keeps for evaluation. Batches are
+                # those of training, which fit.
+                loader = self._get_dataloader(data, "mixtures", self.args.train_batch_size, self._get_eval_sampler)
                 for inputs in loader:
                     self.prediction_step(model, inputs, prediction_loss_only=True)
-            usage, tokens = counter.collect()
-        finally:
-            counter.stop()
-            self._metrics["eval"] = metrics
-            model.train(was_training)
+                usage, tokens = counter.collect()
+            finally:
+                counter.stop()
         named = {task: weights for task, weights in usage.items() if task != counter.unknown}
         if named:
             layers = tuple(name.removeprefix("base_model.model.") for name in counter.layers)
@@ -265,39 +260,11 @@ class PublishingTrainer(SFTTrainer):
             self._task_metrics = {task.name: dict(task.metrics) for task in record.tasks}
             self._metric_rows = {task.name: task.metric_rows for task in record.tasks if task.metric_rows is not None}
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter with its record and card; see `Trainer.save_model`."""
-        with self._gathered_anchors():
-            super().save_model(output_dir, _internal_call)
-
-    @contextmanager
-    def _gathered_anchors(self) -> Generator[None, None, None]:
-        """
-        Have anchors saved under ZeRO-3.
-
-        `Trainer.save_model` (transformers 5.23) has DeepSpeed gather for PEFT models what is not frozen, and anchors
-        are.
-        """
-        anchors = [
-            parameter
-            for module in self.model.modules()
-            if isinstance(module, MultiHeadAdapter)
-            for parameter in (module.A0, module.B0)
-            if parameter is not None and hasattr(parameter, "ds_id") and not parameter.requires_grad
-        ]
-        for parameter in anchors:
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter in anchors:
-                parameter.requires_grad_(False)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        root = output_dir if output_dir is not None else self.args.output_dir
+        root = Path(output_dir if output_dir is not None else self.args.output_dir)
         card = self._adapter_folder(root) / CARD_NAME
-        # PEFT writes a card of its own over it.
-        existing = read_card(card) if self.args.should_save else None
+        # The card of the adapter that will be replaced, whose text written by hand stays. PEFT writes one of its own.
+        existing = read_card(self._adapter_folder(_destination(root)) / CARD_NAME) if self.args.should_save else None
         with kept_quantized(self.model):
             super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
@@ -306,9 +273,7 @@ class PublishingTrainer(SFTTrainer):
             self._write_card(card, record, existing)
 
     def _adapter_folder(self, root: str | Path) -> Path:
-        """Where the adapter lies in a folder that it was saved in: PEFT puts other names than "default" below it."""
-        name = self.model.active_adapter
-        return Path(root) if name == "default" else Path(root, name)
+        return adapter_folder(root, self.model.active_adapter)
 
     # The card, and publishing
 
@@ -351,7 +316,13 @@ class PublishingTrainer(SFTTrainer):
             tags=[*self._tag_names, *tags],
             existing=existing,
         )
-        card.save(path)
+        # In one step: a disk that is full must not cost what was written by hand.
+        unfinished = path.with_name(f".{path.name}.saving")
+        try:
+            card.save(unfinished)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def push_to_hub(
         self,
@@ -510,9 +481,8 @@ def count_trainable(model: nn.Module) -> int:
     """Parameters that train, in whole also where they are divided among processes."""
     return sum(
         parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
-        for name, parameter in model.named_parameters()
-        # Anchors get gradients for the moment of being saved.
-        if parameter.requires_grad and name.rsplit(".", 1)[-1] not in MultiHeadAdapter.anchor_names
+        for parameter in model.parameters()
+        if parameter.requires_grad
     )
 
 
@@ -543,6 +513,13 @@ def _as_list(value: Any) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)
+
+
+def _destination(folder: Path) -> Path:
+    """Where the files of a folder will lie, if a save writes them there first; see `CheckpointTrainer`."""
+    if folder.parent.name != STAGING:
+        return folder
+    return folder.parent.parent if folder.name == "model" else folder.parent.parent / folder.name
 
 
 def _spread(places: Any, count: int) -> list[int]:

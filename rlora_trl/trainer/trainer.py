@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 from trl import pack_dataset
 
-from ..kernels import RoutingTally, anchor_loss
+from ..kernels import RoutingTally, anchor_loss, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
@@ -32,8 +30,10 @@ from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
 from .mixing import Mixture, MixtureSampler, PartSampler, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
+from .nan_policy import NanGuard, check_deepspeed_settings
 from .optimizer import set_learning_rates
 from .publishing import PublishingTrainer, check_publishing
+from .sharding import keep_adapters_wide, set_wide_reduction
 from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
 from .task_ids import (
     ROW_STARTS,
@@ -51,7 +51,6 @@ from .tasks import AnyDataset, collect_tasks, columns_of, task_names
 
 logger = get_logger(__name__)
 
-STATE_FILE = "rlora_state.json"
 # Epochs whose draws are packed ahead.
 _PACKED_EPOCHS = 16
 
@@ -177,6 +176,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             **kwargs,
         )
         self._training_data = None
+        self._set_up_checkpoints()
         self._undo_bf16_cast(loaded)
         self._set_up_adapters()
         self._set_up_tasks()
@@ -213,6 +213,9 @@ class RLoraSFTTrainer(PublishingTrainer):
                 "`router_learning_rate` and `loraplus_lr_ratio` set up the optimizer, and one was passed ready-made "
                 "in `optimizers`. Give it parameter groups of your own, or choose it by `optim`."
             )
+        if self.is_deepspeed_enabled:
+            check_deepspeed_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.args.nan_policy)
+        self._nan_guard = NanGuard(self.args.nan_policy, self.model)
         self._records_step = False
         self._extra_logs: dict[str, float] = {}
         self._first_gradients: FirstGradients | None = None
@@ -260,6 +263,7 @@ class RLoraSFTTrainer(PublishingTrainer):
                 adapter.to(torch.bfloat16)
                 if adapter.A not in loaded:
                     adapter.reset_anchor()
+            self._cast_for_deepspeed(adapters)
             return
         for parameter, data in loaded.items():
             if parameter.dtype != data.dtype:
@@ -270,6 +274,18 @@ class RLoraSFTTrainer(PublishingTrainer):
             set_seed(self.args.seed)
             for adapter in fresh:
                 adapter.to(torch.float32).reset_parameters()
+
+    def _cast_for_deepspeed(self, adapters: list[MultiHeadAdapter]) -> None:
+        """
+        Cast adapters as DeepSpeed's engine will, which knows nothing of anchors.
+
+        The engine keeps float32 values of what trains beside them, which are what is saved.
+        """
+        config = self.accelerator.state.deepspeed_plugin.hf_ds_config
+        dtypes = {"bf16.enabled": torch.bfloat16, "fp16.enabled": torch.float16}
+        for dtype in [dtype for name, dtype in dtypes.items() if config.is_true(name)]:
+            for adapter in adapters:
+                adapter.cast(dtype)
 
     # Data: the task of each row
 
@@ -405,21 +421,23 @@ class RLoraSFTTrainer(PublishingTrainer):
     # Training: what layers are told of a batch, and what they record
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._load_state(checkpoint)
         if self.mixture is not None and self.is_world_process_zero():
             self._show(self.mixture.table())
         self._first_gradients = FirstGradients(
             self._adapters,
-            fresh=self._is_new_adapter and not checkpoint and self.state.global_step == 0,
+            fresh=self._is_new_adapter and not resume_from_checkpoint and self.state.global_step == 0,
             scaled=self.accelerator.scaler is not None,
         )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._end_first_gradients(tell=False)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        set_wide_reduction(self.accelerator)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        keep_adapters_wide(self.model)
+        return prepared
 
     def _show(self, text: str) -> None:
         if self.args.disable_tqdm:
@@ -442,6 +460,8 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, num_items
         self._records_step = self._monitor is not None and (self._balances or self._will_log())
         if self._monitor is not None and self._records_step:
             tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float32)
@@ -459,6 +479,13 @@ class RLoraSFTTrainer(PublishingTrainer):
             routing.task_ids = inputs.get(TASK_IDS)
             routing.token_mask = None if mask is None else mask.to(torch.uint8)
             routing.tally = tally
+            routing.seed = draw_seed() if self._recomputes_with_other_seeds and inputs else None
+
+    @property
+    def _recomputes_with_other_seeds(self) -> bool:
+        """Whether recomputed layers would draw other dropout masks: accelerate's checkpointing leaves seeds alone."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return plugin is not None and bool(plugin.activation_checkpointing)
 
     def _forget_batch(self) -> None:
         self._tell_batch({}, None)
@@ -513,6 +540,8 @@ class RLoraSFTTrainer(PublishingTrainer):
             loss = super().training_step(*args, **kwargs)
         finally:
             self._forget_batch()
+        if self.accelerator.sync_gradients and self._is_left_out() and self._monitor is not None:
+            self._monitor.drop_step()
         if self.accelerator.sync_gradients and self._will_log():
             scaler = self.accelerator.scaler
             scale = scaler.get_scale() if scaler is not None else 1.0
@@ -521,6 +550,16 @@ class RLoraSFTTrainer(PublishingTrainer):
         if self.accelerator.sync_gradients:
             self._end_first_gradients(tell=True)
         return loss
+
+    def _is_left_out(self) -> bool:
+        """Whether the step is left out, as its gradients are not finite."""
+        step = self.state.global_step + 1
+        if not self.is_deepspeed_enabled:
+            # A scaler (fp16) expects some, and leaves those steps out by itself.
+            return self.accelerator.scaler is None and self._nan_guard.look(step)
+        if self.model_wrapped.fp16_enabled():
+            return False
+        return self._nan_guard.look(step, skipped_by_engine=self.accelerator.optimizer_step_was_skipped)
 
     def _end_first_gradients(self, *, tell: bool) -> None:
         watched, self._first_gradients = self._first_gradients, None
@@ -551,6 +590,8 @@ class RLoraSFTTrainer(PublishingTrainer):
             if similarity is not None:
                 logs["head_similarity"] = similarity
             logs.update(self._extra_logs)
+            if self._nan_guard.skipped:
+                logs["skipped_steps"] = self._nan_guard.skipped
             if self._ledger is not None:
                 by_task = self._ledger.tell(self._reduce)
                 # A task may be called like something else that is logged.
@@ -640,21 +681,15 @@ class RLoraSFTTrainer(PublishingTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._seen = self.tasks_seen()
         super()._save_checkpoint(model, trial)
-        state: dict[str, Any] = {"tasks": self._seen}
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        state = {**super()._checkpoint_state(), "tasks": self._seen}
         if self._monitor is not None:
             state["head_sums"] = self._monitor.state(self.accelerator.gather)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / STATE_FILE).write_text(json.dumps(state))
+        return state
 
-    def _load_state(self, checkpoint: Any) -> None:
-        path = Path(checkpoint) / STATE_FILE if checkpoint else None
-        state: dict[str, Any] = {}
-        if path is not None and path.is_file():
-            try:
-                state = dict(json.loads(path.read_text()))
-            except (ValueError, TypeError) as error:
-                logger.warning(f"{path} can't be read ({error}): rows seen by task are counted anew.")
+    def _load_state(self, state: dict[str, Any]) -> None:
+        super()._load_state(state)
         if self._ledger is not None:
             self._ledger.load(state.get("tasks", {}))
         if self._monitor is not None:

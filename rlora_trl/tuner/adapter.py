@@ -19,6 +19,8 @@ AdapterTensors: TypeAlias = tuple[
 
 # Weights below this are none: their logits stay finite in 16 bits, and zero times them is zero.
 _TINY = 1e-300
+# An odd number that spreads the numbers of layers over the bits of a seed.
+_SPREAD = 0x2545F4914F6CDD1D
 
 
 class MultiHeadAdapter(nn.Module):
@@ -106,6 +108,7 @@ class MultiHeadAdapter(nn.Module):
         self.top_k = router_top_k or 0
         self.share_a = share_a
         self.routing = routing if routing is not None else Routing(None, router)
+        self.layer_number = self.routing.number_layer()
         # This layer's rows in the records of a trainer, and of evaluation.
         self.routing_row: int | None = None
         self.usage_row: int | None = None
@@ -212,12 +215,18 @@ class MultiHeadAdapter(nn.Module):
             weight=weight,
             scaling=self.scaling,
             dropout=self.dropout,
-            seed=draw_seed() if masked else None,
+            seed=self._draw_seed() if masked else None,
             inplace=inplace,
             logits=logits,
             top_k=self._top_k(),
             probe=self._probe(x),
         )
+
+    def _draw_seed(self) -> int:
+        """The seed of a dropout mask; made from that of the batch, where there is one."""
+        if self.routing.seed is None:
+            return draw_seed()
+        return (self.routing.seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
 
     def _tensors(self) -> AdapterTensors:
         """With the router where it is a matrix for the input, which that of tasks is not."""
@@ -238,7 +247,7 @@ class MultiHeadAdapter(nn.Module):
         """The same from PyTorch's own operations."""
         seed: int | torch.Tensor | None = None
         if masked:
-            seed = draw_seed_tensor(x.device) if torch.compiler.is_compiling() else draw_seed()
+            seed = draw_seed_tensor(x.device) if torch.compiler.is_compiling() else self._draw_seed()
         delta = multihead_delta(
             x,
             *self._tensors(),

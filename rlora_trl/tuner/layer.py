@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,17 +43,56 @@ def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 def undo_cpu_order(layer: nn.Module) -> None:
     """
-    Put 4-bit weights back in the order that dequantisation knows.
+    Put 4-bit weights back in the order that dequantisation and the backward pass know.
 
-    On some CPUs bitsandbytes (0.50) keeps them in another order after inference. Reading the state dict puts them
-    back, but without double quantisation it leaves their scales in the other order.
+    On some CPUs bitsandbytes (0.50) brings them into another order for inference, and puts them back only where the
+    state dict is read: with scales rounded anew, or without double quantisation left in the other order. Scales that
+    [`guard_cpu_order`] kept come back as they were.
     """
     quant_state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
-        layer.state_dict()
+        layer._save_to_state_dict({}, "", False)
+        kept = vars(layer).get("_rlora_kept_scales")
+        if kept is not None:
+            vars(quant_state).clear()
+            vars(quant_state).update(kept)
     absmax = getattr(quant_state, "absmax", None)
     if quant_state is not None and absmax is not None and absmax.ndim == 2:
         quant_state.absmax = absmax.T.reshape(-1).float()
+
+
+def _before_forward(layer: nn.Module, args: tuple) -> None:
+    quant_state = getattr(layer.weight, "quant_state", None)
+    if not getattr(quant_state, "packing_format_for_cpu", False):
+        # bitsandbytes puts other tensors in their place and does not write into these.
+        vars(layer)["_rlora_kept_scales"] = dict(vars(quant_state)) if quant_state is not None else None
+    elif layer.training or (torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in args)):
+        undo_cpu_order(layer)
+
+
+def _before_state_dict(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        undo_cpu_order(layer)
+
+
+def guard_cpu_order(model: nn.Module) -> None:
+    """
+    Make 4-bit layers on a CPU train after inference, and keep them as they were stored, bit for bit.
+
+    In the order for inference (see [`undo_cpu_order`]) bitsandbytes passes no gradient on.
+    """
+    for layer in model.modules():
+        if not hasattr(layer, "support_avx512bf16_for_cpu") or _before_forward in layer._forward_pre_hooks.values():
+            continue
+        if layer.weight.device.type == "cpu":
+            layer.register_forward_pre_hook(_before_forward)
+            layer.register_state_dict_pre_hook(_before_state_dict)
+
+
+def _device_of(layer: nn.Module) -> torch.device | None:
+    """The device of a layer's first tensor: HQQ and AQLM have no `weight`, which PEFT looks for."""
+    tensor = next(chain(layer.parameters(), layer.buffers()), getattr(layer, "W_q", None))
+    return None if tensor is None else tensor.device
 
 
 class RLoraLayer(BaseTunerLayer):
@@ -151,6 +191,7 @@ class RLoraLayer(BaseTunerLayer):
         # longer agree, and the model at step 0 would not be the base model.
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            device = _device_of(self.get_base_layer()) if device is None else device
         # A base that is offloaded shows up on "meta"; moved there, the adapter would lose its values.
         if device is None or device.type == "meta" or adapter_name not in self.rlora_adapters:
             return
@@ -230,11 +271,24 @@ class RLoraLinear(nn.Module, RLoraLayer):
             if weight is not None:
                 return active[0](x, weight=weight)
         result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            self._check_gradient(x, result)
         if adapter_names is not None:
             return self._mixed_batch_delta(x, result, adapter_names)
         for adapter in active:
             result = adapter(x, base=result, inplace=owns_output(self.base_layer))
         return result
+
+    def _check_gradient(self, x: torch.Tensor, result: torch.Tensor) -> None:
+        """Refuse to train where the base layer cuts the gradient, which would go unnoticed."""
+        if x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
+            name = self.quantization_backend.backend_name
+            raise RuntimeError(
+                f"No gradient flows through this base, which is quantised with {name}: the layers below would be "
+                "trained on a wrong one. Kernels that quantise activations too, and some made for inference, are so. "
+                "Load the base with only its weights quantised, for example with torchao's `Int8WeightOnlyConfig`; "
+                "for inference run the model under `torch.no_grad()`."
+            )
 
     def _active_here(self) -> list[nn.Module]:
         adapters = self.rlora_adapters

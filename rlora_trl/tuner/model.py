@@ -196,6 +196,14 @@ class RLoraModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     @override
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, but a base layer that comes back is put in as it is: not all have a `weight` to copy."""
+        if isinstance(child, RLoraLayer) and new_module is child.get_base_layer():
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
+    @override
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """
         Adapters are created in float32; with `autocast_adapter_dtype=False` they take the base layer's dtype.

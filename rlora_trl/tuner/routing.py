@@ -70,12 +70,20 @@ class Routing:
         self.token_mask: torch.Tensor | None = None  # [B, S]; not zero where tokens count
         self.tally: RoutingTally | None = None
         self.usage: HeadUsage | None = None
+        # That of all dropout masks of the batch, where a recomputation can't draw what the forward pass drew.
+        self.seed: int | None = None
+        self._layers = 0
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take along the tasks, not the batch."""
-        batch = {"task_ids": None, "token_mask": None, "tally": None, "usage": None}
+        batch = {"task_ids": None, "token_mask": None, "tally": None, "usage": None, "seed": None}
         return {**self.__dict__, **batch}
+
+    def number_layer(self) -> int:
+        """A number for each of the layers that share this, in the order in which they are made."""
+        self._layers += 1
+        return self._layers - 1
 
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned:

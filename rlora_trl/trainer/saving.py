@@ -1,0 +1,243 @@
+"""What a save writes: all tensors of the adapters, from wherever they are, checked before they replace others."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..hub.layout import CONFIG_NAME, WEIGHTS_NAME
+from ..hub.tensors import file_digest
+from ..safe_files import AdapterCheckError, read_safetensors_header
+
+
+# Where saves are written before they replace anything, within the folder that they are for.
+STAGING = ".saving"
+_ADAPTER = ".rlora_adapters."
+_OUT_OF_SPACE = (
+    *("No space left", "os error 28", "File too large", "os error 27", "Disk quota exceeded", "os error 122"),
+    *("PytorchStreamWriter failed", "inline_container"),
+)
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """Where in a model a saved tensor comes from (`None`: PEFT makes it), and its shape in whole."""
+
+    name: str | None
+    shape: tuple[int, ...]
+
+
+class FullTensors:
+    """
+    The tensors that make up the adapters of a model, by their names in the model and in the files.
+
+    Args:
+        model (`PeftModel`): The model, divided among processes or not.
+
+    Attributes:
+        files (`dict[str, dict[str, SavedTensor]]`): By adapter, and by name in its file.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        # PEFT chooses and renames; stand-ins show what becomes of each, whoever holds its values.
+        stand_ins = {name: torch.empty(full_shape(tensor), device="meta") for name, tensor in tensors}
+        names = {id(stand_in): name for name, stand_in in stand_ins.items()}
+        self.files: dict[str, dict[str, SavedTensor]] = {}
+        for adapter in model.peft_config:
+            chosen = get_peft_model_state_dict(model, state_dict=dict(stand_ins), adapter_name=adapter)
+            self.files[adapter] = {
+                saved: SavedTensor(names.get(id(tensor)), tuple(tensor.shape)) for saved, tensor in chosen.items()
+            }
+
+    @property
+    def names(self) -> list[str]:
+        """Names in the model, each once, in an order that all processes share."""
+        return sorted({entry.name for entries in self.files.values() for entry in entries.values() if entry.name})
+
+
+def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a tensor in whole: under ZeRO-3 a process holds nothing of it; FSDP2 tells the whole itself."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def gather_tensors(model: nn.Module, names: Iterable[str], *, keep: bool) -> dict[str, torch.Tensor]:
+    """
+    The values of tensors in whole, under any strategy. To be called on all ranks, with the same names.
+
+    Adapters are in float32: DeepSpeed's float32 values where it trains copies in 16 bits.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        names (`Iterable[str]`): Names of parameters and buffers.
+        keep (`bool`): Whether this process wants them; others only take part.
+
+    Returns:
+        `dict[str, torch.Tensor]`: On the CPU, by name; empty where they are not kept.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what is left from a pass without a backward pass are 16-bit copies
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    gathered = {}
+    for name in names:
+        value = _whole(tensors[name])
+        if keep:
+            dtype = torch.promote_types(value.dtype, torch.float32) if _ADAPTER in name else tensors[name].dtype
+            gathered[name] = value.detach().to("cpu", dtype, copy=True)
+    return gathered
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor in whole, on all ranks."""
+    if tensor.requires_grad and (hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master = safe_get_full_fp32_param(tensor)
+        if master is not None:
+            return master
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def adapter_folder(root: str | Path, adapter_name: str) -> Path:
+    """Where an adapter lies in a folder that its model was saved in: PEFT puts other names than "default" below it."""
+    return Path(root) if adapter_name == "default" else Path(root, adapter_name)
+
+
+def check_saved(root: Path, tensors: FullTensors, strategy: str) -> dict[str, str]:
+    """
+    Check the files of adapters against what the model says it has.
+
+    Args:
+        root (`Path`): The folder that the model was saved in.
+        tensors ([`FullTensors`]): What the model has.
+        strategy (`str`): How it is trained, in words and with the setting that governs what is saved.
+
+    Returns:
+        `dict[str, str]`: The digest of each adapter's file, by its name.
+
+    Raises:
+        RuntimeError: If a file is missing, lacks a tensor, has one of another shape, or one that is not finite.
+    """
+    digests = {}
+    for adapter, expected in tensors.files.items():
+        path = adapter_folder(root, adapter) / WEIGHTS_NAME
+        try:
+            entries = read_safetensors_header(path)
+            problems = _compare(expected, {name: entry.shape for name, entry in entries.items()})
+            if problems:
+                raise AdapterCheckError(f"it {'; it '.join(problems)}")
+            digests[adapter] = file_digest(path, entries, finite=True)
+        except AdapterCheckError as error:
+            raise RuntimeError(
+                f"Adapter {adapter!r} was not saved, and nothing was replaced: what was written is not what the model "
+                f"has ({error}). Training ran with {strategy}."
+            ) from error
+    return digests
+
+
+def _compare(expected: dict[str, SavedTensor], found: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = []
+    for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if names:
+            problems.append(f"{what} {_few(names)}")
+    reshaped = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name]]
+    if reshaped:
+        name = min(reshaped)
+        problems.append(
+            f"has {len(reshaped)} tensors of other shapes, such as {name}: {list(found[name])} instead of "
+            f"{list(expected[name].shape)}"
+        )
+    return problems
+
+
+def _few(names: Iterable[str], limit: int = 3) -> str:
+    ordered = sorted(names)
+    listed = ", ".join(ordered[:limit])
+    return listed if len(ordered) <= limit else f"{listed} and {len(ordered) - limit} more"
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Have all files of a folder written to the disk, so that a name given to it later never stands for less."""
+    for directory, _, files in os.walk(folder):
+        for path in (*(os.path.join(directory, name) for name in files), directory):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """
+    Move all files of a folder into another, over those of the same names.
+
+    Configurations of adapters come last: a folder that had none has one only when all else is there.
+    """
+    paths = sorted(
+        (path.relative_to(source) for path in source.rglob("*") if path.is_file()),
+        key=lambda path: path.name == CONFIG_NAME,
+    )
+    for path in paths:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / path, target / path)
+    shutil.rmtree(source)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Give a folder its name in one step. One that has it is set aside for that moment; see [`restore_set_aside`]."""
+    aside = set_aside_name(target)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(target, aside)
+    os.replace(source, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_aside_name(target: Path) -> Path:
+    return target.with_name(f".replaced-{target.name}")
+
+
+def restore_set_aside(root: Path) -> None:
+    """Give folders back the names that a process which ended too early had taken; remove its unfinished saves."""
+    for aside in root.glob(".replaced-*"):
+        target = root / aside.name.removeprefix(".replaced-")
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, target)
+    shutil.rmtree(root / STAGING, ignore_errors=True)
+
+
+def full_disk_error(error: BaseException, folder: Path, what: str) -> OSError | None:
+    """The error of a save in words, if it failed for want of space; else `None`."""
+    number = getattr(error, "errno", None)
+    out_of_space = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors and `torch.save` have errors of their own.
+    text = str(error)
+    out_of_space = out_of_space or any(sign in text for sign in _OUT_OF_SPACE)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if not out_of_space and not (isinstance(error, OSError | RuntimeError) and free < 2**20):
+        return None
+    return OSError(
+        errno.ENOSPC,
+        f"There is no space left to save {what} ({free / 2**20:.1f} MiB are free at {existing}; {text}). What was "
+        "saved before is as it was. Free some space, keep fewer checkpoints (`save_total_limit`) or save less "
+        "(`save_only_model=True`), and resume from the newest checkpoint.",
+    )

@@ -1,0 +1,83 @@
+"""Adapters under FSDP2: float32 in products and in what is summed over ranks, as with every other strategy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import nn
+
+from ..tuner import MultiHeadAdapter
+
+
+logger = get_logger(__name__)
+
+
+def set_wide_reduction(accelerator: Accelerator) -> None:
+    """
+    Have FSDP2 sum gradients over ranks in float32, and leave the model's outputs (losses among them) as they are.
+
+    By default accelerate has both in the dtype of mixed precision: a loss in bfloat16 has three digits. To be called
+    before the model is prepared; without FSDP2, or without mixed precision, it does nothing.
+    """
+    policy = _policy(accelerator)
+    if policy is not None:
+        wide = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = wide
+
+
+def _policy(accelerator: Accelerator) -> Any:
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2:
+        return None
+    return plugin.mixed_precision_policy
+
+
+def keep_adapters_wide(model: nn.Module) -> None:
+    """
+    Have FSDP2 gather adapters in float32, as they are kept, where it gathers what is around them in 16 bits.
+
+    Rounded to 16 bits one by one, the heads and their mean in the anchor would no longer agree, and small updates
+    would not show in products. Weights of adapters are few, so that this costs little.
+
+    To be called after the model is prepared and before it is first run. PyTorch's policy of dtypes is one for all
+    parameters that it gathers together, so that this sets what it derives from that for each of them. Where others
+    train among these (`modules_to_save` inside of a block), whose gradients are then of another dtype, adapters are
+    left as they are.
+
+    Args:
+        model (`torch.nn.Module`): The prepared model; without FSDP2 nothing is done.
+    """
+    adapters = {module for module in model.modules() if isinstance(module, MultiHeadAdapter)}
+    for group in _groups(model):
+        own = [entry for entry in group.fsdp_params if entry._module_info.module in adapters]
+        if not own or group.mp_policy.param_dtype is None:
+            continue
+        if any(entry.sharded_param.requires_grad for entry in group.fsdp_params if entry not in own):
+            logger.warning_once(
+                "FSDP2 rounds adapters to 16 bits for their products, because other parameters train in the same "
+                "blocks (`modules_to_save`, `bias`)."
+            )
+            continue
+        wide = replace(group.mp_policy, param_dtype=None)
+        for entry in own:
+            # It is called, with the policy of the group, when the model is first run.
+            entry.init_dtype_attrs = partial(_init_wide, entry.init_dtype_attrs, wide)
+
+
+def _init_wide(init_dtype_attrs: Any, wide: Any, policy: Any) -> None:
+    init_dtype_attrs(wide)
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """What FSDP2 gathers together, each with its parameters."""
+    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    groups: list[Any] = []
+    for state in states:
+        found = getattr(state, "_fsdp_param_groups", None)  # since PyTorch 2.12; one before
+        groups += [state._fsdp_param_group] if found is None else found
+    return list({id(group): group for group in groups if group is not None}.values())
