@@ -151,8 +151,9 @@ class CheckpointTrainer(SFTTrainer):
             raise full from error
 
     def _tensors_to_save(self) -> FullTensors:
-        if self._full_tensors is None:
-            self._full_tensors = FullTensors(self._peft_model())
+        model = self._peft_model()
+        if self._full_tensors is None or list(self._full_tensors.files) != list(model.peft_config):
+            self._full_tensors = FullTensors(model)
         return self._full_tensors
 
     def _peft_model(self) -> PeftModel:

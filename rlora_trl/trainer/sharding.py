@@ -52,12 +52,23 @@ def keep_adapters_wide(model: nn.Module) -> None:
     Args:
         model (`torch.nn.Module`): The prepared model; without FSDP2 nothing is done.
     """
+    try:
+        _keep_wide(model)
+    except AttributeError as error:
+        logger.warning(
+            f"FSDP2 rounds adapters to 16 bits for their products: this version of PyTorch ({torch.__version__}) keeps "
+            f"its dtypes elsewhere ({error})."
+        )
+
+
+def _keep_wide(model: nn.Module) -> None:
     adapters = {module for module in model.modules() if isinstance(module, MultiHeadAdapter)}
     for group in _groups(model):
         own = [entry for entry in group.fsdp_params if entry._module_info.module in adapters]
         if not own or group.mp_policy.param_dtype is None:
             continue
-        if any(entry.sharded_param.requires_grad for entry in group.fsdp_params if entry not in own):
+        others = [entry.sharded_param for entry in group.fsdp_params if entry not in own]
+        if any(parameter.requires_grad for parameter in others):
             logger.warning_once(
                 "FSDP2 rounds adapters to 16 bits for their products, because other parameters train in the same "
                 "blocks (`modules_to_save`, `bias`)."
@@ -78,6 +89,6 @@ def _groups(model: nn.Module) -> list[Any]:
     states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
     groups: list[Any] = []
     for state in states:
-        found = getattr(state, "_fsdp_param_groups", None)  # since PyTorch 2.12; one before
+        found = getattr(state, "_fsdp_param_groups", None)  # newer PyTorch has several of them
         groups += [state._fsdp_param_group] if found is None else found
     return list({id(group): group for group in groups if group is not None}.values())

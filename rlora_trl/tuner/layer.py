@@ -65,7 +65,7 @@ def _before_forward(layer: nn.Module, args: tuple) -> None:
     quant_state = getattr(layer.weight, "quant_state", None)
     if not getattr(quant_state, "packing_format_for_cpu", False):
         # bitsandbytes puts other tensors in their place and does not write into these.
-        vars(layer)["_rlora_kept_scales"] = dict(vars(quant_state)) if quant_state is not None else None
+        layer._rlora_kept_scales = None if quant_state is None else dict(vars(quant_state))
     elif layer.training or (torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in args)):
         undo_cpu_order(layer)
 
@@ -85,6 +85,7 @@ def guard_cpu_order(model: nn.Module) -> None:
         if not hasattr(layer, "support_avx512bf16_for_cpu") or _before_forward in layer._forward_pre_hooks.values():
             continue
         if layer.weight.device.type == "cpu":
+            layer._rlora_kept_scales = None
             layer.register_forward_pre_hook(_before_forward)
             layer.register_state_dict_pre_hook(_before_state_dict)
 

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
-from .layer import RLoraLayer, RLoraLinear
+from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
 from .routing import Routing, TaskIds, find_routings, set_task
 
 
@@ -153,6 +153,7 @@ class RLoraModel(BaseTuner):
                 f"{error} R-LoRA adapts linear layers, and this model's are named {', '.join(names) or '(none)'}. Set "
                 '`target_modules` to some of them, or to "all-linear".'
             ) from error
+        guard_cpu_order(model)
 
     @override
     def _prepare_adapter_config(self, peft_config: RLoraConfig, model_config: dict) -> RLoraConfig:
