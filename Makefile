@@ -31,6 +31,8 @@ test:  ## A fresh environment, lint, types, and the whole default suite
 	$(MAKE) quality BIN=$(TEST_BIN)
 	OMP_NUM_THREADS=1 $(TEST_BIN)/python $(PYTEST_SMALL)
 	$(TEST_BIN)/python $(PYTEST_SLOW)
+	DISABLE_CUDA=1 $(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test-quant]"
+	$(TEST_BIN)/python -m pytest -q tests/tuner/test_quantization_backends.py
 
 test-fast:  ## The suite in the present environment
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_SMALL)
@@ -56,7 +58,9 @@ bench:  ## All benchmarks, on a CUDA device, and the tables made from them
 	cd benchmarks && $(PYTHON) train_step.py --four_bit --heads 3 --ranks 4 --out results/train_step.jsonl
 	cd benchmarks && $(PYTHON) layer.py --out results/layer.jsonl && $(PYTHON) decode.py --out results/decode.jsonl
 	cd benchmarks && $(PYTHON) trainer_overhead.py --out results/trainer_overhead.jsonl
+	cd benchmarks && $(PYTHON) large.py --out results/large.jsonl && $(PYTHON) large.py --largest --out results/large.jsonl
 	$(PYTHON) benchmarks/report.py --update
+	$(PYTHON) benchmarks/large.py --report
 
 quality:  ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import zoo
+    from .estimate import MemoryEstimate, estimate_memory
     from .export import export_lora
     from .hub import pull_adapter, push_adapter
     from .trainer import HeadUsageCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HeadUsageCallback",
+    "MemoryEstimate",
     "MultiHeadAdapter",
     "RLoraConfig",
     "RLoraModel",
     "RLoraSFTConfig",
     "RLoraSFTTrainer",
     "__version__",
+    "estimate_memory",
     "export_lora",
     "mix_tasks",
     "pull_adapter",
@@ -40,6 +43,7 @@ _LAZY = {
     **dict.fromkeys(("MultiHeadAdapter", "RLoraConfig", "RLoraModel", "set_task"), ".tuner"),
     **dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"),
     **dict.fromkeys(("pull_adapter", "push_adapter"), ".hub"),
+    **dict.fromkeys(("MemoryEstimate", "estimate_memory"), ".estimate"),
     "export_lora": ".export",
 }
 

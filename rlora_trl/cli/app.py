@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .._version import __version__
-from . import analyze, card, env, evaluate, export, pull, push, train, zoo
+from . import analyze, card, env, estimate, evaluate, export, pull, push, train, zoo
 from .errors import quieten_libraries, report
 from .options import Group
 from .output import note
@@ -72,7 +72,7 @@ def root(
     """Options of all commands."""
 
 
-for command in (train, evaluate, analyze, export, card, push, pull):
+for command in (train, estimate, evaluate, analyze, export, card, push, pull):
     command.register(app)
 app.add_typer(zoo.app, name="zoo")
 env.register(app)

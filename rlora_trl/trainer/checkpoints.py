@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,6 +28,7 @@ from .resuming import (
     _INSTEAD,
     PROBE_FILE,
     STATE_FILE,
+    check_processes,
     check_settings,
     checkpoint_problem,
     compare_tensors,
@@ -109,7 +110,8 @@ class CheckpointTrainer(SFTTrainer):
             OSError: If there is no space left; what was saved before is as it was.
         """
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        with self._staged(folder) as stage:
+        on_all_ranks = self._stage is not None or self._is_deepspeed_or_fsdp
+        with self._together(on_all_ranks), self._staged(folder) as stage:
             if self._is_deepspeed_or_fsdp:
                 # What they make of it by themselves depends on their settings, and lacks what is frozen.
                 self._save(str(stage), state_dict=self._gather_adapters())
@@ -139,6 +141,22 @@ class CheckpointTrainer(SFTTrainer):
             finally:
                 if writes:
                     shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+    @contextmanager
+    def _together(self, on_all_ranks: bool = True) -> Generator[None, None, None]:
+        """Make an error of one process one of all, so that none waits for another that has given up."""
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        if on_all_ranks and self.accelerator.num_processes > 1:
+            told = gather_object([None if own is None else f"{type(own).__name__}: {own}"])
+            first = next((text for text in told if text is not None), None)
+            if own is None and first is not None:
+                raise RuntimeError(f"Another process could not save. {first}")
+        if own is not None:
+            raise own
 
     @contextmanager
     def _explained(self, folder: Path, what: str) -> Generator[None, None, None]:
@@ -189,20 +207,18 @@ class CheckpointTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         with self._explained(root, name):
             try:
-                with self._writing_to(stage):
+                with self._together(), self._writing_to(stage):
                     super()._save_checkpoint(model, trial)
-                self._complete_checkpoint(root, stage / name)
-                self.accelerator.wait_for_everyone()  # all have written their part
-                if writes:
-                    self._write_state(stage / name)
-                    flush_to_disk(stage / name)
-                    move_folder(stage / name, root / name)
+                    self._complete_checkpoint(root, stage / name)
+                with self._together():  # all have written their part
+                    if writes:
+                        self._write_state(stage / name)
+                        flush_to_disk(stage / name)
+                        move_folder(stage / name, root / name)
+                        self._rotate(root, root / name)
             finally:
                 if writes:
                     shutil.rmtree(stage, ignore_errors=True)
-        if writes:
-            self._rotate(root, root / name)
-        self.accelerator.wait_for_everyone()
 
     def _rotate(self, root: Path, newest: Path) -> None:
         """Remove the oldest checkpoints beyond `save_total_limit`, but neither the best nor the newest."""
@@ -315,6 +331,10 @@ class CheckpointTrainer(SFTTrainer):
                 raise ValueError(
                     f"The run can't go on from {str(given)!r}: {problem}. Resume from another checkpoint. {_INSTEAD}"
                 )
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            if not (config.get("checkpoint") or {}).get("load_universal"):
+                check_processes(checkpoint, self.accelerator.num_processes)
         name = self.model.active_adapter
         check_settings(checkpoint, self.model.peft_config[name], name)
         return checkpoint

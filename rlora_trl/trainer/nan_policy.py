@@ -112,6 +112,11 @@ def check_deepspeed_settings(config: dict[str, Any], policy: str) -> None:
         return
     zero = config.get("zero_optimization") or {}
     bf16 = config.get("bf16") or {}
+    if not zero.get("stage") and not any((config.get(name) or {}).get("enabled") for name in ("bf16", "fp16")):
+        raise ValueError(
+            "DeepSpeed without ZeRO, in float32, does not notice gradients that are not finite, and "
+            f"`nan_policy={policy!r}` can't be kept. Set `zero_optimization.stage`, or `nan_policy='ignore'`."
+        )
     for section, settings, name in (
         ("bf16", bf16, "check_grad_overflow"),
         ("zero_optimization", zero, "compute_grad_norm"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
@@ -221,7 +222,7 @@ class PublishingTrainer(CheckpointTrainer):
             finally:
                 counter.stop()
         named = {task: weights for task, weights in usage.items() if task != counter.unknown}
-        if named:
+        if named and all(bool(torch.isfinite(weights).all()) for weights in named.values()):
             layers = tuple(name.removeprefix("base_model.model.") for name in counter.layers)
             self._mixtures = HeadMixtures(layers, named, {task: tokens[task] for task in named})
         return self._mixtures

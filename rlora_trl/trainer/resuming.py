@@ -13,9 +13,9 @@ from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..hub.layout import WEIGHTS_NAME
+from ..hub.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..hub.tensors import file_digest
-from ..safe_files import AdapterCheckError, read_safetensors_header, shorten
+from ..safe_files import read_safetensors_header, shorten
 from ..tuner import RLoraConfig
 from .saving import adapter_folder
 
@@ -33,6 +33,8 @@ _FIXED = (
 _UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 # A run may go on with others of these, but not unawares.
 _TOLD = ("head_dropout", "dropout_position")
+# Of one process, of FSDP, of DeepSpeed.
+_OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
 # Of the loss on the probe: other devices and other numbers of processes round otherwise, in bfloat16 by a percent.
 _PROBE_TOLERANCE = 0.02
 _PROBE_ROWS, _PROBE_TOKENS = 2, 1024
@@ -74,15 +76,27 @@ def find_checkpoint(root: str | Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint has of ours; empty if it has nothing, or nothing that can be read."""
+    """What a checkpoint has of ours; empty if it has nothing."""
     path = checkpoint / STATE_FILE
-    if not path.is_file():
-        return {}
+    return read_object(path) if path.exists() else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """
+    A JSON object from a file.
+
+    Raises:
+        ValueError: If the file is missing, can't be read, or holds something else.
+    """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        logger.warning(f"{path} can't be read ({error}): rows seen by task are counted anew.")
-        return {}
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.name} can't be read ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds a {type(value).__name__} instead of an object")
+    return value
 
 
 def list_files(checkpoint: Path) -> dict[str, int]:
@@ -96,24 +110,51 @@ def list_files(checkpoint: Path) -> dict[str, int]:
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or `None`."""
-    if not (checkpoint / TRAINER_STATE_NAME).is_file():
-        return f"it has no {TRAINER_STATE_NAME}"
+    try:
+        _check_files(checkpoint)
+    except ValueError as error:  # `AdapterCheckError` is one
+        return str(error)
+    return None
+
+
+def _check_files(checkpoint: Path) -> None:
+    read_object(checkpoint / TRAINER_STATE_NAME)
     state = read_state(checkpoint)
     for name, size in state.get("files", {}).items():
         path = checkpoint / name
         if not path.is_file():
-            return f"{name} is missing"
+            raise ValueError(f"{name} is missing")
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes and was saved with {size}"
+            raise ValueError(f"{name} has {path.stat().st_size} bytes and was saved with {size}")
+    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_STATES):
+        raise ValueError("it has no state of the optimizer, as with `save_only_model=True`")
     for adapter, digest in state.get("adapters", {}).items():
-        path = adapter_folder(checkpoint, adapter) / WEIGHTS_NAME
-        try:
-            found = file_digest(path, read_safetensors_header(path))
-        except AdapterCheckError as error:
-            return str(error)
-        if found != digest:
-            return f"the tensors in {path.relative_to(checkpoint)} are not those that were saved"
-    return None
+        folder = adapter_folder(checkpoint, adapter)
+        read_object(folder / CONFIG_NAME)
+        path = folder / WEIGHTS_NAME
+        if file_digest(path, read_safetensors_header(path)) != digest:
+            raise ValueError(f"the tensors in {path.relative_to(checkpoint)} are not those that were saved")
+
+
+def check_processes(checkpoint: Path, processes: int) -> None:
+    """
+    See whether DeepSpeed's part of a checkpoint is for as many processes as there are.
+
+    Raises:
+        ValueError: If it is for others, with what to do.
+    """
+    latest = checkpoint / "latest"
+    tag = latest.read_text().strip() if latest.is_file() else ""
+    saved = len(list((checkpoint / tag).glob("*_optim_states.pt"))) if tag else 0
+    if saved in (0, processes):
+        return
+    raise ValueError(
+        f"DeepSpeed's state in {str(checkpoint)!r} is divided among {saved} processes, and this run has {processes}. "
+        f"Resume with {saved}; or convert it, in that folder, with `python -m deepspeed.checkpoint.ds_to_universal "
+        f"--input_folder {tag} --output_folder {tag}_universal` (ZeRO-1 and 2: `--inject_missing_state` too), and "
+        'resume once with `"checkpoint": {"load_universal": true}` in the DeepSpeed configuration and the same batch '
+        "of a step."
+    )
 
 
 def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str) -> None:
@@ -124,7 +165,7 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str) -> 
         ValueError: If what the adapters compute is not the same, with each difference.
     """
     folder = adapter_folder(checkpoint, adapter_name)
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"The checkpoint {str(checkpoint)!r} has no adapter named {adapter_name!r} (adapter_config.json). Resume "
             "from a checkpoint of this run."

@@ -24,7 +24,7 @@ STAGING = ".saving"
 _ADAPTER = ".rlora_adapters."
 _OUT_OF_SPACE = (
     *("No space left", "os error 28", "File too large", "os error 27", "Disk quota exceeded", "os error 122"),
-    *("PytorchStreamWriter failed", "inline_container"),
+    *("PytorchStreamWriter failed", "inline_container", "iostream error"),
 )
 
 
@@ -87,8 +87,8 @@ def gather_tensors(model: nn.Module, names: Iterable[str], *, keep: bool) -> dic
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # what is left from a pass without a backward pass are 16-bit copies
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors: dict[str, torch.Tensor] = dict(everything)
     gathered = {}
     for name in names:
         value = _whole(tensors[name])
@@ -238,6 +238,6 @@ def full_disk_error(error: BaseException, folder: Path, what: str) -> OSError | 
     return OSError(
         errno.ENOSPC,
         f"There is no space left to save {what} ({free / 2**20:.1f} MiB are free at {existing}; {text}). What was "
-        "saved before is as it was. Free some space, keep fewer checkpoints (`save_total_limit`) or save less "
-        "(`save_only_model=True`), and resume from the newest checkpoint.",
+        "saved before is as it was. Free some space or keep fewer checkpoints (`save_total_limit`), and resume from "
+        "the newest one.",
     )

@@ -1,4 +1,4 @@
-"""Adapters under FSDP2: float32 in products and in what is summed over ranks, as with every other strategy."""
+"""Adapters under FSDP2: float32 where they are packed for products and in what is summed over ranks, as with DDP."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..tuner import MultiHeadAdapter
 
@@ -17,17 +18,16 @@ from ..tuner import MultiHeadAdapter
 logger = get_logger(__name__)
 
 
-def set_wide_reduction(accelerator: Accelerator) -> None:
+def keep_outputs_wide(accelerator: Accelerator) -> None:
     """
-    Have FSDP2 sum gradients over ranks in float32, and leave the model's outputs (losses among them) as they are.
+    Have FSDP2 leave the outputs of the model, losses among them, in the dtype that they have.
 
-    By default accelerate has both in the dtype of mixed precision: a loss in bfloat16 has three digits. To be called
+    By default accelerate casts them to that of mixed precision, and a loss in bfloat16 has three digits. To be called
     before the model is prepared; without FSDP2, or without mixed precision, it does nothing.
     """
     policy = _policy(accelerator)
     if policy is not None:
-        wide = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = wide
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 def _policy(accelerator: Accelerator) -> Any:
@@ -41,6 +41,7 @@ def keep_adapters_wide(model: nn.Module) -> None:
     """
     Have FSDP2 gather adapters in float32, as they are kept, where it gathers what is around them in 16 bits.
 
+    Their gradients are in float32 then, and are summed over ranks so.
     Rounded to 16 bits one by one, the heads and their mean in the anchor would no longer agree, and small updates
     would not show in products. Weights of adapters are few, so that this costs little.
 
@@ -56,8 +57,8 @@ def keep_adapters_wide(model: nn.Module) -> None:
         _keep_wide(model)
     except AttributeError as error:
         logger.warning(
-            f"FSDP2 rounds adapters to 16 bits for their products: this version of PyTorch ({torch.__version__}) keeps "
-            f"its dtypes elsewhere ({error})."
+            "FSDP2 rounds adapters to 16 bits for their products: this version of PyTorch "
+            f"({torch.__version__}) keeps its dtypes elsewhere ({error})."
         )
 
 
@@ -74,7 +75,9 @@ def _keep_wide(model: nn.Module) -> None:
                 "blocks (`modules_to_save`, `bias`)."
             )
             continue
-        wide = replace(group.mp_policy, param_dtype=None)
+        # Nothing is cast. (A `reduce_dtype` for all would break accumulation where a module is not called itself, such
+        # as the head with TRL's fused loss: PyTorch 2.13 looks for its gradients all the same.)
+        wide = replace(group.mp_policy, param_dtype=None, reduce_dtype=None)
         for entry in own:
             # It is called, with the policy of the group, when the model is first run.
             entry.init_dtype_attrs = partial(_init_wide, entry.init_dtype_attrs, wide)
@@ -86,7 +89,7 @@ def _init_wide(init_dtype_attrs: Any, wide: Any, policy: Any) -> None:
 
 def _groups(model: nn.Module) -> list[Any]:
     """What FSDP2 gathers together, each with its parameters."""
-    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
     groups: list[Any] = []
     for state in states:
         found = getattr(state, "_fsdp_param_groups", None)  # newer PyTorch has several of them

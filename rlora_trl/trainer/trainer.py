@@ -33,7 +33,7 @@ from .monitor import RoutingMonitor, head_similarity
 from .nan_policy import NanGuard, check_deepspeed_settings
 from .optimizer import set_learning_rates
 from .publishing import PublishingTrainer, check_publishing
-from .sharding import keep_adapters_wide, set_wide_reduction
+from .sharding import keep_adapters_wide, keep_outputs_wide
 from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
 from .task_ids import (
     ROW_STARTS,
@@ -253,18 +253,11 @@ class RLoraSFTTrainer(PublishingTrainer):
         """
         Give adapters on a quantised base the float32 values back that `SFTTrainer.__init__` rounded to bfloat16.
 
-        Values that were there before come from `loaded`; an adapter created in between is drawn anew from the seed.
-        DeepSpeed keeps a float32 copy of what trains itself, and wants all parameters of an adapter in one dtype.
+        Values that were there before come from `loaded`; an adapter created in between is drawn anew from the seed, on
+        the CPU, so that it is the same one under every strategy.
         """
         adapters = [module for module in self.model.modules() if isinstance(module, MultiHeadAdapter)]
         rounded = [adapter for adapter in adapters if adapter.A.dtype == torch.bfloat16]
-        if self.is_deepspeed_enabled:
-            for adapter in rounded:
-                adapter.to(torch.bfloat16)
-                if adapter.A not in loaded:
-                    adapter.reset_anchor()
-            self._cast_for_deepspeed(adapters)
-            return
         for parameter, data in loaded.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data
@@ -273,7 +266,11 @@ class RLoraSFTTrainer(PublishingTrainer):
         if fresh and quantized:
             set_seed(self.args.seed)
             for adapter in fresh:
-                adapter.to(torch.float32).reset_parameters()
+                device = adapter.A.device
+                adapter.to("cpu", torch.float32).reset_parameters()
+                adapter.to(device)
+        if self.is_deepspeed_enabled:
+            self._cast_for_deepspeed(adapters)
 
     def _cast_for_deepspeed(self, adapters: list[MultiHeadAdapter]) -> None:
         """
@@ -434,7 +431,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             self._end_first_gradients(tell=False)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        set_wide_reduction(self.accelerator)
+        keep_outputs_wide(self.accelerator)
         prepared = super()._prepare_for_training(*args, **kwargs)
         keep_adapters_wide(self.model)
         return prepared

@@ -18,6 +18,10 @@ from .config import RLoraConfig
 from .routing import Routing
 
 
+# Where a 4-bit layer on a CPU has its scales as they were stored.
+_KEPT = "_rlora_kept_scales"
+
+
 def owns_output(layer: nn.Module) -> bool:
     """Whether the output of a layer is a new tensor that nothing else holds, so that it may be written over."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
@@ -29,7 +33,8 @@ def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     The weight of a layer whose product may be computed together with the delta: frozen, whole, in the products' dtype.
 
     Only in training on a GPU, where it saves memory traffic. `None` where the layer must be called: it has a bias or
-    hooks, is quantised, sharded (DeepSpeed ZeRO-3, FSDP) or trained, or `torch.compile` is at work.
+    hooks, is quantised, sharded (DeepSpeed ZeRO-3; what FSDP2 has gathered is whole) or trained, or `torch.compile` is
+    at work.
     """
     if not x.is_cuda or not torch.is_grad_enabled() or type(layer) is not nn.Linear or not owns_output(layer):
         return None
@@ -52,7 +57,7 @@ def undo_cpu_order(layer: nn.Module) -> None:
     quant_state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
         layer._save_to_state_dict({}, "", False)
-        kept = vars(layer).get("_rlora_kept_scales")
+        kept = vars(layer).get(_KEPT)
         if kept is not None:
             vars(quant_state).clear()
             vars(quant_state).update(kept)
@@ -65,7 +70,7 @@ def _before_forward(layer: nn.Module, args: tuple) -> None:
     quant_state = getattr(layer.weight, "quant_state", None)
     if not getattr(quant_state, "packing_format_for_cpu", False):
         # bitsandbytes puts other tensors in their place and does not write into these.
-        layer._rlora_kept_scales = None if quant_state is None else dict(vars(quant_state))
+        vars(layer)[_KEPT] = None if quant_state is None else dict(vars(quant_state))
     elif layer.training or (torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in args)):
         undo_cpu_order(layer)
 
@@ -85,7 +90,7 @@ def guard_cpu_order(model: nn.Module) -> None:
         if not hasattr(layer, "support_avx512bf16_for_cpu") or _before_forward in layer._forward_pre_hooks.values():
             continue
         if layer.weight.device.type == "cpu":
-            layer._rlora_kept_scales = None
+            vars(layer)[_KEPT] = None
             layer.register_forward_pre_hook(_before_forward)
             layer.register_state_dict_pre_hook(_before_state_dict)
 

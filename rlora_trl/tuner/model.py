@@ -349,6 +349,12 @@ class RLoraModel(BaseTuner):
 
     @classmethod
     @override
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT's, and without the wrapper that FSDP's checkpointing puts around layers."""
+        return super()._remove_adapter_name_from_key(key.replace("_checkpoint_wrapped_module.", ""), adapter_name)
+
+    @classmethod
+    @override
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from rlora_trl.safe_files import AdapterCheckError
 
 
 COMMANDS = (
-    *("train", "eval", "analyze", "export", "card", "push", "pull", "env"),
+    *("train", "eval", "analyze", "estimate", "export", "card", "push", "pull", "env"),
     *("zoo", "zoo search", "zoo compare", "zoo show", "zoo install", "zoo pin"),
 )
 HEAVY = ("torch", "transformers", "peft", "datasets", "trl", "accelerate", "matplotlib")

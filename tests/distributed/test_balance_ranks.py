@@ -1,16 +1,10 @@
 """A balance loss means the same on one process and on two: with DDP, and with DeepSpeed ZeRO-2 and ZeRO-3, on CPU."""
 
-import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import ON_GPU, launch
 from peft import get_peft_model
 from testing_utils import perturb, task_rows
 from transformers import AutoModelForCausalLM
@@ -22,10 +16,6 @@ pytestmark = pytest.mark.slow
 
 LOSSES = ("switch", "importance", "mutual_information", "z")
 TASKS = ("first", "colour")
-# Seconds for one launch; most take less than 30.
-TIMEOUT = 120
-# In the GPU suite, on a machine with two: `RLORA_TRL_TEST_DEVICE=cuda`.
-ON_GPU = os.environ.get("RLORA_TRL_TEST_DEVICE") == "cuda"
 # Relative to the largest element of an update; updates are sums of float32 in another order. On GPUs, products of
 # other sizes take other kernels, and each of the two layers adds to the difference.
 TOLERANCE = 2e-4 if ON_GPU else 2e-5
@@ -61,57 +51,6 @@ def case(name, rows, kind, *, coef=1.0, **kwargs):
     defaults = {"max_steps": 1, "per_device_train_batch_size": 4, "balance_loss": kind, "balance_coef": coef}
     entry["arguments"] = {**defaults, **kwargs}
     return entry
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def stop(process):
-    """End a launcher and its ranks: it ends them when asked to; else they end themselves (`signal.alarm`)."""
-    process.terminate()
-    try:
-        process.wait(40)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def launch(folder, start, cases, processes):
-    """Run cases in one process or several; what each rank found, by case."""
-    folder.mkdir(parents=True)
-    given = {"cases": cases, "timeout": TIMEOUT + 20, **start}
-    (folder / "cases.json").write_text(json.dumps(given))
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command += [str(Path(__file__).parent / "balance_run.py"), str(folder / "cases.json")]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes)))}
-    if not ON_GPU:
-        settings |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    with open(folder / "output.txt", "w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **settings},
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            code = f"no end after {TIMEOUT} s"
-        finally:
-            if process.poll() is None:
-                stop(process)
-    assert code == 0, f"{code}: {(folder / 'output.txt').read_text()[-6000:]}"
-    return {
-        entry["name"]: [torch.load(folder / f"{entry['name']}.{rank}.pt") for rank in range(processes)]
-        for entry in cases
-    }
 
 
 @pytest.fixture(scope="module")

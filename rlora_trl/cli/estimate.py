@@ -1,0 +1,172 @@
+"""`rlora estimate`: the memory that training takes, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .options import Command, JsonOption, help_of
+from .output import print_facts, print_json, print_table, print_text, results_only
+
+
+if TYPE_CHECKING:
+    from ..estimate import MemoryEstimate
+
+
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
+# Of the memory of a GPU, what should be left for pieces that PyTorch can't use.
+_FRAGMENTS = 0.05
+_LABELS = {
+    "base": "Base weights",
+    "adapter": "Adapter",
+    "gradients": "Gradients",
+    "optimizer": "Optimizer",
+    "activations": "Activations",
+    "loss": "Loss",
+    "buffers": "Buffers",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("estimate", cls=Command, help=help_of(estimate))(estimate)
+
+
+def estimate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Base model: a folder, a config.json, or a name on the Hub.", show_default=False
+        ),
+    ],
+    strategy: Annotated[
+        Strategy | None,
+        typer.Option(
+            "--strategy",
+            metavar="NAME",
+            help="single, ddp, zero1, zero2, zero3, zero3-offload or fsdp2.",
+            show_default="a table of all",
+        ),
+    ] = None,
+    num_gpus: Annotated[int, typer.Option("--num-gpus", metavar="N", min=1, help="GPUs, of all nodes.")] = 1,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option("--gpu-memory", metavar="GIB", min=0.0, help="Say what fits a GPU of so many GiB."),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option("--dtype", metavar="DTYPE", help="As which the base is loaded, if it is not quantised."),
+    ] = "bfloat16",
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="A 4-bit base.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="An 8-bit base.")] = False,
+    double_quant: Annotated[
+        bool,
+        typer.Option("--double-quant", "--use-bnb-nested-quant", help="Quantise the scales of 4-bit weights too."),
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--per-device-train-batch-size", metavar="N", min=1, help="Rows of a micro-batch.")
+    ] = 8,
+    max_length: Annotated[int, typer.Option("--max-length", metavar="N", min=1, help="Tokens of a row.")] = 1024,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Make activations again."),
+    ] = True,
+    r: Annotated[int, typer.Option("--r", metavar="N", min=1, help="Rank of each head.")] = 4,
+    num_heads: Annotated[int, typer.Option("--num-heads", metavar="N", min=1, help="Number of heads.")] = 3,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-modules",
+            help="Layers to adapt, with commas between, or all-linear. May be repeated.",
+            show_default="MLP projections",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate the memory that training takes on each GPU.
+
+    It is computed from the configuration of the model: its weights are neither read nor downloaded. Rows are taken to
+    be as long as `--max-length`. The table has all strategies for so many GPUs.
+    """
+    with results_only():
+        from ..estimate import CUDA_CONTEXT
+        from ..estimate.memory import estimate_strategies
+        from ..tuner import RLoraConfig
+
+        targets = _targets(target_modules)
+        config = RLoraConfig(task_type="CAUSAL_LM", r=r, num_heads=num_heads, target_modules=targets)
+        estimates = estimate_strategies(
+            model,
+            config,
+            strategies=[strategy] if strategy is not None else _strategies(num_gpus),
+            num_gpus=num_gpus,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            double_quant=double_quant,
+            per_device_train_batch_size=batch_size,
+            max_length=max_length,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+    fits = [None if gpu_memory is None else _fits(found, gpu_memory, CUDA_CONTEXT) for found in estimates]
+    if as_json:
+        values = [
+            found.to_dict() | {"cuda_context": CUDA_CONTEXT, "fits": fit}
+            for found, fit in zip(estimates, fits, strict=True)
+        ]
+        print_json(values[0] if strategy is not None else values)
+    elif strategy is not None:
+        print_facts(_facts(estimates[0], fits[0], CUDA_CONTEXT))
+    else:
+        _print_strategies(estimates, fits)
+        print_text(f"GiB on each GPU. CUDA itself takes about {_gib(CUDA_CONTEXT)} more.")
+
+
+def _targets(typed: list[str] | None) -> list[str] | str | None:
+    names = [name for part in typed or () for name in part.split(",") if name]
+    # A single name may be a regular expression or "all-linear", as for `rlora train`.
+    return names[0] if len(names) == 1 else names or None
+
+
+def _strategies(num_gpus: int) -> list[str]:
+    """What there is to choose from: one GPU has nothing to divide, but may put weights on its host."""
+    from ..estimate import STRATEGIES
+
+    return ["single", "zero3-offload"] if num_gpus == 1 else [name for name in STRATEGIES if name != "single"]
+
+
+def _fits(found: MemoryEstimate, gpu_memory: float, context: int) -> str:
+    size = gpu_memory * 2**30
+    if found.total + context > size:
+        return "no"
+    return "yes" if (found.total + context) <= (1 - _FRAGMENTS) * size else "barely"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _facts(found: MemoryEstimate, fits: str | None, context: int) -> dict[str, Any]:
+    gpus = "1 GPU" if found.num_gpus == 1 else f"{found.num_gpus} GPUs"
+    parts = {label: f"{_gib(getattr(found, name))} GiB" for name, label in _LABELS.items()}
+    return {
+        "Strategy": f"{found.strategy}, {gpus}",
+        "Parameters": f"{found.parameters:,}, {found.trainable:,} of an adapter train",
+        **parts,
+        "Total": f"{_gib(found.total)} GiB on each GPU, and about {_gib(context)} for CUDA itself",
+        "Host": f"{_gib(found.host)} GiB, for all GPUs together" if found.host else None,
+        "Fits": fits,
+    }
+
+
+def _print_strategies(estimates: list[MemoryEstimate], fits: list[str | None]) -> None:
+    columns = ["strategy", *(label.lower() for label in _LABELS.values()), "total", "host"]
+    rows: list[list[Any]] = []
+    for found in estimates:
+        sizes = [_gib(getattr(found, name)) for name in _LABELS]
+        rows.append([found.strategy, *sizes, _gib(found.total), _gib(found.host) if found.host else "-"])
+    if any(fits):
+        columns.append("fits")
+        rows = [[*row, fit] for row, fit in zip(rows, fits, strict=True)]
+    print_table(columns, rows)
