@@ -48,9 +48,10 @@ test-floors:  ## The suite with the oldest supported versions
 
 test-gpu:  ## Tests that need a CUDA device, in the present environment
 	CUDA_VISIBLE_DEVICES=0 $(PYTHON) -m pytest -q tests/gpu tests/kernels
+	CUDA_VISIBLE_DEVICES=0 RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py -k one_process
 
 test-multi-gpu:  ## Tests that need two CUDA devices
-	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed
+	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py tests/distributed/test_balance_ranks.py
 
 bench:  ## All benchmarks, on a CUDA device, and the tables made from them
 	cd benchmarks && for shape in qwen2.5-0.5b qwen2.5-3b qwen2.5-7b; do $(PYTHON) train_step.py --shape $$shape --out results/train_step.jsonl; done

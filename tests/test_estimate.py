@@ -259,7 +259,8 @@ def rows_of(name):
 def step_rows():
     """Rows of adapters that the estimate knows: one for each shape, setting and size."""
     known = [row for row in rows_of("train_step.jsonl") if row["family"] in ("ours", "lora")]
-    return [row for row in known if (row["num_heads"], row["r"]) in ((3, 4), (10, 16), (1, 10))]
+    known = [row for row in known if (row["num_heads"], row["r"]) in ((3, 4), (1, 10))]
+    return list({(row["shape"], row["setting"], row["family"], row["dropout"] > 0): row for row in known}.values())
 
 
 def large_rows():

@@ -264,27 +264,6 @@ def test_all_cases_run_or_tell_why(stub, tmp_path, monkeypatch, capsys):
     assert len(large_report.read(out)) == len(rows) and "no time is left" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_fsdp2_and_zero3_over_two_processes(tmp_path):
-    """The real trainers, as the script starts them."""
-    pytest.importorskip("deepspeed")
-    pytest.importorskip("bitsandbytes")
-    import subprocess
-
-    out = tmp_path / "large.jsonl"
-    command = [sys.executable, str(BENCHMARKS / "large.py"), "--tiny", "--processes", "2", "--out", str(out)]
-    command += ["--cases", "bf16-fsdp2", "nf4-zero3", "--steps", "1", "--warmup", "1", "--total_limit", "400"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=450, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    rows = {(row["case"], row["method"]): row for row in large_report.read(out)}
-    assert len(rows) == 4 and not any("error" in row for row in rows.values()), done.stdout
-    engines = {key: row["engine"] for key, row in rows.items()}
-    assert all(engines["nf4-zero3", method] == "DeepSpeedEngine" for method in large.METHODS), engines
-    assert all(engines["bf16-fsdp2", method].startswith("FSDP") for method in large.METHODS), engines
-
-
 # The search
 
 

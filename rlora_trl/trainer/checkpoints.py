@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -28,8 +29,8 @@ from .resuming import (
     _INSTEAD,
     PROBE_FILE,
     STATE_FILE,
-    check_processes,
     check_settings,
+    check_strategy,
     checkpoint_problem,
     compare_tensors,
     find_checkpoint,
@@ -114,7 +115,9 @@ class CheckpointTrainer(SFTTrainer):
         with self._together(on_all_ranks), self._staged(folder) as stage:
             if self._is_deepspeed_or_fsdp:
                 # What they make of it by themselves depends on their settings, and lacks what is frozen.
-                self._save(str(stage), state_dict=self._gather_adapters())
+                state_dict = self._gather_adapters()
+                if self.args.should_save:
+                    self._save(str(stage), state_dict=state_dict)
             else:
                 super().save_model(str(stage), _internal_call=True)
             if self.args.should_save:
@@ -186,12 +189,11 @@ class CheckpointTrainer(SFTTrainer):
         return gather_tensors(self._peft_model(), names, keep=keep)
 
     def _describe_strategy(self) -> str:
+        """How training is spread, with the setting that says so; and so how the optimizer's state is divided."""
         if self.is_deepspeed_enabled:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
             return f"DeepSpeed ZeRO-{stage} (`zero_optimization` in the DeepSpeed configuration)"
-        if self.is_fsdp_enabled:
-            return "FSDP2 (`fsdp_config`)"
-        return f"{self.accelerator.num_processes} process{'es' if self.accelerator.num_processes > 1 else ''}"
+        return "FSDP2 (`fsdp_config`)" if self.is_fsdp_enabled else "whole weights in each process"
 
     # Checkpoints
 
@@ -209,13 +211,14 @@ class CheckpointTrainer(SFTTrainer):
             try:
                 with self._together(), self._writing_to(stage):
                     super()._save_checkpoint(model, trial)
-                    self._complete_checkpoint(root, stage / name)
-                with self._together():  # all have written their part
+                state = self._collect_state(root, stage)
+                with self._together():
                     if writes:
-                        self._write_state(stage / name)
-                        flush_to_disk(stage / name)
+                        self._complete_checkpoint(stage / name, state)
                         move_folder(stage / name, root / name)
                         self._rotate(root, root / name)
+                if self.accelerator.is_local_main_process and (stage / name).exists():
+                    move_folder(stage / name, root / name)  # of a node that shares no file system with the first
             finally:
                 if writes:
                     shutil.rmtree(stage, ignore_errors=True)
@@ -224,7 +227,9 @@ class CheckpointTrainer(SFTTrainer):
         """Remove the oldest checkpoints beyond `save_total_limit`, but neither the best nor the newest."""
         best = self.state.best_model_checkpoint
         kept = {newest.name, *([Path(best).name] if best is not None else [])}
-        checkpoints = list_checkpoints(root)[::-1]
+        # By age, as `Trainer` does: the folder may have checkpoints of an earlier and longer run.
+        age = {path: (path.stat().st_mtime_ns, int(path.name.rpartition("-")[-1])) for path in list_checkpoints(root)}
+        checkpoints = sorted(age, key=age.__getitem__)
         limit = self.args.save_total_limit
         surplus = 0 if not limit or limit < 1 else len(checkpoints) - max(limit, len(kept))
         for checkpoint in [path for path in checkpoints if path.name not in kept][: max(surplus, 0)]:
@@ -242,19 +247,28 @@ class CheckpointTrainer(SFTTrainer):
         finally:
             self._stage = None
 
-    def _complete_checkpoint(self, root: Path, checkpoint: Path) -> None:
-        """Add to a checkpoint what is ours, and name in it the places that its files will have. On all ranks."""
+    def _collect_state(self, root: Path, stage: Path) -> dict[str, Any]:
+        """What is recorded with a checkpoint, as JSON. On all ranks."""
         best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == checkpoint.parent:
-            self.state.best_model_checkpoint = str(root / Path(best).name)
-            if self.args.should_save:
-                self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
-        self._pending_state = {**self._checkpoint_state(), "adapters": self._digests}
+        if best is not None and Path(best).parent == stage:
+            self.state.best_model_checkpoint = str(root / Path(best).name)  # where it will lie
+        state = {
+            **self._checkpoint_state(),
+            "adapters": self._digests,
+            "strategy": self._describe_strategy(),
+            "processes": self.accelerator.num_processes,
+        }
         loss = self._probe_loss()
-        if loss is not None and self._probe is not None:
-            self._pending_state["probe_loss"] = loss
-            if self.args.should_save:
-                save_file(self._probe, checkpoint / PROBE_FILE)
+        return state if loss is None else {**state, "probe_loss": loss}
+
+    def _complete_checkpoint(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Write what is recorded into a checkpoint that has all else, and all of it to the disk."""
+        self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+        if "probe_loss" in state and self._probe is not None:
+            save_file(self._probe, checkpoint / PROBE_FILE)
+        text = json.dumps({**state, "files": list_files(checkpoint)})
+        (checkpoint / STATE_FILE).write_text(text, encoding="utf-8")
+        flush_to_disk(checkpoint)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         """What else a resumed run needs to know, as JSON. Called on all ranks."""
@@ -262,10 +276,6 @@ class CheckpointTrainer(SFTTrainer):
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Take up what `_checkpoint_state` gave, or nothing of it for a run that starts anew."""
-
-    def _write_state(self, checkpoint: Path) -> None:
-        state = {**self._pending_state, "files": list_files(checkpoint)}
-        (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     # The probe: a few rows, on which a resumed run shows that it is the same
 
@@ -283,7 +293,7 @@ class CheckpointTrainer(SFTTrainer):
             return None
         with self._evaluating() as model:
             loss, _, _ = self.prediction_step(model, dict(self._probe), prediction_loss_only=True)
-        value = float(loss)
+        value = float(loss) if math.isfinite(float(loss)) else None
         return broadcast_object_list([value])[0] if self.accelerator.num_processes > 1 else value
 
     @contextmanager
@@ -320,7 +330,7 @@ class CheckpointTrainer(SFTTrainer):
         if self.args.should_save:
             restore_set_aside(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
-        if not given:
+        if given is None or given is False:
             return None
         if given is True:
             checkpoint = find_checkpoint(self.args.output_dir)
@@ -331,10 +341,12 @@ class CheckpointTrainer(SFTTrainer):
                 raise ValueError(
                     f"The run can't go on from {str(given)!r}: {problem}. Resume from another checkpoint. {_INSTEAD}"
                 )
+        universal = False
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            if not (config.get("checkpoint") or {}).get("load_universal"):
-                check_processes(checkpoint, self.accelerator.num_processes)
+            universal = bool((config.get("checkpoint") or {}).get("load_universal"))
+        if not universal:
+            check_strategy(checkpoint, self._describe_strategy(), self.accelerator.num_processes)
         name = self.model.active_adapter
         check_settings(checkpoint, self.model.peft_config[name], name)
         return checkpoint

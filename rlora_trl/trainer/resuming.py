@@ -136,25 +136,35 @@ def _check_files(checkpoint: Path) -> None:
             raise ValueError(f"the tensors in {path.relative_to(checkpoint)} are not those that were saved")
 
 
-def check_processes(checkpoint: Path, processes: int) -> None:
+def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
     """
-    See whether DeepSpeed's part of a checkpoint is for as many processes as there are.
+    See whether the optimizer's state in a checkpoint is divided as this run divides it.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+        strategy (`str`): How this run spreads its training.
+        processes (`int`): Its processes.
 
     Raises:
-        ValueError: If it is for others, with what to do.
+        ValueError: If it is divided otherwise, with what to do.
     """
-    latest = checkpoint / "latest"
-    tag = latest.read_text().strip() if latest.is_file() else ""
-    saved = len(list((checkpoint / tag).glob("*_optim_states.pt"))) if tag else 0
-    if saved in (0, processes):
-        return
-    raise ValueError(
-        f"DeepSpeed's state in {str(checkpoint)!r} is divided among {saved} processes, and this run has {processes}. "
-        f"Resume with {saved}; or convert it, in that folder, with `python -m deepspeed.checkpoint.ds_to_universal "
-        f"--input_folder {tag} --output_folder {tag}_universal` (ZeRO-1 and 2: `--inject_missing_state` too), and "
-        'resume once with `"checkpoint": {"load_universal": true}` in the DeepSpeed configuration and the same batch '
-        "of a step."
-    )
+    state = read_state(checkpoint)
+    saved = state.get("strategy", strategy)
+    if saved != strategy:
+        raise ValueError(
+            f"The state of the optimizer in {str(checkpoint)!r} was saved with {saved}, and this run has {strategy}. "
+            f"Resume with the former. {_INSTEAD}"
+        )
+    ranks = state.get("processes", processes)
+    if ranks != processes and strategy.startswith("DeepSpeed"):
+        tag = f"global_step{checkpoint.name.rpartition('-')[-1]}"
+        raise ValueError(
+            f"DeepSpeed's state in {str(checkpoint)!r} is divided among {ranks} processes, and this run has "
+            f"{processes}. Resume with {ranks}; or convert it, in that folder, with `python -m "
+            f"deepspeed.checkpoint.ds_to_universal --input_folder {tag} --output_folder {tag}_universal` (ZeRO-1 and "
+            '2: `--inject_missing_state` too), and resume once with `"checkpoint": {"load_universal": true}` in the '
+            "DeepSpeed configuration and the same batch of a step."
+        )
 
 
 def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str) -> None:

@@ -20,7 +20,8 @@ from ..safe_files import AdapterCheckError, read_safetensors_header
 
 
 # Where saves are written before they replace anything, within the folder that they are for.
-STAGING = ".saving"
+STAGING = ".rlora-saving"
+_REPLACED = ".rlora-replaced-"
 _ADAPTER = ".rlora_adapters."
 _OUT_OF_SPACE = (
     *("No space left", "os error 28", "File too large", "os error 27", "Disk quota exceeded", "os error 122"),
@@ -174,13 +175,10 @@ def _few(names: Iterable[str], limit: int = 3) -> str:
 
 def flush_to_disk(folder: Path) -> None:
     """Have all files of a folder written to the disk, so that a name given to it later never stands for less."""
-    for directory, _, files in os.walk(folder):
-        for path in (*(os.path.join(directory, name) for name in files), directory):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def move_files(source: Path, target: Path) -> None:
@@ -210,13 +208,13 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def set_aside_name(target: Path) -> Path:
-    return target.with_name(f".replaced-{target.name}")
+    return target.with_name(f"{_REPLACED}{target.name}")
 
 
 def restore_set_aside(root: Path) -> None:
     """Give folders back the names that a process which ended too early had taken; remove its unfinished saves."""
-    for aside in root.glob(".replaced-*"):
-        target = root / aside.name.removeprefix(".replaced-")
+    for aside in root.glob(f"{_REPLACED}checkpoint-*"):
+        target = root / aside.name.removeprefix(_REPLACED)
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:

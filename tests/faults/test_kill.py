@@ -22,7 +22,7 @@ KILLS_IN_WRITES = 10
 # Seconds for all kills together.
 TIMEOUT = 240
 # As `RLoraSFTTrainer` has it: where a checkpoint is until it is complete.
-STAGING = ".saving"
+STAGING = ".rlora-saving"
 
 
 def given_for(model, output, **rest):

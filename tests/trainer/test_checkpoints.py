@@ -85,10 +85,10 @@ def test_an_incomplete_save_replaces_nothing(trained, tmp_path, monkeypatch):
         save(self, folder, *args, **{**kwargs, "state_dict": state})
 
     monkeypatch.setattr(PeftModel, "save_pretrained", without_anchors)
-    with pytest.raises(RuntimeError, match=r"lacks .*rlora_adapters\.A0.*and 3 more.*1 process"):
+    with pytest.raises(RuntimeError, match=r"lacks .*rlora_adapters\.A0.*and 3 more.*whole weights in each process"):
         trained.save_model()
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
-    assert not (out / ".saving").exists()
+    assert not (out / ".rlora-saving").exists()
 
 
 def test_what_is_not_finite_is_not_saved(trained, tmp_path):
@@ -176,10 +176,10 @@ def test_folders_set_aside_come_back(tmp_path):
     for folder, text in ((new, "new"), (target, "old")):
         folder.mkdir()
         (folder / "file").write_text(text)
-    os.replace(target, tmp_path / ".replaced-checkpoint-1")  # where a process ended in the middle
-    (tmp_path / ".saving").mkdir()
+    os.replace(target, tmp_path / ".rlora-replaced-checkpoint-1")  # where a process ended in the middle
+    (tmp_path / ".rlora-saving").mkdir()
     restore_set_aside(tmp_path)
-    assert (target / "file").read_text() == "old" and not (tmp_path / ".saving").exists()
+    assert (target / "file").read_text() == "old" and not (tmp_path / ".rlora-saving").exists()
     move_folder(new, target)
     assert (target / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
@@ -235,3 +235,42 @@ def test_a_probe_is_a_small_batch():
     assert make_probe({"input_ids": ids, "labels": torch.full_like(ids, -100)}) is None
     assert make_probe({"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(7, 3, 3)}) is None
     assert make_probe({"input_ids": ids}) is None
+
+
+def test_another_strategy_is_refused(trained, tmp_path, model_folders):
+    """Its optimizer's state would not be found, and nobody would say so."""
+    path = tmp_path / "out" / "checkpoint-4" / "rlora_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "strategy": "DeepSpeed ZeRO-2 (...)"}))
+    fresh = make_trainer(model_folders["llama"], tmp_path / "out")
+    with pytest.raises(ValueError, match="was saved with DeepSpeed ZeRO-2.* has whole weights in each process"):
+        fresh.train(resume_from_checkpoint=True)
+    path.write_text(json.dumps({**state, "processes": 4}))  # which only DeepSpeed minds
+    make_trainer(model_folders["llama"], tmp_path / "out", max_steps=5).train(resume_from_checkpoint=True)
+
+
+def test_rotation_goes_by_age(trained, tmp_path, model_folders):
+    """Checkpoints of an earlier and longer run go first."""
+    out = tmp_path / "out"
+    make_trainer(model_folders["llama"], out, max_steps=2, save_total_limit=2).train()
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_folder_of_the_users_own_stays(model_folders, tmp_path):
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / "notes").write_text("mine")
+    trainer = make_trainer(model_folders["llama"], tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / ".saving" / "notes").read_text() == "mine"
+
+
+def test_an_error_of_another_process_is_ones_own(trained, monkeypatch):
+    monkeypatch.setattr(type(trained.accelerator), "num_processes", 2)
+    monkeypatch.setattr("rlora_trl.trainer.checkpoints.gather_object", lambda told: [*told, "OSError: no space"])
+    with pytest.raises(RuntimeError, match="Another process could not save. OSError: no space"):
+        with trained._together():
+            pass
+    with pytest.raises(KeyError, match="mine"):  # one's own comes first
+        with trained._together():
+            raise KeyError("mine")
