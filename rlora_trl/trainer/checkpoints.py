@@ -83,7 +83,7 @@ class CheckpointTrainer(SFTTrainer):
         self._digests: dict[str, str] = {}
         self._full_tensors: FullTensors | None = None
         self._probe: dict[str, torch.Tensor] | None = None
-        self._saw_batch = False
+        self._saw_batch = self._is_checked = False
         self._resumed_from: Path | None = None
         self.add_callback(_OnTrainBegin(self))
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
@@ -157,7 +157,7 @@ class CheckpointTrainer(SFTTrainer):
             told = gather_object([None if own is None else f"{type(own).__name__}: {own}"])
             first = next((text for text in told if text is not None), None)
             if own is None and first is not None:
-                raise RuntimeError(f"Another process could not save. {first}")
+                raise RuntimeError(f"Another process could not go on. {first}")
         if own is not None:
             raise own
 
@@ -209,7 +209,8 @@ class CheckpointTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         with self._explained(root, name):
             try:
-                with self._together(), self._writing_to(stage):
+                # DeepSpeed and FSDP have collectives of their own in there, which an error must not wait beside.
+                with self._together(not self._is_deepspeed_or_fsdp), self._writing_to(stage):
                     super()._save_checkpoint(model, trial)
                 state = self._collect_state(root, stage)
                 with self._together():
@@ -217,8 +218,6 @@ class CheckpointTrainer(SFTTrainer):
                         self._complete_checkpoint(stage / name, state)
                         move_folder(stage / name, root / name)
                         self._rotate(root, root / name)
-                if self.accelerator.is_local_main_process and (stage / name).exists():
-                    move_folder(stage / name, root / name)  # of a node that shares no file system with the first
             finally:
                 if writes:
                     shutil.rmtree(stage, ignore_errors=True)
@@ -312,8 +311,9 @@ class CheckpointTrainer(SFTTrainer):
     # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = self._choose_checkpoint(resume_from_checkpoint)
-        self._resumed_from, self._probe, self._saw_batch = checkpoint, None, False
+        with self._together():
+            checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        self._resumed_from, self._probe, self._saw_batch, self._is_checked = checkpoint, None, False, False
         self._load_state({} if checkpoint is None else read_state(checkpoint))
         try:
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
@@ -327,20 +327,17 @@ class CheckpointTrainer(SFTTrainer):
         Raises:
             ValueError: If there is none, it is damaged, or its adapter is another one.
         """
-        if self.args.should_save:
-            restore_set_aside(Path(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
+        with self._together():
+            if self.args.should_save:
+                restore_set_aside(Path(self.args.output_dir))
         if given is None or given is False:
             return None
-        if given is True:
-            checkpoint = find_checkpoint(self.args.output_dir)
-        else:
-            checkpoint = Path(given)
-            problem = checkpoint_problem(checkpoint)
-            if problem is not None:
-                raise ValueError(
-                    f"The run can't go on from {str(given)!r}: {problem}. Resume from another checkpoint. {_INSTEAD}"
-                )
+        checkpoint = self._newest_of_all() if given is True else Path(given)
+        problem = checkpoint_problem(checkpoint)
+        if problem is not None:
+            raise ValueError(
+                f"The run can't go on from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. {_INSTEAD}"
+            )
         universal = False
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -350,6 +347,29 @@ class CheckpointTrainer(SFTTrainer):
         name = self.model.active_adapter
         check_settings(checkpoint, self.model.peft_config[name], name)
         return checkpoint
+
+    def _newest_of_all(self) -> Path:
+        """The newest checkpoint that is whole; of nodes with disks of their own, the newest that all of them have."""
+        found: Path | None = None
+        with self._together():
+            found = find_checkpoint(self.args.output_dir)
+        assert found is not None
+        if self.accelerator.num_processes == 1:
+            return found
+        names = gather_object([found.name])
+        return found.with_name(min(names, key=lambda name: int(name.rpartition("-")[-1])))
+
+    def _load_best_model(self) -> None:
+        # transformers looks for the adapter in the checkpoint's root, where one of another name than "default" is not.
+        best = self.state.best_model_checkpoint
+        if best is None or self._is_deepspeed_or_fsdp:
+            super()._load_best_model()
+            return
+        self.state.best_model_checkpoint = str(adapter_folder(best, self.model.active_adapter))
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self._resumed_from is not None and self.state.global_step >= self.state.max_steps:
@@ -366,8 +386,9 @@ class CheckpointTrainer(SFTTrainer):
             ValueError: If tensors, or the loss on the probe, are not those of the checkpoint.
         """
         checkpoint = self._resumed_from
-        if checkpoint is None:
+        if checkpoint is None or self._is_checked:  # `auto_find_batch_size` begins again, with what it has
             return
+        self._is_checked = True
         self._restore_anchors(checkpoint)
         state = read_state(checkpoint)
         problem = self._compare_with(checkpoint)
@@ -375,8 +396,9 @@ class CheckpointTrainer(SFTTrainer):
             self._probe = load_file(checkpoint / PROBE_FILE)
             found = self._probe_loss()
             if found is None or not same_loss(state["probe_loss"], found):
+                told = "not finite" if found is None else f"{found:.4f}"
                 problem = (
-                    f"the loss on the rows kept in {PROBE_FILE} is {found:.4f} and was {state['probe_loss']:.4f}. The "
+                    f"the loss on the rows kept in {PROBE_FILE} is {told} and was {state['probe_loss']:.4f}. The "
                     "adapter is the same, so the base model is another, or the adapter is not applied"
                 )
         if problem is not None:

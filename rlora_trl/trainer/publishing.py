@@ -105,7 +105,7 @@ class PublishingTrainer(CheckpointTrainer):
     The part of `RLoraSFTTrainer` that records, describes and publishes an adapter.
 
     What needs all ranks is collected where all of them are (at the end of training, at checkpoints, in evaluation), so
-    that `save_model` may be called on one rank alone, as with any trainer.
+    that `save_model` may be called on one rank alone where each has the whole model (not with DeepSpeed or FSDP).
     """
 
     _tasks: list[str]

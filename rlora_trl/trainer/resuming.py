@@ -38,6 +38,8 @@ _OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_ste
 # Of the loss on the probe: other devices and other numbers of processes round otherwise, in bfloat16 by a percent.
 _PROBE_TOLERANCE = 0.02
 _PROBE_ROWS, _PROBE_TOKENS = 2, 1024
+# Where rows lie in a packed batch, for attention kernels; they follow from `position_ids` too.
+_OF_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _INSTEAD = (
     "To begin a new run from the adapter instead, pass `AutoPeftModelForCausalLM.from_pretrained(checkpoint, "
     "is_trainable=True)` and don't resume."
@@ -119,6 +121,8 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 def _check_files(checkpoint: Path) -> None:
     read_object(checkpoint / TRAINER_STATE_NAME)
+    if not any(any(checkpoint.glob(pattern)) for pattern in (WEIGHTS_NAME, f"*/{WEIGHTS_NAME}")):
+        raise ValueError("it has no adapter")
     state = read_state(checkpoint)
     for name, size in state.get("files", {}).items():
         path = checkpoint / name
@@ -150,6 +154,8 @@ def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
     """
     state = read_state(checkpoint)
     saved = state.get("strategy", strategy)
+    if "strategy" not in state and any(checkpoint.glob("global_step*")) != strategy.startswith("DeepSpeed"):
+        saved = "another strategy"
     if saved != strategy:
         raise ValueError(
             f"The state of the optimizer in {str(checkpoint)!r} was saved with {saved}, and this run has {strategy}. "
@@ -223,7 +229,7 @@ def make_probe(batch: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
         return None
     probe = {}
     for name, value in batch.items():
-        if value is None:
+        if value is None or name in _OF_ROWS:
             continue
         cuttable = isinstance(value, torch.Tensor) and 0 < value.ndim <= 2
         if not cuttable or tuple(value.shape) != tuple(ids.shape[: value.ndim]):

@@ -23,9 +23,10 @@ from ..safe_files import AdapterCheckError, read_safetensors_header
 STAGING = ".rlora-saving"
 _REPLACED = ".rlora-replaced-"
 _ADAPTER = ".rlora_adapters."
-_OUT_OF_SPACE = (
-    *("No space left", "os error 28", "File too large", "os error 27", "Disk quota exceeded", "os error 122"),
-    *("PytorchStreamWriter failed", "inline_container", "iostream error"),
+_OUT_OF_SPACE = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
+# safetensors and `torch.save` have errors of their own.
+_MAYBE_OUT_OF_SPACE = (
+    *("File too large", "os error 27", "PytorchStreamWriter failed", "inline_container", "iostream error"),
 )
 
 
@@ -175,10 +176,13 @@ def _few(names: Iterable[str], limit: int = 3) -> str:
 
 def flush_to_disk(folder: Path) -> None:
     """Have all files of a folder written to the disk, so that a name given to it later never stands for less."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            try:
                 os.fsync(file.fileno())
+            except OSError as error:  # some file systems can't, or not of a file that is open to be read
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                    raise
 
 
 def move_files(source: Path, target: Path) -> None:
@@ -199,16 +203,17 @@ def move_files(source: Path, target: Path) -> None:
 
 def move_folder(source: Path, target: Path) -> None:
     """Give a folder its name in one step. One that has it is set aside for that moment; see [`restore_set_aside`]."""
-    aside = set_aside_name(target)
+    aside = target.with_name(f"{_REPLACED}{target.name}")
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(target, aside)
-    os.replace(source, target)
+    try:
+        os.replace(source, target)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, target)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def set_aside_name(target: Path) -> Path:
-    return target.with_name(f"{_REPLACED}{target.name}")
 
 
 def restore_set_aside(root: Path) -> None:
@@ -224,18 +229,18 @@ def restore_set_aside(root: Path) -> None:
 
 def full_disk_error(error: BaseException, folder: Path, what: str) -> OSError | None:
     """The error of a save in words, if it failed for want of space; else `None`."""
-    number = getattr(error, "errno", None)
-    out_of_space = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # safetensors and `torch.save` have errors of their own.
     text = str(error)
-    out_of_space = out_of_space or any(sign in text for sign in _OUT_OF_SPACE)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if not out_of_space and not (isinstance(error, OSError | RuntimeError) and free < 2**20):
+    number = getattr(error, "errno", None)
+    is_full = number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in _OUT_OF_SPACE)
+    is_full = is_full or (isinstance(error, OSError | RuntimeError) and free < 2**20)
+    may_be_full = number == errno.EFBIG or any(sign in text for sign in _MAYBE_OUT_OF_SPACE)
+    if not is_full and (not may_be_full or "Input/output error" in text):
         return None
     return OSError(
         errno.ENOSPC,
-        f"There is no space left to save {what} ({free / 2**20:.1f} MiB are free at {existing}; {text}). What was "
-        "saved before is as it was. Free some space or keep fewer checkpoints (`save_total_limit`), and resume from "
-        "the newest one.",
+        f"There is {'' if is_full else 'probably '}no space left to save {what} ({free / 2**20:.1f} MiB are free at "
+        f"{existing}{'' if is_full else ', so it may be a quota or a limit on files'}; {text}). What was saved before "
+        "is as it was. Free some space or keep fewer checkpoints (`save_total_limit`), and resume from the newest.",
     )

@@ -476,7 +476,9 @@ class RLoraSFTTrainer(PublishingTrainer):
             routing.task_ids = inputs.get(TASK_IDS)
             routing.token_mask = None if mask is None else mask.to(torch.uint8)
             routing.tally = tally
-            routing.seed = draw_seed() if self._recomputes_with_other_seeds and inputs else None
+            routing.seed = (
+                draw_seed() if self._recomputes_with_other_seeds and inputs and self.model.training else None
+            )
 
     @property
     def _recomputes_with_other_seeds(self) -> bool:

@@ -1,5 +1,6 @@
 """Saves and checkpoints of one process: what is written, what replaces what, and what a resumed run looks at."""
 
+import errno
 import json
 import logging
 import os
@@ -7,21 +8,21 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from testing_utils import task_datasets
+from testing_utils import build_tokenizer, task_datasets
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.hub import check_adapter
 from rlora_trl.trainer.resuming import find_checkpoint, make_probe, read_state
-from rlora_trl.trainer.saving import FullTensors, check_saved, move_folder, restore_set_aside
+from rlora_trl.trainer.saving import FullTensors, check_saved, full_disk_error, move_folder, restore_set_aside
 
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def make_trainer(model, folder, *, peft_config=None, callbacks=None, **kwargs):
+def make_trainer(model, folder, *, peft_config=None, callbacks=None, processing_class=None, **kwargs):
     arguments = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -43,7 +44,8 @@ def make_trainer(model, folder, *, peft_config=None, callbacks=None, **kwargs):
         args,
         train_dataset=task_datasets(),
         eval_dataset=task_datasets(8, seed=1) if "eval_strategy" in kwargs else None,
-        peft_config=peft_config or RLoraConfig(),
+        peft_config=RLoraConfig() if peft_config is None else peft_config or None,
+        processing_class=processing_class,
         callbacks=callbacks,
     )
 
@@ -140,6 +142,10 @@ def test_rotation_keeps_the_best_and_the_newest(model_folders, tmp_path):
 def damage(checkpoint, how):
     if how == "missing":
         (checkpoint / "optimizer.pt").unlink()
+    elif how == "half deleted":
+        for path in checkpoint.iterdir():
+            if path.name not in ("trainer_state.json", "optimizer.pt"):
+                path.unlink()
     elif how == "truncated":
         data = (checkpoint / "optimizer.pt").read_bytes()
         (checkpoint / "optimizer.pt").write_bytes(data[:-100])
@@ -151,7 +157,7 @@ def damage(checkpoint, how):
         (checkpoint / "trainer_state.json").unlink()
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "altered", "stateless"])
+@pytest.mark.parametrize("how", ["missing", "half deleted", "truncated", "altered", "stateless"])
 def test_a_damaged_checkpoint_is_passed_over_or_refused(trained, tmp_path, model_folders, how, caplog):
     out = tmp_path / "out"
     damage(out / "checkpoint-4", how)
@@ -268,9 +274,45 @@ def test_a_folder_of_the_users_own_stays(model_folders, tmp_path):
 def test_an_error_of_another_process_is_ones_own(trained, monkeypatch):
     monkeypatch.setattr(type(trained.accelerator), "num_processes", 2)
     monkeypatch.setattr("rlora_trl.trainer.checkpoints.gather_object", lambda told: [*told, "OSError: no space"])
-    with pytest.raises(RuntimeError, match="Another process could not save. OSError: no space"):
+    with pytest.raises(RuntimeError, match="Another process could not go on. OSError: no space"):
         with trained._together():
             pass
     with pytest.raises(KeyError, match="mine"):  # one's own comes first
         with trained._together():
             raise KeyError("mine")
+
+
+@pytest.mark.parametrize("rest", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
+def test_packed_batches_have_a_probe(model_folders, tmp_path, rest):
+    make_trainer(model_folders["llama"], tmp_path, max_steps=1, **rest).train()
+    assert read_state(tmp_path / "checkpoint-1")["probe_loss"] > 0
+    fresh = make_trainer(model_folders["llama"], tmp_path, max_steps=2, **rest)
+    fresh.train(resume_from_checkpoint=True)
+    assert fresh.state.global_step == 2
+
+
+def test_the_best_weights_of_an_adapter_of_another_name(model_folders, tmp_path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folders["llama"]), RLoraConfig(task_type="CAUSAL_LM"), "tasks"
+    )
+    args = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make_trainer(model, tmp_path, processing_class=build_tokenizer(), peft_config=False, **args)
+    trainer.evaluate = lambda *args, **kwargs: {"eval_loss": float(trainer.state.global_step)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    found = trainer.model.state_dict()
+    for name, value in load_file(tmp_path / "checkpoint-1" / "tasks" / WEIGHTS).items():
+        head, _, tail = name.rpartition(".")
+        assert torch.equal(found[f"{head}.tasks.{tail}"], value), name
+
+
+def test_errors_of_full_disks_and_others(tmp_path):
+    def told(error):
+        return full_disk_error(error, tmp_path, "it")
+
+    assert "There is no space left" in str(told(OSError(errno.ENOSPC, "No space left on device")))
+    assert "There is no space left" in str(told(Exception("I/O error: No space left on device (os error 28)")))
+    assert "probably no space left" in str(told(OSError(errno.EFBIG, "File too large")))
+    assert "probably no space left" in str(told(RuntimeError("PytorchStreamWriter failed writing file data/0")))
+    assert told(RuntimeError("PytorchStreamWriter failed writing file: Input/output error")) is None
+    assert told(OSError(errno.EACCES, "Permission denied")) is None
