@@ -212,6 +212,7 @@ class CheckpointTrainer(SFTTrainer):
                 # DeepSpeed and FSDP have collectives of their own in there, which an error must not wait beside.
                 with self._together(not self._is_deepspeed_or_fsdp), self._writing_to(stage):
                     super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # all have written their part
                 state = self._collect_state(root, stage)
                 with self._together():
                     if writes:
