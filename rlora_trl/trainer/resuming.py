@@ -122,7 +122,7 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 def _check_files(checkpoint: Path) -> None:
     read_object(checkpoint / TRAINER_STATE_NAME)
     if not any(any(checkpoint.glob(pattern)) for pattern in (WEIGHTS_NAME, f"*/{WEIGHTS_NAME}")):
-        raise ValueError("it has no adapter")
+        raise ValueError(f"it has no adapter ({WEIGHTS_NAME})")
     state = read_state(checkpoint)
     for name, size in state.get("files", {}).items():
         path = checkpoint / name
