@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+def first_few(names: Iterable[str], limit: int = 3) -> str:
+    """Names for a message: the first of them in their order, and how many more there are."""
+    ordered = sorted(names)
+    listed = ", ".join(ordered[:limit])
+    return listed if len(ordered) <= limit else f"{listed} and {len(ordered) - limit} more"
 
 
 def shorten(value: object, limit: int = 80) -> str:

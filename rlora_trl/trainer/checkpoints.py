@@ -26,12 +26,12 @@ from ..hub.layout import WEIGHTS_NAME
 from ..tuner import MultiHeadAdapter
 from ..tuner.fixed import kept_quantized
 from .resuming import (
-    _INSTEAD,
+    INSTEAD,
     PROBE_FILE,
     STATE_FILE,
+    check_files,
     check_settings,
     check_strategy,
-    checkpoint_problem,
     compare_tensors,
     find_checkpoint,
     list_checkpoints,
@@ -39,6 +39,7 @@ from .resuming import (
     make_probe,
     read_state,
     same_loss,
+    step_of,
 )
 from .saving import (
     STAGING,
@@ -228,8 +229,7 @@ class CheckpointTrainer(SFTTrainer):
         best = self.state.best_model_checkpoint
         kept = {newest.name, *([Path(best).name] if best is not None else [])}
         # By age, as `Trainer` does: the folder may have checkpoints of an earlier and longer run.
-        age = {path: (path.stat().st_mtime_ns, int(path.name.rpartition("-")[-1])) for path in list_checkpoints(root)}
-        checkpoints = sorted(age, key=age.__getitem__)
+        checkpoints = sorted(list_checkpoints(root), key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
         limit = self.args.save_total_limit
         surplus = 0 if not limit or limit < 1 else len(checkpoints) - max(limit, len(kept))
         for checkpoint in [path for path in checkpoints if path.name not in kept][: max(surplus, 0)]:
@@ -333,12 +333,11 @@ class CheckpointTrainer(SFTTrainer):
                 restore_set_aside(Path(self.args.output_dir))
         if given is None or given is False:
             return None
-        checkpoint = self._newest_of_all() if given is True else Path(given)
-        problem = checkpoint_problem(checkpoint)
-        if problem is not None:
-            raise ValueError(
-                f"The run can't go on from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. {_INSTEAD}"
-            )
+        if given is True:
+            checkpoint = self._newest_of_all()
+        else:
+            checkpoint = Path(given)
+            check_files(checkpoint)
         universal = False
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -357,8 +356,10 @@ class CheckpointTrainer(SFTTrainer):
         assert found is not None
         if self.accelerator.num_processes == 1:
             return found
-        names = gather_object([found.name])
-        return found.with_name(min(names, key=lambda name: int(name.rpartition("-")[-1])))
+        newest = min((found.with_name(name) for name in gather_object([found.name])), key=step_of)
+        if newest != found:
+            check_files(newest)
+        return newest
 
     def _load_best_model(self) -> None:
         # transformers looks for the adapter in the checkpoint's root, where one of another name than "default" is not.
@@ -403,7 +404,7 @@ class CheckpointTrainer(SFTTrainer):
                     "adapter is the same, so the base model is another, or the adapter is not applied"
                 )
         if problem is not None:
-            raise ValueError(f"The run does not go on where {str(checkpoint)!r} ended: {problem}. {_INSTEAD}")
+            raise ValueError(f"The run does not go on where {str(checkpoint)!r} ended: {problem}. {INSTEAD}")
 
     def _compare_with(self, checkpoint: Path) -> str | None:
         """What differs between the tensors in training and the files, or `None`. On all ranks."""

@@ -40,20 +40,22 @@ _PROBE_TOLERANCE = 0.02
 _PROBE_ROWS, _PROBE_TOKENS = 2, 1024
 # Where rows lie in a packed batch, for attention kernels; they follow from `position_ids` too.
 _OF_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_INSTEAD = (
+INSTEAD = (
     "To begin a new run from the adapter instead, pass `AutoPeftModelForCausalLM.from_pretrained(checkpoint, "
     "is_trainable=True)` and don't resume."
 )
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a folder's name says it is a checkpoint of, or -1."""
+    prefix, _, step = checkpoint.name.rpartition("-")
+    return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal() else -1
+
+
 def list_checkpoints(root: str | Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    found = []
-    for path in Path(root).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and path.is_dir():
-            found.append((int(step), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in Path(root).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def find_checkpoint(root: str | Path) -> Path:
@@ -140,6 +142,20 @@ def _check_files(checkpoint: Path) -> None:
             raise ValueError(f"the tensors in {path.relative_to(checkpoint)} are not those that were saved")
 
 
+def check_files(checkpoint: Path) -> None:
+    """
+    Check the files of a checkpoint.
+
+    Raises:
+        ValueError: If some are missing or damaged.
+    """
+    problem = checkpoint_problem(checkpoint)
+    if problem is not None:
+        raise ValueError(
+            f"The run can't go on from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. {INSTEAD}"
+        )
+
+
 def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
     """
     See whether the optimizer's state in a checkpoint is divided as this run divides it.
@@ -159,11 +175,11 @@ def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
     if saved != strategy:
         raise ValueError(
             f"The state of the optimizer in {str(checkpoint)!r} was saved with {saved}, and this run has {strategy}. "
-            f"Resume with the former. {_INSTEAD}"
+            f"Resume with the former. {INSTEAD}"
         )
     ranks = state.get("processes", processes)
     if ranks != processes and strategy.startswith("DeepSpeed"):
-        tag = f"global_step{checkpoint.name.rpartition('-')[-1]}"
+        tag = f"global_step{step_of(checkpoint)}"
         raise ValueError(
             f"DeepSpeed's state in {str(checkpoint)!r} is divided among {ranks} processes, and this run has "
             f"{processes}. Resume with {ranks}; or convert it, in that folder, with `python -m "
@@ -192,7 +208,7 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str) -> 
         raise ValueError(
             f"The run can't go on from {str(checkpoint)!r}, whose adapter is another one:\n  "
             + "\n  ".join(differences)
-            + f"\nResume with the settings of the checkpoint. {_INSTEAD}"
+            + f"\nResume with the settings of the checkpoint. {INSTEAD}"
         )
     for difference in _differences(saved, config, _TOLD):
         logger.warning(f"The run goes on with another setting than it had. {difference}")

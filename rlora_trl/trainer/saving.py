@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..hub.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..hub.tensors import file_digest
-from ..safe_files import AdapterCheckError, read_safetensors_header
+from ..safe_files import AdapterCheckError, first_few, read_safetensors_header
 
 
 # Where saves are written before they replace anything, within the folder that they are for.
@@ -157,7 +157,7 @@ def _compare(expected: dict[str, SavedTensor], found: dict[str, tuple[int, ...]]
     problems = []
     for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
         if names:
-            problems.append(f"{what} {_few(names)}")
+            problems.append(f"{what} {first_few(names)}")
     reshaped = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name]]
     if reshaped:
         name = min(reshaped)
@@ -166,12 +166,6 @@ def _compare(expected: dict[str, SavedTensor], found: dict[str, tuple[int, ...]]
             f"{list(expected[name].shape)}"
         )
     return problems
-
-
-def _few(names: Iterable[str], limit: int = 3) -> str:
-    ordered = sorted(names)
-    listed = ", ".join(ordered[:limit])
-    return listed if len(ordered) <= limit else f"{listed} and {len(ordered) - limit} more"
 
 
 def flush_to_disk(folder: Path) -> None:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from typing_extensions import override
 
+from ..safe_files import first_few
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
@@ -370,11 +371,6 @@ def _is_linear(module: nn.Module) -> bool:
     return backend is not None and getattr(backend, "layer_type", "linear") == "linear"
 
 
-def _first(names: set[str], limit: int = 3) -> str:
-    listed = ", ".join(sorted(names)[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
-
-
 def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """
     Check the tensors of an adapter against the model that they are about to be loaded into.
@@ -400,8 +396,8 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
     unknown = {name for name in state_dict if ".rlora_adapters." in name} - set(expected)
     unknown -= {f"base_model.model.{name}" for name in expected}
     if missing or unknown:
-        parts = [f"lacks {_first(missing)}"] if missing else []
-        parts += [f"has {_first(unknown)}, which the model has no place for"] if unknown else []
+        parts = [f"lacks {first_few(missing)}"] if missing else []
+        parts += [f"has {first_few(unknown)}, which the model has no place for"] if unknown else []
         raise ValueError(
             f"Adapter {adapter_name!r} does not fit the model: its file {' and '.join(parts)}. The file is "
             "incomplete, or its adapter_config.json belongs to another adapter. Save or download both again."
@@ -416,6 +412,6 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
     broken = {name for name in expected if found[name].is_floating_point() and not torch.isfinite(found[name]).all()}
     if broken:
         raise ValueError(
-            f"Adapter {adapter_name!r} holds NaN or infinity in {_first(broken)}. The file is damaged or training "
+            f"Adapter {adapter_name!r} holds NaN or infinity in {first_few(broken)}. The file is damaged or training "
             "diverged; use an earlier checkpoint."
         )
