@@ -3,90 +3,148 @@
     python benchmarks/layer.py --out benchmarks/results/layer.jsonl
 
 Reports the forward pass, forward and backward together, and what is allocated at the peak beyond inputs and weights,
-for the gate projection of the 3B shape (2048 -> 11008) in bfloat16.
+in bfloat16, for the gate (2048 to 11008) and the down projection (11008 to 2048) of the 3B shape. The forms of one
+number of tokens are timed in turn.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import Variant, check_numerics, environment, median, ours, time_gpu, write_row
+from common import (
+    DEVICE,
+    Variant,
+    allocated,
+    attempt,
+    baselines,
+    check_numerics,
+    environment,
+    median,
+    ours,
+    peak,
+    reset_peak,
+    synchronize,
+    take_turns,
+    write_row,
+)
 from torch import nn
 
 
-def layer_of(variant: Variant, d_in: int, d_out: int) -> nn.Module:
-    """One layer with a variant's adapter, named as the variants expect."""
-    holder = nn.Module()
-    holder.gate_proj = nn.Linear(d_in, d_out, bias=False, device="cuda", dtype=torch.bfloat16)
-    wrapped = variant.wrap(holder)
-    return next(m for n, m in wrapped.named_modules() if n.endswith("gate_proj"))
+LAYERS = {"gate_proj": (2048, 11008), "down_proj": (11008, 2048)}
+# Tokens at which heads and rank vary.
+MANY = 16384
 
 
-def measure(variant: Variant, tokens: int, d_in: int, d_out: int, repeats: int) -> dict:
-    """One row for one variant."""
-    layer = layer_of(variant, d_in, d_out).train()
-    x = torch.randn(tokens, d_in, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.randn(tokens, d_out, device="cuda", dtype=torch.bfloat16)
+class Layer:
+    """One layer with a variant's adapter, its input and an upstream gradient; a call goes forward and backward."""
 
-    def forward() -> torch.Tensor:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            return layer(x)
+    def __init__(
+        self, variant: Variant, name: str, sizes: tuple[int, int], tokens: int, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        check_numerics(variant, dtype)
+        d_in, d_out = sizes
+        self.dtype = dtype
+        options: dict[str, Any] = {"device": DEVICE, "dtype": dtype}
+        holder = nn.Module()
+        setattr(holder, name, nn.Linear(d_in, d_out, bias=False, **options))
+        wrapped = variant.wrap(holder)
+        self.layer = next(m for n, m in wrapped.named_modules() if n.endswith(name)).train()
+        self.x = torch.randn(tokens, d_in, requires_grad=True, **options)
+        self.upstream = torch.randn(tokens, d_out, **options)
+        self()
+        synchronize()
+        before = allocated()
+        reset_peak()
+        self()
+        synchronize()
+        self.peak_mib = (peak() - before) / 2**20
 
-    def both() -> None:
-        forward().backward(upstream)
-        x.grad = None
-        for parameter in layer.parameters():
+    def forward(self) -> torch.Tensor:
+        if self.dtype == torch.float32:
+            return self.layer(self.x)
+        with torch.autocast(DEVICE, dtype=self.dtype):
+            return self.layer(self.x)
+
+    def __call__(self) -> None:
+        self.forward().backward(self.upstream)
+        self.x.grad = None
+        for parameter in self.layer.parameters():
             parameter.grad = None
 
-    both()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    peak = torch.cuda.max_memory_allocated() - before
-    forward_ms, both_ms = median(time_gpu(forward, repeats, 10)), median(time_gpu(both, repeats, 10))
-    return {
-        "variant": variant.name,
-        "family": variant.family,
-        "num_heads": variant.num_heads,
-        "r": variant.r,
-        "tokens": tokens,
-        "d_in": d_in,
-        "d_out": d_out,
-        "forward_ms": forward_ms,
-        "forward_backward_ms": both_ms,
-        "peak_mib": peak / 2**20,
-        "repeats": repeats,
-    }
+
+def groups(args: argparse.Namespace) -> Iterator[tuple[str, int, list[Variant]]]:
+    """What is timed in turn: a layer, a number of tokens, and forms."""
+    names = ("frozen base (floor)", "PEFT LoRA r=10", "PEFT LoRA r=10, 16-bit adapter", "R-LoRA loop N=3 r=4")
+    base = [variant for variant in baselines() if variant.name in names]
+    for name in args.layers:
+        for tokens in args.tokens:
+            variants = [*base, ours(3, 4)]
+            if tokens == MANY:
+                variants += [ours(n, 4) for n in args.heads if n != 3] + [ours(3, r) for r in args.ranks if r != 4]
+            yield name, tokens, variants
 
 
-def main() -> None:
+def measure(name: str, tokens: int, variants: list[Variant], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of forms that are timed in turn."""
+    layers: dict[str, Layer] = {}
+    failed: dict[str, str] = {}
+    for variant in variants:
+        layer, why = attempt(lambda variant=variant: Layer(variant, name, args.sizes[name], tokens))
+        if why is None:
+            layers[variant.name] = layer
+        else:
+            failed[variant.name] = why
+        del layer
+    peaks = {name: layer.peak_mib for name, layer in layers.items()}
+    both, lost = take_turns(layers, args.rounds, args.repeats, warmup=3)
+    failed |= lost
+    forward, lost = take_turns({n: layer.forward for n, layer in layers.items()}, args.rounds, args.repeats, warmup=3)
+    failed |= lost
+    rows = []
+    for variant in variants:
+        d_in, d_out = args.sizes[name]
+        row = {**variant.facts(), "layer": name, "tokens": tokens, "d_in": d_in, "d_out": d_out}
+        if variant.name in failed:
+            row |= {"forward_backward_ms": None, "error": failed[variant.name]}
+        else:
+            row |= {
+                "forward_ms": median(forward[variant.name]),
+                "forward_backward_ms": median(both[variant.name]),
+                "peak_mib": peaks[variant.name],
+                "repeats": len(both[variant.name]),
+            }
+        rows.append(row)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    start = f"{row['layer']} T={row['tokens']:<6} {row['variant']:<32}"
+    if row["forward_backward_ms"] is None:
+        return f"{start} {row['error']}"
+    return (
+        f"{start} forward {row['forward_ms']:7.3f} ms  with backward {row['forward_backward_ms']:7.3f} ms  "
+        f"{row['peak_mib']:8.1f} MiB"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--heads", nargs="+", type=int, default=[1, 2, 3, 5, 8, 10, 16])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32])
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, MANY, 65536])
+    parser.add_argument("--heads", nargs="+", type=int, default=[1, 2, 3, 5, 8, 10, 16], help=f"at {MANY} tokens")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32], help=f"at {MANY} tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of a turn")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    d_in, d_out = 2048, 11008
-    base = [
-        Variant("frozen base (floor)", "floor"),
-        Variant("PEFT LoRA r=10, 16-bit adapter", "lora_16bit", r=10),
-        Variant("R-LoRA loop N=3 r=4", "rlora_loop", 3, 4, 0.2),
-    ]
-    cases = [(tokens, v) for tokens in args.tokens for v in (*base, ours(3, 4))]
-    cases += [(16384, ours(n, 4)) for n in args.heads if n != 3] + [(16384, ours(3, r)) for r in args.ranks if r != 4]
-    for num_heads, r in {(v.num_heads, v.r) for _, v in cases if v.family == "ours"}:
-        check_numerics(num_heads, r, "cuda", torch.bfloat16)
-    for tokens, variant in cases:
-        row = measure(variant, tokens, d_in, d_out, args.repeats)
-        torch.cuda.empty_cache()
-        write_row(args.out, {**row, **environment()})
-        print(
-            f"T={tokens:<6} {variant.name:<32} forward {row['forward_ms']:7.3f} ms  with backward "
-            f"{row['forward_backward_ms']:7.3f} ms  {row['peak_mib']:8.1f} MiB",
-            flush=True,
-        )
+    args = parser.parse_args(arguments)
+    args.sizes = LAYERS
+    for name, tokens, variants in groups(args):
+        for row in measure(name, tokens, variants, args):
+            write_row(args.out, {**row, **environment()})
+            print(line(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""HydraLoRA and R-LoRA as published: one loop over heads, each with a product of its own at the size of the output.
+"""HydraLoRA and R-LoRA as published: one loop over heads, each with products of its own.
 
-Written from the formulas of the papers (HydraLoRA arXiv 2404.19245, R-LoRA arXiv 2502.15455), in the way that their
-published code computes them: adapters in float32 unless autocast says otherwise, one dropout module for each head.
+Written from the formulas of the papers (HydraLoRA arXiv 2404.19245, R-LoRA arXiv 2502.15455), with the operations of
+their published code in its order. Over heads i, with s the scaling and w the softmax (float32) of the logits:
+
+    HydraLoRA   y = W x + sum_i w_i B_i (A drop(x)) s       a fresh mask on x in each iteration
+    R-LoRA      y = W x + sum_i w_i B_i (drop(A x)) s       a fresh mask on A x in each iteration
+
+Both compute the product with A inside of the loop, once for each head, and autograd keeps what each iteration needs.
+`a_once` takes it out, which changes nothing for R-LoRA but its cost; HydraLoRA then has one mask for all heads.
 """
 
 import torch
@@ -9,35 +15,54 @@ from torch import nn
 
 
 class LoopLinear(nn.Module):
-    """A frozen linear layer with N heads, computed one after the other."""
+    """
+    A frozen linear layer with N heads, computed one after the other.
+
+    Args:
+        base (`nn.Linear`): The layer.
+        r (`int`), num_heads (`int`), scaling (`float`): Rank of the heads, their number, and the factor of their sum.
+        dropout (`float`): Probability that an element is dropped.
+        head_dropout (`bool`): Dropout on A x (R-LoRA) rather than on x (HydraLoRA).
+        a_once (`bool`, *optional*, defaults to `False`): Compute A x before the loop.
+    """
 
     def __init__(
-        self, base: nn.Linear, r: int, num_heads: int, scaling: float, dropout: float, head_dropout: bool
+        self,
+        base: nn.Linear,
+        r: int,
+        num_heads: int,
+        scaling: float,
+        dropout: float,
+        head_dropout: bool,
+        a_once: bool = False,
     ) -> None:
         super().__init__()
-        self.base_layer, self.scaling, self.head_dropout = base, scaling, head_dropout
+        self.base_layer, self.scaling, self.head_dropout, self.a_once = base, scaling, head_dropout, a_once
+        # In float32, as their trainers keep them; autocast runs their products in 16 bits.
         options = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(base.in_features, r, **options)
         self.lora_B = nn.ModuleList(nn.Linear(r, base.out_features, **options) for _ in range(num_heads))
         self.lora_route = nn.Linear(base.in_features, num_heads, **options)
-        self.dropouts = nn.ModuleList(nn.Dropout(dropout) for _ in range(num_heads if head_dropout else 1))
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., d_in]` to `[..., d_out]`, in the dtype of the base layer's output."""
         result = self.base_layer(x)
-        weights = torch.softmax(self.lora_route(x).float(), dim=-1).to(result.dtype)
-        if self.head_dropout:
-            h = self.lora_A(x)
-            inputs = [dropout(h) for dropout in self.dropouts]
-        else:
-            h = self.lora_A(self.dropouts[0](x))
-            inputs = [h] * len(self.lora_B)
+        weights = torch.softmax(self.lora_route(x), dim=-1, dtype=torch.float32).to(result.dtype)
+        known = None
+        if self.a_once:
+            known = self.lora_A(x if self.head_dropout else self.dropout(x))
         for i, head in enumerate(self.lora_B):
-            result = result + weights[..., i : i + 1] * head(inputs[i]).to(result.dtype) * self.scaling
+            if self.head_dropout:
+                h = self.dropout(self.lora_A(x) if known is None else known)
+            else:
+                h = self.lora_A(self.dropout(x)) if known is None else known
+            result = result + weights[..., i].unsqueeze(-1) * head(h) * self.scaling
         return result
 
 
 def wrap_in_loops(model: nn.Module, targets: tuple[str, ...], **kwargs) -> nn.Module:
-    """Replace the target layers and freeze everything else."""
+    """Replace the target layers, by their last name, and freeze everything else; `kwargs` as in [`LoopLinear`]."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets:

@@ -2,136 +2,260 @@
 
     python benchmarks/train_step.py --shape qwen2.5-3b --out benchmarks/results/train_step.jsonl
 
-Every variant runs in the same process on the same weights. The floor trains nothing: its gradients flow through the
-frozen base to the input embeddings, which no adapter can avoid.
+All variants of a setting share the frozen weights of one base model and live at the same time, each with its adapter
+and optimizer; they are timed in turn, a few steps each, in several rounds, because short steps follow the speed of the
+host's CPU, which drifts. The floor trains nothing: its gradients flow through the frozen base to the input embeddings,
+which no adapter can avoid.
+
+Memory is that of one step, before the rounds, less what other variants hold: adapters and optimizer states, as
+activations live in one step at a time. `peak_gib` is the base, this adapter, its optimizer state and all that the step
+allocates at its peak; `activation_gib` is the last part alone, activations and gradients; `saved_gib` is what the
+forward pass leaves for the backward pass.
 """
 
 import argparse
-import gc
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import Variant, baselines, check_numerics, environment, median, ours, time_gpu, write_row
+from common import (
+    DEVICE,
+    Variant,
+    allocated,
+    attempt,
+    baselines,
+    check_numerics,
+    environment,
+    free,
+    ours,
+    peak,
+    reset_peak,
+    share_weights,
+    summary,
+    synchronize,
+    take_turns,
+    write_row,
+)
 from shapes import SHAPES, model_config
 from transformers import AutoModelForCausalLM
 
 
-SETTINGS = {"6x512": (6, 512, False), "8x2048": (8, 2048, True)}
+# Batch, length, checkpointing; then rounds, and steps timed in each: short steps are noisier.
+SETTINGS = {"6x512": (6, 512, False, 4, 4), "8x2048": (8, 2048, True, 2, 2)}
 
 
 def build_model(shape: str, dtype: torch.dtype, layers: int | None, four_bit: bool) -> torch.nn.Module:
-    """A model with random weights on the GPU."""
+    """A model with random weights on the device."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(model_config(shape, layers), dtype=dtype)
     if four_bit:
-        import bitsandbytes as bnb
-
-        for name, module in list(model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-                quantized = bnb.nn.Linear4bit(
-                    module.in_features,
-                    module.out_features,
-                    bias=module.bias is not None,
-                    compute_dtype=torch.bfloat16,
-                    quant_type="nf4",
-                )
-                quantized.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-                if module.bias is not None:
-                    quantized.bias = module.bias
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, quantized.cuda())
+        quantize(model)
     return model
 
 
-def measure(variant: Variant, args: argparse.Namespace, setting: str, dtype: torch.dtype) -> dict:
-    """One row: median step time and peak memory of one variant."""
-    batch, length, checkpointing = SETTINGS[setting]
-    model = variant.wrap(build_model(args.shape, dtype, args.layers, args.four_bit)).train()
-    model.enable_input_require_grads()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
-    ids = torch.randint(0, 150000, (batch, length), device="cuda")
-    # As TRL runs it by default: 16-bit autocast, which leaves a 16-bit base as it is.
-    autocast = torch.autocast("cuda", dtype=dtype) if dtype != torch.float32 else nullcontext()
+def quantize(model: torch.nn.Module) -> None:
+    """Replace linear layers but the head by bitsandbytes' NF4 with double quantisation, as QLoRA does."""
+    import bitsandbytes as bnb
 
-    def step() -> None:
-        with autocast:
-            loss = model(input_ids=ids, labels=ids).loss
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            quantized = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                device="meta",
+            )
+            weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            quantized.weight = weight.to(DEVICE)
+            quantized.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized)
+    model.is_loaded_in_4bit = True  # what PEFT chooses its 4-bit layer by
+    free()
+
+
+class TrainStep:
+    """
+    One variant with its optimizer, which makes a training step at each call.
+
+    Args:
+        variant (`Variant`): The form of adapter.
+        base (`nn.Module`): The model whose weights all variants share.
+        size (`tuple[int, int, bool]`): Batch, length, and whether activations are checkpointed.
+        dtype (`torch.dtype`): Of activations.
+        warmup (`int`): Steps before memory is measured.
+    """
+
+    def __init__(
+        self, variant: Variant, base: torch.nn.Module, size: tuple[int, int, bool], dtype: torch.dtype, warmup: int
+    ) -> None:
+        batch, length, checkpointing = size
+        others = allocated()
+        self.variant = variant
+        model = variant.wrap(share_weights(base)).train()
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=DEVICE == "cuda") if trained else None
+        self.model = torch.compile(model) if variant.compiled else model
+        self.ids = torch.randint(0, base.config.vocab_size, (batch, length), device=DEVICE)
+        # As TRL runs it by default: 16-bit autocast, which leaves a 16-bit base as it is.
+        self.autocast = torch.autocast(DEVICE, dtype=dtype) if dtype != torch.float32 else nullcontext()
+        for _ in range(warmup):
+            self()
+        self.memory = self._memory(others)
+
+    def forward(self) -> torch.Tensor:
+        """The loss."""
+        with self.autocast:
+            return self.model(input_ids=self.ids, labels=self.ids).loss
+
+    def finish(self, loss: torch.Tensor) -> None:
+        """The backward pass and the update."""
         loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
-    torch.cuda.reset_peak_memory_stats()
-    times = time_gpu(step, args.repeats, args.warmup)
+    def __call__(self) -> None:
+        self.finish(self.forward())
+
+    def _memory(self, others: int) -> dict[str, float]:
+        """GiB of one step; `others` bytes were allocated by other variants before this one was made, and the base."""
+        synchronize()
+        before = allocated()
+        reset_peak()
+        loss = self.forward()
+        synchronize()
+        saved = allocated() - before
+        self.finish(loss)
+        synchronize()
+        return {
+            "adapter_gib": (before - others) / 2**30,
+            "activation_gib": (peak() - before) / 2**30,
+            "saved_gib": saved / 2**30,
+        }
+
+
+def prepare(
+    variant: Variant, base: torch.nn.Module, size: tuple[int, int, bool], dtype: torch.dtype, warmup: int
+) -> TrainStep:
+    """A variant ready to be timed; raises where its numerics are off."""
+    check_numerics(variant, dtype)
+    return TrainStep(variant, base, size, dtype, warmup)
+
+
+def measure(
+    variants: list[Variant], base: torch.nn.Module, base_gib: float, setting: str, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of all variants in one setting, in their order."""
+    dtype = getattr(torch, args.dtype)
+    batch, length, checkpointing, rounds, repeats = SETTINGS[setting]
+    size = (batch, length, checkpointing)
+    steps: dict[str, TrainStep] = {}
+    failed: dict[str, str] = {}
+    known: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        started = time.monotonic()
+        step, why = attempt(lambda variant=variant: prepare(variant, base, size, dtype, args.warmup))
+        if why is not None:
+            failed[variant.name] = why
+            continue
+        steps[variant.name] = step
+        memory = {**step.memory, "peak_gib": base_gib + step.memory["adapter_gib"] + step.memory["activation_gib"]}
+        known[variant.name] = {"trainable": step.trainable, "build_s": time.monotonic() - started, **memory}
+        del step
+    times, lost = take_turns(steps, args.rounds or rounds, args.repeats or repeats)
+    failed |= lost
+    rows = []
+    for variant in variants:
+        row = {**variant.facts(), **setting_facts(args, base, setting), "median_ms": None}
+        if variant.name in failed:
+            row["error"] = failed[variant.name]
+        else:
+            row |= {**known[variant.name], **summary(times[variant.name])}
+        rows.append(row)
+    return rows
+
+
+def setting_facts(args: argparse.Namespace, base: torch.nn.Module, setting: str) -> dict[str, Any]:
+    """What a row says of the model and the batch."""
     return {
-        "variant": variant.name,
-        "family": variant.family,
-        "num_heads": variant.num_heads,
-        "r": variant.r,
-        "dropout": variant.dropout,
-        "trainable": sum(p.numel() for p in trained),
         "shape": args.shape,
-        "layers": model.config.num_hidden_layers,
+        "layers": base.config.num_hidden_layers,
         "setting": setting,
-        "checkpointing": checkpointing,
-        "dtype": str(dtype).removeprefix("torch."),
-        "base": "nf4" if args.four_bit else str(dtype).removeprefix("torch."),
-        "median_ms": median(times),
-        "min_ms": min(times),
-        "max_ms": max(times),
-        "repeats": args.repeats,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "checkpointing": SETTINGS[setting][2],
+        "dtype": args.dtype,
+        "base": "nf4" if args.four_bit else args.dtype,
     }
 
 
-def main() -> None:
+def line(row: dict[str, Any], floor: float | None) -> str:
+    """A row in one line."""
+    start = f"{row['shape']} {row['layers']:>2} {row['base']:<8} {row['setting']:<7} {row['variant']:<38}"
+    if row["median_ms"] is None:
+        return f"{start} {row['error']}"
+    ratio = f"{row['median_ms'] / floor:5.2f}" if floor else "    -"
+    return (
+        f"{start} {row['median_ms']:8.1f} ms (min {row['min_ms']:7.1f})  {ratio}  {row['peak_gib']:5.1f} GiB  "
+        f"[{row['build_s']:.0f} s]"
+    )
+
+
+def chosen_variants(args: argparse.Namespace) -> list[Variant]:
+    """What is measured, by the arguments."""
+    variants = [*baselines(), *(ours(n, r) for n in args.heads for r in args.ranks)]
+    variants = [v for v in variants if not args.families or v.family in args.families]
+    if args.dtype == "float32":
+        variants = [v for v in variants if v.family != "lora_16bit"]  # the same as `lora` there
+    if args.compile:
+        kept = [v for v in variants if v.family in ("floor", "lora", "lora_16bit", "ours") and v.name != _DROPPED]
+        variants = [*kept, *(v.when_compiled() for v in kept)]
+    return variants
+
+
+# LoRA with dropout says nothing more about compilation.
+_DROPPED = "PEFT LoRA r=10, dropout 0.2"
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-3b")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--layers", type=int, help="cut the model short, for a quick look")
+    parser.add_argument("--layers", nargs="+", type=int, default=[None], help="cut the model short; one run for each")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--four_bit", action="store_true", help="an NF4 base")
-    parser.add_argument("--families", nargs="+", help="only these families")
+    parser.add_argument("--compile", action="store_true", help="the floor, LoRA and ours, also by `torch.compile`")
+    parser.add_argument("--families", nargs="+", help="only these: floor lora lora_16bit hydra_loop rlora_loop ...")
     parser.add_argument("--heads", nargs="+", type=int, default=[1, 3, 5, 10])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 8, 16])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="turns of each variant (4 at 6x512, 2 at 8x2048)")
+    parser.add_argument("--repeats", type=int, help="timed steps of a turn (4 at 6x512, 2 at 8x2048)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before memory is measured; a turn has one more")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
-    dtype = getattr(torch, args.dtype)
-    variants = [*baselines(), *(ours(n, r) for n in args.heads for r in args.ranks)]
-    variants = [v for v in variants if not args.families or v.family in args.families]
-    for variant in variants:
-        if variant.family == "ours":
-            check_numerics(variant.num_heads, variant.r, "cuda", dtype)
-    for setting in args.settings:
-        floor = None
-        for variant in variants:
-            started = time.monotonic()
-            try:
-                row = measure(variant, args, setting, dtype)
-            except torch.OutOfMemoryError:
-                row = {"variant": variant.name, "shape": args.shape, "setting": setting, "median_ms": None}
-            gc.collect()
-            torch.cuda.empty_cache()
-            write_row(args.out, {**row, **environment()})
-            if row["median_ms"] is None:
-                print(f"{args.shape} {setting:<7} {variant.name:<34} out of memory", flush=True)
-                continue
-            floor = row["median_ms"] if variant.family == "floor" else floor
-            ratio = f"{row['median_ms'] / floor:5.2f}" if floor else "    -"
-            print(
-                f"{args.shape} {setting:<7} {variant.name:<34} {row['median_ms']:8.1f} ms  {ratio}  "
-                f"{row['peak_gib']:5.1f} GiB  [{time.monotonic() - started:.0f} s]",
-                flush=True,
-            )
+    variants = chosen_variants(args)
+    for layers in args.layers:
+        free()
+        empty = allocated()
+        base = build_model(args.shape, getattr(torch, args.dtype), layers, args.four_bit)
+        base_gib = (allocated() - empty) / 2**30
+        for setting in args.settings:
+            rows = measure(variants, base, base_gib, setting, args)
+            floor = next((row["median_ms"] for row in rows if row["family"] == "floor"), None)
+            for row in rows:
+                write_row(args.out, {**row, **environment()})
+                print(line(row, floor), flush=True)
+            free()
+        del base
 
 
 if __name__ == "__main__":

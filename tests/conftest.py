@@ -1,5 +1,6 @@
 """Set up before anything of Hugging Face is imported: no network, no telemetry; and the same seed for each test."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,23 @@ sys.path.insert(0, str(ROOT / "examples"))
 import pytest
 import torch
 from testing_utils import TINY_MODELS, build_tokenizer
+
+
+def pytest_collection_finish():
+    """
+    Keep what all imports made out of every later collection of garbage.
+
+    Trainers collect several times each, which would take half a second every time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """The same for what tests of the files before have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

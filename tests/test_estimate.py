@@ -260,7 +260,10 @@ def step_rows():
     """Rows of adapters that the estimate knows: one for each shape, setting and size."""
     known = [row for row in rows_of("train_step.jsonl") if row["family"] in ("ours", "lora")]
     known = [row for row in known if (row["num_heads"], row["r"]) in ((3, 4), (1, 10))]
-    return list({(row["shape"], row["setting"], row["family"], row["dropout"] > 0): row for row in known}.values())
+    # Whole models; the cut ones of the growth with layers tell no more.
+    known = [row for row in known if row.get("peak_gib") and row["layers"] in (24, 28, 36)]
+    keys = ("shape", "setting", "family", "dropout", "base", "dtype")
+    return list({tuple(row[key] for key in keys): row for row in known}.values())
 
 
 def large_rows():

@@ -3,6 +3,7 @@
 from .balance import BALANCE_LOSSES, LayerProbe, RoutingTally, anchor_loss, balance_loss
 from .dropout import draw_seed, draw_seed_tensor, keep_mask
 from .fused import fused_multihead
+from .library import compiled_multihead
 from .multihead import multihead_delta
 from .rank_space import routing_weights
 
@@ -13,6 +14,7 @@ __all__ = [
     "RoutingTally",
     "anchor_loss",
     "balance_loss",
+    "compiled_multihead",
     "draw_seed",
     "draw_seed_tensor",
     "fused_multihead",

@@ -18,7 +18,9 @@ token's entropy and one for its squared log-sum-exp: these N + 2 numbers are the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import weakref
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -67,6 +69,11 @@ def balance_loss(logits: torch.Tensor, kind: str, token_mask: torch.Tensor | Non
     raise ValueError(f"`kind` must be one of {', '.join(BALANCE_LOSSES)}, got {kind!r}. Use 'switch', for example.")
 
 
+_serials = itertools.count()
+# By serial number, for operators of compiled graphs: a number can be the value of a tensor, which an object can't.
+_tallies: weakref.WeakValueDictionary[int, RoutingTally] = weakref.WeakValueDictionary()
+
+
 @dataclass
 class RoutingTally:
     """
@@ -88,6 +95,9 @@ class RoutingTally:
         upstream (`torch.Tensor`, *optional*):
             The gradient that the loss of the micro-batch receives, with any loss scaling in it. Set by
             [`anchor_loss`]; until then layers add no gradient.
+
+    Attributes:
+        ticket (`torch.Tensor`): A scalar on the CPU by which [`tally_of`] finds the tally, while it lives.
     """
 
     record: torch.Tensor
@@ -97,6 +107,29 @@ class RoutingTally:
     expected_tokens: float = 0.0
     prior: torch.Tensor | None = None
     upstream: torch.Tensor | None = None
+    ticket: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        serial = next(_serials)
+        _tallies[serial] = self
+        self.ticket = torch.tensor(serial, dtype=torch.int64, device="cpu")
+
+
+def tally_of(ticket: torch.Tensor) -> RoutingTally:
+    """
+    The tally with this ticket.
+
+    Raises:
+        RuntimeError: If there is none any more.
+    """
+    serial = int(ticket)
+    tally = _tallies.get(serial)
+    if tally is None:
+        raise RuntimeError(
+            f"The routing tally {serial} that a compiled forward pass was to report to is gone. Keep it until the "
+            "backward pass is over."
+        )
+    return tally
 
 
 def new_record(num_layers: int, num_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -149,30 +182,38 @@ def anchor_loss(loss: torch.Tensor, tally: RoutingTally) -> torch.Tensor:
     return _AnchoredLoss.apply(loss, tally)
 
 
+def report(P: torch.Tensor, dP: torch.Tensor, layout: Layout, probe: LayerProbe) -> torch.Tensor:
+    """Add the sums of a layer to the record, and the gradient of its balance loss to `dP`, in place."""
+    partials = rank_space.statistics(P, layout, probe.token_mask).unsqueeze(0)
+    slope = probe.close(rank_space, partials, layout)
+    if slope is not None:
+        rank_space.logits_of(dP, layout).add_(rank_space.balance_gradient(P, layout, slope, probe.token_mask))
+    return dP
+
+
 class _ProbedProjections(torch.autograd.Function):
     """The identity on the projections P; the backward pass adds the gradient of the balance loss to the logits'."""
 
     @staticmethod
-    def forward(ctx: Any, P: torch.Tensor, layout: Layout, probe: LayerProbe) -> torch.Tensor:
-        ctx.save_for_backward(P)
-        ctx.layout, ctx.probe = layout, probe
+    def forward(
+        ctx: Any,
+        P: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        ticket: torch.Tensor,
+        row: int,
+        layout: Layout,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(P, token_mask, ticket)
+        ctx.row, ctx.layout = row, layout
         return P.view_as(P)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dP: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (P,) = ctx.saved_tensors
-        layout, probe = ctx.layout, ctx.probe
-        partials = rank_space.statistics(P, layout, probe.token_mask).unsqueeze(0)
-        slope = probe.close(rank_space, partials, layout)
-        if slope is None:
-            return dP, None, None
-        dP = dP.clone()
-        rank_space.logits_of(dP, layout).add_(rank_space.balance_gradient(P, layout, slope, probe.token_mask))
-        return dP, None, None
+    def backward(ctx: Any, dP: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        P, token_mask, ticket = ctx.saved_tensors
+        # By name, as the operator is defined where this module is needed.
+        return torch.ops.rlora_trl.record(P, dP, token_mask, ticket, ctx.row, *ctx.layout), None, None, None, None
 
 
-@torch.compiler.disable
 def probe_projections(P: torch.Tensor, layout: Layout, probe: LayerProbe) -> torch.Tensor:
     """P `[T, K]` itself, with the balance loss attached to its logits, for forms that autograd takes apart."""
-    return _ProbedProjections.apply(P, layout, probe)
+    return _ProbedProjections.apply(P, probe.token_mask, probe.tally.ticket, probe.row, layout)

@@ -12,10 +12,9 @@ onto in its shadow, while adding the delta to a finished output would read and w
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -77,8 +76,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return triton_ops
 
 
-@dataclass(frozen=True)
-class DeltaSpec:
+class DeltaSpec(NamedTuple):
     """What the function needs besides tensors."""
 
     layout: Layout
@@ -88,15 +86,22 @@ class DeltaSpec:
     inplace: bool = False
     probe: LayerProbe | None = None
 
-    def widths(self, device: torch.device) -> tuple[int, int]:
-        """Columns of P and of Z, padded where that helps."""
-        k, z = self.layout.p_columns, self.layout.z_columns
-        if device.type != "cuda":
-            return k, z
-        return -(-k // _ALIGNMENT) * _ALIGNMENT, -(-z // _ALIGNMENT) * _ALIGNMENT
+
+def widths(layout: Layout, device: torch.device) -> tuple[int, int]:
+    """Columns of P and of Z, padded where that helps."""
+    # Not by properties of `Layout`, which `torch.compile` can't read in torch 2.6.
+    h = rank_space.h_columns(layout)
+    anchor = h if layout.anchored else 0
+    columns = rank_space.anchor_start(layout) + anchor
+    return padded(columns, device), padded(layout.num_heads * layout.r + anchor, device)
 
 
-def _mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def padded(columns: int, device: torch.device) -> int:
+    """A number of columns that tensor cores take, on a device that has them."""
+    return columns if device.type != "cuda" else -(-columns // _ALIGNMENT) * _ALIGNMENT
+
+
+def mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` with a result in float32 (float64 for float64): gradients of parameters are not rounded to 16 bits."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
@@ -115,7 +120,7 @@ def pack_weights(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`down` [K, d_in] and `up` [d_out, Z] in `dtype`; see `rank_space.pack`."""
-    k, z = spec.widths(A.device)
+    k, z = widths(spec.layout, A.device)
     return backend(A.device, dtype).pack(
         *(A, B, router, anchor_A, anchor_B, spec.layout),
         scaling=spec.scaling,
@@ -125,8 +130,26 @@ def pack_weights(
     )
 
 
+class _Call:
+    """What [`_MultiHeadDelta`] takes besides tensors with gradients, and what it leaves to do."""
+
+    __slots__ = ("Z", "anchors", "spec", "up", "weight")
+
+    Z: torch.Tensor
+    up: torch.Tensor
+
+    def __init__(self, spec: DeltaSpec, weight: torch.Tensor | None, anchors: tuple) -> None:
+        self.spec, self.weight, self.anchors = spec, weight, anchors
+
+
 class _MultiHeadDelta(torch.autograd.Function):
-    """`y = base + delta(x)`, or `y = x weight^T + delta(x)`."""
+    """
+    `y = base + delta(x)`, or `y = x weight^T + delta(x)`, but for writing y, which [`fused_delta`] does afterwards.
+
+    Checkpointing (the kind that is not reentrant) stops a recomputation when the last tensor is saved, and the tensors
+    of a function are saved when its forward pass ends. The last product of a block, which only y needs, is left out
+    so, as it is for a plain layer.
+    """
 
     @staticmethod
     def forward(
@@ -134,84 +157,108 @@ class _MultiHeadDelta(torch.autograd.Function):
         # First, because autograd takes the first gradient for that of the tensor written over, where it is a view.
         base: torch.Tensor | None,
         x: torch.Tensor,
-        weight: torch.Tensor | None,
         A: torch.Tensor,
         B: torch.Tensor,
         router: torch.Tensor | None,
-        anchor_A: torch.Tensor | None,
-        anchor_B: torch.Tensor | None,
         logits: torch.Tensor | None,
-        spec: DeltaSpec,
+        call: _Call,
     ) -> torch.Tensor:
-        ops = backend(x.device, x.dtype)
-        tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
+        spec = call.spec
+        ops, layout, probe = backend(x.device, x.dtype), spec.layout, spec.probe
+        anchor_A, anchor_B = call.anchors
         down, up = pack_weights(A, B, router, anchor_A, anchor_B, spec, x.dtype)
-        P = tokens @ down.T  # [T, K]
+        P = torch.mm(x.reshape(-1, x.shape[-1]), down.T)  # [T, K]
         if logits is not None:
-            rank_space.logits_of(P, spec.layout).copy_(logits)
+            rank_space.logits_of(P, layout).copy_(logits)
         partials, token_mask = None, None
-        if spec.probe is not None:
-            shape = (ops.statistics_rows(P.shape[0]), spec.layout.statistics_columns)
+        if probe is not None:
+            shape = (ops.statistics_rows(P.shape[0]), layout.statistics_columns)
             partials = torch.empty(shape, dtype=torch.promote_types(P.dtype, torch.float32), device=P.device)
-            token_mask = spec.probe.token_mask
-        Z = ops.mix(
-            *(P, up.shape[1], spec.layout),
+            token_mask = probe.token_mask
+        call.up = up
+        call.Z = ops.mix(
+            *(P, up.shape[1], layout),
             dropout=spec.dropout,
             seed=spec.seed,
             partials=partials,
             token_mask=token_mask,
         )
-        if weight is not None:
-            y = (Z @ up.T).addmm_(tokens, weight.T)
-        elif base is None:
-            y = Z @ up.T
-        elif spec.inplace:
-            ctx.mark_dirty(base)
-            base.view(-1, up.shape[0]).addmm_(Z, up.T)
-            y = base
-        else:
-            y = torch.addmm(base.reshape(-1, up.shape[0]), Z, up.T)
         # The packed weights are small and do not grow with the tokens. Kept, they need not be made again, and the
         # backward pass does not depend on parameters that DeepSpeed or FSDP may have taken away by then.
-        ctx.save_for_backward(x, P, weight, down, up, partials)
+        ctx.save_for_backward(x, P, call.weight, down, up, partials)
         ctx.spec, ctx.has_base, ctx.shape_A = spec, base is not None, A.shape
-        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (A, B, router, logits))
-        return y if base is not None and spec.inplace else y.view(*x.shape[:-1], up.shape[0])
+        ctx.dtypes = tuple([None if tensor is None else tensor.dtype for tensor in (A, B, router, logits)])
+        if base is not None and spec.inplace:
+            ctx.mark_dirty(base)
+            return base
+        return torch.empty(*x.shape[:-1], up.shape[0], dtype=x.dtype, device=x.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, P, weight, down, up, partials = ctx.saved_tensors
         spec: DeltaSpec = ctx.spec
-        need_base, need_x, _, need_A, need_B, need_router, _, _, need_logits, _ = ctx.needs_input_grad
+        need_base, need_x, need_A, need_B, need_router, need_logits, _ = ctx.needs_input_grad
         ops, layout, probe = backend(x.device, x.dtype), spec.layout, spec.probe
         tokens, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = dA = dB = drouter = dlogits = None
         if need_x or need_A or need_B or need_router or need_logits:
-            dZ = dy2 @ up  # [T, Z]
-            Z, dP = ops.mix_backward(
-                *(P, dZ, layout),
+            heads, dP = ops.mix_backward(
+                *(P, torch.mm(dy2, up), layout),
+                scaling=spec.scaling,
+                heads_width=padded(layout.num_heads * layout.r, x.device),
                 dropout=spec.dropout,
                 seed=spec.seed,
                 slope=None if probe is None else probe.close(ops, partials, layout),
                 token_mask=None if probe is None else probe.token_mask,
             )
             if need_B:
-                dB = ops.unpack_up(_mm_wide(dy2.T, Z), layout, scaling=spec.scaling, dtype=ctx.dtypes[1])
+                dB = rank_space.unpack_heads(mm_wide(dy2.T, heads), layout).to(ctx.dtypes[1])
             if need_A or need_router:
-                ddown = _mm_wide(dP.T, tokens)  # [K, d_in]
-                dA = ddown[: layout.h_columns].to(ctx.dtypes[0]).view(ctx.shape_A) if need_A else None
+                ddown = mm_wide(dP.T, tokens)  # [K, d_in]
+                start, num_heads = rank_space.h_columns(layout), layout.num_heads
+                dA = ddown[:start].to(ctx.dtypes[0]).view(ctx.shape_A) if need_A else None
                 if need_router:
-                    drouter = ddown[layout.h_columns : layout.h_columns + layout.num_heads].to(ctx.dtypes[2])
+                    drouter = ddown[start : start + num_heads].to(ctx.dtypes[2])
             if need_logits:
                 dlogits = rank_space.logits_of(dP, layout).to(ctx.dtypes[3])
             if need_x:
-                dx2 = dP @ down
+                dx = torch.mm(dP, down)
                 if weight is not None:
-                    dx2.addmm_(dy2, weight)
-                dx = dx2.view_as(x)
+                    dx.addmm_(dy2, weight)
+                dx = dx.view_as(x)
         dbase = dy if ctx.has_base and need_base else None
-        return dbase, dx, None, dA, dB, drouter, None, None, dlogits, None
+        return dbase, dx, dA, dB, drouter, dlogits, None
+
+
+def fused_delta(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    router: torch.Tensor | None,
+    anchor_A: torch.Tensor | None,
+    anchor_B: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    base: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    spec: DeltaSpec,
+) -> torch.Tensor:
+    """[`fused_multihead`] for those who have made a [`DeltaSpec`]; `spec.inplace` needs a contiguous `base`."""
+    call = _Call(spec, weight, (anchor_A, anchor_B))
+    y = _MultiHeadDelta.apply(base, x, A, B, router, logits, call)
+    with torch.no_grad():
+        d_out = y.shape[-1]
+        rows = y.view(-1, d_out)
+        if weight is not None:
+            torch.mm(call.Z, call.up.T, out=rows)
+            rows.addmm_(x.reshape(-1, x.shape[-1]), weight.T)
+        elif base is None:
+            torch.mm(call.Z, call.up.T, out=rows)
+        elif spec.inplace:
+            rows.addmm_(call.Z, call.up.T)
+        else:
+            torch.addmm(base.reshape(-1, d_out), call.Z, call.up.T, out=rows)
+    return y
 
 
 class PackedAdapter:
@@ -331,4 +378,4 @@ def fused_multihead(
         # Under reentrant checkpointing the first pass has no backward pass: the recomputation records.
         probe=probe if torch.is_grad_enabled() else None,
     )
-    return _MultiHeadDelta.apply(base, x, weight, A, B, router, anchor_A, anchor_B, logits, spec)
+    return fused_delta(x, A, B, router, anchor_A, anchor_B, logits, base, weight, spec)

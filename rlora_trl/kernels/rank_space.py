@@ -314,28 +314,37 @@ def mix_backward(
     dZ: torch.Tensor,
     layout: Layout,
     *,
+    scaling: float = 1.0,
+    heads_width: int = 0,
     dropout: float = 0.0,
     seed: int | torch.Tensor | None = None,
     slope: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The gradient of P from that of Z, and Z itself again, whose masks are made anew from the seed.
+    The gradient of P from that of Z, and what the gradients of the heads need, whose masks are made anew.
+
+    B_i enters the delta through z_i and through the mean in the anchor's columns, and together that is
+    `dB_i = dy^T (scaling w_i (m_i . h) / (1 - p))`: the weighted and masked projections, before the anchor is taken
+    off.
 
     Args:
         P (`torch.Tensor` of shape `[T, K]`), dZ (`torch.Tensor` of shape `[T, Z]`): Projections and upstream gradient.
+        scaling (`float`): Factor of the delta.
+        heads_width (`int`): Columns of the first result, of which those beyond `N r` are zero.
         slope (`torch.Tensor` of shape `[N + 2]`, *optional*): Adds [`balance_gradient`] to that of the logits.
 
     The other arguments are those of [`mix`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Z `[T, Z]` and dP `[T, K]`, in the dtype of P.
+        `tuple[torch.Tensor, torch.Tensor]`: `heads` `[T, max(heads_width, N r)]`, with `dy^T heads` the gradient of
+        the heads side by side (see [`unpack_heads`]), and dP `[T, K]`; in the dtype of P.
     """
     h, weights, h0 = _split(P, layout)
     num_heads = layout.num_heads
-    heads = num_heads * layout.r
+    columns = num_heads * layout.r
     wide = dZ.to(h.dtype)
-    dz = wide[:, :heads].view(-1, num_heads, layout.r)
+    dz = wide[:, :columns].view(-1, num_heads, layout.r)
     z = _masked(weights.unsqueeze(-1) * h, dropout, seed)
     dm = _masked(dz, dropout, seed)
     dw = (dm * h).sum(-1)  # [T, N]
@@ -346,12 +355,11 @@ def mix_backward(
         if slope is not None:
             dlogits = dlogits + balance_gradient(P, layout, slope, token_mask)
         grads.append(dlogits)
-    mixture = [z.flatten(1)]
     if h0 is not None:
-        mixture = [(z - h0 * (1.0 / num_heads)).flatten(1), h0.flatten(1)]
         from_heads = (dz.sum(1) if layout.shared else dz.flatten(1)) * (1.0 / num_heads)
-        grads.append(wide[:, heads : heads + layout.h_columns] - from_heads)
-    return _assemble(mixture, dZ.shape[1], P.dtype), _assemble(grads, P.shape[1], P.dtype)
+        grads.append(wide[:, columns : columns + layout.h_columns] - from_heads)
+    heads = _assemble([(z * scaling).flatten(1)], heads_width, P.dtype)
+    return heads, _assemble(grads, P.shape[1], P.dtype)
 
 
 def pack(
@@ -404,15 +412,7 @@ def pack(
     return down, ups
 
 
-def unpack_up(dUp: torch.Tensor, layout: Layout, *, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """
-    The gradient of B `[N, d_out, r]`, in `dtype`, from that of `up` `[d_out, Z]`.
-
-    Each head gets 1/N of what the anchor's columns get: through `mean B`, or its own if it has an A of its own.
-    """
-    d_out, num_heads, r = dUp.shape[0], layout.num_heads, layout.r
-    heads = dUp[:, : num_heads * r].view(d_out, num_heads, r)
-    if layout.anchored:
-        anchor = dUp[:, num_heads * r : num_heads * r + layout.h_columns].view(d_out, -1, r)
-        heads = heads + anchor * (1.0 / num_heads)
-    return (heads * scaling).transpose(0, 1).to(dtype).contiguous()
+def unpack_heads(dheads: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The gradient of B `[N, d_out, r]`, a view, from `dy^T heads` `[d_out, >= N r]` (see [`mix_backward`])."""
+    columns = layout.num_heads * layout.r
+    return dheads[:, :columns].view(-1, layout.num_heads, layout.r).transpose(0, 1)

@@ -1,6 +1,6 @@
-"""Triton kernels for what happens in rank space, and for laying the small weights side by side.
+"""Launchers of the Triton kernels: each has the arguments and results of its torch twin in `rank_space.py`.
 
-Imported only where Triton is. Each launcher has the arguments and results of its torch twin in `rank_space.py`.
+Imported only where Triton is.
 """
 
 from functools import lru_cache
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
+from . import triton_kernels as kernels
 from .dropout import mask_parameters
 from .rank_space import Layout
 
 
-# Tokens of one program. The tiles are a few registers wide, so that this only sets how many programs there are.
+# Tokens of one program of the kernels that only mix. The tiles are a few registers wide, so that this only sets how
+# many programs there are.
 _BLOCK_T = 64
 # Elements of one program that copies weights: of a row of A, and of a head.
 _BLOCK_D = 1024
@@ -23,419 +24,62 @@ _BLOCK_W = 256
 _BLOCK_S = 128
 
 
-@triton.jit
-def _mix32(v):
-    v = v ^ (v >> 16)
-    v = v * 0x7FEB352D
-    v = v ^ (v >> 15)
-    v = v * 0x846CA68B
-    return v ^ (v >> 16)
-
-
-@triton.jit
-def _keep(rows, head, columns, first, second, threshold, N: tl.constexpr, R: tl.constexpr):
-    """Whether the element of each token, in one head, is kept: the bits of `dropout.keep_mask`."""
-    token = rows.to(tl.uint32)
-    index = (token[:, None] * N + head) * R + columns[None, :].to(tl.uint32)
-    bits = _mix32(_mix32(index + first.to(tl.uint32, bitcast=True)) ^ second.to(tl.uint32, bitcast=True))
-    return bits >= threshold.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _softmax(logits):
-    """Probabilities of the heads, and the log-sum-exp of each token; logits beyond N are minus infinity."""
-    top = tl.max(logits, axis=1)
-    e = tl.exp(logits - top[:, None])
-    total = tl.sum(e, axis=1)
-    return e / total[:, None], top + tl.log(total)
-
-
-@triton.jit
-def _kept(logits, heads, N: tl.constexpr, TOP_K: tl.constexpr):
-    """The logits with all but the TOP_K largest at minus infinity; of equal ones the first are kept."""
-    larger = tl.zeros_like(logits)
-    for j in tl.static_range(N):
-        other = tl.max(tl.where((heads == j)[None, :], logits, -float("inf")), axis=1)[:, None]
-        before = (other > logits) | ((other == logits) & (j < heads)[None, :])
-        larger += tl.where(before, 1.0, 0.0)
-    return tl.where(larger < TOP_K, logits, -float("inf"))
-
-
-@triton.jit
-def _load_logits(p_row, row_mask, heads, H: tl.constexpr, N: tl.constexpr):
-    inside = row_mask[:, None] & (heads < N)[None, :]
-    logits = tl.load(p_row[:, None] + H + heads[None, :], mask=inside, other=0.0).to(tl.float32)
-    return tl.where((heads < N)[None, :], logits, -float("inf"))
-
-
-@triton.jit
-def _counted(mask_ptr, rows, row_mask, MASKED: tl.constexpr):
-    """One for the tokens that count, zero for the others."""
-    if MASKED:
-        token = tl.load(mask_ptr + rows, mask=row_mask, other=0)
-        return tl.where(token != 0, 1.0, 0.0)
-    else:
-        return tl.where(row_mask, 1.0, 0.0)
-
-
-@triton.jit
-def _store_statistics(target, logits, w, p, log_z, counted, heads, N: tl.constexpr):
-    """The sums of `rank_space.statistics` over the tokens of one program."""
-    in_use = (heads < N)[None, :]
-    entropy = log_z - tl.sum(tl.where(in_use, p * logits, 0.0), axis=1)
-    top = tl.where((logits == tl.max(logits, axis=1)[:, None]) & in_use, 1.0, 0.0)
-    share = top / tl.sum(top, axis=1)[:, None]
-    # Selected rather than multiplied: what padding computes may be NaN.
-    counts = counted > 0.0
-    tl.store(target, tl.sum(counted, axis=0))
-    tl.store(target + 1, tl.sum(tl.where(counts, log_z * log_z, 0.0), axis=0))
-    tl.store(target + 2, tl.sum(tl.where(counts, entropy, 0.0), axis=0))
-    tl.store(target + 3 + heads, tl.sum(tl.where(counts[:, None], share, 0.0), axis=0), mask=heads < N)
-    tl.store(target + 3 + N + heads, tl.sum(tl.where(counts[:, None], p, 0.0), axis=0), mask=heads < N)
-    tl.store(target + 3 + 2 * N + heads, tl.sum(tl.where(counts[:, None], w, 0.0), axis=0), mask=heads < N)
-
-
-@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold", "keep_scale"])
-def _mix_kernel(
-    p_ptr,
-    z_ptr,
-    partials_ptr,
-    mask_ptr,
-    tokens,
-    first,
-    second,
-    threshold,
-    keep_scale,
-    K: tl.constexpr,
-    Z: tl.constexpr,
-    Z2: tl.constexpr,
-    R: tl.constexpr,
-    R2: tl.constexpr,
-    N: tl.constexpr,
-    N2: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    SHARED: tl.constexpr,
-    TOP_K: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = rows < tokens
-    columns = tl.arange(0, R2)
-    heads = tl.arange(0, N2)
-    inside = row_mask[:, None] & (columns < R)[None, :]
-    p_row = p_ptr + rows * K
-    z_row = z_ptr + rows * Z
-    H: tl.constexpr = R if SHARED else N * R
-    anchor_start: tl.constexpr = H + N if ROUTED else H
-    if ROUTED:
-        logits = _load_logits(p_row, row_mask, heads, H, N)
-        p, log_z = _softmax(logits)
-        w = p
-        if TOP_K > 0:
-            w, _ = _softmax(_kept(logits, heads, N, TOP_K))
-        if STATISTICS:
-            counted = _counted(mask_ptr, rows, row_mask, MASKED)
-            target = partials_ptr + tl.program_id(0) * (3 + 3 * N)
-            _store_statistics(target, logits, w, p, log_z, counted, heads, N)
-    else:
-        w = tl.where((heads < N)[None, :], 1.0 / N, 0.0) + tl.zeros_like(row_mask[:, None].to(tl.float32))
-    if SHARED:
-        h = tl.load(p_row[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        if ANCHORED:
-            h0 = tl.load(p_row[:, None] + anchor_start + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    for i in tl.static_range(N):
-        if not SHARED:
-            h = tl.load(p_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            if ANCHORED:
-                anchor = p_row[:, None] + anchor_start + i * R + columns[None, :]
-                h0 = tl.load(anchor, mask=inside, other=0.0).to(tl.float32)
-                own = z_row[:, None] + (N + i) * R + columns[None, :]
-                tl.store(own, h0.to(z_ptr.dtype.element_ty), mask=inside)
-        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)
-        z = wi[:, None] * h
-        if DROPOUT:
-            z = tl.where(_keep(rows, i, columns, first, second, threshold, N, R), z * keep_scale, 0.0)
-        if ANCHORED:
-            z -= h0 * (1.0 / N)
-        tl.store(z_row[:, None] + i * R + columns[None, :], z.to(z_ptr.dtype.element_ty), mask=inside)
-    used: tl.constexpr = N * R + H if ANCHORED else N * R
-    if ANCHORED and SHARED:
-        tl.store(z_row[:, None] + N * R + columns[None, :], h0.to(z_ptr.dtype.element_ty), mask=inside)
-    if Z > used:
-        pad = used + tl.arange(0, Z2)
-        zero = tl.zeros([BLOCK_T, Z2], dtype=z_ptr.dtype.element_ty)
-        tl.store(z_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < Z)[None, :])
-
-
-@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold", "keep_scale"])
-def _mix_backward_kernel(
-    p_ptr,
-    dz_ptr,
-    z_ptr,
-    dp_ptr,
-    slope_ptr,
-    mask_ptr,
-    tokens,
-    first,
-    second,
-    threshold,
-    keep_scale,
-    K: tl.constexpr,
-    K2: tl.constexpr,
-    Z: tl.constexpr,
-    Z2: tl.constexpr,
-    R: tl.constexpr,
-    R2: tl.constexpr,
-    N: tl.constexpr,
-    N2: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    SHARED: tl.constexpr,
-    TOP_K: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BALANCED: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = rows < tokens
-    columns = tl.arange(0, R2)
-    heads = tl.arange(0, N2)
-    inside = row_mask[:, None] & (columns < R)[None, :]
-    p_row = p_ptr + rows * K
-    z_row = z_ptr + rows * Z
-    dz_row = dz_ptr + rows * Z
-    dp_row = dp_ptr + rows * K
-    H: tl.constexpr = R if SHARED else N * R
-    anchor_start: tl.constexpr = H + N if ROUTED else H
-    if ROUTED:
-        logits = _load_logits(p_row, row_mask, heads, H, N)
-        p, log_z = _softmax(logits)
-        w = p
-        if TOP_K > 0:
-            w, _ = _softmax(_kept(logits, heads, N, TOP_K))
-    else:
-        w = tl.where((heads < N)[None, :], 1.0 / N, 0.0) + tl.zeros_like(row_mask[:, None].to(tl.float32))
-    if SHARED:
-        h = tl.load(p_row[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        dh = tl.zeros([BLOCK_T, R2], dtype=tl.float32)
-        if ANCHORED:
-            h0 = tl.load(p_row[:, None] + anchor_start + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            dh0 = tl.load(dz_row[:, None] + N * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(z_row[:, None] + N * R + columns[None, :], h0.to(z_ptr.dtype.element_ty), mask=inside)
-    dw = tl.zeros([BLOCK_T, N2], dtype=tl.float32)
-    for i in tl.static_range(N):
-        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)
-        dz = tl.load(dz_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        if not SHARED:
-            h = tl.load(p_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            if ANCHORED:
-                anchor = p_row[:, None] + anchor_start + i * R + columns[None, :]
-                h0 = tl.load(anchor, mask=inside, other=0.0).to(tl.float32)
-                own = (N + i) * R + columns[None, :]
-                dh0 = tl.load(dz_row[:, None] + own, mask=inside, other=0.0).to(tl.float32) - dz * (1.0 / N)
-                tl.store(z_row[:, None] + own, h0.to(z_ptr.dtype.element_ty), mask=inside)
-                target = dp_row[:, None] + anchor_start + i * R + columns[None, :]
-                tl.store(target, dh0.to(dp_ptr.dtype.element_ty), mask=inside)
-        z = wi[:, None] * h
-        dm = dz
-        if DROPOUT:
-            keep = _keep(rows, i, columns, first, second, threshold, N, R)
-            z = tl.where(keep, z * keep_scale, 0.0)
-            dm = tl.where(keep, dz * keep_scale, 0.0)
-        if SHARED:
-            dh += wi[:, None] * dm
-            if ANCHORED:
-                dh0 -= dz * (1.0 / N)
-        else:
-            own_dh = (wi[:, None] * dm).to(dp_ptr.dtype.element_ty)
-            tl.store(dp_row[:, None] + i * R + columns[None, :], own_dh, mask=inside)
-        dw += tl.where((heads == i)[None, :], tl.sum(dm * h, axis=1)[:, None], 0.0)
-        if ANCHORED:
-            z -= h0 * (1.0 / N)
-        tl.store(z_row[:, None] + i * R + columns[None, :], z.to(z_ptr.dtype.element_ty), mask=inside)
-    used_z: tl.constexpr = N * R + H if ANCHORED else N * R
-    if Z > used_z:
-        pad = used_z + tl.arange(0, Z2)
-        zero = tl.zeros([BLOCK_T, Z2], dtype=z_ptr.dtype.element_ty)
-        tl.store(z_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < Z)[None, :])
-
-    if SHARED:
-        tl.store(dp_row[:, None] + columns[None, :], dh.to(dp_ptr.dtype.element_ty), mask=inside)
-        if ANCHORED:
-            target = dp_row[:, None] + anchor_start + columns[None, :]
-            tl.store(target, dh0.to(dp_ptr.dtype.element_ty), mask=inside)
-    if ROUTED:
-        dlogits = w * (dw - tl.sum(w * dw, axis=1)[:, None])
-        if BALANCED:
-            in_use = (heads < N)[None, :]
-            a = tl.load(slope_ptr + heads, mask=heads < N, other=0.0)[None, :]
-            log_p = tl.where(in_use, logits - log_z[:, None], 0.0)
-            entropy = -tl.sum(p * log_p, axis=1)[:, None]
-            inner = a - tl.sum(p * a, axis=1)[:, None] - tl.load(slope_ptr + N) * (log_p + entropy)
-            inner += 2.0 * tl.load(slope_ptr + N + 1) * log_z[:, None]
-            counts = _counted(mask_ptr, rows, row_mask, MASKED)[:, None] > 0.0
-            dlogits += tl.where(counts, p * inner, 0.0)
-        routed = row_mask[:, None] & (heads < N)[None, :]
-        tl.store(dp_row[:, None] + H + heads[None, :], dlogits.to(dp_ptr.dtype.element_ty), mask=routed)
-    used_p: tl.constexpr = anchor_start + H if ANCHORED else anchor_start
-    if K > used_p:
-        pad_p = used_p + tl.arange(0, K2)
-        zero_p = tl.zeros([BLOCK_T, K2], dtype=dp_ptr.dtype.element_ty)
-        tl.store(dp_row[:, None] + pad_p[None, :], zero_p, mask=row_mask[:, None] & (pad_p < K)[None, :])
-
-
-@triton.jit
-def _column_sums(partials_ptr, rows, columns, used, STRIDE: tl.constexpr, BLOCK: tl.constexpr, C2: tl.constexpr):
-    """Sums over the rows of some columns."""
-    total = tl.zeros([C2], dtype=tl.float32)
-    row = tl.arange(0, BLOCK)
-    start = 0
-    while start < rows:  # `range` of a number that is no constant fails in the interpreter
-        inside = (start + row < rows)[:, None] & used[None, :]
-        places = partials_ptr + (start + row)[:, None] * STRIDE + columns[None, :]
-        total += tl.sum(tl.load(places, mask=inside, other=0.0), axis=0)
-        start += BLOCK
-    return total
-
-
-@triton.jit(do_not_specialize=["rows", "factor", "expected"])
-def _summarise_kernel(
-    partials_ptr,
-    record_ptr,
-    prior_ptr,
-    upstream_ptr,
-    slope_ptr,
-    rows,
-    factor,
-    expected,
-    N: tl.constexpr,
-    N2: tl.constexpr,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PRIOR: tl.constexpr,
-    SLOPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    heads = tl.arange(0, N2)
-    used = heads < N
-    stride: tl.constexpr = 3 + 3 * N
-    three = tl.arange(0, 4)
-    scalars = _column_sums(partials_ptr, rows, three, three < 3, stride, BLOCK, 4)
-    top = _column_sums(partials_ptr, rows, 3 + heads, used, stride, BLOCK, N2)
-    p = _column_sums(partials_ptr, rows, 3 + N + heads, used, stride, BLOCK, N2)
-    w = _column_sums(partials_ptr, rows, 3 + 2 * N + heads, used, stride, BLOCK, N2)
-    tokens = tl.sum(tl.where(three == 0, scalars, 0.0), axis=0)
-    count = tl.maximum(tokens, 1.0)
-    seen_scalars = tl.load(record_ptr + three, mask=three < 3, other=0.0) + scalars
-    seen_top = tl.load(record_ptr + 3 + heads, mask=used, other=0.0) + top
-    seen_p = tl.load(record_ptr + 3 + N + heads, mask=used, other=0.0) + p
-    seen_w = tl.load(record_ptr + 3 + 2 * N + heads, mask=used, other=0.0) + w
-    f = top / count
-    P = p / count
-    own_P = P
-    if WHOLE:
-        seen = tl.maximum(tl.sum(tl.where(three == 0, seen_scalars, 0.0), axis=0), 1.0)
-        f, P = seen_top, seen_p
-        if PRIOR:
-            left = tl.maximum(expected - seen, 0.0)
-            f += left * tl.load(prior_ptr + heads, mask=used, other=0.0)
-            P += left * tl.load(prior_ptr + N + heads, mask=used, other=0.0)
-            seen += left
-        f, P = f / seen, P / seen
-    a = tl.zeros([N2], dtype=tl.float32)
-    of_entropy = 0.0
-    of_z = 0.0
-    loss = 0.0
-    if KIND == 1:
-        loss = N * tl.sum(f * own_P, axis=0)
-        a = N * f
-    if KIND == 2:
-        loss = N * tl.sum(P * P, axis=0) - 1.0
-        a = 2.0 * N * P
-    if KIND == 3:
-        a = tl.where(used, tl.log(tl.maximum(P, 1.1754944e-38)), 0.0)
-        loss = tl.sum(P * a, axis=0) + tl.sum(tl.where(three == 2, scalars, 0.0), axis=0) / count
-        of_entropy = 1.0
-    if KIND == 4:
-        loss = tl.sum(tl.where(three == 1, scalars, 0.0), axis=0) / count
-        of_z = 1.0
-    tl.store(record_ptr + three, seen_scalars, mask=three < 3)
-    tl.store(record_ptr + 3 + heads, seen_top, mask=used)
-    tl.store(record_ptr + 3 + N + heads, seen_p, mask=used)
-    tl.store(record_ptr + 3 + 2 * N + heads, seen_w, mask=used)
-    tl.store(record_ptr + stride, tl.load(record_ptr + stride) + loss * tokens)
-    if SLOPE:
-        scale = factor * tl.load(upstream_ptr).to(tl.float32)
-        tl.store(slope_ptr + heads, a * scale, mask=used)
-        tl.store(slope_ptr + N, of_entropy * scale)
-        tl.store(slope_ptr + N + 1, of_z * scale)
-
-
-# Compiled kernels by what they depend on. Launched through them, a kernel costs the host a third of what Triton's own
-# look-up takes, which counts where steps are short: a layer launches four.
-_COMPILED: dict[tuple, Any] = {}
-
-
-def _launch(
-    kernel: Any,
-    programs: int,
-    tensors: tuple[torch.Tensor, ...],
-    numbers: tuple,
-    constants: tuple,
-    aligned: bool = True,
-) -> None:
+class _Variant:
     """
-    Launch a kernel whose parameters are tensors, then numbers that it is not specialised on, then constants.
+    A kernel with its constants.
+
+    Compiled kernels are kept and launched directly, with addresses in place of tensors: that costs the host a third of
+    what Triton's own look-up takes, which counts where steps are short.
 
     Args:
-        kernel: The jitted function.
-        programs (`int`): Size of its grid, which has one dimension.
-        tensors (`tuple[torch.Tensor, ...]`), numbers (`tuple`), constants (`tuple`): Its arguments in order.
-        aligned (`bool`): Whether all tensors are known to start at multiples of 16 bytes, which Triton specialises on.
+        kernel: The jitted function, whose parameters are tensors, then numbers that it is not specialised on, then
+            constants.
+        constants (`tuple`): The latter.
     """
-    device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _launch(kernel, programs, tensors, numbers, constants, aligned)
-    grid = (programs, 1, 1)
-    key = (kernel, device.index, constants, tuple([tensor.dtype for tensor in tensors]))
-    compiled = _COMPILED.get(key) if aligned else None
-    if compiled is not None:
-        compiled[grid](*tensors, *numbers, *constants)
+
+    def __init__(self, kernel: Any, constants: tuple) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.compiled: dict[tuple, Any] = {}
+
+    def launch(
+        self, programs: int, tensors: tuple[torch.Tensor, ...], numbers: tuple = (), aligned: bool = True
+    ) -> None:
+        """
+        Launch a one-dimensional grid.
+
+        Args:
+            programs (`int`): Its size.
+            tensors (`tuple[torch.Tensor, ...]`), numbers (`tuple`): Arguments in order.
+            aligned (`bool`): Whether all tensors are known to start at multiples of 16 bytes, which Triton
+                specialises on.
+        """
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(programs, tensors, numbers, aligned)
+        grid = (programs, 1, 1)
+        key = (device.index, *[tensor.dtype for tensor in tensors])
+        compiled = self.compiled.get(key) if aligned else None
+        if compiled is not None:
+            compiled[grid](*[tensor.data_ptr() for tensor in tensors], *numbers, *self.constants)
+            return None
+        compiled = self.kernel[grid](*tensors, *numbers, *self.constants)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            self.compiled[key] = compiled
         return None
-    compiled = kernel[grid](*tensors, *numbers, *constants)
-    if aligned and compiled is not None:  # the interpreter compiles nothing
-        _COMPILED[key] = compiled
-    return None
 
 
-@lru_cache(maxsize=1024)
-def _mix_constants(k: int, z: int, layout: Layout, dropout: bool, statistics: bool, masked: bool) -> tuple:
-    """The constants of `_mix_kernel` in order, from K to BLOCK_T."""
-    num_heads, r, routed, anchored, shared, top_k = layout
-    z2 = triton.next_power_of_2(max(z - layout.z_columns, 1))
-    sizes = (r, triton.next_power_of_2(r), num_heads, triton.next_power_of_2(num_heads))
-    top_k = top_k if top_k < num_heads else 0
-    return (k, z, z2, *sizes, routed, anchored, shared, top_k, dropout, statistics, masked, _BLOCK_T)
+def _padding(width: int, used: int) -> int:
+    """A size for a tile that covers the columns of zeros."""
+    return triton.next_power_of_2(max(width - used, 1))
 
 
-@lru_cache(maxsize=1024)
-def _mix_backward_constants(k: int, z: int, layout: Layout, dropout: bool, balanced: bool, masked: bool) -> tuple:
-    """The constants of `_mix_backward_kernel` in order: those of `_mix_kernel` with K2 after K."""
-    forward = _mix_constants(k, z, layout, dropout, balanced, masked)
-    return (forward[0], triton.next_power_of_2(max(k - layout.p_columns, 1)), *forward[1:])
-
-
-def _mask_numbers(dropout: float, seed: int | None) -> tuple[int, int, int, float]:
+def _mask_numbers(dropout: float, seed: int | torch.Tensor | None) -> tuple[int, int, int, float]:
     """Keys and threshold of the masks as signed 32-bit integers, which Triton passes as one type; and the scale."""
     if seed is None or dropout <= 0.0:
         return 0, 0, 0, 1.0
-    first, second, threshold = mask_parameters(seed, dropout)
+    # Keys of a seed in memory are made by the kernel, which needs no synchronisation.
+    first, second, threshold = mask_parameters(0 if isinstance(seed, torch.Tensor) else seed, dropout)
     return (
         first - 2**32 if first >= 2**31 else first,
         second - 2**32 if second >= 2**31 else second,
@@ -444,249 +88,55 @@ def _mask_numbers(dropout: float, seed: int | None) -> tuple[int, int, int, floa
     )
 
 
+def _seed_kind(dropout: float, seed: int | torch.Tensor | None) -> tuple[bool, bool]:
+    """Whether anything is dropped, and whether the seed is in memory."""
+    dropped = seed is not None and dropout > 0.0
+    return dropped, dropped and isinstance(seed, torch.Tensor)
+
+
+@lru_cache(maxsize=1024)
+def _pack_variant(
+    d_in: int, d_out: int, rows: int, columns: int, layout: Layout, router: bool
+) -> tuple[int, _Variant]:
+    """The programs of `pack_kernel`, and the kernel."""
+    num_heads, r, routed, anchored, shared, _ = layout
+    blocks = triton.cdiv(d_in, _BLOCK_D)
+    sizes = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, _padding(columns, layout.z_columns))
+    constants = (*sizes, routed, router, anchored, shared, _BLOCK_D, _BLOCK_W)
+    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), _Variant(kernels.pack_kernel, constants)
+
+
+@lru_cache(maxsize=1024)
+def _mix_variant(
+    k: int, z: int, layout: Layout, dropped: bool, seed_in_memory: bool, statistics: bool, masked: bool
+) -> _Variant:
+    num_heads, r, routed, anchored, shared, top_k = layout
+    sizes = (r, triton.next_power_of_2(r), num_heads, triton.next_power_of_2(num_heads))
+    kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
+    flags = (dropped, seed_in_memory, statistics, masked, _BLOCK_T)
+    return _Variant(kernels.mix_kernel, (k, z, _padding(z, layout.z_columns), *sizes, *kinds, *flags))
+
+
+@lru_cache(maxsize=1024)
+def _mix_backward_variant(
+    k: int, z: int, width: int, layout: Layout, dropped: bool, seed_in_memory: bool, balanced: bool, masked: bool
+) -> _Variant:
+    num_heads, r, routed, anchored, shared, top_k = layout
+    widths = (k, _padding(k, layout.p_columns), z, width, _padding(width, num_heads * r))
+    sizes = (r, triton.next_power_of_2(r), num_heads, triton.next_power_of_2(num_heads))
+    kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
+    flags = (dropped, seed_in_memory, balanced, masked, _BLOCK_T)
+    return _Variant(kernels.mix_backward_kernel, (*widths, *sizes, *kinds, *flags))
+
+
+def _aligned(*tensors: torch.Tensor) -> bool:
+    """Whether tensors start at multiples of 16 bytes: those that come from outside may be views."""
+    return not any(tensor.data_ptr() % 16 for tensor in tensors)
+
+
 def statistics_rows(tokens: int) -> int:
     """See `rank_space.statistics_rows`: one for each program of `mix`."""
     return -(-tokens // _BLOCK_T)
-
-
-def mix(
-    P: torch.Tensor,
-    z_width: int,
-    layout: Layout,
-    *,
-    dropout: float = 0.0,
-    seed: int | None = None,
-    partials: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `rank_space.mix`."""
-    tokens, k = P.shape
-    Z = torch.empty(tokens, z_width, dtype=P.dtype, device=P.device)
-    if tokens > 0:
-        numbers = (tokens, *_mask_numbers(dropout, seed))
-        masked = partials is not None and token_mask is not None
-        counted = token_mask if token_mask is not None and masked else P
-        dropped = seed is not None and dropout > 0.0
-        constants = _mix_constants(k, z_width, layout, dropped, partials is not None, masked)
-        # Where a tensor is missing its place is taken by one that is there, and not touched.
-        tensors = (P, Z, P if partials is None else partials, counted)
-        _launch(_mix_kernel, -(-tokens // _BLOCK_T), tensors, numbers, constants)
-    return Z
-
-
-def mix_backward(
-    P: torch.Tensor,
-    dZ: torch.Tensor,
-    layout: Layout,
-    *,
-    dropout: float = 0.0,
-    seed: int | None = None,
-    slope: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `rank_space.mix_backward`."""
-    tokens, k = P.shape
-    Z, dP = torch.empty_like(dZ), torch.empty_like(P)
-    if tokens > 0:
-        numbers = (tokens, *_mask_numbers(dropout, seed))
-        masked = slope is not None and token_mask is not None
-        dropped = seed is not None and dropout > 0.0
-        constants = _mix_backward_constants(k, dZ.shape[1], layout, dropped, slope is not None, masked)
-        counted = token_mask if token_mask is not None and masked else P
-        tensors = (P, dZ, Z, dP, P if slope is None else slope, counted)
-        _launch(_mix_backward_kernel, -(-tokens // _BLOCK_T), tensors, numbers, constants)
-    return Z, dP
-
-
-_KINDS = {"none": 0, "switch": 1, "importance": 2, "mutual_information": 3, "z": 4}
-
-
-def summarise(
-    partials: torch.Tensor,
-    record: torch.Tensor,
-    prior: torch.Tensor | None,
-    layout: Layout,
-    *,
-    kind: str,
-    factor: float,
-    whole_step: bool,
-    expected_tokens: float,
-    upstream: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """See `rank_space.summarise`."""
-    num_heads = layout.num_heads
-    slope = None
-    if upstream is not None:
-        slope = torch.empty(num_heads + 2, dtype=torch.float32, device=partials.device)
-    constants = (
-        *(num_heads, triton.next_power_of_2(num_heads), _KINDS[kind], whole_step, prior is not None),
-        *(slope is not None, _BLOCK_S),
-    )
-    tensors = (
-        *(partials, record, record if prior is None else prior),
-        *(record if upstream is None else upstream, record if slope is None else slope),
-    )
-    numbers = (partials.shape[0], float(factor), float(expected_tokens))
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    _launch(_summarise_kernel, 1, tensors, numbers, constants, aligned)
-    return slope
-
-
-@triton.jit
-def _project_mix_kernel(
-    x_ptr,
-    down_ptr,
-    z_ptr,
-    D_IN: tl.constexpr,
-    Z: tl.constexpr,
-    Z2: tl.constexpr,
-    R: tl.constexpr,
-    R2: tl.constexpr,
-    N: tl.constexpr,
-    N2: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # One token: its projections, kept in registers, and its mixture.
-    token = tl.program_id(0).to(tl.int64)
-    ranks = tl.arange(0, R2)
-    heads = tl.arange(0, N2)
-    anchor_start: tl.constexpr = R + N if ROUTED else R
-    h = tl.zeros([R2], dtype=tl.float32)
-    h0 = tl.zeros([R2], dtype=tl.float32)
-    logits = tl.zeros([N2], dtype=tl.float32)
-    for start in range(0, D_IN, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        inside = columns < D_IN
-        x = tl.load(x_ptr + token * D_IN + columns, mask=inside, other=0.0).to(tl.float32)
-        of_rank = (ranks < R)[:, None] & inside[None, :]
-        a = tl.load(down_ptr + ranks[:, None] * D_IN + columns[None, :], mask=of_rank, other=0.0).to(tl.float32)
-        h += tl.sum(a * x[None, :], axis=1)
-        if ROUTED:
-            of_head = (heads < N)[:, None] & inside[None, :]
-            row = (R + heads)[:, None] * D_IN
-            router = tl.load(down_ptr + row + columns[None, :], mask=of_head, other=0.0).to(tl.float32)
-            logits += tl.sum(router * x[None, :], axis=1)
-        if ANCHORED:
-            row0 = (anchor_start + ranks)[:, None] * D_IN
-            a0 = tl.load(down_ptr + row0 + columns[None, :], mask=of_rank, other=0.0).to(tl.float32)
-            h0 += tl.sum(a0 * x[None, :], axis=1)
-    z_row = z_ptr + token * Z
-    logits = tl.where(heads < N, logits, -float("inf"))
-    e = tl.exp(logits - tl.max(logits, axis=0))
-    w = e / tl.sum(e, axis=0)
-    for i in tl.static_range(N):
-        z = tl.sum(tl.where(heads == i, w, 0.0), axis=0) * h - h0 * (1.0 / N)
-        tl.store(z_row + i * R + ranks, z.to(z_ptr.dtype.element_ty), mask=ranks < R)
-    used: tl.constexpr = (N + 1) * R if ANCHORED else N * R
-    if ANCHORED:
-        tl.store(z_row + N * R + ranks, h0.to(z_ptr.dtype.element_ty), mask=ranks < R)
-    if Z > used:
-        pad = used + tl.arange(0, Z2)
-        tl.store(z_row + pad, tl.zeros([Z2], dtype=z_ptr.dtype.element_ty), mask=pad < Z)
-
-
-@lru_cache(maxsize=1024)
-def _project_mix_constants(d_in: int, z: int, layout: Layout) -> tuple:
-    """The constants of `_project_mix_kernel` in order."""
-    num_heads, r, routed, anchored, *_ = layout
-    _, _, z2, _, r2, _, heads2, *_ = _mix_constants(0, z, layout, False, False, False)
-    # A tile of weights has r or N rows; this keeps it in registers.
-    block = max(256, min(1024, 8192 // max(r2, heads2)))
-    return (d_in, z, z2, r, r2, num_heads, heads2, routed, anchored, block)
-
-
-def project_mix(x: torch.Tensor, down: torch.Tensor, z_width: int, layout: Layout) -> torch.Tensor:
-    """See `rank_space.project_mix`."""
-    x = x.contiguous()
-    Z = torch.empty(x.shape[0], z_width, dtype=x.dtype, device=x.device)
-    if x.shape[0] > 0:
-        constants = _project_mix_constants(x.shape[1], z_width, layout)
-        aligned = x.data_ptr() % 16 == 0
-        _launch(_project_mix_kernel, x.shape[0], (x, down, Z), (), constants, aligned)
-    return Z
-
-
-@triton.jit(do_not_specialize=["scaling"])
-def _pack_kernel(
-    a_ptr,
-    b_ptr,
-    router_ptr,
-    anchor_a_ptr,
-    anchor_b_ptr,
-    down_ptr,
-    up_ptr,
-    scaling,
-    D_IN: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    DOWN_PROGRAMS: tl.constexpr,
-    DOWN_BLOCKS: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    Z: tl.constexpr,
-    Z2: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ROUTER: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    program = tl.program_id(0)
-    H: tl.constexpr = R if SHARED else N * R
-    router_end: tl.constexpr = H + N if ROUTED else H
-    if program < DOWN_PROGRAMS:
-        # One block of one row of [A; R; A0], or of the padding below them. Rows of a router that is not there are
-        # zero.
-        row = program // DOWN_BLOCKS
-        columns = (program % DOWN_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = columns < D_IN
-        value = tl.load(a_ptr + row * D_IN + columns, mask=inside & (row < H), other=0.0).to(tl.float32)
-        if ROUTER:
-            of_router = inside & (row >= H) & (row < router_end)
-            value += tl.load(router_ptr + (row - H) * D_IN + columns, mask=of_router, other=0.0).to(tl.float32)
-        if ANCHORED:
-            of_anchor = inside & (row >= router_end) & (row < router_end + H)
-            anchor = tl.load(anchor_a_ptr + (row - router_end) * D_IN + columns, mask=of_anchor, other=0.0)
-            value += anchor.to(tl.float32)
-        tl.store(down_ptr + row.to(tl.int64) * D_IN + columns, value.to(down_ptr.dtype.element_ty), mask=inside)
-    else:
-        # A block of the elements of one head, [d_out, r] in row-major order, as B and the anchor have them.
-        index = (program - DOWN_PROGRAMS) * BLOCK_W + tl.arange(0, BLOCK_W)
-        mask = index < ELEMENTS
-        up_row = up_ptr + (index // R).to(tl.int64) * Z
-        total = tl.zeros([BLOCK_W], dtype=tl.float32)
-        for i in tl.static_range(N):
-            head = tl.load(b_ptr + i * ELEMENTS + index, mask=mask, other=0.0).to(tl.float32)
-            total += head
-            tl.store(up_row + i * R + index % R, (head * scaling).to(up_ptr.dtype.element_ty), mask=mask)
-            if ANCHORED and not SHARED:
-                own = tl.load(anchor_b_ptr + i * ELEMENTS + index, mask=mask, other=0.0).to(tl.float32)
-                own_shift = (head - own) * (1.0 / N) * scaling
-                tl.store(up_row + (N + i) * R + index % R, own_shift.to(up_ptr.dtype.element_ty), mask=mask)
-        used: tl.constexpr = N * R + H if ANCHORED else N * R
-        if ANCHORED and SHARED:
-            shift = total / N - tl.load(anchor_b_ptr + index, mask=mask, other=0.0).to(tl.float32)
-            tl.store(up_row + N * R + index % R, (shift * scaling).to(up_ptr.dtype.element_ty), mask=mask)
-        if Z > used:
-            pad = used + tl.arange(0, Z2)
-            zero = tl.zeros([BLOCK_W, Z2], dtype=up_ptr.dtype.element_ty)
-            first_of_row = mask & (index % R == 0)
-            tl.store(up_row[:, None] + pad[None, :], zero, mask=first_of_row[:, None] & (pad < Z)[None, :])
-
-
-@lru_cache(maxsize=1024)
-def _pack_constants(
-    d_in: int, d_out: int, rows: int, columns: int, layout: Layout, has_router: bool
-) -> tuple[int, tuple]:
-    """The grid of `_pack_kernel` and its constants in order."""
-    num_heads, r, routed, anchored, shared, _ = layout
-    blocks = triton.cdiv(d_in, _BLOCK_D)
-    z2 = triton.next_power_of_2(max(columns - layout.z_columns, 1))
-    sizes = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, z2)
-    kinds = (routed, has_router, anchored, shared)
-    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), (*sizes, *kinds, _BLOCK_D, _BLOCK_W)
 
 
 def pack(
@@ -706,47 +156,119 @@ def pack(
     d_out, d_in = B.shape[1], A.shape[-1]
     down = torch.empty(down_rows, d_in, dtype=dtype, device=A.device)
     up = torch.empty(d_out, up_columns, dtype=dtype, device=A.device)
-    programs, constants = _pack_constants(d_in, d_out, down_rows, up_columns, layout, router is not None)
+    programs, variant = _pack_variant(d_in, d_out, down_rows, up_columns, layout, router is not None)
     # Where a parameter is missing its place is taken by one that is there, and not read.
     places = [A, B, A if router is None else router, A if anchor_A is None else anchor_A]
     places.append(B if anchor_B is None else anchor_B)
     given = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in places]
     # Parameters may be views into one buffer, as DeepSpeed and FSDP make them.
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in given)
-    _launch(_pack_kernel, programs, (*given, down, up), (float(scaling),), constants, aligned)
+    variant.launch(programs, (*given, down, up), (float(scaling),), _aligned(*given))
     return down, up
 
 
-@triton.jit(do_not_specialize=["scaling"])
-def _unpack_up_kernel(
-    dup_ptr,
-    db_ptr,
-    scaling,
-    ELEMENTS: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    Z: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    index = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mask = index < ELEMENTS
-    source = dup_ptr + (index // R).to(tl.int64) * Z + index % R
-    shift = tl.zeros([BLOCK_W], dtype=tl.float32)
-    if ANCHORED and SHARED:
-        shift = tl.load(source + N * R, mask=mask, other=0.0).to(tl.float32) / N
-    for i in tl.static_range(N):
-        if ANCHORED and not SHARED:
-            shift = tl.load(source + (N + i) * R, mask=mask, other=0.0).to(tl.float32) / N
-        value = tl.load(source + i * R, mask=mask, other=0.0).to(tl.float32) + shift
-        tl.store(db_ptr + i * ELEMENTS + index, (value * scaling).to(db_ptr.dtype.element_ty), mask=mask)
+def mix(
+    P: torch.Tensor,
+    z_width: int,
+    layout: Layout,
+    *,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    partials: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `rank_space.mix`."""
+    tokens, k = P.shape
+    Z = torch.empty(tokens, z_width, dtype=P.dtype, device=P.device)
+    if tokens > 0:
+        masked = partials is not None and token_mask is not None
+        dropped, in_memory = _seed_kind(dropout, seed)
+        variant = _mix_variant(k, z_width, layout, dropped, in_memory, partials is not None, masked)
+        # Where a tensor is missing its place is taken by one that is there, and not touched.
+        counted = token_mask if token_mask is not None and masked else P
+        places = (P, Z, P if partials is None else partials, counted, seed if isinstance(seed, torch.Tensor) else P)
+        variant.launch(-(-tokens // _BLOCK_T), places, (tokens, *_mask_numbers(dropout, seed)), _aligned(counted))
+    return Z
 
 
-def unpack_up(dUp: torch.Tensor, layout: Layout, *, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """See `rank_space.unpack_up`."""
-    d_out, num_heads, r = dUp.shape[0], layout.num_heads, layout.r
-    dB = torch.empty(num_heads, d_out, r, dtype=dtype, device=dUp.device)
-    constants = (d_out * r, r, num_heads, dUp.shape[1], layout.anchored, layout.shared, _BLOCK_W)
-    _launch(_unpack_up_kernel, -(-d_out * r // _BLOCK_W), (dUp, dB), (float(scaling),), constants)
-    return dB
+def mix_backward(
+    P: torch.Tensor,
+    dZ: torch.Tensor,
+    layout: Layout,
+    *,
+    scaling: float = 1.0,
+    heads_width: int = 0,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    slope: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `rank_space.mix_backward`."""
+    tokens, k = P.shape
+    width = max(heads_width, layout.num_heads * layout.r)
+    heads, dP = torch.empty(tokens, width, dtype=P.dtype, device=P.device), torch.empty_like(P)
+    if tokens > 0:
+        masked = slope is not None and token_mask is not None
+        dropped, in_memory = _seed_kind(dropout, seed)
+        variant = _mix_backward_variant(k, dZ.shape[1], width, layout, dropped, in_memory, slope is not None, masked)
+        # Where a tensor is missing its place is taken by one that is there, and not touched.
+        counted = token_mask if token_mask is not None and masked else P
+        given = (P if slope is None else slope, counted, seed if isinstance(seed, torch.Tensor) else P)
+        numbers = (tokens, *_mask_numbers(dropout, seed), float(scaling))
+        variant.launch(-(-tokens // _BLOCK_T), (P, dZ, heads, dP, *given), numbers, _aligned(counted))
+    return heads, dP
+
+
+_KINDS = {"none": 0, "switch": 1, "importance": 2, "mutual_information": 3, "z": 4}
+
+
+@lru_cache(maxsize=1024)
+def _summarise_variant(num_heads: int, kind: int, whole_step: bool, prior: bool, slope: bool) -> _Variant:
+    constants = (num_heads, triton.next_power_of_2(num_heads), kind, whole_step, prior, slope, _BLOCK_S)
+    return _Variant(kernels.summarise_kernel, constants)
+
+
+def summarise(
+    partials: torch.Tensor,
+    record: torch.Tensor,
+    prior: torch.Tensor | None,
+    layout: Layout,
+    *,
+    kind: str,
+    factor: float,
+    whole_step: bool,
+    expected_tokens: float,
+    upstream: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """See `rank_space.summarise`."""
+    num_heads = layout.num_heads
+    slope = None
+    if upstream is not None:
+        slope = torch.empty(num_heads + 2, dtype=torch.float32, device=partials.device)
+    variant = _summarise_variant(num_heads, _KINDS[kind], whole_step, prior is not None, slope is not None)
+    tensors = (
+        *(partials, record, record if prior is None else prior),
+        *(record if upstream is None else upstream, record if slope is None else slope),
+    )
+    numbers = (partials.shape[0], float(factor), float(expected_tokens))
+    variant.launch(1, tensors, numbers, _aligned(*tensors))
+    return slope
+
+
+@lru_cache(maxsize=1024)
+def _project_mix_variant(d_in: int, z: int, layout: Layout) -> _Variant:
+    num_heads, r, routed, anchored, *_ = layout
+    r2, heads2 = triton.next_power_of_2(r), triton.next_power_of_2(num_heads)
+    # A tile of weights has r or N rows; this keeps it in registers.
+    block = max(256, min(1024, 8192 // max(r2, heads2)))
+    sizes = (d_in, z, _padding(z, layout.z_columns), r, r2, num_heads, heads2)
+    return _Variant(kernels.project_mix_kernel, (*sizes, routed, anchored, block))
+
+
+def project_mix(x: torch.Tensor, down: torch.Tensor, z_width: int, layout: Layout) -> torch.Tensor:
+    """See `rank_space.project_mix`."""
+    x = x.contiguous()
+    Z = torch.empty(x.shape[0], z_width, dtype=x.dtype, device=x.device)
+    if x.shape[0] > 0:
+        variant = _project_mix_variant(x.shape[1], z_width, layout)
+        variant.launch(x.shape[0], (x, down, Z), (), _aligned(x))
+    return Z

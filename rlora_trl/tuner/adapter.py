@@ -5,8 +5,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ..kernels import LayerProbe, draw_seed, draw_seed_tensor, fused_multihead, multihead_delta, routing_weights
-from ..kernels.fused import DeltaSpec, PackedAdapter, pack_weights
+from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
+from ..kernels.fused import DeltaSpec, PackedAdapter, fused_delta, pack_weights
 from ..kernels.rank_space import Layout
 from .initialization import init_heads_, init_router_
 from .routing import Routing
@@ -199,28 +199,27 @@ class MultiHeadAdapter(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.routing.usage is not None and not self.training:
+        training, routing = self.training, self.routing
+        if routing.usage is not None and not training:
             self._record_usage(x)
-        masked = self.training and self.dropout > 0.0
-        composed = torch.compiler.is_compiling() or (masked and self.dropout_position == "input")
-        if composed or (base is not None and base.dtype != x.dtype):
+        masked = training and self.dropout > 0.0
+        on_input = masked and self.dropout_position == "input"
+        if torch.compiler.is_compiling() and not on_input:
+            return self._compiled(x, base, weight, masked)
+        if on_input or (base is not None and base.dtype != x.dtype):
             return self._composed(x, base, weight, masked)
         logits = self._given_logits(x)
-        if not self.training and not torch.is_grad_enabled() and weight is None:
+        if not training and not torch.is_grad_enabled() and weight is None:
             return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
-        return fused_multihead(
-            x,
-            *self._tensors(),
-            base=base,
-            weight=weight,
-            scaling=self.scaling,
-            dropout=self.dropout,
-            seed=self._draw_seed() if masked else None,
-            inplace=inplace,
-            logits=logits,
-            top_k=self._top_k(),
-            probe=self._probe(x),
+        spec = DeltaSpec(
+            self._layout(),
+            self.scaling,
+            self.dropout if masked else 0.0,
+            self._draw_seed() if masked else None,
+            inplace and base is not None and base.is_contiguous(),
+            self._probe(x) if routing.tally is not None else None,
         )
+        return fused_delta(x, *self._tensors(), logits, base, weight, spec)
 
     def _draw_seed(self) -> int:
         """The seed of a dropout mask; made from that of the batch, where there is one."""
@@ -228,10 +227,25 @@ class MultiHeadAdapter(nn.Module):
             return draw_seed()
         return (self.routing.seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
 
+    def _draw_seed_tensor(self, device: torch.device) -> torch.Tensor:
+        """The same for `torch.compile`."""
+        if self.routing.seed_tensor is None:
+            return draw_seed_tensor(device)
+        own = (self.layer_number * _SPREAD) & (2**63 - 1)
+        return torch.full((), own, dtype=torch.int64, device=device) ^ self.routing.seed_tensor
+
     def _tensors(self) -> AdapterTensors:
         """With the router where it is a matrix for the input, which that of tasks is not."""
+        # Straight from the dictionary: `nn.Module` looks attributes up in Python, which counts where steps are short.
+        own: Any = self._parameters
         routed = self.router_kind != "task" and self.fixed_logits is None
-        return self.A, self.B, self.router if routed else None, self.A0, self.B0
+        return own["A"], own["B"], own["router"] if routed else None, own.get("A0"), own.get("B0")
+
+    def _layout(self) -> Layout:
+        """The columns of the projections: with logits where a router or a fixed mixture gives them."""
+        own: Any = self._parameters
+        routed = self.router_kind != "uniform" or self.fixed_logits is not None
+        return Layout(self.num_heads, self.r, routed, own.get("A0") is not None, self.share_a, self._top_k())
 
     def _top_k(self) -> int:
         return self.top_k if self.fixed_logits is None else 0
@@ -239,7 +253,8 @@ class MultiHeadAdapter(nn.Module):
     def _probe(self, x: torch.Tensor) -> LayerProbe | None:
         if not self.training or self.routing.tally is None or self.fixed_logits is not None:
             return None
-        return self.routing.probe(self.routing_row, x.shape[:-1].numel())
+        # Under reentrant checkpointing the first pass has no backward pass: the recomputation records.
+        return self.routing.probe(self.routing_row, x.shape[:-1].numel()) if torch.is_grad_enabled() else None
 
     def _composed(
         self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
@@ -247,7 +262,7 @@ class MultiHeadAdapter(nn.Module):
         """The same from PyTorch's own operations."""
         seed: int | torch.Tensor | None = None
         if masked:
-            seed = draw_seed_tensor(x.device) if torch.compiler.is_compiling() else self._draw_seed()
+            seed = self._draw_seed_tensor(x.device) if torch.compiler.is_compiling() else self._draw_seed()
         delta = multihead_delta(
             x,
             *self._tensors(),
@@ -263,17 +278,30 @@ class MultiHeadAdapter(nn.Module):
             base = nn.functional.linear(x, weight)
         return delta if base is None else base + delta.to(base.dtype)
 
+    def _compiled(
+        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
+    ) -> torch.Tensor:
+        """The same for `torch.compile`: matrix products and operators that it does not look into."""
+        return compiled_multihead(
+            x,
+            *self._tensors(),
+            base=base,
+            weight=weight,
+            scaling=self.scaling,
+            dropout=self.dropout,
+            seed=self._draw_seed_tensor(x.device) if masked else None,
+            logits=self._given_logits(x),
+            top_k=self._top_k(),
+            probe=self._probe(x),
+        )
+
     def _packed(self, x: torch.Tensor) -> PackedAdapter:
         """The weights side by side in the dtype of `x`, made once for inference, and again when one has changed."""
-        # Straight from the dictionary: `nn.Module` looks attributes up in Python, which counts in decoding.
         parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
-        routed = self.router is not None or self.fixed_logits is not None
-        top_k = self._top_k()
-        key = [x.dtype, torch.is_inference_mode_enabled(), routed, top_k, self.fixed_logits is None, self.scaling]
+        key = [x.dtype, torch.is_inference_mode_enabled(), self.fixed_logits is None, self.scaling]
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
-            layout = Layout(self.num_heads, self.r, routed, self.A0 is not None, self.share_a, top_k)
-            spec = DeltaSpec(layout, self.scaling)
+            spec = DeltaSpec(self._layout(), self.scaling)
             self._cache = (key, PackedAdapter(*pack_weights(*self._tensors(), spec, x.dtype), spec))
         return self._cache[1]
 

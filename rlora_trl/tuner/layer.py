@@ -24,6 +24,8 @@ _KEPT = "_rlora_kept_scales"
 
 def owns_output(layer: nn.Module) -> bool:
     """Whether the output of a layer is a new tensor that nothing else holds, so that it may be written over."""
+    if torch.compiler.is_compiling():
+        return False  # the compiler decides what is written over what
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) in (nn.Linear, Conv1D) and not hooked
 
@@ -36,14 +38,14 @@ def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     hooks, is quantised, sharded (DeepSpeed ZeRO-3; what FSDP2 has gathered is whole) or trained, or `torch.compile` is
     at work.
     """
-    if not x.is_cuda or not torch.is_grad_enabled() or type(layer) is not nn.Linear or not owns_output(layer):
+    if type(layer) is not nn.Linear or not x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    weight = layer.weight
-    plain = type(weight) is nn.Parameter and not hasattr(weight, "ds_id") and not layer._backward_hooks
+    weight = layer._parameters["weight"]
+    if type(weight) is not nn.Parameter or weight.requires_grad or layer._parameters["bias"] is not None:
+        return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    if not plain or layer.bias is not None or weight.requires_grad or weight.dtype != dtype or weight.ndim != 2:
-        return None
-    return None if torch.compiler.is_compiling() or weight.device != x.device else weight
+    whole = weight.dtype == dtype and weight.ndim == 2 and weight.device == x.device and "ds_id" not in vars(weight)
+    return weight if whole and owns_output(layer) and not layer._backward_hooks else None
 
 
 def undo_cpu_order(layer: nn.Module) -> None:
@@ -269,7 +271,7 @@ class RLoraLinear(nn.Module, RLoraLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         active = [] if self._disable_adapters or self.merged_adapters else self._active_here()
         if adapter_names is None and len(active) == 1 and not (args or kwargs):
@@ -297,7 +299,8 @@ class RLoraLinear(nn.Module, RLoraLayer):
             )
 
     def _active_here(self) -> list[nn.Module]:
-        adapters = self.rlora_adapters
+        # Straight from the dictionaries: `nn.Module` looks attributes up in Python, which short steps feel.
+        adapters: Any = self._modules["rlora_adapters"]._modules
         return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

@@ -70,15 +70,34 @@ class Routing:
         self.token_mask: torch.Tensor | None = None  # [B, S]; not zero where tokens count
         self.tally: RoutingTally | None = None
         self.usage: HeadUsage | None = None
-        # That of all dropout masks of the batch, where a recomputation can't draw what the forward pass drew.
-        self.seed: int | None = None
+        # That of all dropout masks of the batch, where a recomputation can't draw what the forward pass drew; and the
+        # same in memory, for graphs, of which a number would be a constant.
+        self._seed: int | None = None
+        self.seed_tensor: torch.Tensor | None = None
         self._layers = 0
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take along the tasks, not the batch."""
-        batch = {"task_ids": None, "token_mask": None, "tally": None, "usage": None, "seed": None}
+        batch = {
+            "task_ids": None,
+            "token_mask": None,
+            "tally": None,
+            "usage": None,
+            "_seed": None,
+            "seed_tensor": None,
+        }
         return {**self.__dict__, **batch}
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of all dropout masks of the batch; `None` if each layer draws its own."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        self._seed = seed
+        self.seed_tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64)
 
     def number_layer(self) -> int:
         """A number for each of the layers that share this, in the order in which they are made."""
@@ -86,7 +105,8 @@ class Routing:
         return self._layers - 1
 
     def _warn_once(self, key: str, text: str) -> None:
-        if key not in self._warned:
+        # A logger is no part of a graph.
+        if key not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(key)
             logger.warning(text)
 

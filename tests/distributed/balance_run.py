@@ -4,7 +4,8 @@
 
 Each case has a `name`, `rows` with their task, `arguments` of `RLoraSFTConfig`, and may have a DeepSpeed `stage`, and
 `by_name`, with which the trainer loads the model and makes the adapter itself. For each rank, `<name>.<rank>.pt` holds
-the weights before and after, the logs, the counts by task, what the monitor had, and the collectives of a step.
+the weights before and after, the logs, the counts by task, what the monitor had, the collectives of a step, and what
+strategy was really at work.
 """
 
 import faulthandler
@@ -26,6 +27,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from testing_utils import build_tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.hub import check_adapter
@@ -95,9 +97,20 @@ def weights_of(trainer):
         return {name: p.detach().clone().float().cpu() for name, p in named.items()}
 
 
+def prepare(stage):
+    """Leave nothing of the case before, and have DeepSpeed ready where a case is for it."""
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    unset_hf_deepspeed_config()
+    if stage is not None:
+        import deepspeed
+
+        deepspeed.init_distributed("nccl" if ON_GPU else "gloo")
+
+
 def run(case, folder, model_folder, adapter_folder):
     output = folder / f"out-{case['name']}"
     stage = case.get("stage")
+    prepare(stage)
     model = model_folder
     if not case.get("by_name"):
         # Before the arguments, so that DeepSpeed does not load it in parts.
@@ -134,6 +147,9 @@ def run(case, folder, model_folder, adapter_folder):
     )
     found = {"reduces": [], "all_reduces": [], "records": [], "priors": []}
     found["processes"] = trainer.accelerator.num_processes
+    found["type"] = trainer.accelerator.distributed_type.value
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    found["stage"] = plugin.zero_stage if found["type"] == "DEEPSPEED" else None
     watch_steps(trainer, found)
     found["before"] = weights_of(trainer)
     trainer.train()
@@ -161,8 +177,9 @@ def main():
 
         # Else it compiles its own collectives, which takes longer than the tests.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if ON_GPU else "gloo")
     for case in given["cases"]:
+        # Trainers collect garbage several times each, which takes half a second with all that libraries made.
+        gc.freeze()
         run(case, Path(sys.argv[1]).parent, given["model"], given["adapter"])
         gc.collect()
     if dist.is_initialized():

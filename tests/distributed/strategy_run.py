@@ -142,20 +142,21 @@ class Dtypes(TrainerCallback):
 
     def __init__(self):
         self.found = {"kept": set(), "products": set(), "gradients": set()}
-        self.original = adapter_module.fused_multihead
-        adapter_module.fused_multihead = self
+        self.original = adapter_module.fused_delta
+        adapter_module.fused_delta = self
 
-    def __call__(self, x, *tensors, **kwargs):
+    def __call__(self, x, A, B, router, *rest):
         if torch.is_grad_enabled():
-            self.found["products"].add((x.dtype, *{tensor.dtype for tensor in tensors}))
-        return self.original(x, *tensors, **kwargs)
+            anchors = rest[:2]
+            self.found["products"].add((x.dtype, *{tensor.dtype for tensor in (A, B, router, *anchors)}))
+        return self.original(x, A, B, router, *rest)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parameters = adapter_tensors(model).values()
         self.found["gradients"] |= {p.grad.dtype for p in parameters if p.grad is not None}
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        adapter_module.fused_multihead = self.original
+        adapter_module.fused_delta = self.original
         self.found["kept"] = {tensor.dtype for tensor in adapter_tensors(model).values()}
 
 
@@ -235,6 +236,8 @@ def main():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if ON_GPU else "gloo")
     for case in given["cases"]:
+        # Trainers collect garbage several times each, which takes half a second with all that libraries made.
+        gc.freeze()
         run(case, Path(sys.argv[1]).parent, given["models"])
         gc.collect()
     if dist.is_initialized():

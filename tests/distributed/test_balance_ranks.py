@@ -1,6 +1,7 @@
 """A balance loss means the same on one process and on two: with DDP, and with DeepSpeed ZeRO-2 and ZeRO-3, on CPU."""
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ pytestmark = pytest.mark.slow
 
 LOSSES = ("switch", "importance", "mutual_information", "z")
 TASKS = ("first", "colour")
+# A case of two ranks is named `<strategy>.<rows>-<loss>[@<what differs>]`; its reference is `<rows>-<loss>`.
+STAGES = {"ddp": None, "zero2": 2, "zero3": 3}
+# Seconds for the one launch of two ranks, which takes about 60.
+TIMEOUT = 300
 # Relative to the largest element of an update; updates are sums of float32 in another order. On GPUs, products of
 # other sizes take other kernels, and each of the two layers adds to the difference.
 TOLERANCE = 2e-4 if ON_GPU else 2e-5
@@ -111,38 +116,87 @@ def assert_same_update(expected, found, plain):
             assert (want[name] - without[name]).abs().max().item() > 100 * slack, name
 
 
-def assert_cases_agree(alone, ranks):
-    """Each case, `<rows>-<loss>[@<what differs>]`, agrees on each rank with its reference, `<rows>-<loss>`."""
-    for name, found in ranks.items():
-        reference = name.partition("@")[0]
-        for rank in found:
+def assert_cases_agree(alone, ranks, strategy):
+    """Each case of a strategy that is a change to rows and a loss agrees with its reference, on each rank."""
+    agreeing = [entry["name"] for entry in agreement_cases(strategy)]
+    for name in agreeing:
+        reference = name.partition(".")[2].partition("@")[0]
+        for rank in ranks[name]:
             assert_same_update(alone[reference], rank, alone[f"{reference.partition('-')[0]}-none"])
+    return agreeing
 
 
-def rank_cases(**kwargs):
-    """One loss on rows of different lengths, and each where ranks have the same rows."""
-    cases = [case("uneven-z", uneven_rows(), "z", **kwargs)]
-    return cases + [case(f"same-{kind}", twice(uneven_rows()), kind, **kwargs) for kind in LOSSES]
+def agreement_cases(strategy):
+    """
+    Cases whose update is that of one process: one loss on rows of different lengths, each where ranks have the same
+    rows, and one where rank 0 has rows 0, 1, 4, 5, and rank 1 the others, in two micro-batches each.
 
-
-def accumulated(**kwargs):
-    """Rank 0 has rows 0, 1, 4, 5, and rank 1 the others, in two micro-batches each."""
+    Args:
+        strategy (`str`): A key of `STAGES`, with "-checkpointing" behind it for ZeRO-3 with gradient checkpointing.
+    """
+    name, _, checkpointing = strategy.partition("-")
+    kwargs = {"stage": STAGES[name]}
+    if name == "zero3":
+        kwargs |= {"gradient_checkpointing": bool(checkpointing)}
+    saved = {"save": True} if name == "zero3" else {}
+    cases = [case(f"{strategy}.uneven-z", uneven_rows(), "z", **kwargs, **saved)]
+    cases += [case(f"{strategy}.same-{kind}", twice(uneven_rows()), kind, **kwargs, **saved) for kind in LOSSES]
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    return case("uneven-z@accumulation", uneven_rows(), "z", **sizes, **kwargs)
+    cases.append(case(f"{strategy}.uneven-z@accumulation", uneven_rows(), "z", **sizes, **kwargs))
+    if name == "ddp":
+        cases.append(case("ddp.uneven-z@checkpointing", uneven_rows(), "z", gradient_checkpointing=True))
+    return cases
 
 
-def test_ddp_update_is_that_of_one_process(alone, start, tmp_path):
-    cases = rank_cases() + [accumulated()]
-    cases += [case("uneven-z@checkpointing", uneven_rows(), "z", gradient_checkpointing=True)]
-    assert_cases_agree(alone, launch(tmp_path / "run", start, cases, 2))
+def cases_of(strategy):
+    """All cases of DDP or of a stage of DeepSpeed."""
+    cases = agreement_cases(strategy)
+    if strategy == "ddp":
+        own = {"average_tokens_across_devices": False}
+        cases += [case(f"ddp.own-{kind}", uneven_rows(), kind, **own) for kind in ("z", "none")]
+    if strategy == "zero3":
+        cases += agreement_cases("zero3-checkpointing")
+        cases.append(case("zero3.by_name-z", uneven_rows(), "z", stage=3, by_name=True))
+    rest = {"max_steps": 2, "stage": STAGES[strategy]}
+    cases += [
+        case(f"{strategy}.tasks", by_task() * 2, "switch", balance_scope="global", **rest),
+        case(f"{strategy}.micro", by_task() * 2, "switch", **rest),
+        case(f"{strategy}.none", by_task() * 2, "none", **rest),
+        case(f"{strategy}.logs-z", uneven_rows() + uneven_rows(seed=1), "z", **rest),
+        case(f"{strategy}.logs-switch", twice(uneven_rows()) * 2, "switch", **rest),
+    ]
+    return cases
 
 
-def test_ddp_balance_part_where_ranks_divide_by_their_own_tokens(alone, start, tmp_path):
+@pytest.fixture(scope="module")
+def ranks(start, tmp_path_factory):
+    """What each of two ranks found, by case: all of them in one launch, as most of the time is imports."""
+    strategies = STAGES if find_spec("deepspeed") else ("ddp",)
+    cases = [entry for strategy in strategies for entry in cases_of(strategy)]
+    return launch(tmp_path_factory.mktemp("ranks") / "run", start, cases, 2, timeout=TIMEOUT)
+
+
+def require_deepspeed(strategy):
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed")
+
+
+def test_each_case_has_its_strategy(ranks):
+    """All run in the same processes: what one leaves behind would make the next one another."""
+    for name, found in ranks.items():
+        stage = STAGES[name.partition(".")[0].partition("-")[0]]
+        kind = "DEEPSPEED" if stage else "MULTI_GPU" if ON_GPU else "MULTI_CPU"
+        assert [(rank["type"], rank["stage"]) for rank in found] == [(kind, stage)] * 2, name
+
+
+def test_ddp_update_is_that_of_one_process(alone, ranks):
+    assert len(assert_cases_agree(alone, ranks, "ddp")) == 7
+
+
+def test_ddp_balance_part_where_ranks_divide_by_their_own_tokens(alone, ranks):
     """The loss is then another than on one process; what the balance loss adds to a step is still the same."""
-    rest = {"average_tokens_across_devices": False}
-    ranks = launch(tmp_path / "run", start, [case(kind, uneven_rows(), kind, **rest) for kind in ("z", "none")], 2)
     with_one, without_one = updates(alone["uneven-z"]), updates(alone["uneven-none"])
-    for found, plain in zip(ranks["z"], ranks["none"], strict=True):
+    for found, plain in zip(ranks["ddp.own-z"], ranks["ddp.own-none"], strict=True):
         with_two, without_two = updates(found), updates(plain)
         for name in with_one:
             added = with_one[name] - without_one[name]
@@ -153,30 +207,28 @@ def test_ddp_balance_part_where_ranks_divide_by_their_own_tokens(alone, start, t
                 assert added.abs().max() > 100 * slack, name
 
 
-def test_zero_2_update_is_that_of_one_process(alone, start, tmp_path):
+def test_zero_2_update_is_that_of_one_process(alone, ranks):
     pytest.importorskip("deepspeed")
-    cases = rank_cases(stage=2) + [accumulated(stage=2)]
-    assert_cases_agree(alone, launch(tmp_path / "run", start, cases, 2))
+    assert len(assert_cases_agree(alone, ranks, "zero2")) == 6
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_zero_3_update_is_that_of_one_process(alone, start, tmp_path, checkpointing):
+@pytest.mark.parametrize("strategy", ["zero3", "zero3-checkpointing"])
+def test_zero_3_update_is_that_of_one_process(alone, ranks, strategy):
     pytest.importorskip("deepspeed")
-    cases = rank_cases(stage=3, gradient_checkpointing=checkpointing, save=True)
-    cases += [accumulated(stage=3, gradient_checkpointing=checkpointing)]
-    ranks = launch(tmp_path / "run", start, cases, 2)
-    assert_cases_agree(alone, ranks)
-    for found, _ in (ranks[entry["name"]] for entry in cases if entry.get("save")):
+    names = assert_cases_agree(alone, ranks, strategy)
+    saved = [ranks[name][0] for name in names if "saved" in ranks[name][0]]
+    assert len(names) == 6 and len(saved) == 5
+    for found in saved:
         trained = {name.replace(".default", ""): value for name, value in found["after"].items()}
         for name, value in trained.items():
             assert torch.equal(found["saved"][name], value), name
 
 
-def test_zero_3_model_loaded_in_parts(alone, start, tmp_path):
+def test_zero_3_model_loaded_in_parts(alone, ranks):
     """The trainer loads the model, which DeepSpeed divides among ranks at once, and makes the adapter on it."""
     pytest.importorskip("deepspeed")
-    cases = [case("by_name-z", uneven_rows(), "z", stage=3, by_name=True)]
-    assert_cases_agree(alone, launch(tmp_path / "run", start, cases, 2))
+    for rank in ranks["zero3.by_name-z"]:
+        assert_same_update(alone["by_name-z"], rank, alone["by_name-none"])
 
 
 def shares(records, num_heads):
@@ -185,26 +237,19 @@ def shares(records, num_heads):
     return (record[:, 3 : 3 + 2 * num_heads] / record[:, :1]).float()
 
 
-@pytest.mark.parametrize("stage", [None, 2, 3])
-def test_global_scope_takes_shares_from_both_ranks(alone, start, tmp_path, stage):
-    if stage is not None:
-        pytest.importorskip("deepspeed")
-    rest = {"max_steps": 2, "stage": stage}
-    cases = [
-        case("tasks", by_task() * 2, "switch", balance_scope="global", **rest),
-        case("micro", by_task() * 2, "switch", **rest),
-        case("none", by_task() * 2, "none", **rest),
-    ]
-    ranks = launch(tmp_path / "run", start, cases, 2)
-    first, second = ranks["tasks"]
+@pytest.mark.parametrize("strategy", STAGES)
+def test_global_scope_takes_shares_from_both_ranks(alone, ranks, strategy):
+    require_deepspeed(strategy)
+    tasks, micro, none = (ranks[f"{strategy}.{name}"] for name in ("tasks", "micro", "none"))
+    first, second = tasks
     heads, layers = first["num_heads"], len(first["records"][0])
     assert len(first["priors"]) == len(second["priors"]) == 2
     assert first["priors"][0] is None and second["priors"][0] is None  # nothing is known before the first step
     # What the second step begins with is what the first left behind.
-    closed = [found["records"][1] for found in ranks["tasks"]]
+    closed = [found["records"][1] for found in tasks]
     assert all((record[:, 0] > 0).all() for record in closed)
     expected = shares(closed, heads)
-    for found in ranks["tasks"]:
+    for found in tasks:
         assert torch.equal(found["priors"][1], first["priors"][1])
         torch.testing.assert_close(found["priors"][1][:, : 2 * heads], expected, rtol=1e-6, atol=1e-7)
     # The ranks differ, so that neither has these shares by itself.
@@ -213,30 +258,23 @@ def test_global_scope_takes_shares_from_both_ranks(alone, start, tmp_path, stage
     # And one process, which has all rows in one batch, finds the same.
     torch.testing.assert_close(first["priors"][1], alone["tasks"]["priors"][1], rtol=1e-5, atol=1e-6)
 
-    for found in ranks["tasks"]:
+    for found in tasks:
         assert found["reduces"] == [[1 + layers * (1 + 2 * heads)]] * 2
-    for found in ranks["micro"]:
+    for found in micro:
         assert found["reduces"] == [[1]] * 2
-    for found in ranks["none"]:
+    for found in none:
         assert found["reduces"] == [[]] * 2
     # Nor is anything summed over ranks behind the accelerator's back.
-    for with_balance, without in zip(ranks["tasks"] + ranks["micro"], ranks["none"] * 2, strict=True):
+    for with_balance, without in zip(tasks + micro, none * 2, strict=True):
         more = [len(a) - len(b) for a, b in zip(with_balance["all_reduces"], without["all_reduces"], strict=True)]
         assert all(extra <= 1 for extra in more), more
 
 
-@pytest.mark.parametrize("stage", [None, 2, 3])
-def test_logs_and_counts_are_those_of_one_process(alone, start, tmp_path, stage):
-    if stage is not None:
-        pytest.importorskip("deepspeed")
-    rest = {"max_steps": 2, "stage": stage}
-    cases = [
-        case("logs-z", uneven_rows() + uneven_rows(seed=1), "z", **rest),
-        case("logs-switch", twice(uneven_rows()) * 2, "switch", **rest),
-    ]
-    ranks = launch(tmp_path / "run", start, cases, 2)
-    for name, found in ranks.items():
-        expected = alone[name]
+@pytest.mark.parametrize("strategy", STAGES)
+def test_logs_and_counts_are_those_of_one_process(alone, ranks, strategy):
+    require_deepspeed(strategy)
+    for name in ("logs-z", "logs-switch"):
+        expected, found = alone[name], ranks[f"{strategy}.{name}"]
         assert len(expected["logs"]) == 2
         assert all(counts["rows"] == 8 and counts["tokens"] > 0 for counts in expected["seen"].values())
         for rank in found:

@@ -1,6 +1,7 @@
 """A run killed by SIGKILL at any moment goes on from the newest complete checkpoint as if nothing had happened."""
 
 import json
+import os
 import random
 import re
 import time
@@ -46,11 +47,19 @@ def assert_complete(checkpoint):
     json.loads((checkpoint / "rlora_state.json").read_text())
 
 
+def checkpoints_in(staging):
+    """Names of the checkpoints that are being written; the folder comes and goes meanwhile."""
+    try:
+        return {name for name in os.listdir(staging) if name.startswith("checkpoint-")}
+    except FileNotFoundError:
+        return set()
+
+
 def wait_for_write(run, staging, skipped):
     """Wait until a checkpoint is being written, after `skipped` others; or until the run ends."""
     seen = set()
     while not run.ended():
-        seen |= {path.name for path in staging.glob("checkpoint-*")}
+        seen |= checkpoints_in(staging)
         if len(seen) > skipped:
             return
         time.sleep(0.0005)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlora_trl.kernels import fused, fused_multihead, keep_mask
 from rlora_trl.kernels.rank_space import Layout
@@ -45,7 +47,8 @@ def poisoned_allocations(monkeypatch):
 
         def poisoned(*args, real=real, **kwargs):
             tensor = real(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            fits = tensor.is_floating_point() and not tensor.requires_grad  # checkpointing has one that requires it
+            return tensor.fill_(float("nan")) if fits else tensor
 
         monkeypatch.setattr(torch, name, poisoned)
 
@@ -230,7 +233,7 @@ def test_saved_for_backward(routed, dropout):
     size_of_element = tensors["x"].element_size()
     saved_bytes = sum(t.numel() * t.element_size() for t in saved)
     layout = Layout(num_heads, r, routed, anchored=True)
-    columns, mixture = fused.DeltaSpec(layout, 1.0).widths(torch.device(DEVICE))
+    columns, mixture = fused.widths(layout, torch.device(DEVICE))
     assert columns >= 2 * r + num_heads * routed
     assert saved_bytes == size_of_element * (tokens * (d_in + columns) + columns * d_in + mixture * d_out)
 
@@ -265,6 +268,64 @@ def test_inference_with_packed_weights(anchored, routed, tokens):
     written = base.clone()
     assert packed.apply(x, written, inplace=True) is written
     torch.testing.assert_close(written, base + expected)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
+def test_a_seed_in_memory_makes_the_masks_of_its_number(seed):
+    layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
+    P, dZ = torch.randn(67, 11, device=DEVICE), torch.randn(67, 16, device=DEVICE)
+    in_memory = torch.tensor(seed, device=DEVICE)
+    options = {"dropout": 0.3}
+    Z = ops.mix(P, 16, layout, seed=seed, **options)
+    assert torch.equal(ops.mix(P, 16, layout, seed=in_memory, **options), Z)
+    assert not torch.equal(ops.mix(P, 16, layout, seed=in_memory + 1, **options), Z)
+    expected = ops.mix_backward(P, dZ, layout, seed=seed, **options)
+    for actual, wanted in zip(ops.mix_backward(P, dZ, layout, seed=in_memory, **options), expected, strict=True):
+        # Two kernels, compiled apart, may add in another order; another mask is far away.
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_parameters_lie_as_the_parameters_do():
+    """The gradient of B is made in another order; optimizers that run over flat memory need this one."""
+    tensors = make((3, 4, 13, 17, 67), torch.float32)
+    for _ in range(2):  # the second is added to the first
+        fused_multihead(**tensors).square().sum().backward()
+    for name in ("A", "B", "router"):
+        assert tensors[name].grad.stride() == tensors[name].stride(), name
+    once = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    fused_multihead(**once).square().sum().backward()
+    torch.testing.assert_close(tensors["B"].grad, 2 * once["B"].grad)
+
+
+class _CountedProducts(TorchDispatchMode):
+    """Counts the matrix products with as many output columns as a layer has."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.count = columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.count += func.overloadpacket in products and result.shape[-1] == self.columns
+        return result
+
+
+@pytest.mark.parametrize("mode", ["alone", "base", "weight"])
+def test_a_recomputation_leaves_out_the_output_that_nobody_needs(mode):
+    """As for a plain frozen layer at the end of a checkpointed block, whose product is not run a second time."""
+    tensors = make((3, 4, 13, 17, 67), torch.float32)
+    extra = {} if mode == "alone" else {mode: torch.randn((67, 17) if mode == "base" else (17, 13), device=DEVICE)}
+    y = torch.utils.checkpoint.checkpoint(lambda: fused_multihead(**tensors, **extra), use_reentrant=False)
+    names = ("x", "A", "B", "router")
+    expected = torch.autograd.grad(
+        fused_multihead(**tensors, **extra).square().sum(), [tensors[name] for name in names]
+    )
+    with _CountedProducts(columns=17) as counted:
+        actual = torch.autograd.grad(y.square().sum(), [tensors[name] for name in names])
+    assert counted.count == 0
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_errors(monkeypatch):

@@ -1,0 +1,35 @@
+"""`RLoraSFTConfig(torch_compile=True)`: a training run is what it is without, and its adapters don't cut the graph."""
+
+import pytest
+import torch
+import torch._dynamo
+from test_trainer import losses, make_trainer
+from torch._dynamo.utils import counters
+
+from rlora_trl import RLoraConfig
+
+
+def run(model_folders, folder, **kwargs):
+    torch._dynamo.reset()
+    counters.clear()
+    # One length, so that there is one shape to compile for.
+    options = {"max_steps": 3, "balance_loss": "switch", "balance_coef": 0.1, "pad_to_multiple_of": 64}
+    # The masks of a compiled run come from another generator.
+    config = RLoraConfig(head_dropout=0.0, router_init="kaiming_uniform")
+    trainer = make_trainer(model_folders, folder, peft_config=config, **options, **kwargs)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.slow
+def test_same_losses_and_records(model_folders, tmp_path):
+    plain = run(model_folders, tmp_path / "plain")
+    compiled = run(model_folders, tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    for key in ("balance_loss", "router_entropy", "head_load_max"):
+        wanted = [entry[key] for entry in plain.state.log_history if key in entry]
+        found = [entry[key] for entry in compiled.state.log_history if key in entry]
+        assert len(found) == 3 and found == pytest.approx(wanted, rel=1e-3), key
+    assert counters["stats"]["unique_graphs"] > 0
+    # TRL's loss in chunks writes to slices; nothing else cuts the graph.
+    assert all("`out=`" in reason for reason in counters["graph_break"]), list(counters["graph_break"])
