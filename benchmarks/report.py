@@ -128,10 +128,11 @@ def compiled_table(rows: list[Row]) -> str:
 
 
 def growth_run(rows: list[Row]) -> list[Row]:
-    """The rows of the run that measured most depths of one shape; empty if none measured two."""
-    timed = [row for row in rows if row.get("median_ms") and not _compiled(row)]
-    runs = [run for run in by_run(timed) if len({row["layers"] for row in run}) > 1]
-    return max(runs, key=lambda run: len({row["layers"] for row in run}), default=[])
+    """The rows of forms that were measured at several depths of one shape, the last of each; times, not ratios."""
+    rows = chosen(rows, shape=MAIN_SHAPE, base="bfloat16", setting="8x2048")
+    timed = [row for row in rows if row.get("median_ms") and row.get("started") and not _compiled(row)]
+    last = {(row["variant"], row["layers"]): row for row in timed}
+    return [row for row in last.values() if sum(name == row["variant"] for name, _ in last) > 1]
 
 
 def growth_table(rows: list[Row]) -> str:
@@ -163,7 +164,7 @@ def layer_table(rows: list[Row], name: str, value: str = "forward_backward_ms") 
 def decode_table(rows: list[Row]) -> str:
     """Milliseconds and tokens per second of a decoding step."""
     lines = []
-    for run in by_run([row for row in rows if row.get("median_ms")]):
+    for run in by_run([row for row in rows if row.get("median_ms") and row["family"] != "floor"]):
         times = {(row["variant"], row["batch"]): row["median_ms"] for row in run}
         for row in run:
             ms = row["median_ms"]

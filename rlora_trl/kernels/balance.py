@@ -126,7 +126,7 @@ def tally_of(ticket: torch.Tensor) -> RoutingTally:
     tally = _tallies.get(serial)
     if tally is None:
         raise RuntimeError(
-            f"The routing tally {serial} that a compiled forward pass was to report to is gone. Keep it until the "
+            f"The routing tally {serial} that a backward pass was to report to is gone. Keep it until the "
             "backward pass is over."
         )
     return tally

@@ -1,8 +1,8 @@
 """The multi-head delta as one autograd function around its matrix products.
 
 Forward, over T tokens: P = x down^T, Z = mix(P), y = y0 + Z up^T. Saved for backward: x, P, the packed weights and a
-seed. Backward: dZ = dy up, (Z, dP) = mix_backward(P, dZ), dup = dy^T Z, ddown = dP^T x, dx = dP down. See README.md
-for the derivation.
+seed. Backward: dZ = dy up, (heads, dP) = mix_backward(P, dZ), dB = dy^T heads, ddown = dP^T x, dx = dP down. See
+README.md for the derivation.
 
 Where the layer is a plain `torch.nn.Linear`, its own product joins in: y = Z up^T is written first, and x W^T is
 accumulated onto it (backward likewise: dP down first, then dy W). A compute-bound product reads what it accumulates
@@ -367,6 +367,22 @@ def fused_multihead(
         raise ValueError("Give `base` (the layer's output) or `weight` (to compute it here), not both.")
     if router is not None and logits is not None:
         raise ValueError("Give `router` or `logits` (which take its place), not both.")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.compiler.is_compiling():
+        from .library import compiled_multihead  # which is built on this module
+
+        return compiled_multihead(
+            *(x, A, B, router, anchor_A, anchor_B),
+            base=base,
+            weight=weight,
+            scaling=scaling,
+            dropout=dropout,
+            seed=seed,
+            logits=logits,
+            top_k=top_k,
+            probe=probe,
+        )
     spec = DeltaSpec(
         layout=rank_space.layout_of(
             *(A, B), routed=router is not None or logits is not None, anchor_A=anchor_A, top_k=top_k

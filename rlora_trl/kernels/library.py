@@ -50,7 +50,7 @@ def _define(name: str, schema: str, run: Callable, fake: Callable, tags: tuple =
 
 
 def _mix(P: torch.Tensor, seed: torch.Tensor | None, dropout: float, z_width: int, *layout: Any) -> torch.Tensor:
-    return backend(P.device, P.dtype).mix(P, z_width, Layout(*layout), dropout=dropout, seed=seed)
+    return backend(P.device, P.dtype).mix(P.contiguous(), z_width, Layout(*layout), dropout=dropout, seed=seed)
 
 
 def _mix_fake(P: torch.Tensor, seed: torch.Tensor | None, dropout: float, z_width: int, *layout: Any) -> torch.Tensor:
@@ -73,7 +73,11 @@ def _mix_recorded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     partials = _partials(P, layout[0])
     Z = backend(P.device, P.dtype).mix(
-        *(P, z_width, Layout(*layout)), dropout=dropout, seed=seed, partials=partials, token_mask=token_mask
+        *(P.contiguous(), z_width, Layout(*layout)),
+        dropout=dropout,
+        seed=seed,
+        partials=partials,
+        token_mask=token_mask,
     )
     return Z, partials
 
@@ -99,7 +103,11 @@ def _mix_backward(
     *layout: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return backend(P.device, P.dtype).mix_backward(
-        *(P, dZ, Layout(*layout)), scaling=scaling, heads_width=heads_width, dropout=dropout, seed=seed
+        *(P.contiguous(), dZ.contiguous(), Layout(*layout)),
+        scaling=scaling,
+        heads_width=heads_width,
+        dropout=dropout,
+        seed=seed,
     )
 
 
@@ -132,7 +140,7 @@ def _mix_backward_recorded(
     ops, columns = backend(P.device, P.dtype), Layout(*layout)
     slope = LayerProbe(tally_of(ticket), row, token_mask).close(ops, partials, columns)
     return ops.mix_backward(
-        *(P, dZ, columns),
+        *(P.contiguous(), dZ.contiguous(), columns),
         scaling=scaling,
         heads_width=heads_width,
         dropout=dropout,

@@ -1,4 +1,4 @@
-"""The multi-head delta composed of PyTorch's own operations, for autograd and `torch.compile` to take apart.
+"""The multi-head delta composed of PyTorch's own operations, for autograd to take apart.
 
 With h = A x, h0 = A0 x and the weights w of the router, equation 4 of the R-LoRA paper (arXiv 2502.15455) reads
 

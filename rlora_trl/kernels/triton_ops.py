@@ -14,6 +14,8 @@ from .dropout import mask_parameters
 from .rank_space import Layout
 
 
+# Older versions launch a compiled kernel without the constants that it was compiled for.
+_TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 # Tokens of one program of the kernels that only mix. The tiles are a few registers wide, so that this only sets how
 # many programs there are.
 _BLOCK_T = 64
@@ -40,6 +42,7 @@ class _Variant:
     def __init__(self, kernel: Any, constants: tuple) -> None:
         self.kernel, self.constants = kernel, constants
         self.compiled: dict[tuple, Any] = {}
+        self.passed = constants if _TAKES_CONSTANTS else ()
 
     def launch(
         self, programs: int, tensors: tuple[torch.Tensor, ...], numbers: tuple = (), aligned: bool = True
@@ -61,7 +64,7 @@ class _Variant:
         key = (device.index, *[tensor.dtype for tensor in tensors])
         compiled = self.compiled.get(key) if aligned else None
         if compiled is not None:
-            compiled[grid](*[tensor.data_ptr() for tensor in tensors], *numbers, *self.constants)
+            compiled[grid](*[tensor.data_ptr() for tensor in tensors], *numbers, *self.passed)
             return None
         compiled = self.kernel[grid](*tensors, *numbers, *self.constants)
         if aligned and compiled is not None:  # the interpreter compiles nothing

@@ -236,16 +236,13 @@ class MultiHeadAdapter(nn.Module):
 
     def _tensors(self) -> AdapterTensors:
         """With the router where it is a matrix for the input, which that of tasks is not."""
-        # Straight from the dictionary: `nn.Module` looks attributes up in Python, which counts where steps are short.
-        own: Any = self._parameters
         routed = self.router_kind != "task" and self.fixed_logits is None
-        return own["A"], own["B"], own["router"] if routed else None, own.get("A0"), own.get("B0")
+        return self.A, self.B, self.router if routed else None, self.A0, self.B0
 
     def _layout(self) -> Layout:
         """The columns of the projections: with logits where a router or a fixed mixture gives them."""
-        own: Any = self._parameters
         routed = self.router_kind != "uniform" or self.fixed_logits is not None
-        return Layout(self.num_heads, self.r, routed, own.get("A0") is not None, self.share_a, self._top_k())
+        return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, self._top_k())
 
     def _top_k(self) -> int:
         return self.top_k if self.fixed_logits is None else 0

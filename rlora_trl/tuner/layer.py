@@ -40,8 +40,9 @@ def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """
     if type(layer) is not nn.Linear or not x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    weight = layer._parameters["weight"]
-    if type(weight) is not nn.Parameter or weight.requires_grad or layer._parameters["bias"] is not None:
+    own = layer._parameters  # `nn.Module` looks attributes up in Python; and what is no parameter is not joined
+    weight = own.get("weight")
+    if type(weight) is not nn.Parameter or weight.requires_grad or own.get("bias") is not None:
         return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     whole = weight.dtype == dtype and weight.ndim == 2 and weight.device == x.device and "ds_id" not in vars(weight)

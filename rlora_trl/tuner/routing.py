@@ -97,7 +97,7 @@ class Routing:
     @seed.setter
     def seed(self, seed: int | None) -> None:
         self._seed = seed
-        self.seed_tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64)
+        self.seed_tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
 
     def number_layer(self) -> int:
         """A number for each of the layers that share this, in the order in which they are made."""

@@ -328,6 +328,20 @@ def test_a_recomputation_leaves_out_the_output_that_nobody_needs(mode):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mode", ["alone", "base", "weight"])
+def test_autocast(mode):
+    tensors = make((3, 4, 13, 17, 67), torch.float32)
+    extra = {}
+    if mode != "alone":
+        extra[mode] = torch.randn((67, 17) if mode == "base" else (17, 13), device=DEVICE, dtype=torch.bfloat16)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = fused_multihead(**tensors, **extra)
+    expected = fused_multihead(**{**tensors, "x": tensors["x"].bfloat16()}, **extra)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.float().square().sum().backward()
+    assert tensors["x"].grad.dtype == tensors["A"].grad.dtype == torch.float32
+
+
 def test_errors(monkeypatch):
     tensors = make((3, 4, 13, 17, 9), torch.float32)
     with pytest.raises(ValueError, match="not both"):

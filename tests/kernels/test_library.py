@@ -257,6 +257,29 @@ def test_compiled_model(router, reentrant):
     assert torch.__version__.startswith("2.6") or known[3:] == [2, 2]
 
 
+def test_fused_function_can_be_compiled():
+    """It has another form for that, which the compiler can trace."""
+    x, A, B = torch.randn(5, 12, requires_grad=True), torch.randn(4, 12), torch.randn(3, 7, 4)
+    weight = torch.randn(7, 12)
+    compiled = torch.compile(lambda x: fused_multihead(x, A, B, weight=weight), backend="aot_eager", fullgraph=True)
+    expected = fused_multihead(x, A, B, weight=weight)
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (compiled(x), expected)))
+
+
+def test_operators_take_any_strides():
+    """Kernels read rows that are side by side; a gradient that was expanded has none."""
+    layout = Layout(3, 4, anchored=False)
+    P = torch.randn(5, 9)[:, 1:-1].requires_grad_(True)  # 4 + 3 columns
+    whole = P.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
+    outputs = [library.mix(p, None, 0.0, 12, *layout) for p in (P, whole)]
+    assert torch.equal(*outputs)
+    gradients = [torch.autograd.grad(y.sum(), p)[0] for y, p in zip(outputs, (P, whole), strict=True)]
+    expected = torch.autograd.grad((rank_space.mix(whole, 12, layout) * torch.ones(5, 12)).sum(), whole)[0]
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_has_the_same_masks(reentrant):
     """Without routers and anchors the net is linear in the heads of a layer, given the masks."""
