@@ -36,6 +36,14 @@ def _frozen():
     gc.freeze()
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Forget what `torch.compile` made of the same code in earlier tests, which counts towards its limit."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

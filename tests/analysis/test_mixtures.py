@@ -209,9 +209,10 @@ def one_head_only(model, ids, head, **kwargs):
     return logits(other, ids, **kwargs)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_fixed_mixtures_in_every_path(router):
-    """Weight one on one head is that head; in the packed, the fused and the composed path, and restored after."""
+    """Weight one on one head is that head; in the packed, the fused and the compiled path, and restored after."""
     model, ids = adapted(**ROUTERS[router]), random_ids(2, 40)
     layers = adapted_layers(model, "default")
     before = logits(model, ids)
@@ -226,7 +227,7 @@ def test_fixed_mixtures_in_every_path(router):
             x = torch.randn(5, adapter.in_features)
             told = adapter.mixture(x)
             if router in ("softmax", "top_k"):
-                compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)(x)  # the composed path
+                compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)(x)
                 assert error(compiled, adapter(x)) <= 1e-5
         for got in (packed, fused):
             assert torch.isfinite(got).all()

@@ -461,6 +461,7 @@ def test_whole_model_in_half_precision(model_folders, dtype):
     assert (actual.float() - expected).norm() / expected.norm() < 0.05
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("position", ["head", "input"])
 def test_compiles_without_a_graph_break(position):
     """Several steps, since the second is where numbers that change become symbols."""

@@ -182,6 +182,7 @@ def test_a_uniform_router_with_an_a_for_each_head_merges(model_folders):
     torch.testing.assert_close(logits(model.merge_and_unload(), random_ids()), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("router", ["top_k", "task", "own_a"])
 def test_compiled_adapter_has_no_graph_break(router):
     from rlora_trl.tuner import Routing
