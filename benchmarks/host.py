@@ -11,29 +11,21 @@ import time
 from pathlib import Path
 
 import torch
-from common import Variant, environment, ours, write_row
-from torch import nn
+from common import DEVICE, Variant, environment, ours, synchronize, write_row
+from layer import Layer
 
 
 CALLS = 20
 
 
-def layer_of(variant: Variant) -> nn.Module:
-    """One layer with a variant's adapter, named as the variants expect."""
-    holder = nn.Module()
-    holder.gate_proj = nn.Linear(256, 512, bias=False, device="cuda", dtype=torch.bfloat16)
-    wrapped = variant.wrap(holder)
-    return next(m for n, m in wrapped.named_modules() if n.endswith("gate_proj")).train()
-
-
-def turn(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[float, float]:
+def turn(case: Layer) -> tuple[float, float]:
     """Microseconds of a call's forward and backward pass, from the start of an idle GPU's queue."""
-    torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        outputs = [layer(x) for _ in range(CALLS)]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        outputs = [case.layer(case.x) for _ in range(CALLS)]
     middle = time.perf_counter()
-    torch.autograd.backward(outputs, [upstream] * CALLS)
+    torch.autograd.backward(outputs, [case.upstream] * CALLS)
     end = time.perf_counter()
     return (middle - start) / CALLS * 1e6, (end - middle) / CALLS * 1e6
 
@@ -51,13 +43,11 @@ def main() -> None:
         Variant("PEFT LoRA r=10, dropout 0.2", "lora", r=10, dropout=0.2),
         Variant("PEFT LoRA r=10, 16-bit adapter", "lora_16bit", r=10),
     ]
-    layers = [layer_of(variant) for variant in variants]
-    x = torch.randn(1, 64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.randn(1, 64, 512, device="cuda", dtype=torch.bfloat16)
+    cases = [Layer(variant, "gate_proj", (256, 512), tokens=64) for variant in variants]
     times: list[list[tuple[float, float]]] = [[] for _ in variants]
     for _ in range(args.repeats):
-        for layer, found in zip(layers, times, strict=True):
-            found.append(turn(layer, x, upstream))
+        for case, found in zip(cases, times, strict=True):
+            found.append(turn(case))
     for variant, found in zip(variants, times, strict=True):
         forward, backward = (min(column) for column in zip(*found, strict=True))
         row = {"variant": variant.name, "family": variant.family, "num_heads": variant.num_heads, "r": variant.r}

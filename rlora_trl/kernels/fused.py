@@ -130,6 +130,13 @@ def pack_weights(
     )
 
 
+def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """A buffer for the partial sums of `rank_space.statistics` that `mix` makes of P `[T, K]`."""
+    rows = backend(P.device, P.dtype).statistics_rows(P.shape[0])
+    wide = torch.promote_types(P.dtype, torch.float32)
+    return torch.empty(rows, layout.statistics_columns, dtype=wide, device=P.device)
+
+
 class _Call:
     """What [`_MultiHeadDelta`] takes besides tensors with gradients, and what it leaves to do."""
 
@@ -172,8 +179,7 @@ class _MultiHeadDelta(torch.autograd.Function):
             rank_space.logits_of(P, layout).copy_(logits)
         partials, token_mask = None, None
         if probe is not None:
-            shape = (ops.statistics_rows(P.shape[0]), layout.statistics_columns)
-            partials = torch.empty(shape, dtype=torch.promote_types(P.dtype, torch.float32), device=P.device)
+            partials = new_partials(P, layout)
             token_mask = probe.token_mask
         call.up = up
         call.Z = ops.mix(

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from . import rank_space
 from .balance import LayerProbe, report, tally_of
-from .fused import backend, mm_wide, padded, widths
+from .fused import backend, mm_wide, new_partials, padded, widths
 from .rank_space import Layout
 
 
@@ -57,12 +57,6 @@ def _mix_fake(P: torch.Tensor, seed: torch.Tensor | None, dropout: float, z_widt
     return P.new_empty(P.shape[0], z_width)
 
 
-def _partials(P: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """A buffer for partial sums of `rank_space.statistics`."""
-    rows = backend(P.device, P.dtype).statistics_rows(P.shape[0])
-    return P.new_empty(rows, 3 + 3 * num_heads, dtype=torch.promote_types(P.dtype, torch.float32))
-
-
 def _mix_recorded(
     P: torch.Tensor,
     token_mask: torch.Tensor | None,
@@ -71,7 +65,7 @@ def _mix_recorded(
     z_width: int,
     *layout: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    partials = _partials(P, layout[0])
+    partials = new_partials(P, Layout(*layout))
     Z = backend(P.device, P.dtype).mix(
         *(P.contiguous(), z_width, Layout(*layout)),
         dropout=dropout,
@@ -90,7 +84,7 @@ def _mix_recorded_fake(
     z_width: int,
     *layout: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return P.new_empty(P.shape[0], z_width), _partials(P, layout[0])
+    return P.new_empty(P.shape[0], z_width), new_partials(P, Layout(*layout))
 
 
 def _mix_backward(

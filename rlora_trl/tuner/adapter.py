@@ -217,7 +217,7 @@ class MultiHeadAdapter(nn.Module):
             self.dropout if masked else 0.0,
             self._draw_seed() if masked else None,
             inplace and base is not None and base.is_contiguous(),
-            self._probe(x) if routing.tally is not None else None,
+            self._probe(x),
         )
         return fused_delta(x, *self._tensors(), logits, base, weight, spec)
 
