@@ -37,7 +37,12 @@ def mask_parameters(seed: int, p: float) -> tuple[int, int, int]:
     value = ((value ^ (value >> 30)) * _SPLITMIX_MULTIPLIERS[0]) & _MASK64
     value = ((value ^ (value >> 27)) * _SPLITMIX_MULTIPLIERS[1]) & _MASK64
     value ^= value >> 31
-    return value & _MASK32, value >> 32, round(p * 2**32)
+    return value & _MASK32, value >> 32, mask_threshold(p)
+
+
+def mask_threshold(p: float) -> int:
+    """What the 32 bits of an element that is kept reach."""
+    return round(p * 2**32)
 
 
 def _tensor_keys(seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,4 +118,4 @@ def keep_mask(
         first, second, _ = mask_parameters(seed, p)
     # Two rounds: after one, the masks of two seeds would be one sequence read in different orders.
     bits = _mix32(_mix32((index + first) & _MASK32) ^ second)
-    return (bits >= round(p * 2**32)).view(shape)
+    return (bits >= mask_threshold(p)).view(shape)

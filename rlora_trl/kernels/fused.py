@@ -140,13 +140,20 @@ def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
 class _Call:
     """What [`_MultiHeadDelta`] takes besides tensors with gradients, and what it leaves to do."""
 
-    __slots__ = ("Z", "anchors", "spec", "up", "weight")
+    __slots__ = ("Z", "anchors", "packed", "spec", "tokens", "up", "weight")
 
     Z: torch.Tensor
+    tokens: torch.Tensor
     up: torch.Tensor
 
-    def __init__(self, spec: DeltaSpec, weight: torch.Tensor | None, anchors: tuple) -> None:
-        self.spec, self.weight, self.anchors = spec, weight, anchors
+    def __init__(
+        self,
+        spec: DeltaSpec,
+        weight: torch.Tensor | None,
+        anchors: tuple[torch.Tensor | None, torch.Tensor | None],
+        packed: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        self.spec, self.weight, self.anchors, self.packed = spec, weight, anchors, packed
 
 
 class _MultiHeadDelta(torch.autograd.Function):
@@ -156,6 +163,8 @@ class _MultiHeadDelta(torch.autograd.Function):
     Checkpointing (the kind that is not reentrant) stops a recomputation when the last tensor is saved, and the tensors
     of a function are saved when its forward pass ends. The last product of a block, which only y needs, is left out
     so, as it is for a plain layer.
+
+    Short steps wait for the host, so what it does here is counted: a view costs it as much as a fifth of a product.
     """
 
     @staticmethod
@@ -171,17 +180,18 @@ class _MultiHeadDelta(torch.autograd.Function):
         call: _Call,
     ) -> torch.Tensor:
         spec = call.spec
-        ops, layout, probe = backend(x.device, x.dtype), spec.layout, spec.probe
-        anchor_A, anchor_B = call.anchors
-        down, up = pack_weights(A, B, router, anchor_A, anchor_B, spec, x.dtype)
-        P = torch.mm(x.reshape(-1, x.shape[-1]), down.T)  # [T, K]
+        layout, probe = spec.layout, spec.probe
+        ops = backend(x.device, x.dtype)
+        down, up = call.packed or pack_weights(A, B, router, *call.anchors, spec, x.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        P = torch.mm(tokens, down.T)  # [T, K]
         if logits is not None:
             rank_space.logits_of(P, layout).copy_(logits)
         partials, token_mask = None, None
         if probe is not None:
             partials = new_partials(P, layout)
             token_mask = probe.token_mask
-        call.up = up
+        call.tokens, call.up = tokens, up
         call.Z = ops.mix(
             *(P, up.shape[1], layout),
             dropout=spec.dropout,
@@ -192,8 +202,9 @@ class _MultiHeadDelta(torch.autograd.Function):
         # The packed weights are small and do not grow with the tokens. Kept, they need not be made again, and the
         # backward pass does not depend on parameters that DeepSpeed or FSDP may have taken away by then.
         ctx.save_for_backward(x, P, call.weight, down, up, partials)
-        ctx.spec, ctx.has_base, ctx.shape_A = spec, base is not None, A.shape
-        ctx.dtypes = tuple([None if tensor is None else tensor.dtype for tensor in (A, B, router, logits)])
+        ctx.spec, ctx.ops, ctx.has_base = spec, ops, base is not None
+        ctx.shape_A = A.shape
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (A, B, router, logits)]
         if base is not None and spec.inplace:
             ctx.mark_dirty(base)
             return base
@@ -205,10 +216,10 @@ class _MultiHeadDelta(torch.autograd.Function):
         x, P, weight, down, up, partials = ctx.saved_tensors
         spec: DeltaSpec = ctx.spec
         need_base, need_x, need_A, need_B, need_router, need_logits, _ = ctx.needs_input_grad
-        ops, layout, probe = backend(x.device, x.dtype), spec.layout, spec.probe
-        tokens, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        ops, layout, probe = ctx.ops, spec.layout, spec.probe
         dx = dA = dB = drouter = dlogits = None
         if need_x or need_A or need_B or need_router or need_logits:
+            dy2 = dy.reshape(-1, dy.shape[-1])
             heads, dP = ops.mix_backward(
                 *(P, torch.mm(dy2, up), layout),
                 scaling=spec.scaling,
@@ -218,16 +229,19 @@ class _MultiHeadDelta(torch.autograd.Function):
                 slope=None if probe is None else probe.close(ops, partials, layout),
                 token_mask=None if probe is None else probe.token_mask,
             )
+            dtype_A, dtype_B, dtype_router, dtype_logits = ctx.dtypes
             if need_B:
-                dB = rank_space.unpack_heads(mm_wide(dy2.T, heads), layout).to(ctx.dtypes[1])
+                dB = _as(rank_space.unpack_heads(mm_wide(dy2.T, heads), layout), dtype_B)
             if need_A or need_router:
-                ddown = mm_wide(dP.T, tokens)  # [K, d_in]
+                ddown = mm_wide(dP.T, x.reshape(-1, x.shape[-1]))  # [K, d_in]
                 start, num_heads = rank_space.h_columns(layout), layout.num_heads
-                dA = ddown[:start].to(ctx.dtypes[0]).view(ctx.shape_A) if need_A else None
+                if need_A:
+                    dA = _as(ddown[:start], dtype_A)
+                    dA = dA if layout.shared else dA.view(ctx.shape_A)
                 if need_router:
-                    drouter = ddown[start : start + num_heads].to(ctx.dtypes[2])
+                    drouter = _as(ddown[start : start + num_heads], dtype_router)
             if need_logits:
-                dlogits = rank_space.logits_of(dP, layout).to(ctx.dtypes[3])
+                dlogits = _as(rank_space.logits_of(dP, layout), dtype_logits)
             if need_x:
                 dx = torch.mm(dP, down)
                 if weight is not None:
@@ -235,6 +249,11 @@ class _MultiHeadDelta(torch.autograd.Function):
                 dx = dx.view_as(x)
         dbase = dy if ctx.has_base and need_base else None
         return dbase, dx, dA, dB, drouter, dlogits, None
+
+
+def _as(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`gradient.to(dtype)`; without the call, which costs the host a microsecond, where there is nothing to do."""
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def fused_delta(
@@ -248,16 +267,21 @@ def fused_delta(
     base: torch.Tensor | None,
     weight: torch.Tensor | None,
     spec: DeltaSpec,
+    packed: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[`fused_multihead`] for those who have made a [`DeltaSpec`]; `spec.inplace` needs a contiguous `base`."""
-    call = _Call(spec, weight, (anchor_A, anchor_B))
+    """
+    [`fused_multihead`] for those who have made a [`DeltaSpec`]; `spec.inplace` needs a contiguous `base`.
+
+    `packed` may be what [`pack_weights`] makes of the parameters, if that is known.
+    """
+    call = _Call(spec, weight, (anchor_A, anchor_B), packed)
     y = _MultiHeadDelta.apply(base, x, A, B, router, logits, call)
     with torch.no_grad():
         d_out = y.shape[-1]
         rows = y.view(-1, d_out)
         if weight is not None:
             torch.mm(call.Z, call.up.T, out=rows)
-            rows.addmm_(x.reshape(-1, x.shape[-1]), weight.T)
+            rows.addmm_(call.tokens, weight.T)
         elif base is None:
             torch.mm(call.Z, call.up.T, out=rows)
         elif spec.inplace:

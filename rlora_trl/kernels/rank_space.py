@@ -9,11 +9,17 @@ A has r rows if all heads share it and N r otherwise, and so has A0; then B0 is 
 `up` is [B_i - B0_i] / N for each head.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from .dropout import keep_mask
+
+
+# A, B, router, A0, B0
+AdapterTensors: TypeAlias = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
 
 
 # Functions beside the properties of `Layout`: in torch 2.6 `torch.compile` can't read properties of a named tuple.
@@ -410,6 +416,39 @@ def pack(
     if up_columns > ups.shape[1]:
         ups = torch.nn.functional.pad(ups, (0, up_columns - ups.shape[1]))
     return down, ups
+
+
+def addresses_of(layers: list[AdapterTensors]) -> torch.Tensor | None:
+    """What a kernel needs to know of where tensors are; here nothing."""
+    return None
+
+
+def pack_layers(
+    layers: list[AdapterTensors],
+    addresses: torch.Tensor | None,
+    layout: Layout,
+    *,
+    scaling: float,
+    dtype: torch.dtype,
+    down_rows: int,
+    up_columns: int,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    [`pack`] for layers of the same sizes.
+
+    Args:
+        layers (`list[AdapterTensors]`): Contiguous tensors of each.
+        addresses (`torch.Tensor`, *optional*): [`addresses_of`] the layers.
+
+    The other arguments are those of [`pack`].
+
+    Returns:
+        `list[tuple[torch.Tensor, torch.Tensor]]`: `down` and `up` of each layer.
+    """
+    return [
+        pack(*tensors, layout, scaling=scaling, dtype=dtype, down_rows=down_rows, up_columns=up_columns)
+        for tensors in layers
+    ]
 
 
 def unpack_heads(dheads: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -17,16 +17,18 @@ def _mix32(v):
 
 
 @triton.jit
-def _keys(first, second, seed_ptr, SEED_IN_MEMORY: tl.constexpr):
-    """The two keys of a mask: as given, or made from a seed in memory as `dropout.mask_parameters` makes them."""
+def _keys(low, high, seed_ptr, SEED_IN_MEMORY: tl.constexpr):
+    """The two keys of a mask, as `dropout.mask_parameters` makes them from a seed: in two halves, or in memory."""
     if SEED_IN_MEMORY:
-        value = tl.load(seed_ptr).to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
-        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
-        value = (value ^ (value >> 27)) * 0x94D049BB133111EB
-        value = value ^ (value >> 31)
-        return value.to(tl.uint32), (value >> 32).to(tl.uint32)
+        seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     else:
-        return first.to(tl.uint32, bitcast=True), second.to(tl.uint32, bitcast=True)
+        upper = high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
+        seed = upper | low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    value = seed + 0x9E3779B97F4A7C15
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB
+    value = value ^ (value >> 31)
+    return value.to(tl.uint32), (value >> 32).to(tl.uint32)
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def _store_statistics(target, logits, w, p, log_z, counted, heads, N: tl.constex
     tl.store(target + 3 + 2 * N + heads, tl.sum(tl.where(counts[:, None], w, 0.0), axis=0), mask=heads < N)
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold", "keep_scale"])
+@triton.jit(do_not_specialize=["tokens", "low", "high", "threshold", "keep_scale"])
 def mix_kernel(
     p_ptr,
     z_ptr,
@@ -100,8 +102,8 @@ def mix_kernel(
     mask_ptr,
     seed_ptr,
     tokens,
-    first,
-    second,
+    low,
+    high,
     threshold,
     keep_scale,
     K: tl.constexpr,
@@ -124,7 +126,7 @@ def mix_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < tokens
     if DROPOUT:
-        first, second = _keys(first, second, seed_ptr, SEED_IN_MEMORY)
+        first, second = _keys(low, high, seed_ptr, SEED_IN_MEMORY)
     columns = tl.arange(0, R2)
     heads = tl.arange(0, N2)
     inside = row_mask[:, None] & (columns < R)[None, :]
@@ -172,7 +174,7 @@ def mix_kernel(
         tl.store(z_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < Z)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "second", "threshold", "keep_scale", "scaling"])
+@triton.jit(do_not_specialize=["tokens", "low", "high", "threshold", "keep_scale", "scaling"])
 def mix_backward_kernel(
     p_ptr,
     dz_ptr,
@@ -182,8 +184,8 @@ def mix_backward_kernel(
     mask_ptr,
     seed_ptr,
     tokens,
-    first,
-    second,
+    low,
+    high,
     threshold,
     keep_scale,
     scaling,
@@ -209,7 +211,7 @@ def mix_backward_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < tokens
     if DROPOUT:
-        first, second = _keys(first, second, seed_ptr, SEED_IN_MEMORY)
+        first, second = _keys(low, high, seed_ptr, SEED_IN_MEMORY)
     columns = tl.arange(0, R2)
     heads = tl.arange(0, N2)
     inside = row_mask[:, None] & (columns < R)[None, :]
@@ -430,8 +432,9 @@ def project_mix_kernel(
         tl.store(z_row + pad, tl.zeros([Z2], dtype=z_ptr.dtype.element_ty), mask=pad < Z)
 
 
-@triton.jit(do_not_specialize=["scaling"])
-def pack_kernel(
+@triton.jit
+def _pack(
+    program,
     a_ptr,
     b_ptr,
     router_ptr,
@@ -455,7 +458,7 @@ def pack_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    """One program's part of packing one layer's weights."""
     H: tl.constexpr = R if SHARED else N * R
     router_end: tl.constexpr = H + N if ROUTED else H
     if program < DOWN_PROGRAMS:
@@ -496,3 +499,115 @@ def pack_kernel(
             zero = tl.zeros([BLOCK_W, Z2], dtype=up_ptr.dtype.element_ty)
             first_of_row = mask & (index % R == 0)
             tl.store(up_row[:, None] + pad[None, :], zero, mask=first_of_row[:, None] & (pad < Z)[None, :])
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def pack_kernel(
+    a_ptr,
+    b_ptr,
+    router_ptr,
+    anchor_a_ptr,
+    anchor_b_ptr,
+    down_ptr,
+    up_ptr,
+    scaling,
+    D_IN: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    DOWN_PROGRAMS: tl.constexpr,
+    DOWN_BLOCKS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    Z: tl.constexpr,
+    Z2: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ROUTER: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    _pack(
+        tl.program_id(0),
+        a_ptr,
+        b_ptr,
+        router_ptr,
+        anchor_a_ptr,
+        anchor_b_ptr,
+        down_ptr,
+        up_ptr,
+        scaling,
+        D_IN,
+        ELEMENTS,
+        DOWN_PROGRAMS,
+        DOWN_BLOCKS,
+        R,
+        N,
+        Z,
+        Z2,
+        ROUTED,
+        ROUTER,
+        ANCHORED,
+        SHARED,
+        BLOCK_D,
+        BLOCK_W,
+    )
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def pack_layers_kernel(
+    addresses_ptr,
+    a_ptr,
+    b_ptr,
+    router_ptr,
+    anchor_a_ptr,
+    anchor_b_ptr,
+    downs_ptr,
+    ups_ptr,
+    scaling,
+    PROGRAMS: tl.constexpr,
+    DOWN_SIZE: tl.constexpr,
+    UP_SIZE: tl.constexpr,
+    D_IN: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    DOWN_PROGRAMS: tl.constexpr,
+    DOWN_BLOCKS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    Z: tl.constexpr,
+    Z2: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ROUTER: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    # PROGRAMS of each layer, whose five tensors are where a row of addresses says. The pointers among the arguments,
+    # those of the first layer, only say what dtypes they have.
+    layer = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    places = addresses_ptr + layer * 5
+    _pack(
+        tl.program_id(0) % PROGRAMS,
+        tl.load(places).to(a_ptr.dtype),
+        tl.load(places + 1).to(b_ptr.dtype),
+        tl.load(places + 2).to(router_ptr.dtype),
+        tl.load(places + 3).to(anchor_a_ptr.dtype),
+        tl.load(places + 4).to(anchor_b_ptr.dtype),
+        downs_ptr + layer * DOWN_SIZE,
+        ups_ptr + layer * UP_SIZE,
+        scaling,
+        D_IN,
+        ELEMENTS,
+        DOWN_PROGRAMS,
+        DOWN_BLOCKS,
+        R,
+        N,
+        Z,
+        Z2,
+        ROUTED,
+        ROUTER,
+        ANCHORED,
+        SHARED,
+        BLOCK_D,
+        BLOCK_W,
+    )

@@ -4,14 +4,14 @@ Imported only where Triton is.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from . import triton_kernels as kernels
-from .dropout import mask_parameters
-from .rank_space import Layout
+from .dropout import mask_threshold
+from .rank_space import AdapterTensors, Layout
 
 
 # Older versions launch a compiled kernel without the constants that it was compiled for.
@@ -30,8 +30,9 @@ class _Variant:
     """
     A kernel with its constants.
 
-    Compiled kernels are kept and launched directly, with addresses in place of tensors: that costs the host a third of
-    what Triton's own look-up takes, which counts where steps are short.
+    Compiled kernels are kept and launched through their own launcher, with addresses in place of tensors: that costs
+    the host a quarter of what Triton's look-up takes, which counts where steps are short. (Profilers that hook into
+    Triton's launches see the first one only.)
 
     Args:
         kernel: The jitted function, whose parameters are tensors, then numbers that it is not specialised on, then
@@ -41,7 +42,7 @@ class _Variant:
 
     def __init__(self, kernel: Any, constants: tuple) -> None:
         self.kernel, self.constants = kernel, constants
-        self.compiled: dict[tuple, Any] = {}
+        self.compiled: dict[int, tuple] = {}  # by number of the device
         self.passed = constants if _TAKES_CONSTANTS else ()
 
     def launch(
@@ -52,23 +53,26 @@ class _Variant:
 
         Args:
             programs (`int`): Its size.
-            tensors (`tuple[torch.Tensor, ...]`), numbers (`tuple`): Arguments in order.
+            tensors (`tuple[torch.Tensor, ...]`), numbers (`tuple`): Arguments in order, of the same dtypes in all
+                launches.
             aligned (`bool`): Whether all tensors are known to start at multiples of 16 bytes, which Triton
                 specialises on.
         """
-        device = tensors[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        device = tensors[0].get_device()  # -1 for the CPU
+        if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.launch(programs, tensors, numbers, aligned)
-        grid = (programs, 1, 1)
-        key = (device.index, *[tensor.dtype for tensor in tensors])
-        compiled = self.compiled.get(key) if aligned else None
-        if compiled is not None:
-            compiled[grid](*[tensor.data_ptr() for tensor in tensors], *numbers, *self.passed)
+        known = self.compiled.get(device) if aligned else None
+        if known is not None:
+            run, function, metadata, stream_of = known
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            nothing = (None, None, None)  # for hooks: none to call before and after
+            run(programs, 1, 1, stream_of(device), function, metadata, *nothing, *addresses, *numbers, *self.passed)
             return None
-        compiled = self.kernel[grid](*tensors, *numbers, *self.constants)
+        compiled = self.kernel[(programs, 1, 1)](*tensors, *numbers, *self.constants)
         if aligned and compiled is not None:  # the interpreter compiles nothing
-            self.compiled[key] = compiled
+            stream_of = triton.runtime.driver.active.get_current_stream
+            self.compiled[device] = (compiled.run, compiled.function, compiled.packed_metadata, stream_of)
         return None
 
 
@@ -77,18 +81,24 @@ def _padding(width: int, used: int) -> int:
     return triton.next_power_of_2(max(width - used, 1))
 
 
+def _signed(value: int) -> int:
+    """The lower 32 bits of a number, as a signed integer: Triton passes those as one type, whatever their value."""
+    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+@lru_cache(maxsize=64)
+def _dropout_numbers(dropout: float) -> tuple[int, float]:
+    """The threshold that the bits of an element that is kept reach, and the scale of what is kept."""
+    return _signed(mask_threshold(dropout)), 1.0 / (1.0 - dropout)
+
+
 def _mask_numbers(dropout: float, seed: int | torch.Tensor | None) -> tuple[int, int, int, float]:
-    """Keys and threshold of the masks as signed 32-bit integers, which Triton passes as one type; and the scale."""
+    """Two halves of the seed, threshold and scale; a kernel reads a seed that is in memory itself."""
     if seed is None or dropout <= 0.0:
         return 0, 0, 0, 1.0
-    # Keys of a seed in memory are made by the kernel, which needs no synchronisation.
-    first, second, threshold = mask_parameters(0 if isinstance(seed, torch.Tensor) else seed, dropout)
-    return (
-        first - 2**32 if first >= 2**31 else first,
-        second - 2**32 if second >= 2**31 else second,
-        threshold - 2**32 if threshold >= 2**31 else threshold,
-        1.0 / (1.0 - dropout),
-    )
+    if isinstance(seed, torch.Tensor):
+        return 0, 0, *_dropout_numbers(dropout)
+    return _signed(seed), _signed(seed >> 32), *_dropout_numbers(dropout)
 
 
 def _seed_kind(dropout: float, seed: int | torch.Tensor | None) -> tuple[bool, bool]:
@@ -97,38 +107,60 @@ def _seed_kind(dropout: float, seed: int | torch.Tensor | None) -> tuple[bool, b
     return dropped, dropped and isinstance(seed, torch.Tensor)
 
 
+class _PackSizes(NamedTuple):
+    """What kernels that pack are compiled for: sizes, the layout, whether there is a router, and dtypes."""
+
+    d_in: int
+    d_out: int
+    down_rows: int
+    up_columns: int
+    layout: Layout
+    router: bool
+    dtypes: tuple[torch.dtype, ...]
+
+
 @lru_cache(maxsize=1024)
-def _pack_variant(
-    d_in: int, d_out: int, rows: int, columns: int, layout: Layout, router: bool
-) -> tuple[int, _Variant]:
-    """The programs of `pack_kernel`, and the kernel."""
+def _pack_variants(sizes: _PackSizes) -> tuple[int, _Variant, _Variant]:
+    """Programs for a layer, `pack_kernel`, and `pack_layers_kernel`."""
+    d_in, d_out, rows, columns, layout, router, _ = sizes
     num_heads, r, routed, anchored, shared, _ = layout
     blocks = triton.cdiv(d_in, _BLOCK_D)
-    sizes = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, _padding(columns, layout.z_columns))
-    constants = (*sizes, routed, router, anchored, shared, _BLOCK_D, _BLOCK_W)
-    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), _Variant(kernels.pack_kernel, constants)
+    programs = rows * blocks + triton.cdiv(d_out * r, _BLOCK_W)
+    own = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, _padding(columns, layout.z_columns))
+    constants = (*own, routed, router, anchored, shared, _BLOCK_D, _BLOCK_W)
+    layers = (programs, rows * d_in, d_out * columns, *constants)
+    return programs, _Variant(kernels.pack_kernel, constants), _Variant(kernels.pack_layers_kernel, layers)
 
 
 @lru_cache(maxsize=1024)
 def _mix_variant(
-    k: int, z: int, layout: Layout, dropped: bool, seed_in_memory: bool, statistics: bool, masked: bool
+    k: int, z: int, layout: Layout, dropped: bool, seed_in_memory: bool, statistics: bool, *dtypes: torch.dtype
 ) -> _Variant:
+    """The kernel for dtypes of P and, where tokens are masked, of the mask."""
     num_heads, r, routed, anchored, shared, top_k = layout
     sizes = (r, triton.next_power_of_2(r), num_heads, triton.next_power_of_2(num_heads))
     kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
-    flags = (dropped, seed_in_memory, statistics, masked, _BLOCK_T)
+    flags = (dropped, seed_in_memory, statistics, len(dtypes) > 1, _BLOCK_T)
     return _Variant(kernels.mix_kernel, (k, z, _padding(z, layout.z_columns), *sizes, *kinds, *flags))
 
 
 @lru_cache(maxsize=1024)
 def _mix_backward_variant(
-    k: int, z: int, width: int, layout: Layout, dropped: bool, seed_in_memory: bool, balanced: bool, masked: bool
+    k: int,
+    z: int,
+    width: int,
+    layout: Layout,
+    dropped: bool,
+    seed_in_memory: bool,
+    balanced: bool,
+    *dtypes: torch.dtype,
 ) -> _Variant:
+    """The kernel for dtypes of P and, where tokens are masked, of the mask."""
     num_heads, r, routed, anchored, shared, top_k = layout
     widths = (k, _padding(k, layout.p_columns), z, width, _padding(width, num_heads * r))
     sizes = (r, triton.next_power_of_2(r), num_heads, triton.next_power_of_2(num_heads))
     kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
-    flags = (dropped, seed_in_memory, balanced, masked, _BLOCK_T)
+    flags = (dropped, seed_in_memory, balanced, len(dtypes) > 1, _BLOCK_T)
     return _Variant(kernels.mix_backward_kernel, (*widths, *sizes, *kinds, *flags))
 
 
@@ -140,6 +172,19 @@ def _aligned(*tensors: torch.Tensor) -> bool:
 def statistics_rows(tokens: int) -> int:
     """See `rank_space.statistics_rows`: one for each program of `mix`."""
     return -(-tokens // _BLOCK_T)
+
+
+def _places(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    router: torch.Tensor | None,
+    anchor_A: torch.Tensor | None,
+    anchor_B: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """The tensors; where one is missing its place is taken by one that is there, and not read."""
+    places = [A, B, A if router is None else router, A if anchor_A is None else anchor_A]
+    places.append(B if anchor_B is None else anchor_B)
+    return places
 
 
 def pack(
@@ -159,14 +204,46 @@ def pack(
     d_out, d_in = B.shape[1], A.shape[-1]
     down = torch.empty(down_rows, d_in, dtype=dtype, device=A.device)
     up = torch.empty(d_out, up_columns, dtype=dtype, device=A.device)
-    programs, variant = _pack_variant(d_in, d_out, down_rows, up_columns, layout, router is not None)
-    # Where a parameter is missing its place is taken by one that is there, and not read.
-    places = [A, B, A if router is None else router, A if anchor_A is None else anchor_A]
-    places.append(B if anchor_B is None else anchor_B)
+    places = _places(A, B, router, anchor_A, anchor_B)
     given = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in places]
+    dtypes = (dtype, *[tensor.dtype for tensor in given])
+    sizes = _PackSizes(d_in, d_out, down_rows, up_columns, layout, router is not None, dtypes)
+    programs, variant, _ = _pack_variants(sizes)
     # Parameters may be views into one buffer, as DeepSpeed and FSDP make them.
     variant.launch(programs, (*given, down, up), (float(scaling),), _aligned(*given))
     return down, up
+
+
+def addresses_of(layers: list[AdapterTensors]) -> torch.Tensor:
+    """Where the tensors of layers are, for [`pack_layers`], which needs it anew when they have moved."""
+    rows = [[tensor.data_ptr() for tensor in _places(*tensors)] for tensors in layers]
+    return torch.tensor(rows, dtype=torch.int64, device=layers[0][0].device)
+
+
+def pack_layers(
+    layers: list[AdapterTensors],
+    addresses: torch.Tensor | None,
+    layout: Layout,
+    *,
+    scaling: float,
+    dtype: torch.dtype,
+    down_rows: int,
+    up_columns: int,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """See `rank_space.pack_layers`: one launch for all layers, which have tensors of the same dtypes."""
+    if addresses is None:
+        addresses = addresses_of(layers)
+    A, B, router, *_ = layers[0]
+    d_out, d_in = B.shape[1], A.shape[-1]
+    downs = torch.empty(len(layers), down_rows, d_in, dtype=dtype, device=A.device)
+    ups = torch.empty(len(layers), d_out, up_columns, dtype=dtype, device=A.device)
+    places = _places(*layers[0])
+    dtypes = (dtype, *[tensor.dtype for tensor in places])
+    sizes = _PackSizes(d_in, d_out, down_rows, up_columns, layout, router is not None, dtypes)
+    programs, _, variant = _pack_variants(sizes)
+    tensors = (addresses, *places, downs, ups)
+    variant.launch(programs * len(layers), tensors, (float(scaling),), _aligned(*places))
+    return list(zip(downs.unbind(), ups.unbind(), strict=True))
 
 
 def mix(
@@ -185,9 +262,10 @@ def mix(
     if tokens > 0:
         masked = partials is not None and token_mask is not None
         dropped, in_memory = _seed_kind(dropout, seed)
-        variant = _mix_variant(k, z_width, layout, dropped, in_memory, partials is not None, masked)
         # Where a tensor is missing its place is taken by one that is there, and not touched.
         counted = token_mask if token_mask is not None and masked else P
+        dtypes = (P.dtype, counted.dtype) if masked else (P.dtype,)
+        variant = _mix_variant(k, z_width, layout, dropped, in_memory, partials is not None, *dtypes)
         places = (P, Z, P if partials is None else partials, counted, seed if isinstance(seed, torch.Tensor) else P)
         variant.launch(-(-tokens // _BLOCK_T), places, (tokens, *_mask_numbers(dropout, seed)), _aligned(counted))
     return Z
@@ -212,9 +290,11 @@ def mix_backward(
     if tokens > 0:
         masked = slope is not None and token_mask is not None
         dropped, in_memory = _seed_kind(dropout, seed)
-        variant = _mix_backward_variant(k, dZ.shape[1], width, layout, dropped, in_memory, slope is not None, masked)
         # Where a tensor is missing its place is taken by one that is there, and not touched.
         counted = token_mask if token_mask is not None and masked else P
+        dtypes = (P.dtype, counted.dtype) if masked else (P.dtype,)
+        kinds = (dropped, in_memory, slope is not None)
+        variant = _mix_backward_variant(k, dZ.shape[1], width, layout, *kinds, *dtypes)
         given = (P if slope is None else slope, counted, seed if isinstance(seed, torch.Tensor) else P)
         numbers = (tokens, *_mask_numbers(dropout, seed), float(scaling))
         variant.launch(-(-tokens // _BLOCK_T), (P, dZ, heads, dP, *given), numbers, _aligned(counted))
@@ -225,7 +305,9 @@ _KINDS = {"none": 0, "switch": 1, "importance": 2, "mutual_information": 3, "z":
 
 
 @lru_cache(maxsize=1024)
-def _summarise_variant(num_heads: int, kind: int, whole_step: bool, prior: bool, slope: bool) -> _Variant:
+def _summarise_variant(
+    num_heads: int, kind: int, whole_step: bool, prior: bool, slope: bool, *dtypes: torch.dtype
+) -> _Variant:
     constants = (num_heads, triton.next_power_of_2(num_heads), kind, whole_step, prior, slope, _BLOCK_S)
     return _Variant(kernels.summarise_kernel, constants)
 
@@ -247,18 +329,19 @@ def summarise(
     slope = None
     if upstream is not None:
         slope = torch.empty(num_heads + 2, dtype=torch.float32, device=partials.device)
-    variant = _summarise_variant(num_heads, _KINDS[kind], whole_step, prior is not None, slope is not None)
     tensors = (
         *(partials, record, record if prior is None else prior),
         *(record if upstream is None else upstream, record if slope is None else slope),
     )
+    kinds = (_KINDS[kind], whole_step, prior is not None, slope is not None)
+    variant = _summarise_variant(num_heads, *kinds, *[tensor.dtype for tensor in tensors])
     numbers = (partials.shape[0], float(factor), float(expected_tokens))
     variant.launch(1, tensors, numbers, _aligned(*tensors))
     return slope
 
 
 @lru_cache(maxsize=1024)
-def _project_mix_variant(d_in: int, z: int, layout: Layout) -> _Variant:
+def _project_mix_variant(d_in: int, z: int, layout: Layout, dtype: torch.dtype) -> _Variant:
     num_heads, r, routed, anchored, *_ = layout
     r2, heads2 = triton.next_power_of_2(r), triton.next_power_of_2(num_heads)
     # A tile of weights has r or N rows; this keeps it in registers.
@@ -272,6 +355,6 @@ def project_mix(x: torch.Tensor, down: torch.Tensor, z_width: int, layout: Layou
     x = x.contiguous()
     Z = torch.empty(x.shape[0], z_width, dtype=x.dtype, device=x.device)
     if x.shape[0] > 0:
-        variant = _project_mix_variant(x.shape[1], z_width, layout)
+        variant = _project_mix_variant(x.shape[1], z_width, layout, x.dtype)
         variant.launch(x.shape[0], (x, down, Z), (), _aligned(x))
     return Z

@@ -1,21 +1,16 @@
 """One multi-head adapter as a module: it owns A, the heads B, the router and the anchor, and knows nothing of PEFT."""
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
 from ..kernels.fused import DeltaSpec, PackedAdapter, fused_delta, pack_weights
-from ..kernels.rank_space import Layout
+from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
 from .routing import Routing
 
-
-# A, B, router, A0, B0
-AdapterTensors: TypeAlias = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]
 
 # Weights below this are none: their logits stay finite in 16 bits, and zero times them is zero.
 _TINY = 1e-300
@@ -98,6 +93,10 @@ class MultiHeadAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self._cache: tuple[list, PackedAdapter] | None = None  # see `_packed`
+        # During a forward pass of the whole model, the weights that `StepPacking` laid side by side; and the dtype of
+        # products that it does so in, once that is known.
+        self.step_weights: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.product_dtype: torch.dtype | None = None
         self.in_features, self.out_features = in_features, out_features
         self.r, self.num_heads = r, num_heads
         self.scaling = scaling
@@ -127,6 +126,8 @@ class MultiHeadAdapter(nn.Module):
         # Frozen parameters rather than buffers: DistributedDataParallel broadcasts buffers before each forward pass.
         self.A0 = nn.Parameter(torch.empty_like(self.A), requires_grad=False) if anchored else None
         self.B0 = nn.Parameter(torch.empty_like(self._anchor_of(self.B)), requires_grad=False) if anchored else None
+        # Of the whole tensors, which shards of DeepSpeed and FSDP don't have.
+        self.shapes = {name: parameter.shape for name, parameter in self.named_parameters(recurse=False)}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -197,8 +198,10 @@ class MultiHeadAdapter(nn.Module):
         Returns:
             `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base` where it is given.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        if autocast and x.dtype != (dtype := torch.get_autocast_dtype(device_type)):
+            x = x.to(dtype)
         training, routing = self.training, self.routing
         if routing.usage is not None and not training:
             self._record_usage(x)
@@ -219,7 +222,17 @@ class MultiHeadAdapter(nn.Module):
             inplace and base is not None and base.is_contiguous(),
             self._probe(x),
         )
-        return fused_delta(x, *self._tensors(), logits, base, weight, spec)
+        packed = self.step_weights
+        if packed is None or packed[0].dtype != x.dtype:
+            self.product_dtype, packed = x.dtype, None
+        if not autocast:
+            return fused_delta(x, *self._tensors(), logits, base, weight, spec, packed)
+        # All is in its dtype by now, and autocast costs each product of a short step a third more of the host's time.
+        torch.set_autocast_enabled(device_type, False)
+        try:
+            return fused_delta(x, *self._tensors(), logits, base, weight, spec, packed)
+        finally:
+            torch.set_autocast_enabled(device_type, True)
 
     def _draw_seed(self) -> int:
         """The seed of a dropout mask; made from that of the batch, where there is one."""
@@ -243,6 +256,10 @@ class MultiHeadAdapter(nn.Module):
         """The columns of the projections: with logits where a router or a fixed mixture gives them."""
         routed = self.router_kind != "uniform" or self.fixed_logits is not None
         return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, self._top_k())
+
+    def packing(self) -> tuple[DeltaSpec, AdapterTensors]:
+        """What [`pack_weights`] needs for this adapter."""
+        return DeltaSpec(self._layout(), self.scaling), self._tensors()
 
     def _top_k(self) -> int:
         return self.top_k if self.fixed_logits is None else 0
@@ -345,7 +362,7 @@ class MultiHeadAdapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: all but what inference keeps, and what holds for a while only."""
-        return {**self.__dict__, "_cache": None, "fixed_logits": None}
+        return {**self.__dict__, "_cache": None, "fixed_logits": None, "step_weights": None}
 
     def fix_mixture(self, weights: torch.Tensor | None) -> None:
         """Give all tokens the weights `[N]` of the heads from now on, or with `None` those of the router again."""

@@ -220,6 +220,14 @@ class RLoraLayer(BaseTunerLayer):
             adapter: Any = self.rlora_adapters[adapter_name]
             adapter.scaling = scale * self.scaling[adapter_name]
 
+    def adapters_in_use(self) -> list[MultiHeadAdapter]:
+        """The adapters that a forward pass runs: active ones, unless they are disabled or merged."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        # Straight from the dictionary: `nn.Module` looks attributes up in Python, which short steps feel.
+        adapters: Any = self.rlora_adapters._modules
+        return [adapters[name] for name in self.active_adapters if name in adapters]
+
     def get_base_weight(self) -> torch.Tensor:
         """The weight of the base layer, dequantised where it is quantised."""
         undo_cpu_order(self.get_base_layer())
@@ -274,7 +282,7 @@ class RLoraLinear(nn.Module, RLoraLayer):
             self._check_mixed_batch(x, adapter_names)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        active = [] if self._disable_adapters or self.merged_adapters else self._active_here()
+        active = self.adapters_in_use()
         if adapter_names is None and len(active) == 1 and not (args or kwargs):
             weight = joinable_weight(self.base_layer, x)
             if weight is not None:
@@ -298,11 +306,6 @@ class RLoraLinear(nn.Module, RLoraLayer):
                 "Load the base with only its weights quantised, for example with torchao's `Int8WeightOnlyConfig`; "
                 "for inference run the model under `torch.no_grad()`."
             )
-
-    def _active_here(self) -> list[nn.Module]:
-        # Straight from the dictionaries: `nn.Module` looks attributes up in Python, which short steps feel.
-        adapters: Any = self._modules["rlora_adapters"]._modules
-        return [adapters[name] for name in self.active_adapters if name in adapters]
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's delta in the layout of the base weight; see [`MultiHeadAdapter.delta_weight`]."""

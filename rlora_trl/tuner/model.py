@@ -26,6 +26,7 @@ from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
 from .routing import Routing, TaskIds, find_routings, set_task
+from .step_packing import StepPacking
 
 
 logger = logging.get_logger(__name__)
@@ -127,6 +128,7 @@ class RLoraModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._told_task_ids: TaskIds | None = None
+        self._step_packing = StepPacking()
         _OnRegistration(self)
 
     @override
@@ -155,6 +157,8 @@ class RLoraModel(BaseTuner):
                 '`target_modules` to some of them, or to "all-linear".'
             ) from error
         guard_cpu_order(model)
+        # Looked for now, as a model has thousands of modules.
+        self._adapted = [module for module in model.modules() if isinstance(module, RLoraLayer)]
 
     @override
     def _prepare_adapter_config(self, peft_config: RLoraConfig, model_config: dict) -> RLoraConfig:
@@ -288,8 +292,23 @@ class RLoraModel(BaseTuner):
                 "`task_ids` and `adapter_names` can't be given together: which adapter's tasks are meant is not "
                 "known. Run the rows of each adapter by themselves."
             )
-        with self._told_tasks(task_ids), self._mixed_adapters(*args, **kwargs):
+        with self._told_tasks(task_ids), self._mixed_adapters(*args, **kwargs), self._packed_weights():
             yield
+
+    @contextmanager
+    def _packed_weights(self) -> Generator[None, None, None]:
+        """Lay the weights of all adapters side by side for a forward pass of training."""
+        # A compiler packs where that suits it; without gradients layers keep what they have packed.
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            yield
+            return
+        adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
+        try:
+            self._step_packing.pack(adapters)
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.step_weights = None
 
     @contextmanager
     def _told_tasks(self, task_ids: TaskIds | None) -> Generator[None, None, None]:

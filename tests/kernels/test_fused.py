@@ -270,6 +270,27 @@ def test_inference_with_packed_weights(anchored, routed, tokens):
     torch.testing.assert_close(written, base + expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("routed", "anchored", "shared"),
+    [(True, True, True), (False, True, True), (True, False, False), (True, True, False)],
+)
+def test_layers_packed_together_are_those_packed_one_by_one(routed, anchored, shared, dtype):
+    names = ("A", "B", "router", "anchor_A", "anchor_B")
+    layers = []
+    for _ in range(3):
+        tensors = make((3, 4, 13, 170, 1), dtype, routed, anchored, shared)
+        layers.append(tuple(tensors[name].detach() if name in tensors else None for name in names))
+    layout, ops = Layout(3, 4, routed, anchored, shared), fused.backend(torch.device(DEVICE), dtype)
+    options = {"scaling": 1.7, "dtype": dtype, "down_rows": 32, "up_columns": 32}
+    expected = [ops.pack(*tensors, layout, **options) for tensors in layers]
+    for addresses in (None, ops.addresses_of(layers)):
+        found = ops.pack_layers(layers, addresses, layout, **options)
+        for (down, up), (wanted_down, wanted_up) in zip(found, expected, strict=True):
+            assert torch.equal(down, wanted_down) and torch.equal(up, wanted_up)
+            assert down.is_contiguous() and up.is_contiguous()
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
 def test_a_seed_in_memory_makes_the_masks_of_its_number(seed):
     layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)

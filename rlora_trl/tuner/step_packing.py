@@ -1,0 +1,100 @@
+"""The weights of a model's adapters laid side by side all at once, when a forward pass begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..kernels.fused import DeltaSpec, backend, widths
+from .adapter import MultiHeadAdapter
+
+
+class _Kind(NamedTuple):
+    """What adapters that are packed together have in common."""
+
+    spec: DeltaSpec
+    dtype: torch.dtype
+    device: torch.device
+    tensors: tuple[tuple[torch.Size, torch.dtype] | None, ...]
+
+
+class _Group(NamedTuple):
+    kind: _Kind
+    members: list[int]
+    addresses: torch.Tensor | None
+
+
+class StepPacking:
+    """
+    Packs the weights of many adapters with one launch for all that are of one kind, rather than one for each.
+
+    Short steps are bound by the host (docs/performance.md), and this is a tenth of what a layer asks of it. What is
+    packed holds for one forward pass, in which no weight changes: there is nothing to go stale. An adapter packs its
+    own weights in its first forward pass, which tells the dtype of its products; where they are sharded (DeepSpeed
+    ZeRO-3, FSDP); and in the recomputations of gradient checkpointing.
+    """
+
+    def __init__(self) -> None:
+        self._signs: list[tuple | None] = []
+        self._groups: list[_Group] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles plan anew: their tensors are elsewhere."""
+        return {"_signs": [], "_groups": []}
+
+    def pack(self, adapters: Sequence[MultiHeadAdapter]) -> None:
+        """Give each adapter its `step_weights`, where that can be done ahead."""
+        signs = [_sign(adapter) for adapter in adapters]
+        if signs != self._signs:
+            self._signs, self._groups = signs, _plan(adapters)
+        for (spec, dtype, device, _), members, addresses in self._groups:
+            k, z = widths(spec.layout, device)
+            weights = backend(device, dtype).pack_layers(
+                *([adapters[index].packing()[1] for index in members], addresses, spec.layout),
+                scaling=spec.scaling,
+                dtype=dtype,
+                down_rows=k,
+                up_columns=z,
+            )
+            for index, packed in zip(members, weights, strict=True):
+                adapters[index].step_weights = packed
+
+
+def _sign(adapter: MultiHeadAdapter) -> tuple | None:
+    """What a plan depends on; it is compared before each forward pass."""
+    where = [parameter.data_ptr() for parameter in adapter._parameters.values() if type(parameter) is nn.Parameter]
+    return (adapter.product_dtype, adapter.scaling, adapter.fixed_logits is None, *where)
+
+
+def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
+    members: dict[_Kind, list[int]] = {}
+    for index, adapter in enumerate(adapters):
+        kind = _kind_of(adapter)
+        if kind is not None:
+            members.setdefault(kind, []).append(index)
+    groups = []
+    for kind, indices in members.items():
+        layers = [adapters[index].packing()[1] for index in indices]
+        groups.append(_Group(kind, indices, backend(kind.device, kind.dtype).addresses_of(layers)))
+    return groups
+
+
+def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
+    """The kind of an adapter; `None` where its tensors are not there, or the dtype of products is not known."""
+    spec, tensors = adapter.packing()
+    if adapter.product_dtype is None or adapter.A.device.type == "meta":
+        return None
+    for name, parameter in adapter.named_parameters(recurse=False):
+        # Shards are made whole only when the adapter itself is called.
+        whole = (
+            type(parameter) is nn.Parameter
+            and "ds_id" not in vars(parameter)
+            and parameter.shape == adapter.shapes[name]
+        )
+        if not whole or not parameter.is_contiguous():
+            return None
+    sizes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
+    return _Kind(spec, adapter.product_dtype, adapter.A.device, sizes)

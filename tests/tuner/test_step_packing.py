@@ -1,0 +1,244 @@
+"""Weights packed for the whole model at the start of a forward pass: the same results, and nothing that goes stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rlora_trl import MultiHeadAdapter, RLoraConfig
+from rlora_trl.tuner.step_packing import StepPacking
+
+
+class Blocks(nn.Module):
+    """Three layers of two shapes, checkpointed or not."""
+
+    def __init__(self, checkpointing=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.gate, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
+        self.checkpointing = checkpointing
+
+    def block(self, x):
+        return self.down(self.up(x) * self.gate(x).sigmoid())
+
+    def forward(self, x):
+        if self.checkpointing is None:
+            return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.checkpointing == "reentrant")
+
+
+def adapted(checkpointing=None, **options):
+    options = {"r": 2, "num_heads": 3, "init_weights": False, "head_dropout": 0.0, **options}
+    options.setdefault("target_modules", ["up", "gate", "down"])
+    return get_peft_model(Blocks(checkpointing), RLoraConfig(**options)).train()
+
+
+def adapters_of(model):
+    return [module for module in model.modules() if isinstance(module, MultiHeadAdapter)]
+
+
+def step(model, x):
+    """The output, and the gradients of all that is trained."""
+    model.zero_grad()
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def packed_alone(monkeypatch):
+    """How many adapters pack their own weights; and a way to have all do so."""
+    from rlora_trl.kernels import fused
+
+    calls = []
+    real = fused.pack_weights
+    monkeypatch.setattr(fused, "pack_weights", lambda *args: calls.append(1) or real(*args))
+    return calls
+
+
+def without_packing(model, x, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(StepPacking, "pack", lambda self, adapters: None)
+        return step(model, x)
+
+
+def assert_same(found, wanted):
+    assert torch.equal(found[0], wanted[0])
+    assert found[1].keys() == wanted[1].keys()
+    assert all(torch.equal(found[1][name], wanted[1][name]) for name in wanted[1])
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
+def test_a_step_is_the_same_and_no_layer_packs(checkpointing, packed_alone, monkeypatch):
+    model, x = adapted(checkpointing), torch.randn(5, 12, requires_grad=True)
+    wanted = without_packing(model, x, monkeypatch)
+    packed_alone.clear()
+    assert_same(step(model, x), wanted)
+    # A recomputation packs for itself: weights are only known not to change during the forward pass.
+    assert len(packed_alone) == (0 if checkpointing is None else 3)
+    assert all(adapter.step_weights is None for adapter in adapters_of(model))
+
+
+def test_the_first_step_packs_layer_by_layer(packed_alone):
+    model = adapted()
+    step(model, torch.randn(5, 12))
+    assert len(packed_alone) == 3
+    step(model, torch.randn(5, 12))
+    assert len(packed_alone) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"router": "task", "tasks": ["a", "b"]}, {"router": "uniform"}, {"share_a": False}, {"init_weights": "zero_b"}],
+    ids=lambda options: "-".join(options),
+)
+def test_all_kinds_of_adapters(options, packed_alone, monkeypatch):
+    model, x = adapted(**options), torch.randn(5, 12)
+    wanted = without_packing(model, x, monkeypatch)
+    packed_alone.clear()
+    assert_same(step(model, x), wanted)
+    assert not packed_alone
+
+
+def test_ranks_and_scalings_of_their_own(packed_alone, monkeypatch):
+    model, x = adapted(rank_pattern={"gate": 4}, alpha_pattern={"up": 1}), torch.randn(5, 12)
+    wanted = without_packing(model, x, monkeypatch)
+    packed_alone.clear()
+    assert_same(step(model, x), wanted)
+    assert not packed_alone
+
+
+@pytest.mark.parametrize("how", ["optimizer", "through data", "new storage", "in place", "loaded", "cast"])
+def test_changed_weights_are_seen(how, monkeypatch):
+    model, x = adapted(), torch.randn(5, 12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = step(model, x)
+    step(model, x)
+    if how == "optimizer":
+        optimizer.step()
+    elif how == "loaded":
+        model.load_state_dict({name: tensor + 0.5 for name, tensor in model.state_dict().items()})
+    elif how == "cast":
+        for adapter in adapters_of(model):
+            adapter.to(torch.bfloat16)
+    else:
+        for p in model.parameters():
+            if how == "through data":
+                p.data.add_(0.5)
+            elif how == "new storage":
+                p.data = p.data + 0.5
+            else:
+                with torch.no_grad():
+                    p.add_(0.5)
+    found = step(model, x)
+    assert not torch.equal(found[0], before[0])
+    assert_same(found, without_packing(model, x, monkeypatch))
+
+
+def test_changed_scale_mixture_and_dtype_are_seen(monkeypatch):
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    model.base_model.model.up.set_scale("default", 0.3)
+    assert_same(step(model, x), without_packing(model, x, monkeypatch))
+    for adapter in adapters_of(model):
+        adapter.fix_mixture(torch.tensor([0.7, 0.2, 0.1]))
+    assert_same(step(model, x), without_packing(model, x, monkeypatch))
+    for adapter in adapters_of(model):
+        adapter.fix_mixture(None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            assert_same(step(model, x), without_packing(model, x, monkeypatch))
+    assert_same(step(model, x), without_packing(model, x, monkeypatch))
+
+
+def test_autocast_is_as_it_was_after_a_layer():
+    model, x = adapted(), torch.randn(5, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+        assert torch.is_autocast_enabled("cpu")
+        assert (torch.randn(2, 2) @ torch.randn(2, 2)).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError):
+            adapters_of(model)[0](torch.randn(5, 3))
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_adapters_that_are_off_or_come_and_go(packed_alone, monkeypatch):
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), model.base_model.model.block(x))
+    model.add_adapter(
+        "other", RLoraConfig(r=3, num_heads=2, target_modules=["up"], init_weights=False, head_dropout=0.0)
+    )
+    model.set_adapter("other")
+    step(model, x)
+    packed_alone.clear()
+    found = step(model, x)
+    assert not packed_alone
+    assert_same(found, without_packing(model, x, monkeypatch))
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    packed_alone.clear()
+    assert_same(step(model, x), without_packing(model, x, monkeypatch))
+
+
+@pytest.mark.parametrize("how", ["marked by DeepSpeed", "empty", "of another class", "strided"])
+def test_sharded_weights_are_left_to_the_layer(how, packed_alone):
+    model, x = adapted(), torch.randn(5, 12)
+    wanted = step(model, x)
+    adapter = adapters_of(model)[0]
+    whole = adapter.B.data
+    if how == "marked by DeepSpeed":
+        adapter.B.ds_id = 3
+    elif how == "empty":
+        # Taken away, and brought back when the adapter is called, as DeepSpeed does.
+        adapter.B.data = whole.new_empty(0)
+        adapter.register_forward_pre_hook(lambda module, args: setattr(module.B, "data", whole))
+    elif how == "of another class":
+        adapter.B = type("Sharded", (nn.Parameter,), {})(whole)
+    else:
+        adapter.B.data = whole.transpose(1, 2).contiguous().transpose(1, 2)
+    packed_alone.clear()
+    assert_same(step(model, x), wanted)
+    assert len(packed_alone) == 1
+
+
+def test_nothing_is_left_behind_by_a_forward_pass_that_fails():
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    handle = model.base_model.model.down.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    assert all(adapter.step_weights is None for adapter in adapters_of(model))
+    handle.remove()
+    step(model, x)
+
+
+def test_copies_have_their_own():
+    model, x = adapted(), torch.randn(5, 12)
+    wanted = step(model, x)
+    step(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(step(other, x), wanted)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(2)
+        assert not torch.equal(step(other, x)[0], wanted[0])
+        assert_same(step(model, x), wanted)
+
+
+def test_inference_is_not_touched(packed_alone, monkeypatch):
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    calls = []
+    monkeypatch.setattr(StepPacking, "pack", lambda self, adapters: calls.append(1))
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    model(x)
+    assert not calls
