@@ -2,8 +2,8 @@
 
     python benchmarks/host.py --out benchmarks/results/host.jsonl
 
-The layer is small enough for the GPU to be done long before the host is (64 tokens, 256 to 512). With short steps,
-as in `train_step.py --settings 6x512`, these times set the pace.
+A model of 20 layers, each called once a step, and small enough for the GPU to be done long before the host is (64
+tokens, 256 to 512). With short steps, as in `train_step.py --settings 6x512`, these times set the pace.
 """
 
 import argparse
@@ -11,23 +11,49 @@ import time
 from pathlib import Path
 
 import torch
-from common import DEVICE, Variant, environment, ours, synchronize, write_row
-from layer import Layer
+from common import DEVICE, Variant, check_numerics, environment, ours, synchronize, write_row
+from torch import nn
 
 
 CALLS = 20
+TOKENS, D_IN, D_OUT = 64, 256, 512
 
 
-def turn(case: Layer) -> tuple[float, float]:
-    """Microseconds of a call's forward and backward pass, from the start of an idle GPU's queue."""
-    synchronize()
-    start = time.perf_counter()
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        outputs = [case.layer(case.x) for _ in range(CALLS)]
-    middle = time.perf_counter()
-    torch.autograd.backward(outputs, [case.upstream] * CALLS)
-    end = time.perf_counter()
-    return (middle - start) / CALLS * 1e6, (end - middle) / CALLS * 1e6
+class Stack(nn.Module):
+    """Layers that all get the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"bias": False, "device": DEVICE, "dtype": torch.bfloat16}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"gate_proj": nn.Linear(D_IN, D_OUT, **options)}) for _ in range(CALLS)
+        )
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [block["gate_proj"](x) for block in self.blocks]
+
+
+class Case:
+    """A variant's model, with an input and upstream gradients."""
+
+    def __init__(self, variant: Variant) -> None:
+        check_numerics(variant, torch.bfloat16)
+        self.model = variant.wrap(Stack()).train()
+        options = {"device": DEVICE, "dtype": torch.bfloat16}
+        self.x = torch.randn(TOKENS, D_IN, requires_grad=True, **options)
+        self.upstream = [torch.randn(TOKENS, D_OUT, **options)] * CALLS
+
+    def turn(self) -> tuple[float, float]:
+        """Microseconds of a call's forward and backward pass, from the start of an idle GPU's queue."""
+        self.model.zero_grad(set_to_none=True)
+        synchronize()
+        start = time.perf_counter()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            outputs = self.model(self.x)
+        middle = time.perf_counter()
+        torch.autograd.backward(outputs, self.upstream)
+        end = time.perf_counter()
+        return (middle - start) / CALLS * 1e6, (end - middle) / CALLS * 1e6
 
 
 def main() -> None:
@@ -43,11 +69,11 @@ def main() -> None:
         Variant("PEFT LoRA r=10, dropout 0.2", "lora", r=10, dropout=0.2),
         Variant("PEFT LoRA r=10, 16-bit adapter", "lora_16bit", r=10),
     ]
-    cases = [Layer(variant, "gate_proj", (256, 512), tokens=64) for variant in variants]
+    cases = [Case(variant) for variant in variants]
     times: list[list[tuple[float, float]]] = [[] for _ in variants]
     for _ in range(args.repeats):
         for case, found in zip(cases, times, strict=True):
-            found.append(turn(case))
+            found.append(case.turn())
     for variant, found in zip(variants, times, strict=True):
         forward, backward = (min(column) for column in zip(*found, strict=True))
         row = {"variant": variant.name, "family": variant.family, "num_heads": variant.num_heads, "r": variant.r}

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from . import rank_space
 from .balance import LayerProbe
-from .rank_space import Layout
+from .rank_space import AdapterTensors, Layout
 
 
 # Sizes in rank space are padded to this on a GPU: tensor cores take 16-bit operands in multiples of 8 or 16.
@@ -110,6 +110,25 @@ def mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b).float()
 
 
+class Packed(NamedTuple):
+    """
+    The weights of an adapter side by side, in the dtype of the products.
+
+    Args:
+        down (`torch.Tensor` of shape `[K, d_in]`), up (`torch.Tensor` of shape `[d_out, Z]`): See `rank_space.pack`.
+        down_t (`torch.Tensor`), up_t (`torch.Tensor`): The same, transposed.
+        ops (`ModuleType`): Where the rank-space functions for them come from.
+        heads_width (`int`): Columns of what gradients of heads are made from, with padding.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    down_t: torch.Tensor
+    up_t: torch.Tensor
+    ops: ModuleType
+    heads_width: int
+
+
 def pack_weights(
     A: torch.Tensor,
     B: torch.Tensor,
@@ -118,16 +137,38 @@ def pack_weights(
     anchor_B: torch.Tensor | None,
     spec: DeltaSpec,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`down` [K, d_in] and `up` [d_out, Z] in `dtype`; see `rank_space.pack`."""
-    k, z = widths(spec.layout, A.device)
-    return backend(A.device, dtype).pack(
-        *(A, B, router, anchor_A, anchor_B, spec.layout),
+) -> Packed:
+    """The weights of one adapter, packed for products in `dtype`."""
+    layout, ops = spec.layout, backend(A.device, dtype)
+    k, z = widths(layout, A.device)
+    down, up = ops.pack(
+        *(A, B, router, anchor_A, anchor_B, layout),
         scaling=spec.scaling,
         dtype=dtype,
         down_rows=k,
         up_columns=z,
     )
+    return Packed(down, up, down.T, up.T, ops, padded(layout.num_heads * layout.r, A.device))
+
+
+def pack_layers(
+    layers: list[AdapterTensors], addresses: torch.Tensor | None, spec: DeltaSpec, dtype: torch.dtype
+) -> list[Packed]:
+    """
+    [`pack_weights`] for adapters whose tensors have the same shapes and dtypes, are contiguous and on one device.
+
+    `addresses` are those of the back end's `addresses_of` the layers.
+    """
+    layout, device = spec.layout, layers[0][0].device
+    ops = backend(device, dtype)
+    k, z = widths(layout, device)
+    downs, ups = ops.pack_layers(
+        *(layers, addresses, layout), scaling=spec.scaling, dtype=dtype, down_rows=k, up_columns=z
+    )
+    # All views of a kind by one call, which costs the host less than one for each.
+    views = zip(downs.unbind(), ups.unbind(), downs.mT.unbind(), ups.mT.unbind(), strict=True)
+    width = padded(layout.num_heads * layout.r, device)
+    return [Packed(*four, ops, width) for four in views]
 
 
 def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -138,31 +179,48 @@ def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 class _Call:
-    """What [`_MultiHeadDelta`] takes besides tensors with gradients, and what it leaves to do."""
+    """What [`_MultiHeadDelta`] takes besides tensors with gradients, and what it finds on the way to the output."""
 
-    __slots__ = ("Z", "anchors", "packed", "spec", "tokens", "up", "weight")
+    __slots__ = ("Z", "anchors", "packed", "spec", "tokens", "weight", "write_later")
 
     Z: torch.Tensor
     tokens: torch.Tensor
-    up: torch.Tensor
 
     def __init__(
         self,
         spec: DeltaSpec,
         weight: torch.Tensor | None,
         anchors: tuple[torch.Tensor | None, torch.Tensor | None],
-        packed: tuple[torch.Tensor, torch.Tensor] | None,
+        packed: Packed | None,
     ) -> None:
         self.spec, self.weight, self.anchors, self.packed = spec, weight, anchors, packed
+        self.write_later = packed is None
+
+    def write(self, y: torch.Tensor, base: torch.Tensor | None) -> None:
+        """Write the output; `base` is the one that the delta is added to, and `y` itself if that is in place."""
+        assert self.packed is not None  # the forward pass has seen to it
+        Z, up_t, weight = self.Z, self.packed.up_t, self.weight
+        d_out = y.shape[-1]
+        rows = y.view(-1, d_out)
+        if weight is not None:
+            torch.mm(Z, up_t, out=rows)
+            rows.addmm_(self.tokens, weight.T)
+        elif base is None:
+            torch.mm(Z, up_t, out=rows)
+        elif self.spec.inplace:
+            rows.addmm_(Z, up_t)
+        else:
+            torch.addmm(base.reshape(-1, d_out), Z, up_t, out=rows)
 
 
 class _MultiHeadDelta(torch.autograd.Function):
     """
-    `y = base + delta(x)`, or `y = x weight^T + delta(x)`, but for writing y, which [`fused_delta`] does afterwards.
+    `y = base + delta(x)`, or `y = x weight^T + delta(x)`.
 
     Checkpointing (the kind that is not reentrant) stops a recomputation when the last tensor is saved, and the tensors
-    of a function are saved when its forward pass ends. The last product of a block, which only y needs, is left out
-    so, as it is for a plain layer.
+    of a function are saved when its forward pass ends. Where weights were not packed ahead, as in a recomputation, y
+    is written after that, by [`fused_delta`]: the last product of a block, which only y needs, is left out so, as it
+    is for a plain layer.
 
     Short steps wait for the host, so what it does here is counted: a view costs it as much as a fifth of a product.
     """
@@ -179,21 +237,23 @@ class _MultiHeadDelta(torch.autograd.Function):
         logits: torch.Tensor | None,
         call: _Call,
     ) -> torch.Tensor:
-        spec = call.spec
+        spec, packed = call.spec, call.packed
         layout, probe = spec.layout, spec.probe
-        ops = backend(x.device, x.dtype)
-        down, up = call.packed or pack_weights(A, B, router, *call.anchors, spec, x.dtype)
-        tokens = x.reshape(-1, x.shape[-1])
-        P = torch.mm(tokens, down.T)  # [T, K]
+        if packed is None:
+            packed = call.packed = pack_weights(A, B, router, *call.anchors, spec, x.dtype)
+        down, up, down_t, _, ops, heads_width = packed
+        shape = x.shape
+        call.tokens = tokens = x.reshape(-1, shape[-1])
+        P = torch.mm(tokens, down_t)  # [T, K]
         if logits is not None:
             rank_space.logits_of(P, layout).copy_(logits)
         partials, token_mask = None, None
         if probe is not None:
             partials = new_partials(P, layout)
             token_mask = probe.token_mask
-        call.tokens, call.up = tokens, up
+        d_out, z_width = up.shape
         call.Z = ops.mix(
-            *(P, up.shape[1], layout),
+            *(P, z_width, layout),
             dropout=spec.dropout,
             seed=spec.seed,
             partials=partials,
@@ -201,19 +261,23 @@ class _MultiHeadDelta(torch.autograd.Function):
         )
         # The packed weights are small and do not grow with the tokens. Kept, they need not be made again, and the
         # backward pass does not depend on parameters that DeepSpeed or FSDP may have taken away by then.
-        ctx.save_for_backward(x, P, call.weight, down, up, partials)
-        ctx.spec, ctx.ops, ctx.has_base = spec, ops, base is not None
-        ctx.shape_A = A.shape
+        ctx.save_for_backward(tokens, P, call.weight, down, up, partials)
+        ctx.spec, ctx.ops, ctx.heads_width = spec, ops, heads_width
+        ctx.has_base, ctx.shapes = base is not None, (shape, A.shape, B.shape)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (A, B, router, logits)]
         if base is not None and spec.inplace:
             ctx.mark_dirty(base)
-            return base
-        return torch.empty(*x.shape[:-1], up.shape[0], dtype=x.dtype, device=x.device)
+            y = base
+        else:
+            y = torch.empty(*shape[:-1], d_out, dtype=x.dtype, device=x.device)
+        if not call.write_later:
+            call.write(y, base)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, P, weight, down, up, partials = ctx.saved_tensors
+        tokens, P, weight, down, up, partials = ctx.saved_tensors
         spec: DeltaSpec = ctx.spec
         need_base, need_x, need_A, need_B, need_router, need_logits, _ = ctx.needs_input_grad
         ops, layout, probe = ctx.ops, spec.layout, spec.probe
@@ -223,30 +287,33 @@ class _MultiHeadDelta(torch.autograd.Function):
             heads, dP = ops.mix_backward(
                 *(P, torch.mm(dy2, up), layout),
                 scaling=spec.scaling,
-                heads_width=padded(layout.num_heads * layout.r, x.device),
+                heads_width=ctx.heads_width,
                 dropout=spec.dropout,
                 seed=spec.seed,
                 slope=None if probe is None else probe.close(ops, partials, layout),
                 token_mask=None if probe is None else probe.token_mask,
             )
+            shape_x, shape_A, shape_B = ctx.shapes
             dtype_A, dtype_B, dtype_router, dtype_logits = ctx.dtypes
             if need_B:
-                dB = _as(rank_space.unpack_heads(mm_wide(dy2.T, heads), layout), dtype_B)
+                # The view of `rank_space.unpack_heads`, by one call.
+                side_by_side = mm_wide(dy2.T, heads)
+                dB = _as(side_by_side.as_strided(shape_B, (layout.r, side_by_side.stride(0), 1)), dtype_B)
             if need_A or need_router:
-                ddown = mm_wide(dP.T, x.reshape(-1, x.shape[-1]))  # [K, d_in]
-                start, num_heads = rank_space.h_columns(layout), layout.num_heads
+                ddown = mm_wide(dP.T, tokens)  # [K, d_in]
+                start = rank_space.h_columns(layout)
                 if need_A:
-                    dA = _as(ddown[:start], dtype_A)
-                    dA = dA if layout.shared else dA.view(ctx.shape_A)
+                    dA = _as(ddown.narrow(0, 0, start), dtype_A)
+                    dA = dA if layout.shared else dA.view(shape_A)
                 if need_router:
-                    drouter = _as(ddown[start : start + num_heads], dtype_router)
+                    drouter = _as(ddown.narrow(0, start, layout.num_heads), dtype_router)
             if need_logits:
                 dlogits = _as(rank_space.logits_of(dP, layout), dtype_logits)
             if need_x:
                 dx = torch.mm(dP, down)
                 if weight is not None:
                     dx.addmm_(dy2, weight)
-                dx = dx.view_as(x)
+                dx = dx.view(shape_x)
         dbase = dy if ctx.has_base and need_base else None
         return dbase, dx, dA, dB, drouter, dlogits, None
 
@@ -267,45 +334,35 @@ def fused_delta(
     base: torch.Tensor | None,
     weight: torch.Tensor | None,
     spec: DeltaSpec,
-    packed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """
     [`fused_multihead`] for those who have made a [`DeltaSpec`]; `spec.inplace` needs a contiguous `base`.
 
-    `packed` may be what [`pack_weights`] makes of the parameters, if that is known.
+    `packed` is what [`pack_weights`] makes of the parameters, where that is known.
     """
     call = _Call(spec, weight, (anchor_A, anchor_B), packed)
     y = _MultiHeadDelta.apply(base, x, A, B, router, logits, call)
-    with torch.no_grad():
-        d_out = y.shape[-1]
-        rows = y.view(-1, d_out)
-        if weight is not None:
-            torch.mm(call.Z, call.up.T, out=rows)
-            rows.addmm_(call.tokens, weight.T)
-        elif base is None:
-            torch.mm(call.Z, call.up.T, out=rows)
-        elif spec.inplace:
-            rows.addmm_(call.Z, call.up.T)
-        else:
-            torch.addmm(base.reshape(-1, d_out), call.Z, call.up.T, out=rows)
+    if call.write_later:
+        with torch.no_grad():
+            call.write(y, base)
     return y
 
 
 class PackedAdapter:
     """
-    The weights of an adapter laid side by side, for inference: no gradients, no dropout.
+    An adapter for inference: no gradients, no dropout.
 
     Args:
-        down (`torch.Tensor` of shape `[K, d_in]`), up (`torch.Tensor` of shape `[d_out, Z]`): See [`pack_weights`].
+        packed ([`Packed`]): Its weights.
         spec ([`DeltaSpec`]): The spec that they were packed with.
     """
 
-    def __init__(self, down: torch.Tensor, up: torch.Tensor, spec: DeltaSpec) -> None:
-        self.down_t, self.up_t, self.down = down.T, up.T, down
-        self.ops = backend(down.device, down.dtype)
+    def __init__(self, packed: Packed, spec: DeltaSpec) -> None:
+        self.down, up, self.down_t, self.up_t, self.ops, _ = packed
         self.layout = spec.layout
         self.z_width = up.shape[1]
-        self.d_in, self.d_out = down.shape[1], up.shape[0]
+        self.d_in, self.d_out = self.down.shape[1], up.shape[0]
         self.projects = spec.layout.shared and not spec.layout.top_k  # what `project_mix` can do
 
     def apply(

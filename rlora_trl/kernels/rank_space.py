@@ -432,9 +432,9 @@ def pack_layers(
     dtype: torch.dtype,
     down_rows: int,
     up_columns: int,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    [`pack`] for layers of the same sizes.
+    [`pack`] for L layers of the same sizes.
 
     Args:
         layers (`list[AdapterTensors]`): Contiguous tensors of each.
@@ -443,12 +443,14 @@ def pack_layers(
     The other arguments are those of [`pack`].
 
     Returns:
-        `list[tuple[torch.Tensor, torch.Tensor]]`: `down` and `up` of each layer.
+        `tuple[torch.Tensor, torch.Tensor]`: All `down` `[L, down_rows, d_in]` and all `up` `[L, d_out, up_columns]`.
     """
-    return [
+    packed = [
         pack(*tensors, layout, scaling=scaling, dtype=dtype, down_rows=down_rows, up_columns=up_columns)
         for tensors in layers
     ]
+    downs, ups = zip(*packed, strict=True)
+    return torch.stack(downs), torch.stack(ups)
 
 
 def unpack_heads(dheads: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -229,7 +229,7 @@ def pack_layers(
     dtype: torch.dtype,
     down_rows: int,
     up_columns: int,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `rank_space.pack_layers`: one launch for all layers, which have tensors of the same dtypes."""
     if addresses is None:
         addresses = addresses_of(layers)
@@ -243,7 +243,7 @@ def pack_layers(
     programs, _, variant = _pack_variants(sizes)
     tensors = (addresses, *places, downs, ups)
     variant.launch(programs * len(layers), tensors, (float(scaling),), _aligned(*places))
-    return list(zip(downs.unbind(), ups.unbind(), strict=True))
+    return downs, ups
 
 
 def mix(

@@ -93,9 +93,7 @@ class MultiHeadAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self._cache: tuple[list, PackedAdapter] | None = None  # see `_packed`
-        # During a forward pass of the whole model, the weights that `StepPacking` laid side by side; and the dtype of
-        # products that it does so in, once that is known.
-        self.step_weights: tuple[torch.Tensor, torch.Tensor] | None = None
+        # That of the last products for which the weights were not packed ahead.
         self.product_dtype: torch.dtype | None = None
         self.in_features, self.out_features = in_features, out_features
         self.r, self.num_heads = r, num_heads
@@ -222,8 +220,8 @@ class MultiHeadAdapter(nn.Module):
             inplace and base is not None and base.is_contiguous(),
             self._probe(x),
         )
-        packed = self.step_weights
-        if packed is None or packed[0].dtype != x.dtype:
+        packed = routing.packed.get(self.layer_number)
+        if packed is None or packed.down.dtype != x.dtype:
             self.product_dtype, packed = x.dtype, None
         if not autocast:
             return fused_delta(x, *self._tensors(), logits, base, weight, spec, packed)
@@ -316,7 +314,7 @@ class MultiHeadAdapter(nn.Module):
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
             spec = DeltaSpec(self._layout(), self.scaling)
-            self._cache = (key, PackedAdapter(*pack_weights(*self._tensors(), spec, x.dtype), spec))
+            self._cache = (key, PackedAdapter(pack_weights(*self._tensors(), spec, x.dtype), spec))
         return self._cache[1]
 
     def task_mixtures(self) -> torch.Tensor:
@@ -362,7 +360,7 @@ class MultiHeadAdapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: all but what inference keeps, and what holds for a while only."""
-        return {**self.__dict__, "_cache": None, "fixed_logits": None, "step_weights": None}
+        return {**self.__dict__, "_cache": None, "fixed_logits": None}
 
     def fix_mixture(self, weights: torch.Tensor | None) -> None:
         """Give all tokens the weights `[N]` of the heads from now on, or with `None` those of the router again."""

@@ -308,7 +308,7 @@ class RLoraModel(BaseTuner):
             yield
         finally:
             for adapter in adapters:
-                adapter.step_weights = None
+                adapter.routing.packed.clear()
 
     @contextmanager
     def _told_tasks(self, task_ids: TaskIds | None) -> Generator[None, None, None]:

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging
 
 from ..kernels import LayerProbe, RoutingTally
+from ..kernels.fused import Packed
 
 
 logger = logging.get_logger(__name__)
@@ -74,6 +75,8 @@ class Routing:
         # same in memory, for graphs, of which a number would be a constant.
         self._seed: int | None = None
         self.seed_tensor: torch.Tensor | None = None
+        # The weights that `StepPacking` laid side by side for a forward pass, by the number of the layer.
+        self.packed: dict[int, Packed] = {}
         self._layers = 0
         self._warned: set[str] = set()
 
@@ -86,6 +89,7 @@ class Routing:
             "usage": None,
             "_seed": None,
             "seed_tensor": None,
+            "packed": {},
         }
         return {**self.__dict__, **batch}
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels.fused import DeltaSpec, backend, widths
+from ..kernels.fused import DeltaSpec, backend, pack_layers
 from .adapter import MultiHeadAdapter
 
 
@@ -17,8 +17,7 @@ class _Kind(NamedTuple):
 
     spec: DeltaSpec
     dtype: torch.dtype
-    device: torch.device
-    tensors: tuple[tuple[torch.Size, torch.dtype] | None, ...]
+    tensors: tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
 
 
 class _Group(NamedTuple):
@@ -46,21 +45,15 @@ class StepPacking:
         return {"_signs": [], "_groups": []}
 
     def pack(self, adapters: Sequence[MultiHeadAdapter]) -> None:
-        """Give each adapter its `step_weights`, where that can be done ahead."""
+        """Put weights into `packed` of each adapter's `Routing`, where that can be done ahead."""
         signs = [_sign(adapter) for adapter in adapters]
         if signs != self._signs:
             self._signs, self._groups = signs, _plan(adapters)
-        for (spec, dtype, device, _), members, addresses in self._groups:
-            k, z = widths(spec.layout, device)
-            weights = backend(device, dtype).pack_layers(
-                *([adapters[index].packing()[1] for index in members], addresses, spec.layout),
-                scaling=spec.scaling,
-                dtype=dtype,
-                down_rows=k,
-                up_columns=z,
-            )
-            for index, packed in zip(members, weights, strict=True):
-                adapters[index].step_weights = packed
+        for (spec, dtype, _), members, addresses in self._groups:
+            layers = [adapters[index].packing()[1] for index in members]
+            for index, packed in zip(members, pack_layers(layers, addresses, spec, dtype), strict=True):
+                adapter = adapters[index]
+                adapter.routing.packed[adapter.layer_number] = packed
 
 
 def _sign(adapter: MultiHeadAdapter) -> tuple | None:
@@ -78,7 +71,8 @@ def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
     groups = []
     for kind, indices in members.items():
         layers = [adapters[index].packing()[1] for index in indices]
-        groups.append(_Group(kind, indices, backend(kind.device, kind.dtype).addresses_of(layers)))
+        addresses = backend(layers[0][0].device, kind.dtype).addresses_of(layers)
+        groups.append(_Group(kind, indices, addresses))
     return groups
 
 
@@ -96,5 +90,5 @@ def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
         )
         if not whole or not parameter.is_contiguous():
             return None
-    sizes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
-    return _Kind(spec, adapter.product_dtype, adapter.A.device, sizes)
+    sizes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+    return _Kind(spec, adapter.product_dtype, sizes)

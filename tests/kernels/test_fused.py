@@ -246,7 +246,7 @@ def test_inference_of_the_other_kinds(shared, top_k, given_logits, tokens):
     x, logits = weights.pop("x"), weights.pop("logits", None)
     spec = fused.DeltaSpec(Layout(3, 4, shared=shared, top_k=top_k), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    packed = fused.PackedAdapter(*fused.pack_weights(*map(weights.get, names), spec, torch.float32), spec)
+    packed = fused.PackedAdapter(fused.pack_weights(*map(weights.get, names), spec, torch.float32), spec)
     expected = fused_multihead(x, **weights, scaling=1.7, logits=logits, top_k=top_k)
     torch.testing.assert_close(packed.apply(x, logits=logits), expected)
 
@@ -259,10 +259,10 @@ def test_inference_with_packed_weights(anchored, routed, tokens):
     x, weights = tensors.pop("x"), tensors
     spec = fused.DeltaSpec(Layout(3, 4, routed, anchored), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    down, up = fused.pack_weights(*[weights.get(name) for name in names], spec, torch.float32)
+    weights_packed = fused.pack_weights(*[weights.get(name) for name in names], spec, torch.float32)
     expected = fused_multihead(x, **weights, scaling=1.7)
     base = torch.randn(tokens, 17, device=DEVICE)
-    packed = fused.PackedAdapter(down, up, spec)
+    packed = fused.PackedAdapter(weights_packed, spec)
     torch.testing.assert_close(packed.apply(x), expected)
     torch.testing.assert_close(packed.apply(x, base), base + expected)
     written = base.clone()
@@ -281,14 +281,13 @@ def test_layers_packed_together_are_those_packed_one_by_one(routed, anchored, sh
     for _ in range(3):
         tensors = make((3, 4, 13, 170, 1), dtype, routed, anchored, shared)
         layers.append(tuple(tensors[name].detach() if name in tensors else None for name in names))
-    layout, ops = Layout(3, 4, routed, anchored, shared), fused.backend(torch.device(DEVICE), dtype)
-    options = {"scaling": 1.7, "dtype": dtype, "down_rows": 32, "up_columns": 32}
-    expected = [ops.pack(*tensors, layout, **options) for tensors in layers]
-    for addresses in (None, ops.addresses_of(layers)):
-        found = ops.pack_layers(layers, addresses, layout, **options)
-        for (down, up), (wanted_down, wanted_up) in zip(found, expected, strict=True):
-            assert torch.equal(down, wanted_down) and torch.equal(up, wanted_up)
-            assert down.is_contiguous() and up.is_contiguous()
+    spec = fused.DeltaSpec(Layout(3, 4, routed, anchored, shared), 1.7)
+    expected = [fused.pack_weights(*tensors, spec, dtype) for tensors in layers]
+    for addresses in (None, expected[0].ops.addresses_of(layers)):
+        for found, wanted in zip(fused.pack_layers(layers, addresses, spec, dtype), expected, strict=True):
+            assert found[4:] == wanted[4:]
+            for tensor, one_by_one in zip(found[:4], wanted[:4], strict=True):
+                assert torch.equal(tensor, one_by_one) and tensor.stride() == one_by_one.stride()
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])

@@ -80,7 +80,7 @@ def test_a_step_is_the_same_and_no_layer_packs(checkpointing, packed_alone, monk
     assert_same(step(model, x), wanted)
     # A recomputation packs for itself: weights are only known not to change during the forward pass.
     assert len(packed_alone) == (0 if checkpointing is None else 3)
-    assert all(adapter.step_weights is None for adapter in adapters_of(model))
+    assert all(not adapter.routing.packed for adapter in adapters_of(model))
 
 
 def test_the_first_step_packs_layer_by_layer(packed_alone):
@@ -214,7 +214,7 @@ def test_nothing_is_left_behind_by_a_forward_pass_that_fails():
     handle = model.base_model.model.down.register_forward_pre_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(x)
-    assert all(adapter.step_weights is None for adapter in adapters_of(model))
+    assert all(not adapter.routing.packed for adapter in adapters_of(model))
     handle.remove()
     step(model, x)
 
