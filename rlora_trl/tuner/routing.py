@@ -82,7 +82,7 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take along the tasks, not the batch."""
-        batch = {
+        batch: dict[str, Any] = {
             "task_ids": None,
             "token_mask": None,
             "tally": None,
