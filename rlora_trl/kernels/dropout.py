@@ -9,6 +9,7 @@ itself: a GPU kernel and this module give the same bits, whatever the tiling.
 import torch
 
 
+_DISTRIBUTED = torch.distributed.is_available()
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 # Multipliers and shifts of a 32-bit mixer with a low bias between input and output bits ("lowbias32", C. Wellons,
@@ -74,7 +75,7 @@ def draw_seed() -> int:
         `int`: A seed in `[0, 2**63)`.
     """
     seed = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _DISTRIBUTED and torch.distributed.is_initialized():
         seed ^= (torch.distributed.get_rank() * _GOLDEN) & (2**63 - 1)
     return seed
 
@@ -82,7 +83,7 @@ def draw_seed() -> int:
 def draw_seed_tensor(device: torch.device) -> torch.Tensor:
     """[`draw_seed`] for code under `torch.compile`: a scalar int64 tensor, from the generator of `device`."""
     seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _DISTRIBUTED and torch.distributed.is_initialized():
         seed = seed ^ ((torch.distributed.get_rank() * _GOLDEN) & (2**62 - 1))
     return seed
 

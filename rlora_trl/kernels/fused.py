@@ -119,6 +119,7 @@ class Packed(NamedTuple):
         down_t (`torch.Tensor`), up_t (`torch.Tensor`): The same, transposed.
         ops (`ModuleType`): Where the rank-space functions for them come from.
         heads_width (`int`): Columns of what gradients of heads are made from, with padding.
+        layout ([`Layout`]): What the columns are.
     """
 
     down: torch.Tensor
@@ -127,6 +128,7 @@ class Packed(NamedTuple):
     up_t: torch.Tensor
     ops: ModuleType
     heads_width: int
+    layout: Layout
 
 
 def pack_weights(
@@ -148,7 +150,7 @@ def pack_weights(
         down_rows=k,
         up_columns=z,
     )
-    return Packed(down, up, down.T, up.T, ops, padded(layout.num_heads * layout.r, A.device))
+    return Packed(down, up, down.T, up.T, ops, padded(layout.num_heads * layout.r, A.device), layout)
 
 
 def pack_layers(
@@ -168,7 +170,7 @@ def pack_layers(
     # All views of a kind by one call, which costs the host less than one for each.
     views = zip(downs.unbind(), ups.unbind(), downs.mT.unbind(), ups.mT.unbind(), strict=True)
     width = padded(layout.num_heads * layout.r, device)
-    return [Packed(*four, ops, width) for four in views]
+    return [Packed(*four, ops, width, layout) for four in views]
 
 
 def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -238,10 +240,10 @@ class _MultiHeadDelta(torch.autograd.Function):
         call: _Call,
     ) -> torch.Tensor:
         spec, packed = call.spec, call.packed
-        layout, probe = spec.layout, spec.probe
         if packed is None:
             packed = call.packed = pack_weights(A, B, router, *call.anchors, spec, x.dtype)
-        down, up, down_t, _, ops, heads_width = packed
+        down, up, down_t, _, ops, heads_width, layout = packed
+        probe = spec.probe
         shape = x.shape
         call.tokens = tokens = x.reshape(-1, shape[-1])
         P = torch.mm(tokens, down_t)  # [T, K]
@@ -355,15 +357,13 @@ class PackedAdapter:
 
     Args:
         packed ([`Packed`]): Its weights.
-        spec ([`DeltaSpec`]): The spec that they were packed with.
     """
 
-    def __init__(self, packed: Packed, spec: DeltaSpec) -> None:
-        self.down, up, self.down_t, self.up_t, self.ops, _ = packed
-        self.layout = spec.layout
+    def __init__(self, packed: Packed) -> None:
+        self.down, up, self.down_t, self.up_t, self.ops, _, self.layout = packed
         self.z_width = up.shape[1]
         self.d_in, self.d_out = self.down.shape[1], up.shape[0]
-        self.projects = spec.layout.shared and not spec.layout.top_k  # what `project_mix` can do
+        self.projects = self.layout.shared and not self.layout.top_k  # what `project_mix` can do
 
     def apply(
         self,

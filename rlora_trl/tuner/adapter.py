@@ -212,17 +212,17 @@ class MultiHeadAdapter(nn.Module):
         logits = self._given_logits(x)
         if not training and not torch.is_grad_enabled() and weight is None:
             return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
+        packed = routing.packed.get(self.layer_number)
+        if packed is None or packed.down.dtype != x.dtype:
+            self.product_dtype, packed = x.dtype, None
         spec = DeltaSpec(
-            self._layout(),
+            self._layout() if packed is None else packed.layout,
             self.scaling,
             self.dropout if masked else 0.0,
             self._draw_seed() if masked else None,
             inplace and base is not None and base.is_contiguous(),
             self._probe(x),
         )
-        packed = routing.packed.get(self.layer_number)
-        if packed is None or packed.down.dtype != x.dtype:
-            self.product_dtype, packed = x.dtype, None
         if not autocast:
             return fused_delta(x, *self._tensors(), logits, base, weight, spec, packed)
         # All is in its dtype by now, and autocast costs each product of a short step a third more of the host's time.
@@ -314,7 +314,7 @@ class MultiHeadAdapter(nn.Module):
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
             spec = DeltaSpec(self._layout(), self.scaling)
-            self._cache = (key, PackedAdapter(pack_weights(*self._tensors(), spec, x.dtype), spec))
+            self._cache = (key, PackedAdapter(pack_weights(*self._tensors(), spec, x.dtype)))
         return self._cache[1]
 
     def task_mixtures(self) -> torch.Tensor:

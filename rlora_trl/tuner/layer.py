@@ -224,9 +224,12 @@ class RLoraLayer(BaseTunerLayer):
         """The adapters that a forward pass runs: active ones, unless they are disabled or merged."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        # Straight from the dictionary: `nn.Module` looks attributes up in Python, which short steps feel.
-        adapters: Any = self.rlora_adapters._modules
-        return [adapters[name] for name in self.active_adapters if name in adapters]
+        # Straight from the dictionaries: `nn.Module` looks attributes up in Python, which short steps feel.
+        adapters = self._modules["rlora_adapters"]._modules
+        active = self._active_adapter
+        if isinstance(active, str):
+            return [adapters[active]] if active in adapters else []
+        return [adapters[name] for name in active if name in adapters]
 
     def get_base_weight(self) -> torch.Tensor:
         """The weight of the base layer, dequantised where it is quantised."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels.fused import DeltaSpec, backend, pack_layers
+from ..kernels.rank_space import AdapterTensors
 from .adapter import MultiHeadAdapter
 
 
@@ -21,8 +22,10 @@ class _Kind(NamedTuple):
 
 
 class _Group(NamedTuple):
-    kind: _Kind
+    spec: DeltaSpec
+    dtype: torch.dtype
     members: list[int]
+    tensors: list[AdapterTensors]
     addresses: torch.Tensor | None
 
 
@@ -49,9 +52,8 @@ class StepPacking:
         signs = [_sign(adapter) for adapter in adapters]
         if signs != self._signs:
             self._signs, self._groups = signs, _plan(adapters)
-        for (spec, dtype, _), members, addresses in self._groups:
-            layers = [adapters[index].packing()[1] for index in members]
-            for index, packed in zip(members, pack_layers(layers, addresses, spec, dtype), strict=True):
+        for spec, dtype, members, tensors, addresses in self._groups:
+            for index, packed in zip(members, pack_layers(tensors, addresses, spec, dtype), strict=True):
                 adapter = adapters[index]
                 adapter.routing.packed[adapter.layer_number] = packed
 
@@ -70,9 +72,9 @@ def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
             members.setdefault(kind, []).append(index)
     groups = []
     for kind, indices in members.items():
-        layers = [adapters[index].packing()[1] for index in indices]
-        addresses = backend(layers[0][0].device, kind.dtype).addresses_of(layers)
-        groups.append(_Group(kind, indices, addresses))
+        tensors = [adapters[index].packing()[1] for index in indices]
+        addresses = backend(tensors[0][0].device, kind.dtype).addresses_of(tensors)
+        groups.append(_Group(kind.spec, kind.dtype, indices, tensors, addresses))
     return groups
 
 

@@ -246,7 +246,7 @@ def test_inference_of_the_other_kinds(shared, top_k, given_logits, tokens):
     x, logits = weights.pop("x"), weights.pop("logits", None)
     spec = fused.DeltaSpec(Layout(3, 4, shared=shared, top_k=top_k), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    packed = fused.PackedAdapter(fused.pack_weights(*map(weights.get, names), spec, torch.float32), spec)
+    packed = fused.PackedAdapter(fused.pack_weights(*map(weights.get, names), spec, torch.float32))
     expected = fused_multihead(x, **weights, scaling=1.7, logits=logits, top_k=top_k)
     torch.testing.assert_close(packed.apply(x, logits=logits), expected)
 
@@ -262,7 +262,7 @@ def test_inference_with_packed_weights(anchored, routed, tokens):
     weights_packed = fused.pack_weights(*[weights.get(name) for name in names], spec, torch.float32)
     expected = fused_multihead(x, **weights, scaling=1.7)
     base = torch.randn(tokens, 17, device=DEVICE)
-    packed = fused.PackedAdapter(weights_packed, spec)
+    packed = fused.PackedAdapter(weights_packed)
     torch.testing.assert_close(packed.apply(x), expected)
     torch.testing.assert_close(packed.apply(x, base), base + expected)
     written = base.clone()
