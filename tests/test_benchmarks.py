@@ -205,20 +205,38 @@ def test_bars_of_memory_decoding_and_cpu():
     from report import FLOOR, LORA, OURS, bars
 
     train = [
-        row(FLOOR, "floor", 1.0, setting="6x512", activation_gib=10.0),
-        row(OURS, "ours", 1.0, setting="6x512", activation_gib=12.0),
-        row("HydraLoRA loop N=3 r=4", "hydra_loop", 1.0, setting="6x512", activation_gib=40.0),
+        row(FLOOR, "floor", 1.0, setting="6x512", activation_gib=10.0, saved_gib=5.0),
+        row(OURS, "ours", 1.0, setting="6x512", activation_gib=12.0, saved_gib=6.0),
+        row("HydraLoRA loop N=3 r=4", "hydra_loop", 1.0, setting="6x512", activation_gib=40.0, saved_gib=30.0),
     ]
     decode = [row(LORA, "lora", 5.0, batch=16), row(OURS, "ours", 6.0, batch=16), row(OURS, "ours", 1.0, batch=1)]
     cpu = [row("R-LoRA loop N=3 r=4", "rlora_loop", 4.0, case="a step"), row(OURS, "ours", 3.0, case="a step")]
     lines = []
     found = by_name(bars(train, decode, cpu, show=lines.append))
     assert len(lines) == len(found)
-    assert found["6x512: activations / HydraLoRA loop"].value == pytest.approx(0.3)
-    assert found["6x512: activations above the floor's / HydraLoRA loop's"].value == pytest.approx(2 / 30)
+    kept = found["6x512: activations (kept for backward) / HydraLoRA loop"]
+    assert kept.value == pytest.approx(0.2) and kept.met is True
+    assert found["6x512: all that a step allocates / HydraLoRA loop"].value == pytest.approx(0.3)
+    assert found["6x512: the same above the floor's / HydraLoRA loop's"].value == pytest.approx(2 / 30)
     assert found["decoding, batch 16: time / LoRA"].met is False
     assert found["decoding, batch 1: time / LoRA"].value is None
     assert found["CPU, a step: time / R-LoRA loop"].met is True
+
+
+def test_runs_of_one_setting_are_listed_by_their_start():
+    from report import FLOOR, LORA, OURS, runs_table
+
+    rows = [
+        row(name, "x", ms, setting="6x512", started=f"2026-01-0{day}T10:00:07+00:00", min_ms=ms - day)
+        for day, times in ((2, (100.0, 150.0, 140.0)), (1, (110.0, 150.0, 165.0)), (3, (100.0, None, 120.0)))
+        for name, ms in zip((FLOOR, LORA, OURS), times, strict=True)
+        if ms is not None
+    ]
+    lines = runs_table(rows, "6x512").splitlines()[2:]
+    # A run without LoRA is left out.
+    assert [line.split(" | ")[0] for line in lines] == ["| 2026-01-01 10:00", "| 2026-01-02 10:00"]
+    assert lines[0].split(" | ")[1:] == ["110", "150", "165", "1.50", "1.50", "1.10 |"]
+    assert runs_table(rows[:3], "6x512") == ""
 
 
 def test_tables_have_ratios_and_failures():

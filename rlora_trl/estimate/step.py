@@ -313,7 +313,7 @@ def _without_values(model: nn.Module, *, joins: bool, autocast: torch.dtype | No
 
 
 def _joined(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    (adapter,) = layer._active_here()
+    (adapter,) = layer.adapters_in_use()
     joined: torch.Tensor = adapter(x, weight=layer.base_layer.weight)
     return joined
 

@@ -209,7 +209,8 @@ class MultiHeadAdapter(nn.Module):
             return self._compiled(x, base, weight, masked)
         if on_input or (base is not None and base.dtype != x.dtype):
             return self._composed(x, base, weight, masked)
-        logits = self._given_logits(x)
+        given = self.router_kind == "task" or self.fixed_logits is not None
+        logits = self._given_logits(x) if given else None
         if not training and not torch.is_grad_enabled() and weight is None:
             return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
         packed = routing.packed.get(self.layer_number)
@@ -221,7 +222,7 @@ class MultiHeadAdapter(nn.Module):
             self.dropout if masked else 0.0,
             self._draw_seed() if masked else None,
             inplace and base is not None and base.is_contiguous(),
-            self._probe(x),
+            None if routing.tally is None else self._probe(x),
         )
         if not autocast:
             return fused_delta(x, *self._tensors(), logits, base, weight, spec, packed)
@@ -234,9 +235,8 @@ class MultiHeadAdapter(nn.Module):
 
     def _draw_seed(self) -> int:
         """The seed of a dropout mask; made from that of the batch, where there is one."""
-        if self.routing.seed is None:
-            return draw_seed()
-        return (self.routing.seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
+        seed = self.routing.seed
+        return draw_seed() if seed is None else (seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
 
     def _draw_seed_tensor(self, device: torch.device) -> torch.Tensor:
         """The same for `torch.compile`."""

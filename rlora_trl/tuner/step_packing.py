@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels.fused import DeltaSpec, backend, pack_layers
+from ..kernels.fused import DeltaSpec, Packed, backend, pack_layers
 from ..kernels.rank_space import AdapterTensors
 from .adapter import MultiHeadAdapter
 
@@ -24,7 +24,7 @@ class _Kind(NamedTuple):
 class _Group(NamedTuple):
     spec: DeltaSpec
     dtype: torch.dtype
-    members: list[int]
+    members: list[tuple[dict[int, Packed], int]]  # where the weights of each go
     tensors: list[AdapterTensors]
     addresses: torch.Tensor | None
 
@@ -40,7 +40,7 @@ class StepPacking:
     """
 
     def __init__(self) -> None:
-        self._signs: list[tuple | None] = []
+        self._signs: list = []
         self._groups: list[_Group] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,32 +49,29 @@ class StepPacking:
 
     def pack(self, adapters: Sequence[MultiHeadAdapter]) -> None:
         """Put weights into `packed` of each adapter's `Routing`, where that can be done ahead."""
-        signs = [_sign(adapter) for adapter in adapters]
+        # What a plan depends on: where all parameters are, whole ones and shards, and what is made of them.
+        parameters = [parameter for adapter in adapters for parameter in adapter._parameters.values()]
+        signs: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]
+        signs += [(adapter.product_dtype, adapter.scaling, adapter.fixed_logits is None) for adapter in adapters]
         if signs != self._signs:
             self._signs, self._groups = signs, _plan(adapters)
         for spec, dtype, members, tensors, addresses in self._groups:
-            for index, packed in zip(members, pack_layers(tensors, addresses, spec, dtype), strict=True):
-                adapter = adapters[index]
-                adapter.routing.packed[adapter.layer_number] = packed
-
-
-def _sign(adapter: MultiHeadAdapter) -> tuple | None:
-    """What a plan depends on; it is compared before each forward pass."""
-    where = [parameter.data_ptr() for parameter in adapter._parameters.values() if type(parameter) is nn.Parameter]
-    return (adapter.product_dtype, adapter.scaling, adapter.fixed_logits is None, *where)
+            for (places, number), packed in zip(members, pack_layers(tensors, addresses, spec, dtype), strict=True):
+                places[number] = packed
 
 
 def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
-    members: dict[_Kind, list[int]] = {}
-    for index, adapter in enumerate(adapters):
+    of_kind: dict[_Kind, list[MultiHeadAdapter]] = {}
+    for adapter in adapters:
         kind = _kind_of(adapter)
         if kind is not None:
-            members.setdefault(kind, []).append(index)
+            of_kind.setdefault(kind, []).append(adapter)
     groups = []
-    for kind, indices in members.items():
-        tensors = [adapters[index].packing()[1] for index in indices]
+    for kind, alike in of_kind.items():
+        tensors = [adapter.packing()[1] for adapter in alike]
         addresses = backend(tensors[0][0].device, kind.dtype).addresses_of(tensors)
-        groups.append(_Group(kind.spec, kind.dtype, indices, tensors, addresses))
+        members = [(adapter.routing.packed, adapter.layer_number) for adapter in alike]
+        groups.append(_Group(kind.spec, kind.dtype, members, tensors, addresses))
     return groups
 
 
