@@ -80,14 +80,13 @@ def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
     spec, tensors = adapter.packing()
     if adapter.product_dtype is None or adapter.A.device.type == "meta":
         return None
-    for name, parameter in adapter.named_parameters(recurse=False):
-        # Shards are made whole only when the adapter itself is called.
-        whole = (
-            type(parameter) is nn.Parameter
-            and "ds_id" not in vars(parameter)
-            and parameter.shape == adapter.shapes[name]
-        )
-        if not whole or not parameter.is_contiguous():
+    for name, shape in adapter.shapes.items():
+        parameter = adapter._parameters.get(name)
+        # Shards are made whole only when the adapter itself is called; and what stands in for a parameter (FSDP,
+        # parametrizations, `functional_call`) may be another tensor each time.
+        if type(parameter) is not nn.Parameter or "ds_id" in vars(parameter) or parameter.shape != shape:
+            return None
+        if not parameter.is_contiguous():
             return None
     sizes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
     return _Kind(spec, adapter.product_dtype, sizes)

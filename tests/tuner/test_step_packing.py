@@ -208,6 +208,35 @@ def test_sharded_weights_are_left_to_the_layer(how, packed_alone):
     assert len(packed_alone) == 1
 
 
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+def test_parameters_that_are_computed_are_left_to_the_layer(monkeypatch):
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    for adapter in adapters_of(model):
+        torch.nn.utils.parametrize.register_parametrization(adapter, "B", Doubled())
+    for _ in range(3):
+        with torch.no_grad():
+            for adapter in adapters_of(model):
+                adapter.parametrizations.B.original.add_(0.1)
+        assert_same(step(model, x), without_packing(model, x, monkeypatch))
+
+
+def test_functional_call_uses_its_own_tensors():
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    step(model, x)
+    for factor in (2.0, 3.0, 1.0):
+        given = {name: factor * p.detach() for name, p in model.named_parameters() if "rlora" in name}
+        other = copy.deepcopy(model)
+        other.load_state_dict(given, strict=False)
+        found = torch.func.functional_call(model, given, (x,))
+        torch.testing.assert_close(found, other(x))
+
+
 def test_nothing_is_left_behind_by_a_forward_pass_that_fails():
     model, x = adapted(), torch.randn(5, 12)
     step(model, x)
