@@ -222,7 +222,7 @@ class _MultiHeadDelta(torch.autograd.Function):
     Checkpointing (the kind that is not reentrant) stops a recomputation when the last tensor is saved, and the tensors
     of a function are saved when its forward pass ends. Where weights were not packed ahead, as in a recomputation, y
     is written after that, by [`fused_delta`]: the last product of a block, which only y needs, is left out so, as it
-    is for a plain layer.
+    is for a plain layer. (Not where all of a model is checkpointed as one, whose recomputation packs ahead too.)
 
     Short steps wait for the host, so what it does here is counted: a view costs it as much as a fifth of a product.
     """
@@ -263,7 +263,9 @@ class _MultiHeadDelta(torch.autograd.Function):
         )
         # The packed weights are small and do not grow with the tokens. Kept, they need not be made again, and the
         # backward pass does not depend on parameters that DeepSpeed or FSDP may have taken away by then.
-        ctx.save_for_backward(tokens, P, call.weight, down, up, partials)
+        # x itself, where `tokens` is a copy that nobody else holds.
+        kept = tokens if tokens.data_ptr() == x.data_ptr() else x
+        ctx.save_for_backward(kept, P, call.weight, down, up, partials)
         ctx.spec, ctx.ops, ctx.heads_width = spec, ops, heads_width
         ctx.has_base, ctx.shapes = base is not None, (shape, A.shape, B.shape)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (A, B, router, logits)]
@@ -302,6 +304,7 @@ class _MultiHeadDelta(torch.autograd.Function):
                 side_by_side = mm_wide(dy2.T, heads)
                 dB = _as(side_by_side.as_strided(shape_B, (layout.r, side_by_side.stride(0), 1)), dtype_B)
             if need_A or need_router:
+                tokens = tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1])
                 ddown = mm_wide(dP.T, tokens)  # [K, d_in]
                 start = rank_space.h_columns(layout)
                 if need_A:

@@ -70,7 +70,8 @@ class _Variant:
             run(programs, 1, 1, stream_of(device), function, metadata, *nothing, *addresses, *numbers, *self.passed)
             return None
         compiled = self.kernel[(programs, 1, 1)](*tensors, *numbers, *self.constants)
-        if aligned and compiled is not None:  # the interpreter compiles nothing
+        # The interpreter compiles nothing; and another version of Triton may keep things elsewhere.
+        if aligned and all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
             stream_of = triton.runtime.driver.active.get_current_stream
             self.compiled[device] = (compiled.run, compiled.function, compiled.packed_metadata, stream_of)
         return None
@@ -162,6 +163,15 @@ def _mix_backward_variant(
     kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
     flags = (dropped, seed_in_memory, balanced, len(dtypes) > 1, _BLOCK_T)
     return _Variant(kernels.mix_backward_kernel, (*widths, *sizes, *kinds, *flags))
+
+
+def _check_device(P: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """A kernel that is launched with addresses would read any."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != P.device:
+            raise ValueError(
+                f"`{name}` must be on {P.device}, where the activations are, and is on {tensor.device}. Move it there."
+            )
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
@@ -261,6 +271,8 @@ def mix(
     Z = torch.empty(tokens, z_width, dtype=P.dtype, device=P.device)
     if tokens > 0:
         masked = partials is not None and token_mask is not None
+        if masked:
+            _check_device(P, token_mask=token_mask)
         dropped, in_memory = _seed_kind(dropout, seed)
         # Where a tensor is missing its place is taken by one that is there, and not touched.
         counted = token_mask if token_mask is not None and masked else P
@@ -289,6 +301,8 @@ def mix_backward(
     heads, dP = torch.empty(tokens, width, dtype=P.dtype, device=P.device), torch.empty_like(P)
     if tokens > 0:
         masked = slope is not None and token_mask is not None
+        if masked:
+            _check_device(P, token_mask=token_mask)
         dropped, in_memory = _seed_kind(dropout, seed)
         # Where a tensor is missing its place is taken by one that is there, and not touched.
         counted = token_mask if token_mask is not None and masked else P
@@ -325,6 +339,7 @@ def summarise(
     upstream: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """See `rank_space.summarise`."""
+    _check_device(partials, record=record, prior=prior, upstream=upstream)
     num_heads = layout.num_heads
     slope = None
     if upstream is not None:

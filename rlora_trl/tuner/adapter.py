@@ -1,12 +1,12 @@
 """One multi-head adapter as a module: it owns A, the heads B, the router and the anchor, and knows nothing of PEFT."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
-from ..kernels.fused import DeltaSpec, PackedAdapter, fused_delta, pack_weights
+from ..kernels.fused import DeltaSpec, Packed, PackedAdapter, fused_delta, pack_weights
 from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
 from .routing import Routing
@@ -16,6 +16,43 @@ from .routing import Routing
 _TINY = 1e-300
 # An odd number that spreads the numbers of layers over the bits of a seed.
 _SPREAD = 0x2545F4914F6CDD1D
+
+
+class PackedAhead(NamedTuple):
+    """Weights of an adapter that were packed before it was called, and what they were made from."""
+
+    packed: Packed
+    layout: Layout
+    scaling: float
+    tensors: AdapterTensors
+    versions: list[int | None]
+
+    @classmethod
+    def of(cls, packed: Packed, spec: DeltaSpec, tensors: AdapterTensors) -> "PackedAhead":
+        """The weights `packed` just now from `tensors`."""
+        return cls(packed, spec.layout, spec.scaling, tensors, _versions(tensors))
+
+    def holds_for(self, tensors: AdapterTensors, layout: Layout, scaling: float, x: torch.Tensor) -> bool:
+        """Whether these are the weights for an input, made from these very tensors as they are now."""
+        down, made_from = self.packed.down, self.tensors
+        return (
+            # Not the same ones in `torch.func.functional_call`, nor on the same device where layers come and go.
+            tensors[0] is made_from[0]
+            and tensors[1] is made_from[1]
+            and tensors[2] is made_from[2]
+            and tensors[3] is made_from[3]
+            and tensors[4] is made_from[4]
+            and down.dtype == x.dtype
+            and down.device == x.device
+            and scaling == self.scaling
+            and layout == self.layout
+            and _versions(tensors) == self.versions
+        )
+
+
+def _versions(tensors: AdapterTensors) -> list[int | None]:
+    """How often each tensor was written to."""
+    return [None if tensor is None else tensor._version for tensor in tensors]
 
 
 class MultiHeadAdapter(nn.Module):
@@ -213,11 +250,10 @@ class MultiHeadAdapter(nn.Module):
         logits = self._given_logits(x) if given else None
         if not training and not torch.is_grad_enabled() and weight is None:
             return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
-        packed = routing.packed.get(self.layer_number)
-        if packed is None or packed.down.dtype != x.dtype:
-            self.product_dtype, packed = x.dtype, None
+        tensors, layout = self._tensors(), self._layout()
+        packed = self._packed_ahead(tensors, layout, x)
         spec = DeltaSpec(
-            self._layout() if packed is None else packed.layout,
+            layout,
             self.scaling,
             self.dropout if masked else 0.0,
             self._draw_seed() if masked else None,
@@ -225,11 +261,11 @@ class MultiHeadAdapter(nn.Module):
             None if routing.tally is None else self._probe(x),
         )
         if not autocast:
-            return fused_delta(x, *self._tensors(), logits, base, weight, spec, packed)
+            return fused_delta(x, *tensors, logits, base, weight, spec, packed)
         # All is in its dtype by now, and autocast costs each product of a short step a third more of the host's time.
         torch.set_autocast_enabled(device_type, False)
         try:
-            return fused_delta(x, *self._tensors(), logits, base, weight, spec, packed)
+            return fused_delta(x, *tensors, logits, base, weight, spec, packed)
         finally:
             torch.set_autocast_enabled(device_type, True)
 
@@ -255,9 +291,22 @@ class MultiHeadAdapter(nn.Module):
         routed = self.router_kind != "uniform" or self.fixed_logits is not None
         return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, self._top_k())
 
-    def packing(self) -> tuple[DeltaSpec, AdapterTensors]:
-        """What [`pack_weights`] needs for this adapter."""
-        return DeltaSpec(self._layout(), self.scaling), self._tensors()
+    def packing_spec(self) -> DeltaSpec:
+        """What [`pack_weights`] needs to know of this adapter, besides its tensors."""
+        return DeltaSpec(self._layout(), self.scaling)
+
+    def packing_tensors(self) -> AdapterTensors:
+        """The tensors that [`pack_weights`] packs."""
+        return self._tensors()
+
+    def _packed_ahead(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> Packed | None:
+        """The weights that were packed for this forward pass of the model, where they hold."""
+        ahead = self.routing.packed.get(self.layer_number)
+        if ahead is not None and ahead.holds_for(tensors, layout, self.scaling, x):
+            return ahead.packed
+        if self.product_dtype != x.dtype:  # `nn.Module` takes its time to set attributes
+            self.product_dtype = x.dtype
+        return None
 
     def _top_k(self) -> int:
         return self.top_k if self.fixed_logits is None else 0

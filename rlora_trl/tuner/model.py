@@ -238,7 +238,14 @@ class RLoraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        self._adapted, self._step_packing = [], StepPacking()  # which hold layers and tensors
+        return unloaded
+
+    @override
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._step_packing = StepPacking()  # which holds tensors
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before any layer is touched."""
@@ -298,8 +305,10 @@ class RLoraModel(BaseTuner):
     @contextmanager
     def _packed_weights(self) -> Generator[None, None, None]:
         """Lay the weights of all adapters side by side for a forward pass of training."""
-        # A compiler packs where that suits it; without gradients layers keep what they have packed.
-        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+        # A compiler packs where that suits it; without gradients layers keep what they have packed; and a captured
+        # graph would read addresses that a later pass may free.
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or capturing or not (self.training and torch.is_grad_enabled()):
             yield
             return
         adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers.utils import logging
 
 from ..kernels import LayerProbe, RoutingTally
-from ..kernels.fused import Packed
+
+
+if TYPE_CHECKING:
+    from .adapter import PackedAhead
 
 
 logger = logging.get_logger(__name__)
@@ -76,7 +79,7 @@ class Routing:
         self._seed: int | None = None
         self.seed_tensor: torch.Tensor | None = None
         # The weights that `StepPacking` laid side by side for a forward pass, by the number of the layer.
-        self.packed: dict[int, Packed] = {}
+        self.packed: dict[int, PackedAhead] = {}
         self._layers = 0
         self._warned: set[str] = set()
 

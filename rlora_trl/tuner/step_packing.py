@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels.fused import DeltaSpec, Packed, backend, pack_layers
+from ..kernels.fused import DeltaSpec, backend, pack_layers
 from ..kernels.rank_space import AdapterTensors
-from .adapter import MultiHeadAdapter
+from .adapter import MultiHeadAdapter, PackedAhead
 
 
 class _Kind(NamedTuple):
@@ -24,7 +24,7 @@ class _Kind(NamedTuple):
 class _Group(NamedTuple):
     spec: DeltaSpec
     dtype: torch.dtype
-    members: list[tuple[dict[int, Packed], int]]  # where the weights of each go
+    targets: list[tuple[dict[int, PackedAhead], int]]  # where the weights of each go
     tensors: list[AdapterTensors]
     addresses: torch.Tensor | None
 
@@ -34,30 +34,33 @@ class StepPacking:
     Packs the weights of many adapters with one launch for all that are of one kind, rather than one for each.
 
     Short steps are bound by the host (docs/performance.md), and this is a tenth of what a layer asks of it. What is
-    packed holds for one forward pass, in which no weight changes: there is nothing to go stale. An adapter packs its
-    own weights in its first forward pass, which tells the dtype of its products; where they are sharded (DeepSpeed
-    ZeRO-3, FSDP); and in the recomputations of gradient checkpointing.
+    packed is there for one forward pass and used for the very tensors that it was made from, as they were then (but
+    for what is written through `.data` in between). Otherwise an adapter packs its own weights: in its first forward
+    pass, which tells the dtype of its products; where they are sharded (DeepSpeed ZeRO-3, FSDP); and in the
+    recomputations of gradient checkpointing.
     """
 
     def __init__(self) -> None:
-        self._signs: list = []
+        self._key: list = []
         self._groups: list[_Group] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles plan anew: their tensors are elsewhere."""
-        return {"_signs": [], "_groups": []}
+        """Copies and pickles take no plan along, which holds for the tensors of one model."""
+        return {"_key": [], "_groups": []}
 
+    @torch.no_grad()
     def pack(self, adapters: Sequence[MultiHeadAdapter]) -> None:
         """Put weights into `packed` of each adapter's `Routing`, where that can be done ahead."""
         # What a plan depends on: where all parameters are, whole ones and shards, and what is made of them.
         parameters = [parameter for adapter in adapters for parameter in adapter._parameters.values()]
-        signs: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]
-        signs += [(adapter.product_dtype, adapter.scaling, adapter.fixed_logits is None) for adapter in adapters]
-        if signs != self._signs:
-            self._signs, self._groups = signs, _plan(adapters)
-        for spec, dtype, members, tensors, addresses in self._groups:
-            for (places, number), packed in zip(members, pack_layers(tensors, addresses, spec, dtype), strict=True):
-                places[number] = packed
+        key: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]
+        key += [(adapter.product_dtype, adapter.packing_spec()) for adapter in adapters]
+        if key != self._key:
+            self._key, self._groups = key, _plan(adapters)
+        for spec, dtype, targets, layers, addresses in self._groups:
+            packed = pack_layers(layers, addresses, spec, dtype)
+            for (weights_of, number), tensors, weights in zip(targets, layers, packed, strict=True):
+                weights_of[number] = PackedAhead.of(weights, spec, tensors)
 
 
 def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
@@ -68,16 +71,15 @@ def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
             of_kind.setdefault(kind, []).append(adapter)
     groups = []
     for kind, alike in of_kind.items():
-        tensors = [adapter.packing()[1] for adapter in alike]
+        tensors = [adapter.packing_tensors() for adapter in alike]
         addresses = backend(tensors[0][0].device, kind.dtype).addresses_of(tensors)
-        members = [(adapter.routing.packed, adapter.layer_number) for adapter in alike]
-        groups.append(_Group(kind.spec, kind.dtype, members, tensors, addresses))
+        targets = [(adapter.routing.packed, adapter.layer_number) for adapter in alike]
+        groups.append(_Group(kind.spec, kind.dtype, targets, tensors, addresses))
     return groups
 
 
 def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
     """The kind of an adapter; `None` where its tensors are not there, or the dtype of products is not known."""
-    spec, tensors = adapter.packing()
     if adapter.product_dtype is None or adapter.A.device.type == "meta":
         return None
     for name, shape in adapter.shapes.items():
@@ -86,7 +88,9 @@ def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
         # parametrizations, `functional_call`) may be another tensor each time.
         if type(parameter) is not nn.Parameter or "ds_id" in vars(parameter) or parameter.shape != shape:
             return None
-        if not parameter.is_contiguous():
+        if not parameter.is_contiguous() or parameter.is_inference():
             return None
-    sizes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-    return _Kind(spec, adapter.product_dtype, sizes)
+    sizes = tuple(
+        None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in adapter.packing_tensors()
+    )
+    return _Kind(adapter.packing_spec(), adapter.product_dtype, sizes)

@@ -290,6 +290,33 @@ def test_layers_packed_together_are_those_packed_one_by_one(routed, anchored, sh
                 assert torch.equal(tensor, one_by_one) and tensor.stride() == one_by_one.stride()
 
 
+def test_an_input_that_has_to_be_copied_is_kept_once():
+    """What has its rows apart is kept as it is, not as a copy beside it."""
+    tensors = make((3, 4, 13, 17, 20), torch.float32)
+    x = tensors.pop("x").detach().view(4, 5, 13).transpose(0, 1)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = fused_multihead(x, **tensors)
+    assert any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in saved)
+    assert not any(t.numel() == x.numel() and t.is_contiguous() for t in saved)
+    expected = fused_multihead(x.contiguous(), **tensors)
+    upstream = torch.randn_like(y)
+    inputs = list(tensors[name] for name in ("A", "B", "router"))
+    for found, wanted in zip(
+        torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels get addresses; the torch twins get tensors")
+def test_a_mask_on_another_device_is_refused():
+    layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
+    P = torch.randn(67, 11)
+    partials = torch.empty(ops.statistics_rows(67), layout.statistics_columns)
+    with pytest.raises(ValueError, match="`token_mask` must be on cpu"):
+        ops.mix(P, 16, layout, partials=partials, token_mask=torch.ones(67, device="meta"))
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
 def test_a_seed_in_memory_makes_the_masks_of_its_number(seed):
     layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
@@ -379,10 +406,11 @@ def test_errors(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="runs this file again, in the interpreter")
 def test_triton_in_its_interpreter():
-    """This file and that of the balance losses once more with Triton's kernels, interpreted on the CPU."""
+    """This and other files once more with Triton's kernels, interpreted on the CPU."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
-    files = [__file__, str(Path(__file__).with_name("test_balance.py"))]
+    tests = Path(__file__).parents[1]
+    files = [__file__, str(tests / "kernels" / "test_balance.py"), str(tests / "tuner" / "test_step_packing.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
         env=environment,

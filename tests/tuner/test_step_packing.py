@@ -1,7 +1,9 @@
 """Weights packed for the whole model at the start of a forward pass: the same results, and nothing that goes stale."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig
+from rlora_trl.kernels.fused import pack_weights
+from rlora_trl.tuner.adapter import PackedAhead
 from rlora_trl.tuner.step_packing import StepPacking
 
 
@@ -41,12 +45,13 @@ def adapters_of(model):
     return [module for module in model.modules() if isinstance(module, MultiHeadAdapter)]
 
 
-def step(model, x):
-    """The output, and the gradients of all that is trained."""
-    model.zero_grad()
+def step(model, x, of=None):
+    """The output, and the gradients of all that is trained; `of` a model that `model` calls."""
+    of = model if of is None else of
+    of.zero_grad()
     y = model(x)
     y.square().sum().backward()
-    return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return y.detach(), {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture
@@ -142,6 +147,7 @@ def test_changed_weights_are_seen(how, monkeypatch):
 def test_changed_scale_mixture_and_dtype_are_seen(monkeypatch):
     model, x = adapted(), torch.randn(5, 12)
     step(model, x)
+    step(model, x)
     model.base_model.model.up.set_scale("default", 0.3)
     assert_same(step(model, x), without_packing(model, x, monkeypatch))
     for adapter in adapters_of(model):
@@ -149,6 +155,7 @@ def test_changed_scale_mixture_and_dtype_are_seen(monkeypatch):
     assert_same(step(model, x), without_packing(model, x, monkeypatch))
     for adapter in adapters_of(model):
         adapter.fix_mixture(None)
+    assert_same(step(model, x), without_packing(model, x, monkeypatch))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(2):
             assert_same(step(model, x), without_packing(model, x, monkeypatch))
@@ -237,6 +244,138 @@ def test_functional_call_uses_its_own_tensors():
         torch.testing.assert_close(found, other(x))
 
 
+def test_another_top_k_is_seen(monkeypatch):
+    model, x = adapted(router="top_k", router_top_k=2), torch.randn(5, 12)
+    step(model, x)
+    before = step(model, x)
+    for adapter in adapters_of(model):
+        adapter.top_k = 1
+    found = step(model, x)
+    assert not torch.equal(found[0], before[0])
+    assert_same(found, without_packing(model, x, monkeypatch))
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_pass_within_a_pass_uses_its_own_tensors(with_gradients):
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    outer = step(model, x)
+    given = {name: 3 * p.detach() for name, p in model.named_parameters() if "rlora" in name}
+    wanted = torch.func.functional_call(model, given, (x,))
+    inner = []
+
+    def run_again(module, args):
+        handle.remove()
+        with torch.set_grad_enabled(with_gradients):
+            inner.append(torch.func.functional_call(model, given, (x,)))
+
+    handle = model.base_model.model.register_forward_pre_hook(run_again)
+    assert_same(step(model, x), outer)
+    torch.testing.assert_close(inner[0], wanted)
+
+
+def test_a_layer_called_with_other_tensors_within_a_pass():
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    layer = model.base_model.model.up
+    given = {name: 3 * p.detach() for name, p in layer.named_parameters() if "rlora" in name}
+    wanted, found = torch.func.functional_call(layer, given, (x,)), []
+    hook = lambda module, args: found.append(torch.func.functional_call(layer, given, (x,)))  # noqa: E731
+    handle = model.base_model.model.register_forward_pre_hook(hook)
+    model(x)
+    handle.remove()
+    torch.testing.assert_close(found[0], wanted)
+
+
+def test_weights_that_a_hook_changes_within_a_pass():
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    step(model, x)
+
+    def clamp(module, args):
+        with torch.no_grad():
+            module.B.clamp_(-0.01, 0.01)
+
+    for adapter in adapters_of(model):
+        adapter.register_forward_pre_hook(clamp)
+    assert_same(step(model, x), step(model, x))
+
+
+def test_packed_weights_hold_for_one_kind_of_product():
+    adapter, x = adapters_of(adapted())[0], torch.randn(5, 12)
+    spec, tensors = adapter.packing_spec(), adapter.packing_tensors()
+    with torch.no_grad():
+        ahead = PackedAhead.of(pack_weights(*tensors, spec, torch.float32), spec, tensors)
+    assert ahead.holds_for(tensors, spec.layout, spec.scaling, x)
+    # Layers may be brought to the device of the input after weights were packed where they rest.
+    assert not ahead.holds_for(tensors, spec.layout, spec.scaling, x.to("meta"))
+    assert not ahead.holds_for(tensors, spec.layout, spec.scaling, x.bfloat16())
+    assert not ahead.holds_for(tensors, spec.layout, 2 * spec.scaling, x)
+    assert not ahead.holds_for(tensors, spec.layout._replace(top_k=1), spec.scaling, x)
+    for index, tensor in enumerate(tensors):
+        other = (*tensors[:index], None if tensor is not None else x, *tensors[index + 1 :])
+        assert not ahead.holds_for(other, spec.layout, spec.scaling, x)
+    adapter.B.data.add_(0.0)
+    assert ahead.holds_for(tensors, spec.layout, spec.scaling, x)  # the documented gap
+    with torch.no_grad():
+        adapter.B.add_(0.0)
+    assert not ahead.holds_for(tensors, spec.layout, spec.scaling, x)
+
+
+def test_packing_is_no_part_of_a_graph(monkeypatch):
+    model, x = adapted(), torch.randn(5, 12)
+    step(model, x)
+    found = []
+    real = MultiHeadAdapter._packed_ahead
+    monkeypatch.setattr(
+        MultiHeadAdapter, "_packed_ahead", lambda self, *args: found.append(real(self, *args)) or found[-1]
+    )
+    model(x)
+    assert len(found) == 3
+    assert not any(tensor.requires_grad for packed in found for tensor in packed[:4])
+
+
+def test_two_adapters_at_a_time(packed_alone, monkeypatch):
+    model, x = adapted(), torch.randn(5, 12)
+    config = RLoraConfig(r=3, num_heads=2, target_modules=["up", "down"], init_weights=False, head_dropout=0.0)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    step(model, x)
+    packed_alone.clear()
+    found = step(model, x)
+    assert not packed_alone
+    assert_same(found, without_packing(model, x, monkeypatch))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_whole_model_that_is_checkpointed(reentrant):
+    model, x = adapted(head_dropout=0.3), torch.randn(5, 12, requires_grad=True)
+    step(model, x)
+    torch.manual_seed(3)
+    wanted = step(model, x)
+    torch.manual_seed(3)
+    assert_same(step(lambda x: checkpoint(model, x, use_reentrant=reentrant), x, of=model), wanted)
+
+
+def test_memory_is_given_back():
+    model, x = adapted(), torch.randn(5, 12)
+    model.add_adapter("other", RLoraConfig(r=3, num_heads=2, target_modules=["up"], init_weights=False))
+    model.set_adapter("other")
+    step(model, x)
+    step(model, x)
+    deleted = [weakref.ref(p) for name, p in model.named_parameters() if "other" in name]
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    gc.collect()
+    assert deleted and not any(p() is not None for p in deleted)
+    step(model, x)
+    step(model, x)
+    unloaded = [weakref.ref(adapter) for adapter in adapters_of(model)]
+    model.unload()
+    gc.collect()
+    assert len(unloaded) == 3 and not any(adapter() is not None for adapter in unloaded)
+
+
 def test_nothing_is_left_behind_by_a_forward_pass_that_fails():
     model, x = adapted(), torch.randn(5, 12)
     step(model, x)
@@ -253,6 +392,7 @@ def test_copies_have_their_own():
     wanted = step(model, x)
     step(model, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not other.base_model._step_packing._groups
         assert_same(step(other, x), wanted)
         with torch.no_grad():
             for p in other.parameters():
