@@ -301,7 +301,7 @@ def test_an_input_that_has_to_be_copied_is_kept_once():
     assert not any(t.numel() == x.numel() and t.is_contiguous() for t in saved)
     expected = fused_multihead(x.contiguous(), **tensors)
     upstream = torch.randn_like(y)
-    inputs = list(tensors[name] for name in ("A", "B", "router"))
+    inputs = [tensors[name] for name in ("A", "B", "router")]
     for found, wanted in zip(
         torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
