@@ -114,7 +114,8 @@ def estimate_memory(
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`):
             Dtype in which the base is loaded. DeepSpeed casts it to `mixed_precision`.
         mixed_precision (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`):
-            Of training (`bf16=True`, TRL's default); `None` for none.
+            Of training (`bf16=True`, TRL's default); `None` for none. A base in float32 without it, whose queries are
+            grouped, takes more than is estimated: PyTorch has no fused attention for it on a GPU.
         load_in_4bit (`bool`, *optional*, defaults to `False`), load_in_8bit (`bool`, *optional*, defaults to `False`):
             Quantise the base with bitsandbytes.
         double_quant (`bool`, *optional*, defaults to `False`):
