@@ -432,9 +432,9 @@ def project_mix_kernel(
         tl.store(z_row + pad, tl.zeros([Z2], dtype=z_ptr.dtype.element_ty), mask=pad < Z)
 
 
-@triton.jit
-def _pack(
-    program,
+@triton.jit(do_not_specialize=["scaling"])
+def pack_kernel(
+    addresses_ptr,
     a_ptr,
     b_ptr,
     router_ptr,
@@ -457,8 +457,23 @@ def _pack(
     SHARED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    LAYERS: tl.constexpr,
 ):
-    """One program's part of packing one layer's weights."""
+    program = tl.program_id(0)
+    if LAYERS:
+        # Many layers, whose five tensors are where a row of addresses says. The pointers among the arguments, those
+        # of the first layer, only say what dtypes they have.
+        PROGRAMS: tl.constexpr = DOWN_PROGRAMS + (ELEMENTS + BLOCK_W - 1) // BLOCK_W
+        layer = (program // PROGRAMS).to(tl.int64)
+        program = program % PROGRAMS
+        row_of_layer = addresses_ptr + layer * 5
+        a_ptr = tl.load(row_of_layer).to(a_ptr.dtype)
+        b_ptr = tl.load(row_of_layer + 1).to(b_ptr.dtype)
+        router_ptr = tl.load(row_of_layer + 2).to(router_ptr.dtype)
+        anchor_a_ptr = tl.load(row_of_layer + 3).to(anchor_a_ptr.dtype)
+        anchor_b_ptr = tl.load(row_of_layer + 4).to(anchor_b_ptr.dtype)
+        down_ptr += layer * (DOWN_PROGRAMS // DOWN_BLOCKS * D_IN)
+        up_ptr += layer * (ELEMENTS // R * Z)
     H: tl.constexpr = R if SHARED else N * R
     router_end: tl.constexpr = H + N if ROUTED else H
     if program < DOWN_PROGRAMS:
@@ -499,115 +514,3 @@ def _pack(
             zero = tl.zeros([BLOCK_W, Z2], dtype=up_ptr.dtype.element_ty)
             first_of_row = mask & (index % R == 0)
             tl.store(up_row[:, None] + pad[None, :], zero, mask=first_of_row[:, None] & (pad < Z)[None, :])
-
-
-@triton.jit(do_not_specialize=["scaling"])
-def pack_kernel(
-    a_ptr,
-    b_ptr,
-    router_ptr,
-    anchor_a_ptr,
-    anchor_b_ptr,
-    down_ptr,
-    up_ptr,
-    scaling,
-    D_IN: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    DOWN_PROGRAMS: tl.constexpr,
-    DOWN_BLOCKS: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    Z: tl.constexpr,
-    Z2: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ROUTER: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    _pack(
-        tl.program_id(0),
-        a_ptr,
-        b_ptr,
-        router_ptr,
-        anchor_a_ptr,
-        anchor_b_ptr,
-        down_ptr,
-        up_ptr,
-        scaling,
-        D_IN,
-        ELEMENTS,
-        DOWN_PROGRAMS,
-        DOWN_BLOCKS,
-        R,
-        N,
-        Z,
-        Z2,
-        ROUTED,
-        ROUTER,
-        ANCHORED,
-        SHARED,
-        BLOCK_D,
-        BLOCK_W,
-    )
-
-
-@triton.jit(do_not_specialize=["scaling"])
-def pack_layers_kernel(
-    addresses_ptr,
-    a_ptr,
-    b_ptr,
-    router_ptr,
-    anchor_a_ptr,
-    anchor_b_ptr,
-    downs_ptr,
-    ups_ptr,
-    scaling,
-    PROGRAMS: tl.constexpr,
-    DOWN_SIZE: tl.constexpr,
-    UP_SIZE: tl.constexpr,
-    D_IN: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    DOWN_PROGRAMS: tl.constexpr,
-    DOWN_BLOCKS: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    Z: tl.constexpr,
-    Z2: tl.constexpr,
-    ROUTED: tl.constexpr,
-    ROUTER: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    # PROGRAMS of each layer, whose five tensors are where a row of addresses says. The pointers among the arguments,
-    # those of the first layer, only say what dtypes they have.
-    layer = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    places = addresses_ptr + layer * 5
-    _pack(
-        tl.program_id(0) % PROGRAMS,
-        tl.load(places).to(a_ptr.dtype),
-        tl.load(places + 1).to(b_ptr.dtype),
-        tl.load(places + 2).to(router_ptr.dtype),
-        tl.load(places + 3).to(anchor_a_ptr.dtype),
-        tl.load(places + 4).to(anchor_b_ptr.dtype),
-        downs_ptr + layer * DOWN_SIZE,
-        ups_ptr + layer * UP_SIZE,
-        scaling,
-        D_IN,
-        ELEMENTS,
-        DOWN_PROGRAMS,
-        DOWN_BLOCKS,
-        R,
-        N,
-        Z,
-        Z2,
-        ROUTED,
-        ROUTER,
-        ANCHORED,
-        SHARED,
-        BLOCK_D,
-        BLOCK_W,
-    )

@@ -109,7 +109,7 @@ def _seed_kind(dropout: float, seed: int | torch.Tensor | None) -> tuple[bool, b
 
 
 class _PackSizes(NamedTuple):
-    """What kernels that pack are compiled for: sizes, the layout, whether there is a router, and dtypes."""
+    """What `pack_kernel` is compiled for: sizes, the layout, whether there is a router or are many layers, dtypes."""
 
     d_in: int
     d_out: int
@@ -117,20 +117,19 @@ class _PackSizes(NamedTuple):
     up_columns: int
     layout: Layout
     router: bool
+    layers: bool
     dtypes: tuple[torch.dtype, ...]
 
 
 @lru_cache(maxsize=1024)
-def _pack_variants(sizes: _PackSizes) -> tuple[int, _Variant, _Variant]:
-    """Programs for a layer, `pack_kernel`, and `pack_layers_kernel`."""
-    d_in, d_out, rows, columns, layout, router, _ = sizes
+def _pack_variant(sizes: _PackSizes) -> tuple[int, _Variant]:
+    """Programs for a layer, and the kernel."""
+    d_in, d_out, rows, columns, layout, router, layers, _ = sizes
     num_heads, r, routed, anchored, shared, _ = layout
     blocks = triton.cdiv(d_in, _BLOCK_D)
-    programs = rows * blocks + triton.cdiv(d_out * r, _BLOCK_W)
     own = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, _padding(columns, layout.z_columns))
-    constants = (*own, routed, router, anchored, shared, _BLOCK_D, _BLOCK_W)
-    layers = (programs, rows * d_in, d_out * columns, *constants)
-    return programs, _Variant(kernels.pack_kernel, constants), _Variant(kernels.pack_layers_kernel, layers)
+    constants = (*own, routed, router, anchored, shared, _BLOCK_D, _BLOCK_W, layers)
+    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), _Variant(kernels.pack_kernel, constants)
 
 
 @lru_cache(maxsize=1024)
@@ -197,6 +196,27 @@ def _places(
     return places
 
 
+def _launch_pack(
+    places: list[torch.Tensor],
+    addresses: torch.Tensor | None,
+    layout: Layout,
+    router: bool,
+    scaling: float,
+    downs: torch.Tensor,
+    ups: torch.Tensor,
+) -> None:
+    """Fill `down` and `up` of one layer, or of the L at `addresses`."""
+    (down_rows, d_in), (d_out, up_columns) = downs.shape[-2:], ups.shape[-2:]
+    dtypes = (downs.dtype, *[tensor.dtype for tensor in places])
+    programs, variant = _pack_variant(
+        _PackSizes(d_in, d_out, down_rows, up_columns, layout, router, addresses is not None, dtypes)
+    )
+    layers = 1 if addresses is None else addresses.shape[0]
+    tensors = (places[0] if addresses is None else addresses, *places, downs, ups)
+    # Parameters may be views into one buffer, as DeepSpeed and FSDP make them.
+    variant.launch(programs * layers, tensors, (float(scaling),), _aligned(*places))
+
+
 def pack(
     A: torch.Tensor,
     B: torch.Tensor,
@@ -211,16 +231,11 @@ def pack(
     up_columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `rank_space.pack`."""
-    d_out, d_in = B.shape[1], A.shape[-1]
-    down = torch.empty(down_rows, d_in, dtype=dtype, device=A.device)
-    up = torch.empty(d_out, up_columns, dtype=dtype, device=A.device)
+    down = torch.empty(down_rows, A.shape[-1], dtype=dtype, device=A.device)
+    up = torch.empty(B.shape[1], up_columns, dtype=dtype, device=A.device)
     places = _places(A, B, router, anchor_A, anchor_B)
     given = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in places]
-    dtypes = (dtype, *[tensor.dtype for tensor in given])
-    sizes = _PackSizes(d_in, d_out, down_rows, up_columns, layout, router is not None, dtypes)
-    programs, variant, _ = _pack_variants(sizes)
-    # Parameters may be views into one buffer, as DeepSpeed and FSDP make them.
-    variant.launch(programs, (*given, down, up), (float(scaling),), _aligned(*given))
+    _launch_pack(given, None, layout, router is not None, scaling, down, up)
     return down, up
 
 
@@ -244,15 +259,9 @@ def pack_layers(
     if addresses is None:
         addresses = addresses_of(layers)
     A, B, router, *_ = layers[0]
-    d_out, d_in = B.shape[1], A.shape[-1]
-    downs = torch.empty(len(layers), down_rows, d_in, dtype=dtype, device=A.device)
-    ups = torch.empty(len(layers), d_out, up_columns, dtype=dtype, device=A.device)
-    places = _places(*layers[0])
-    dtypes = (dtype, *[tensor.dtype for tensor in places])
-    sizes = _PackSizes(d_in, d_out, down_rows, up_columns, layout, router is not None, dtypes)
-    programs, _, variant = _pack_variants(sizes)
-    tensors = (addresses, *places, downs, ups)
-    variant.launch(programs * len(layers), tensors, (float(scaling),), _aligned(*places))
+    downs = torch.empty(len(layers), down_rows, A.shape[-1], dtype=dtype, device=A.device)
+    ups = torch.empty(len(layers), B.shape[1], up_columns, dtype=dtype, device=A.device)
+    _launch_pack(_places(*layers[0]), addresses, layout, router is not None, scaling, downs, ups)
     return downs, ups
 
 

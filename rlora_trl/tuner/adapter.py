@@ -1,5 +1,6 @@
 """One multi-head adapter as a module: it owns A, the heads B, the router and the anchor, and knows nothing of PEFT."""
 
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -34,14 +35,10 @@ class PackedAhead(NamedTuple):
 
     def holds_for(self, tensors: AdapterTensors, layout: Layout, scaling: float, x: torch.Tensor) -> bool:
         """Whether these are the weights for an input, made from these very tensors as they are now."""
-        down, made_from = self.packed.down, self.tensors
+        down = self.packed.down
         return (
             # Not the same ones in `torch.func.functional_call`, nor on the same device where layers come and go.
-            tensors[0] is made_from[0]
-            and tensors[1] is made_from[1]
-            and tensors[2] is made_from[2]
-            and tensors[3] is made_from[3]
-            and tensors[4] is made_from[4]
+            all(map(is_, tensors, self.tensors))
             and down.dtype == x.dtype
             and down.device == x.device
             and scaling == self.scaling
@@ -246,11 +243,10 @@ class MultiHeadAdapter(nn.Module):
             return self._compiled(x, base, weight, masked)
         if on_input or (base is not None and base.dtype != x.dtype):
             return self._composed(x, base, weight, masked)
-        given = self.router_kind == "task" or self.fixed_logits is not None
-        logits = self._given_logits(x) if given else None
+        logits = self._given_logits(x)
         if not training and not torch.is_grad_enabled() and weight is None:
             return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
-        tensors, layout = self._tensors(), self._layout()
+        tensors, layout = self.kernel_tensors(), self._layout()
         packed = self._packed_ahead(tensors, layout, x)
         spec = DeltaSpec(
             layout,
@@ -258,7 +254,7 @@ class MultiHeadAdapter(nn.Module):
             self.dropout if masked else 0.0,
             self._draw_seed() if masked else None,
             inplace and base is not None and base.is_contiguous(),
-            None if routing.tally is None else self._probe(x),
+            self._probe(x),
         )
         if not autocast:
             return fused_delta(x, *tensors, logits, base, weight, spec, packed)
@@ -281,8 +277,8 @@ class MultiHeadAdapter(nn.Module):
         own = (self.layer_number * _SPREAD) & (2**63 - 1)
         return torch.full((), own, dtype=torch.int64, device=device) ^ self.routing.seed_tensor
 
-    def _tensors(self) -> AdapterTensors:
-        """With the router where it is a matrix for the input, which that of tasks is not."""
+    def kernel_tensors(self) -> AdapterTensors:
+        """What the kernels get: with the router where it is a matrix for the input, which that of tasks is not."""
         routed = self.router_kind != "task" and self.fixed_logits is None
         return self.A, self.B, self.router if routed else None, self.A0, self.B0
 
@@ -294,10 +290,6 @@ class MultiHeadAdapter(nn.Module):
     def packing_spec(self) -> DeltaSpec:
         """What [`pack_weights`] needs to know of this adapter, besides its tensors."""
         return DeltaSpec(self._layout(), self.scaling)
-
-    def packing_tensors(self) -> AdapterTensors:
-        """The tensors that [`pack_weights`] packs."""
-        return self._tensors()
 
     def _packed_ahead(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> Packed | None:
         """The weights that were packed for this forward pass of the model, where they hold."""
@@ -326,7 +318,7 @@ class MultiHeadAdapter(nn.Module):
             seed = self._draw_seed_tensor(x.device) if torch.compiler.is_compiling() else self._draw_seed()
         delta = multihead_delta(
             x,
-            *self._tensors(),
+            *self.kernel_tensors(),
             scaling=self.scaling,
             dropout=self.dropout,
             seed=seed,
@@ -345,7 +337,7 @@ class MultiHeadAdapter(nn.Module):
         """The same for `torch.compile`: matrix products and operators that it does not look into."""
         return compiled_multihead(
             x,
-            *self._tensors(),
+            *self.kernel_tensors(),
             base=base,
             weight=weight,
             scaling=self.scaling,
@@ -362,8 +354,8 @@ class MultiHeadAdapter(nn.Module):
         key = [x.dtype, torch.is_inference_mode_enabled(), self.fixed_logits is None, self.scaling]
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
-            spec = DeltaSpec(self._layout(), self.scaling)
-            self._cache = (key, PackedAdapter(pack_weights(*self._tensors(), spec, x.dtype)))
+            packed = pack_weights(*self.kernel_tensors(), self.packing_spec(), x.dtype)
+            self._cache = (key, PackedAdapter(packed))
         return self._cache[1]
 
     def task_mixtures(self) -> torch.Tensor:

@@ -22,8 +22,7 @@ class _Kind(NamedTuple):
 
 
 class _Group(NamedTuple):
-    spec: DeltaSpec
-    dtype: torch.dtype
+    kind: _Kind
     targets: list[tuple[dict[int, PackedAhead], int]]  # where the weights of each go
     tensors: list[AdapterTensors]
     addresses: torch.Tensor | None
@@ -57,7 +56,7 @@ class StepPacking:
         key += [(adapter.product_dtype, adapter.packing_spec()) for adapter in adapters]
         if key != self._key:
             self._key, self._groups = key, _plan(adapters)
-        for spec, dtype, targets, layers, addresses in self._groups:
+        for (spec, dtype, _), targets, layers, addresses in self._groups:
             packed = pack_layers(layers, addresses, spec, dtype)
             for (weights_of, number), tensors, weights in zip(targets, layers, packed, strict=True):
                 weights_of[number] = PackedAhead.of(weights, spec, tensors)
@@ -71,10 +70,10 @@ def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
             of_kind.setdefault(kind, []).append(adapter)
     groups = []
     for kind, alike in of_kind.items():
-        tensors = [adapter.packing_tensors() for adapter in alike]
+        tensors = [adapter.kernel_tensors() for adapter in alike]
         addresses = backend(tensors[0][0].device, kind.dtype).addresses_of(tensors)
         targets = [(adapter.routing.packed, adapter.layer_number) for adapter in alike]
-        groups.append(_Group(kind.spec, kind.dtype, targets, tensors, addresses))
+        groups.append(_Group(kind, targets, tensors, addresses))
     return groups
 
 
@@ -91,6 +90,6 @@ def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
         if not parameter.is_contiguous() or parameter.is_inference():
             return None
     sizes = tuple(
-        None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in adapter.packing_tensors()
+        None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in adapter.kernel_tensors()
     )
     return _Kind(adapter.packing_spec(), adapter.product_dtype, sizes)

@@ -303,7 +303,7 @@ def test_weights_that_a_hook_changes_within_a_pass():
 
 def test_packed_weights_hold_for_one_kind_of_product():
     adapter, x = adapters_of(adapted())[0], torch.randn(5, 12)
-    spec, tensors = adapter.packing_spec(), adapter.packing_tensors()
+    spec, tensors = adapter.packing_spec(), adapter.kernel_tensors()
     with torch.no_grad():
         ahead = PackedAhead.of(pack_weights(*tensors, spec, torch.float32), spec, tensors)
     assert ahead.holds_for(tensors, spec.layout, spec.scaling, x)
