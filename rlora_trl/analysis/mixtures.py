@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.scoring import position_limit
 from ..safe_files import shorten
 from ..tuner import HeadUsage
 from ..tuner.fixed import (
@@ -151,7 +152,8 @@ def measure_mixtures(
         adapter_name (`str`, *optional*): The adapter; needed if there are several.
         batch_size (`int`, *optional*, defaults to `16`): Sequences in one forward pass.
         max_rows (`int`, *optional*, defaults to `64`): Rows of each task, taken evenly over all; `None` for all.
-        max_length (`int`, *optional*, defaults to `2048`): Tokens of a row that count.
+        max_length (`int`, *optional*, defaults to `2048`): Tokens of a row that count, at most as many as the
+            model has positions.
 
     Returns:
         [`HeadMixtures`]: With the tasks in the order of `tasks`.
@@ -162,8 +164,9 @@ def measure_mixtures(
     """
     adapter_name, config = adapter_config(model, adapter_name)
     layers = adapted_layers(model, adapter_name)
+    longest = min(max_length, position_limit(core_model(model)) or max_length)
     sequences = {
-        task: [_tokenize(tokenizer, row, f"Row {index} of task {task!r}")[:max_length] for index, row in chosen]
+        task: [_tokenize(tokenizer, row, f"Row {index} of task {task!r}")[:longest] for index, row in chosen]
         for task, chosen in ((task, _choose(task, rows, max_rows)) for task, rows in tasks.items())
     }
     tokens = {task: sum(map(len, rows)) for task, rows in sequences.items()}
@@ -262,8 +265,8 @@ def _measure(
     usage = HeadUsage(0, len(layers), heads, device)
     with _counting(layers, adapter_name, usage) as routing:
         for ids, mask in batches:
-            routing.token_mask = mask.to(device)
-            backbone(input_ids=ids.to(device), attention_mask=mask.to(device))
+            with routing.using(token_mask=mask.to(device)):
+                backbone(input_ids=ids.to(device), attention_mask=mask.to(device))
     return (usage.weights[0] / usage.tokens[0].clamp(min=1.0)[:, None]).cpu()
 
 
@@ -278,16 +281,12 @@ def _counting(layers: Mapping[str, RLoraLayer], adapter_name: str, usage: HeadUs
     """Have the layers of an adapter report to `usage`; afterwards to where they did before."""
     adapters = [adapter_of(layer, adapter_name) for layer in layers.values()]
     routing = adapters[0].routing
-    names = ("usage", "token_mask", "task_ids", "task")
-    before = {name: getattr(routing, name) for name in names}
     rows = [adapter.usage_row for adapter in adapters]
     try:
-        routing.usage, routing.task_ids, routing.task = usage, None, None
         for row, adapter in enumerate(adapters):
             adapter.usage_row = row
-        yield routing
+        with routing.using(usage=usage, task_ids=None, task=None):
+            yield routing
     finally:
-        for name, value in before.items():
-            setattr(routing, name, value)
         for adapter, row_before in zip(adapters, rows, strict=True):
             adapter.usage_row = row_before

@@ -1,19 +1,24 @@
 """Accuracy by task: options are ranked by likelihood, free answers must be what greedy decoding gives.
 
-Neither needs generation. An option's log-likelihood is the sum over its tokens. Greedy decoding writes an answer
-exactly if, with the answer fed in, each of its tokens (and the end of the sequence after it) is the most likely one.
+Neither needs generation. An option's log-likelihood is the sum over its tokens, and over the end of the sequence after
+them wherever the tokens of one option of the row begin those of another. Greedy decoding writes an answer exactly if,
+with the answer fed in, each of its tokens (and the end of the sequence after it) is the most likely one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 # Logits of one batch, in float32: 1 GB.
@@ -45,21 +50,119 @@ class _Candidate:
     is_greedy: bool = False
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], index: int) -> list[_Candidate]:
-    prompt_ids = tokenizer(row["prompt"])["input_ids"]
+class TokenLimits(NamedTuple):
+    """How many tokens a sequence may have: as asked for, and as the model has positions."""
+
+    max_length: int | None = None
+    positions: int | None = None
+
+    def warn(self, room: int) -> None:
+        """Say once that prompts are cut."""
+        logger.warning_once(
+            f"Some prompts and their completions have more than {room} tokens "
+            f"({'`max_length`' if room == self.max_length else 'the positions of the model'}): these prompts are "
+            "scored without their beginning. Shorten them, or raise the limit where the model allows it."
+        )
+
+
+def position_limit(model: torch.nn.Module) -> int | None:
+    """The number of positions that a model has, where its configuration says so."""
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    config = config if get_text_config is None else get_text_config()
+    # Through `attribute_map`, other names such as `n_positions` too.
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    completions: Sequence[str],
+    limits: TokenLimits,
+    *,
+    end: bool = False,
+) -> tuple[list[list[int]], int]:
+    """
+    Token ids of a prompt with each of its possible completions, cut to fit.
+
+    Where the tokens of one completion begin those of another, or there is nothing of one, each gets the end of the
+    sequence: it is part of what is generated, and without it the shorter one could never be less likely.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        prompt (`str`), completions (`Sequence[str]`): A row of data.
+        limits (`TokenLimits`): How many tokens there may be. A prompt loses its beginning, a completion nothing.
+        end (`bool`, *optional*, defaults to `False`): Each gets the end of the sequence anyway.
+
+    Returns:
+        `tuple`: A list of token ids for each completion, and where the completions begin, which is the same place in
+        all: tokens may merge across the boundary, of some completions only.
+
+    Raises:
+        ValueError: If a completion has no tokens, or more than the model has positions.
+    """
+    prompt_ids = _encode(tokenizer, prompt)
+    sequences = [_encode(tokenizer, prompt + completion) for completion in completions]
+    begin = min(_common_length(prompt_ids, ids) for ids in sequences)
+    tails = [ids[begin:] for ids in sequences]
+    if (end or _one_begins_another(tails)) and tokenizer.eos_token_id is not None:
+        eos = [tokenizer.eos_token_id]
+        tails = [tail if tail[-1:] == eos else tail + eos for tail in tails]
+    if not all(tails):
+        raise ValueError(
+            f"The completion {completions[tails.index([])]!r} of prompt {prompt[-40:]!r} has no tokens, and the "
+            "tokenizer has no end of the sequence. Set `eos_token`, or give it a text."
+        )
+    head = _cut_prompt(prompt_ids[:begin], max(map(len, tails)), limits, tokenizer)
+    return [head + tail for tail in tails], len(head)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids without the end of the sequence, which some tokenizers add."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    length = min(len(first), len(second))
+    return next((k for k in range(length) if first[k] != second[k]), length)
+
+
+def _one_begins_another(tails: Sequence[list[int]]) -> bool:
+    ordered = sorted(tails)  # what begins another comes right before one that it begins
+    pairs = zip(ordered, ordered[1:], strict=False)
+    return not all(tails) or any(a != b and b[: len(a)] == a for a, b in pairs)
+
+
+def _cut_prompt(head: list[int], answer: int, limits: TokenLimits, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end of a prompt that leaves room for the longest answer, with the beginning of the sequence before it."""
+    if limits.positions is not None and answer >= limits.positions:
+        raise ValueError(
+            f"A completion has {answer} tokens, and the model has {limits.positions} positions, of which the prompt "
+            "needs one. Remove the row, or use a model with more positions."
+        )
+    room = min((limit for limit in (limits.max_length, limits.positions) if limit is not None), default=None)
+    if not head:  # something must come before the first token
+        return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    if room is None or len(head) + answer <= room:
+        return head
+    limits.warn(room)
+    kept = max(room - answer, 1)
+    has_bos = head[0] == tokenizer.bos_token_id and kept > 1
+    return [head[0], *head[len(head) - kept + 1 :]] if has_bos else head[len(head) - kept :]
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], index: int, limits: TokenLimits
+) -> list[_Candidate]:
     options = list(row.get("options") or [])
     if options and row["completion"] not in options:
         raise ValueError(
             f"Row {index} has completion {row['completion']!r}, which is not among its options {options}."
         )
-    candidates = []
-    for i, completion in enumerate(options or [row["completion"]]):
-        ids = tokenizer(row["prompt"] + completion)["input_ids"]
-        # Tokens may merge across the boundary: the completion starts where the two part.
-        shared = next((k for k, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
-        eos = [] if options else [tokenizer.eos_token_id]
-        candidates.append(_Candidate(index, i, ids + eos, max(1, min(shared, len(ids) - 1))))
-    return candidates
+    sequences, begin = encode_row(tokenizer, row["prompt"], options or [row["completion"]], limits, end=not options)
+    return [_Candidate(index, i, ids, begin) for i, ids in enumerate(sequences)]
 
 
 def _batches(ordered: list[_Candidate], batch_size: int, vocabulary: int) -> list[list[_Candidate]]:
@@ -105,6 +208,7 @@ def score_tasks(
     *,
     batch_size: int = 32,
     description: str | None = None,
+    max_length: int | None = None,
 ) -> dict[str, TaskScore]:
     """
     Score a causal language model on several tasks, in eval mode.
@@ -116,24 +220,31 @@ def score_tasks(
             Its tokenizer.
         tasks (`Mapping[str, Sequence[Mapping]]`):
             Rows by task. A row has `prompt`, `completion` and, where the task has them, `options` (which contain the
-            completion). With options a row is correct if the completion is the most likely one; without, if greedy
-            decoding of the prompt gives the completion and then the end of the sequence.
+            completion). With options a row is correct if the completion is the most likely one, the end of the
+            sequence included wherever the tokens of one option begin those of another; without, if greedy decoding of
+            the prompt gives the completion and then the end of the sequence.
         batch_size (`int`, *optional*, defaults to `32`):
             Sequences in one forward pass.
         description (`str`, *optional*):
             Shows a progress bar with this text.
+        max_length (`int`, *optional*):
+            Tokens of a prompt with a completion, beyond which the prompt loses its beginning, with a warning. Defaults
+            to the positions of the model.
 
     Returns:
         `dict[str, TaskScore]`: Scores by task, in the order of `tasks`.
 
     Raises:
-        ValueError: If a task has no rows, or a completion is not among its options.
+        ValueError: If a task has no rows, or a completion is not among its options or longer than the model allows.
     """
+    limits = TokenLimits(max_length, position_limit(model))
     candidates: dict[str, list[_Candidate]] = {}
     for task, rows in tasks.items():
         if len(rows) == 0:
             raise ValueError(f"Task {task!r} has no rows to score. Remove it, or check its split.")
-        candidates[task] = [entry for index, row in enumerate(rows) for entry in _tokenize(tokenizer, row, index)]
+        candidates[task] = [
+            entry for index, row in enumerate(rows) for entry in _tokenize(tokenizer, row, index, limits)
+        ]
     # Sequences of about one length share a batch, whatever their task: less padding.
     ordered = sorted((entry for entries in candidates.values() for entry in entries), key=lambda e: len(e.input_ids))
     device = next(model.parameters()).device
@@ -158,7 +269,8 @@ def _count_correct(rows: Sequence[Mapping[str, Any]], candidates: list[_Candidat
         options = list(rows[index].get("options") or [])
         if options:
             best = max(entries, key=lambda entry: entry.log_likelihood)
-            correct += options[best.option] == rows[index]["completion"]
+            # By tokens: options may differ in spaces that a tokenizer drops.
+            correct += best.input_ids == entries[options.index(rows[index]["completion"])].input_ids
         else:
             correct += entries[0].is_greedy
     return TaskScore(correct, len(by_row))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.mixtures import input_device
-from ..evaluation.scoring import score_tasks
+from ..evaluation.scoring import TokenLimits, encode_row, position_limit, score_tasks
 from ..tuner.fixed import core_model, fixed_mixtures, only_adapter
 from ..tuner.routing import find_routings
 
@@ -72,17 +72,12 @@ def _mean(values: Sequence[float]) -> float:
 @contextmanager
 def _told(model: nn.Module, adapter_name: str, task: str, known_task: str | None) -> Generator[None, None, None]:
     """Tell the adapters the task of all rows, and keep their statistics out of it."""
-    routings = find_routings(model)
-    before = [(routing.task, routing.task_ids, routing.token_mask, routing.usage) for routing in routings]
-    try:
-        for routing in routings:
+    with ExitStack() as stack:
+        for routing in find_routings(model):
             name = task if task in routing.tasks else known_task
-            routing.task = routing.tasks.index(name) if routing.kind == "task" and name in routing.tasks else None
-            routing.task_ids, routing.token_mask, routing.usage = None, None, None
+            place = routing.tasks.index(name) if routing.kind == "task" and name in routing.tasks else None
+            stack.enter_context(routing.using(task=place, task_ids=None, token_mask=None, usage=None))
         yield
-    finally:
-        for routing, state in zip(routings, before, strict=True):
-            routing.task, routing.task_ids, routing.token_mask, routing.usage = state
 
 
 @torch.no_grad()
@@ -96,7 +91,8 @@ def _mean_kl(
     """Mean KL(adapter || fixed mixture) in nats over the positions that predict a token of a completion or its end."""
     device = input_device(core_model(model))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sequences = sorted((_sequence(tokenizer, row) for row in rows), key=lambda entry: len(entry[0]))
+    limits = TokenLimits(positions=position_limit(core_model(model)))
+    sequences = sorted((_sequence(tokenizer, row, limits) for row in rows), key=lambda entry: len(entry[0]))
     total, count = 0.0, 0
     for start in range(0, len(sequences), _BATCH_SIZE):
         chosen = sequences[start : start + _BATCH_SIZE]
@@ -119,9 +115,9 @@ def _mean_kl(
     return total / max(count, 1)
 
 
-def _sequence(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> tuple[list[int], int]:
-    """Token ids of a row, and where its completion begins, as in scoring."""
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
-    shared = next((k for k, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-    return ids, max(1, min(shared, len(ids) - 1))
+def _sequence(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], limits: TokenLimits
+) -> tuple[list[int], int]:
+    """Token ids of a row without its end, and where its completion begins, as in scoring."""
+    (ids,), begin = encode_row(tokenizer, row["prompt"], [row["completion"]], limits)
+    return ids, begin

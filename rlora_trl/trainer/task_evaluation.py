@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,7 @@ def score_options(
     accelerator: Accelerator,
     share_rows: bool,
     routings: Sequence[Routing],
+    max_length: int | None = None,
 ) -> float:
     """
     The share of rows whose completion is the most likely of its options.
@@ -124,24 +126,24 @@ def score_options(
         batch_size (`int`): Sequences in one forward pass.
         accelerator (`Accelerator`): Ranks over which rows are shared out.
         share_rows (`bool`): Whether each rank scores a part of the rows, rather than all.
-        routings (`Sequence[Routing]`): State of the adapters, which are told the task.
+        routings (`Sequence[Routing]`): State of the adapters, which get the task.
+        max_length (`int`, *optional*): See [`score_tasks`].
     """
     ranks = accelerator.num_processes if share_rows else 1
-    before = [(routing.task, routing.usage) for routing in routings]
     counts = [0, 0]
-    try:
-        for task, rows in scored.by_task().items():
-            own = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
+    for task, rows in scored.by_task().items():
+        own = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
+        if not len(own):
+            continue
+        with ExitStack() as stack:
             for routing in routings:
-                routing.usage = None  # these passes repeat rows that were counted
-                if routing.kind == "task":
-                    routing.task = routing.index_of(task) if task in routing.tasks else None
-            if len(own):
-                score = score_tasks(model, tokenizer, {"": own.to_list()}, batch_size=batch_size)[""]
-                counts = [counts[0] + score.correct, counts[1] + score.total]
-    finally:
-        for routing, (told, usage) in zip(routings, before, strict=True):
-            routing.task, routing.usage = told, usage
+                known = routing.kind == "task" and task in routing.tasks
+                # These passes repeat rows whose use of heads was counted.
+                stack.enter_context(routing.using(usage=None, task=routing.index_of(task) if known else None))
+            score = score_tasks(model, tokenizer, {"": own.to_list()}, batch_size=batch_size, max_length=max_length)[
+                ""
+            ]
+        counts = [counts[0] + score.correct, counts[1] + score.total]
     total = torch.tensor(counts, device=accelerator.device)
     correct, scored_rows = (accelerator.reduce(total, "sum") if ranks > 1 else total).tolist()
     return correct / scored_rows

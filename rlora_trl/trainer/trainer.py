@@ -469,16 +469,17 @@ class RLoraSFTTrainer(PublishingTrainer):
                 self._monitor.begin_step(tokens, 1, lambda tensor: tensor)
         return batches, num_items
 
-    def _tell_batch(self, inputs: dict[str, Any], tally: RoutingTally | None) -> None:
+    def _set_batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None) -> None:
         """Hand the tasks and the padding of a batch to the layers; they stay until the backward pass is over."""
         mask = token_mask_of(inputs)
         for routing in self._routings:
-            routing.task_ids = inputs.get(TASK_IDS)
-            routing.token_mask = None if mask is None else mask.to(torch.uint8)
-            routing.tally = tally
-            routing.seed = (
-                draw_seed() if self._recomputes_with_other_seeds and inputs and self.model.training else None
+            batch = routing.batch._replace(
+                task_ids=inputs.get(TASK_IDS),
+                token_mask=None if mask is None else mask.to(torch.uint8),
+                tally=tally,
             )
+            one_seed = self._recomputes_with_other_seeds and self.model.training
+            routing.batch = batch.with_seed(draw_seed()) if one_seed else batch
 
     @property
     def _recomputes_with_other_seeds(self) -> bool:
@@ -486,8 +487,9 @@ class RLoraSFTTrainer(PublishingTrainer):
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         return plugin is not None and bool(plugin.activation_checkpointing)
 
-    def _forget_batch(self) -> None:
-        self._tell_batch({}, None)
+    def _clear_batch_context(self) -> None:
+        for routing in self._routings:
+            routing.forget_batch()
 
     def _keep_fused_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if getattr(outputs, "log_probs", None) is not None:
@@ -503,7 +505,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             undivided = num_items_in_batch is not None or self.compute_loss_func is not None
             divided_by = 1 if undivided else self.current_gradient_accumulation_steps
             tally = self._monitor.tally(divided_by, count_tokens(inputs))
-        self._tell_batch(inputs, tally)
+        self._set_batch_context(inputs, tally)
         own = {name: value for name, value in inputs.items() if name not in (TASK_IDS, ROW_STARTS, TOKEN_MASK)}
         # For the length of the pass alone: a model that holds on to its trainer can't be copied or pickled.
         hook = self.model.get_base_model().register_forward_hook(self._keep_fused_outputs)
@@ -516,7 +518,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             hook.remove()
             self._fused_outputs = None
             if not is_training:
-                self._forget_batch()
+                self._clear_batch_context()
         if tally is None:
             return result
         if return_outputs:
@@ -538,7 +540,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            self._forget_batch()
+            self._clear_batch_context()
         if self.accelerator.sync_gradients and self._is_left_out() and self._monitor is not None:
             self._monitor.drop_step()
         if self.accelerator.sync_gradients and self._will_log():
@@ -664,6 +666,7 @@ class RLoraSFTTrainer(PublishingTrainer):
                 # Every rank runs every row where a forward pass needs all of them.
                 share_rows=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
                 routings=self._routings,
+                max_length=self.args.max_length,
             )
         return output
 

@@ -235,7 +235,7 @@ class MultiHeadAdapter(nn.Module):
         if autocast and x.dtype != (dtype := torch.get_autocast_dtype(device_type)):
             x = x.to(dtype)
         training, routing = self.training, self.routing
-        if routing.usage is not None and not training:
+        if not training and routing.batch.usage is not None:
             self._record_usage(x)
         masked = training and self.dropout > 0.0
         on_input = masked and self.dropout_position == "input"
@@ -267,15 +267,16 @@ class MultiHeadAdapter(nn.Module):
 
     def _draw_seed(self) -> int:
         """The seed of a dropout mask; made from that of the batch, where there is one."""
-        seed = self.routing.seed
+        seed = self.routing.batch.seed
         return draw_seed() if seed is None else (seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
 
     def _draw_seed_tensor(self, device: torch.device) -> torch.Tensor:
         """The same for `torch.compile`."""
-        if self.routing.seed_tensor is None:
+        seed = self.routing.batch.seed_tensor
+        if seed is None:
             return draw_seed_tensor(device)
         own = (self.layer_number * _SPREAD) & (2**63 - 1)
-        return torch.full((), own, dtype=torch.int64, device=device) ^ self.routing.seed_tensor
+        return torch.full((), own, dtype=torch.int64, device=device) ^ seed
 
     def kernel_tensors(self) -> AdapterTensors:
         """What the kernels get: with the router where it is a matrix for the input, which that of tasks is not."""
@@ -304,7 +305,7 @@ class MultiHeadAdapter(nn.Module):
         return self.top_k if self.fixed_logits is None else 0
 
     def _probe(self, x: torch.Tensor) -> LayerProbe | None:
-        if not self.training or self.routing.tally is None or self.fixed_logits is not None:
+        if not self.training or self.fixed_logits is not None:
             return None
         # Under reentrant checkpointing the first pass has no backward pass: the recomputation records.
         return self.routing.probe(self.routing_row, x.shape[:-1].numel()) if torch.is_grad_enabled() else None
@@ -386,12 +387,13 @@ class MultiHeadAdapter(nn.Module):
     @torch.no_grad()
     def _record_usage(self, x: torch.Tensor) -> None:
         routing = self.routing
-        if routing.usage is None or self.usage_row is None:
+        usage = routing.batch.usage
+        if usage is None or self.usage_row is None:
             return
         tokens = x.shape[:-1].numel()
         weights = self.mixture(x).reshape(tokens, self.num_heads)
         task_ids = routing.token_task_ids(x.shape[:-1], x.device)
-        routing.usage.add(self.usage_row, weights, task_ids, routing.mask_for(tokens))
+        usage.add(self.usage_row, weights, task_ids, routing.mask_for(tokens))
 
     def train(self, mode: bool = True) -> "MultiHeadAdapter":
         """Switch between training and inference; what inference keeps is dropped."""

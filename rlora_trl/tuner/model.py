@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..safe_files import first_few
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
-from .routing import Routing, TaskIds, find_routings, set_task
+from .routing import Routing, TaskIds, batch_shape, check_task_ids, find_routings, set_task
 from .step_packing import StepPacking
 
 
@@ -76,8 +76,14 @@ def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     """
     task_ids = kwargs.pop("task_ids", None)
     if isinstance(peft_model.base_model, RLoraModel):
-        peft_model.base_model._told_task_ids = task_ids
+        peft_model.base_model._given_tasks = None if task_ids is None else (task_ids, batch_shape(args, kwargs))
     return args, kwargs
+
+
+def _drop_task_ids(peft_model: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of a `PeftModel`: task ids that its tuner did not take, as adapters are disabled, are dropped."""
+    if isinstance(peft_model.base_model, RLoraModel):
+        peft_model.base_model._given_tasks = None
 
 
 class _OnRegistration:
@@ -93,6 +99,7 @@ class _OnRegistration:
         self.handle.remove()
         if isinstance(parent, PeftModel) and child is not None and child is self.tuner():
             parent.register_forward_pre_hook(_take_task_ids, with_kwargs=True)
+            parent.register_forward_hook(_drop_task_ids, always_call=True)
 
 
 def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
@@ -127,7 +134,8 @@ class RLoraModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._told_task_ids: TaskIds | None = None
+        # Task ids of a call of the `PeftModel`, and the shape of its batch.
+        self._given_tasks: tuple[TaskIds, torch.Size | None] | None = None
         self._step_packing = StepPacking()
         _OnRegistration(self)
 
@@ -281,25 +289,33 @@ class RLoraModel(BaseTuner):
         """
         set_task(self, task)
 
-    # What is told about tasks is taken in by `_enable_peft_forward_hooks`, and is nothing for the model itself.
     @override
     def forward(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
+        # Only where the tuner is called itself: a `PeftModel` hands task ids to `_enable_peft_forward_hooks`.
+        with self._with_tasks(task_ids, batch_shape(args, kwargs)):
+            return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
         """`generate` of the model."""
-        return self.model.generate(*args, **kwargs)
+        with self._with_tasks(task_ids, batch_shape(args, kwargs), generates=True):
+            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
         """Give `task_ids` and `adapter_names`, one for each row of the batch, to all layers for a forward pass."""
-        task_ids, self._told_task_ids = kwargs.pop("task_ids", self._told_task_ids), None
+        given, self._given_tasks = self._given_tasks, None
+        generates = "task_ids" in kwargs  # `forward` has given its own to `_take_task_ids`
+        task_ids, shape = (kwargs.pop("task_ids"), batch_shape(args, kwargs)) if generates else given or (None, None)
         if task_ids is not None and kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "`task_ids` and `adapter_names` can't be given together: which adapter's tasks are meant is not "
                 "known. Run the rows of each adapter by themselves."
             )
-        with self._told_tasks(task_ids), self._mixed_adapters(*args, **kwargs), self._packed_weights():
+        with (
+            self._with_tasks(task_ids, shape, generates),
+            self._mixed_adapters(*args, **kwargs),
+            self._packed_weights(),
+        ):
             yield
 
     @contextmanager
@@ -320,21 +336,22 @@ class RLoraModel(BaseTuner):
                 adapter.routing.packed.clear()
 
     @contextmanager
-    def _told_tasks(self, task_ids: TaskIds | None) -> Generator[None, None, None]:
+    def _with_tasks(
+        self, task_ids: TaskIds | None, shape: torch.Size | None, generates: bool = False
+    ) -> Generator[None, None, None]:
+        """Give the layers the tasks of a batch of this shape."""
         if task_ids is None:
             yield
             return
         routings = find_routings(self)
         with_tasks = [routing for routing in routings if routing.kind == "task"] or routings
-        before = [routing.task_ids for routing in with_tasks]
         resolved = [routing.resolve(task_ids) for routing in with_tasks]
-        try:
-            for routing, told in zip(with_tasks, resolved, strict=True):
-                routing.task_ids = told
+        if shape is not None:
+            check_task_ids(resolved[0], shape, generates)
+        with ExitStack() as stack:
+            for routing, ids in zip(with_tasks, resolved, strict=True):
+                stack.enter_context(routing.using(task_ids=ids, rows_repeat=generates))
             yield
-        finally:
-            for routing, earlier in zip(with_tasks, before, strict=True):
-                routing.task_ids = earlier
 
     @contextmanager
     def _mixed_adapters(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:

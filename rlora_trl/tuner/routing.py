@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -18,7 +23,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Names of tasks, or their places in `RLoraConfig.tasks`.
-TaskIds: TypeAlias = torch.Tensor | Sequence[int] | Sequence[str]
+TaskIds: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | Sequence[str]
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Contexts that are kept for recomputations: setting one and taking it back are two.
+_REMEMBERED = 1024
 
 
 class HeadUsage:
@@ -55,9 +63,57 @@ class HeadUsage:
         self.tokens[:, layer].index_add_(0, task_ids, counted.to(self.tokens))
 
 
+class BatchContext(NamedTuple):
+    """
+    What the layers of one adapter know of a batch.
+
+    A recomputation (activation checkpointing) gets the context of the forward pass that it repeats; see
+    [`Routing.batch`].
+
+    Args:
+        task_ids (`torch.Tensor` of shape `[B]` or `[B, S]`, *optional*): Tasks, -1 where the task is not known.
+        task (`int`, *optional*): Task of all tokens where `task_ids` is not given; see [`set_task`].
+        token_mask (`torch.Tensor` of shape `[B, S]`, *optional*): Not zero where tokens count.
+        tally (`RoutingTally`, *optional*): Where statistics of a training step go.
+        usage ([`HeadUsage`], *optional*): Where the weights of the heads go in evaluation.
+        seed (`int`, *optional*): Seed of all dropout masks of the batch; without it each layer draws its own.
+        seed_tensor (`torch.Tensor`, *optional*): The same in memory, for graphs, of which a number would be a
+            constant.
+        rows_repeat (`bool`, *optional*, defaults to `False`): Layers may see each row several times in succession, as
+            in beam search.
+    """
+
+    task_ids: torch.Tensor | None = None
+    task: int | None = None
+    token_mask: torch.Tensor | None = None
+    tally: RoutingTally | None = None
+    usage: HeadUsage | None = None
+    seed: int | None = None
+    seed_tensor: torch.Tensor | None = None
+    rows_repeat: bool = False
+
+    def with_seed(self, seed: int | None) -> BatchContext:
+        """The same with this seed, as a number and in memory."""
+        tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
+        return self._replace(seed=seed, seed_tensor=tensor)
+
+
+class _Since(NamedTuple):
+    """The context of all forward passes of a thread whose autograd nodes are numbered from `number` on."""
+
+    thread: int
+    number: int
+    batch: BatchContext
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work in this thread, so that a forward pass that runs now is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Routing:
     """
-    State that the layers of one adapter share: the tasks of the batch at hand, and where statistics go.
+    State that the layers of one adapter share: what is known of the batch, and where statistics go.
 
     Args:
         tasks (`Sequence[str]`): Names of the adapter's tasks, in the order of `RLoraConfig.tasks`.
@@ -67,17 +123,8 @@ class Routing:
     def __init__(self, tasks: Sequence[str] | None, kind: str) -> None:
         self.tasks = tuple(tasks or ())
         self.kind = kind
-        # `[B]` or `[B, S]`, -1 where the task is not known; for the batch at hand.
-        self.task_ids: torch.Tensor | None = None
-        # Set by `set_task`, for all batches that don't say.
-        self.task: int | None = None
-        self.token_mask: torch.Tensor | None = None  # [B, S]; not zero where tokens count
-        self.tally: RoutingTally | None = None
-        self.usage: HeadUsage | None = None
-        # That of all dropout masks of the batch, where a recomputation can't draw what the forward pass drew; and the
-        # same in memory, for graphs, of which a number would be a constant.
-        self._seed: int | None = None
-        self.seed_tensor: torch.Tensor | None = None
+        self._batch = BatchContext()
+        self._history: deque[_Since] = deque(maxlen=_REMEMBERED)
         # The weights that `StepPacking` laid side by side for a forward pass, by the number of the layer.
         self.packed: dict[int, PackedAhead] = {}
         self._layers = 0
@@ -85,26 +132,66 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take along the tasks, not the batch."""
-        batch: dict[str, Any] = {
-            "task_ids": None,
-            "token_mask": None,
-            "tally": None,
-            "usage": None,
-            "_seed": None,
-            "seed_tensor": None,
-            "packed": {},
-        }
-        return {**self.__dict__, **batch}
+        kept = BatchContext(task=self._batch.task)
+        return {**self.__dict__, "_batch": kept, "_history": deque(maxlen=_REMEMBERED), "packed": {}}
 
     @property
-    def seed(self) -> int | None:
-        """The seed of all dropout masks of the batch; `None` if each layer draws its own."""
-        return self._seed
+    def batch(self) -> BatchContext:
+        """
+        What is known of the batch.
 
-    @seed.setter
-    def seed(self, seed: int | None) -> None:
-        self._seed = seed
-        self.seed_tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
+        Activation checkpointing repeats a forward pass inside of the backward pass, when the caller may have set
+        another context long since. The autograd node that asks for the recomputation was made by the forward pass to
+        be repeated, and nodes are numbered in the order in which a thread makes them: so the number says which context
+        was set then. This holds for every kind of checkpointing, whoever calls it.
+
+        Raises:
+            RuntimeError: If a recomputation repeats a forward pass that is no longer remembered.
+        """
+        # The history is nothing for a graph, which would be compiled again each time that it grows.
+        if torch.compiler.is_compiling() or not self._history or not in_backward():
+            return self._batch
+        return self._batch_of_recomputation()
+
+    @batch.setter
+    def batch(self, batch: BatchContext) -> None:
+        if not torch.compiler.is_compiling():
+            if not self._history:
+                self._history.append(_Since(get_ident(), -1, self._batch))
+            self._history.append(_Since(get_ident(), torch._C._autograd._get_sequence_nr(), batch))
+        self._batch = batch
+
+    def _batch_of_recomputation(self) -> BatchContext:
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return self._batch
+        number = node._sequence_nr()
+        # A thread numbers its own nodes. More than one has set contexts only where a whole model with checkpoints
+        # inside is recomputed, by the thread of a device.
+        last_of_thread = {since.thread: since.batch for since in self._history if since.number <= number}
+        found = list(last_of_thread.values())
+        if not found or any(batch is not found[0] for batch in found[1:]):
+            raise RuntimeError(
+                "Activation checkpointing repeats a forward pass whose tasks are not known any more: the last "
+                f"{_REMEMBERED // 2} passes are remembered, of one thread. Call `backward` after fewer forward "
+                "passes, and don't nest checkpoints."
+            )
+        return found[0]
+
+    def forget_batch(self) -> None:
+        """Drop the batch and what is remembered of earlier ones, when their backward passes are over."""
+        self._history.clear()
+        self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage)
+
+    @contextmanager
+    def using(self, **values: Any) -> Generator[None, None, None]:
+        """Replace some values of [`BatchContext`], and put the context before back in the end."""
+        before = self._batch
+        self.batch = before._replace(**values)
+        try:
+            yield
+        finally:
+            self.batch = before
 
     def number_layer(self) -> int:
         """A number for each of the layers that share this, in the order in which they are made."""
@@ -126,8 +213,8 @@ class Routing:
         """
         if isinstance(task, str) and task in self.tasks:
             return self.tasks.index(task)
-        if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(self.tasks):
-            return task
+        if isinstance(task, Integral) and not isinstance(task, bool) and 0 <= task < len(self.tasks):
+            return int(task)
         listed = ", ".join(f"{index}: {name}" for index, name in enumerate(self.tasks)) or "(none)"
         raise ValueError(
             f"Task {task!r} is unknown to the adapter, whose tasks are {listed}. Use one of these names or numbers, "
@@ -137,7 +224,7 @@ class Routing:
     def set_task(self, task: str | int | None) -> None:
         """See [`set_task`]."""
         self._check_has_tasks("set_task")
-        self.task = None if task is None else self.index_of(task)
+        self.batch = self._batch._replace(task=None if task is None else self.index_of(task))
 
     def _check_has_tasks(self, what: str) -> None:
         if self.kind != "task":
@@ -148,17 +235,30 @@ class Routing:
 
     def resolve(self, task_ids: TaskIds) -> torch.Tensor:
         """
-        Task ids as given by a user, as a tensor.
+        Task ids as given by a user, as a tensor `[B]` or `[B, S]`.
 
         Raises:
+            TypeError: If they are neither a list of names or numbers nor a tensor of integers.
             ValueError: If the adapter has no task router, or does not know a task.
         """
         self._check_has_tasks("task_ids")
-        if not isinstance(task_ids, torch.Tensor):
-            return torch.tensor([self.index_of(task) for task in task_ids])
-        largest, smallest = int(task_ids.max()), int(task_ids.min())
-        if largest >= len(self.tasks) or smallest < -1:
-            self.index_of(largest if largest >= len(self.tasks) else smallest)
+        if isinstance(task_ids, np.ndarray):  # any array of integers, or of names
+            task_ids = torch.from_numpy(task_ids) if task_ids.dtype.kind in "iu" else task_ids.tolist()
+        if isinstance(task_ids, list | tuple):
+            return torch.tensor([self.index_of(task) for task in task_ids], dtype=torch.int64)
+        if not isinstance(task_ids, torch.Tensor) or task_ids.dtype not in _INTEGERS or task_ids.ndim not in (1, 2):
+            what = repr(task_ids)
+            if isinstance(task_ids, torch.Tensor):
+                what = f"a tensor {list(task_ids.shape)} of {task_ids.dtype}"
+            raise TypeError(
+                f"`task_ids` must be a list with the task of each row, such as {list(self.tasks[:2])!r}, or a tensor "
+                f"of integers with one for each row or for each token, got {what}. For one task in all rows, repeat "
+                "it, or call `set_task`."
+            )
+        if task_ids.numel():
+            smallest, largest = map(int, task_ids.aminmax())
+            if largest >= len(self.tasks) or smallest < -1:
+                self.index_of(largest if largest >= len(self.tasks) else smallest)
         return task_ids
 
     def token_task_ids(self, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
@@ -171,17 +271,19 @@ class Routing:
         Raises:
             ValueError: If the batch's task ids do not fit the shape.
         """
+        batch = self.batch
         tokens = shape.numel()
-        if self.task_ids is None:
-            return None if self.task is None else torch.full((tokens,), self.task, device=device)
-        ids = self.task_ids.to(device, torch.int64).reshape(-1)
-        # A task for each row serves all of its tokens; beam search repeats rows one by one.
-        if ids.numel() == 0 or tokens % ids.numel():
+        if batch.task_ids is None:
+            return None if batch.task is None else torch.full((tokens,), batch.task, device=device)
+        if not _fit(batch.task_ids.shape, shape, batch.rows_repeat):
             raise ValueError(
-                f"`task_ids` of shape {list(self.task_ids.shape)} do not fit an input of shape {[*shape, 'd_in']}. "
-                "Give one for each row or one for each token."
+                f"`task_ids` of shape {list(batch.task_ids.shape)} do not fit an input of shape {[*shape, 'd_in']}. "
+                "Give one for each row or one for each token. A layer that does not work on the batch as it is "
+                "(experts, encoders of pictures) can be left out by `exclude_modules`."
             )
-        return ids.repeat_interleave(tokens // ids.numel())
+        ids = batch.task_ids.to(device, torch.int64).reshape(-1)
+        # A task for each row serves all of its tokens; beam search repeats rows one by one.
+        return ids if ids.numel() == tokens else ids.repeat_interleave(tokens // max(ids.numel(), 1))
 
     def warn_of_mean_mixture(self) -> None:
         """Say once that tokens are mixed without their task."""
@@ -194,23 +296,77 @@ class Routing:
 
     def mask_for(self, tokens: int) -> torch.Tensor | None:
         """The token mask `[T]` if the batch has one that fits an input of that many tokens."""
-        if self.token_mask is None:
+        mask = self.batch.token_mask
+        if mask is None:
             return None
-        if self.token_mask.numel() != tokens:
+        if mask.numel() != tokens:
             self._warn_once(
                 "mask",
-                f"A layer with an adapter sees {tokens} tokens of a batch of {self.token_mask.numel()}: it does not "
+                f"A layer with an adapter sees {tokens} tokens of a batch of {mask.numel()}: it does not "
                 "work on the batch as it is (experts do so, or encoders). All of them count in balance losses and in "
                 "statistics of heads, padding too. Name such layers in `exclude_modules` to leave them out.",
             )
             return None
-        return self.token_mask.reshape(-1)
+        return mask.reshape(-1)
 
     def probe(self, row: int | None, tokens: int) -> LayerProbe | None:
         """What the backward pass of a layer reports to, if anything is to be recorded."""
-        if self.tally is None or row is None or self.kind == "uniform":
+        tally = self.batch.tally
+        if tally is None or row is None or self.kind == "uniform":
             return None
-        return LayerProbe(self.tally, row, self.mask_for(tokens))
+        return LayerProbe(tally, row, self.mask_for(tokens))
+
+
+def _fit(ids: torch.Size, shape: torch.Size, rows_repeat: bool) -> bool:
+    """Whether task ids of shape `[B]` or `[B, S]` say the task of each token of an input, given its leading sizes."""
+    if len(ids) == 2:  # one for each token
+        return ids == shape or (len(shape) == 1 and shape.numel() == ids.numel())
+    if len(shape) == 1:  # rows and tokens as one
+        return ids[0] > 0 and shape[0] % ids[0] == 0
+    return shape[0] == ids[0] or (rows_repeat and ids[0] > 0 and shape[0] % ids[0] == 0)
+
+
+def batch_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Size | None:
+    """
+    Rows and, for text, tokens of a row of what a model is called with: `[B, S]`, or `[B]`.
+
+    Args:
+        args (`Sequence`), kwargs (`Mapping`): Arguments of `forward` or `generate`.
+    """
+    tokens = next((kwargs[name] for name in ("input_ids", "inputs") if kwargs.get(name) is not None), None)
+    embedded = kwargs.get("inputs_embeds")
+    if tokens is None and embedded is None:
+        tokens = next((value for value in args if isinstance(value, torch.Tensor)), None)
+    if isinstance(tokens, torch.Tensor) and tokens.ndim >= 1:
+        return tokens.shape[: 1 if tokens.is_floating_point() else 2]
+    if isinstance(embedded, torch.Tensor) and embedded.ndim >= 2:
+        return embedded.shape[:2]
+    others = (value for value in kwargs.values() if isinstance(value, torch.Tensor) and value.ndim >= 1)
+    other = next(others, None)  # pictures, sounds
+    return None if other is None else other.shape[:1]
+
+
+def check_task_ids(task_ids: torch.Tensor, shape: torch.Size, generates: bool) -> None:
+    """
+    Check task ids against the batch.
+
+    Args:
+        task_ids (`torch.Tensor`): Of shape `[B]` or `[B, S]`.
+        shape (`torch.Size`): That of the batch; see [`batch_shape`].
+        generates (`bool`): Whether tokens are generated, whose tasks are those of their rows.
+
+    Raises:
+        ValueError: If they are neither one for each row nor one for each token.
+    """
+    if task_ids.ndim == 1 and len(task_ids) == shape[0]:
+        return
+    if task_ids.ndim == 2 and not generates and task_ids.shape == shape:
+        return
+    by_token = "" if generates or len(shape) < 2 else f", or a tensor {list(shape)} with one for each token"
+    raise ValueError(
+        f"`task_ids` has shape {list(task_ids.shape)}, and the batch has {shape[0]} rows. Give one for each "
+        f"row{by_token}."
+    )
 
 
 def find_routings(model: torch.nn.Module) -> list[Routing]:

@@ -125,15 +125,15 @@ def test_state_is_restored(tokenizer):
     model.train()
     model.base_model.model.model.layers[1].eval()
     routing = next(routing for routing in find_routings(model))
-    routing.usage, routing.token_mask = object(), object()
+    routing.batch = routing.batch._replace(usage=object(), token_mask=object())
     modes = {name: module.training for name, module in model.named_modules()}
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match="'t' has the columns"):
         measure_mixtures(model, tokenizer, {"t": [{"x": 1}]}, adapter_name="default")
-    before = (routing.usage, routing.token_mask)
+    before = routing.batch
     with model.disable_adapter():
         mixtures = measure_mixtures(model, tokenizer, TASKS, adapter_name="default")
-    assert (routing.usage, routing.token_mask) == before
+    assert routing.batch is before
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
     assert model.active_adapters == ["other"]

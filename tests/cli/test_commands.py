@@ -46,9 +46,11 @@ def test_eval_shows_a_table(rlora, make_adapter, rows_folder):
 def test_a_task_router_is_told_the_task(make_adapter):
     loaded = load_adapter(check_adapter(make_adapter(router="task")))
     routing = find_routings(loaded.model)[0]
-    told = [(list(portion), routing.task) for portion in chosen_tasks(loaded, {"first": [], "other": [], "same": []})]
+    told = [
+        (list(portion), routing.batch.task) for portion in chosen_tasks(loaded, {"first": [], "other": [], "same": []})
+    ]
     assert told == [(["first"], 2), (["other"], None), (["same"], 0)]
-    assert routing.task is None
+    assert routing.batch.task is None
 
 
 def test_eval_of_a_task_router(rlora, make_adapter, rows_folder):

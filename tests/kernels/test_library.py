@@ -227,10 +227,10 @@ def adapted_net(reentrant=None, **options):
 def step(net, forward, routing, x, mask, task_ids):
     """Gradients and record of a micro-batch, as the trainer has them."""
     tally = new_tally(2)
-    routing.tally, routing.token_mask, routing.task_ids = tally, mask, task_ids
+    routing.batch = routing.batch._replace(tally=tally, token_mask=mask, task_ids=task_ids)
     net.zero_grad()
     anchor_loss(forward(x).square().sum(), tally).backward()
-    routing.tally = None
+    routing.forget_batch()
     return [p.grad for p in net.parameters() if p.grad is not None], tally.record
 
 
@@ -312,14 +312,16 @@ def test_usage_is_recorded():
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         x, found = torch.randn(3, 5, 12), []
-        adapters[0].routing.token_mask = some_mask(3, 5)
+        routing = adapters[0].routing
+        routing.batch = routing.batch._replace(token_mask=some_mask(3, 5))
         for forward in (net, compiled):
-            usage = adapters[0].routing.usage = HeadUsage(1, 2, N)
+            usage = HeadUsage(1, 2, N)
+            routing.batch = routing.batch._replace(usage=usage)
             with torch.no_grad():
                 found.append((forward(x), usage.weights, usage.tokens))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert found[1][2].sum() == 2 * adapters[0].routing.token_mask.sum()
+        assert found[1][2].sum() == 2 * routing.batch.token_mask.sum()
         assert graphs() == 1
 
 
@@ -330,10 +332,11 @@ def test_autocast():
     grads = []
     for forward in (net, compiled):
         net.zero_grad()
-        adapters[0].routing.tally = new_tally(2)
+        routing = adapters[0].routing
+        routing.batch = routing.batch._replace(tally=new_tally(2))
         with torch.autocast("cpu", torch.bfloat16):
             y = forward(x)
-        anchor_loss(y.float().square().sum(), adapters[0].routing.tally).backward()
+        anchor_loss(y.float().square().sum(), routing.batch.tally).backward()
         grads.append([adapter.B.grad for adapter in adapters] + [adapter.router.grad for adapter in adapters])
     for a, b in zip(*grads, strict=True):
         assert a.dtype == torch.float32

@@ -7,7 +7,14 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset
 from test_trainer import arguments, make_trainer
 from testing_utils import TINY_MODELS, build_tokenizer, task_datasets, task_rows
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 
 from rlora_trl import HeadUsageCallback, MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer
 from rlora_trl.trainer.task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, number_tasks
@@ -206,7 +213,7 @@ def test_the_model_does_not_hold_the_trainer(model_folders, tmp_path):
     del trainer
     gc.collect()
     routing = next(m.routing for m in model.modules() if isinstance(m, MultiHeadAdapter))
-    assert held() is None and routing.tally is None and routing.task_ids is None
+    assert held() is None and routing.batch.tally is None and routing.batch.task_ids is None
 
 
 def test_the_right_mixture_is_trained(model_folders, tmp_path):
@@ -662,7 +669,7 @@ def test_head_usage_of_a_loaded_adapter_with_new_tasks(model_folders, tmp_path):
     trainer.train()
     trainer.evaluate({"colour": scored_rows("colour", 4)})
     assert {step: set(usage) for step, usage in callback.usage.items()} == {0: {"same"}, 1: {"colour"}}
-    assert all(routing.usage is None for routing in trainer._routings)
+    assert all(routing.batch.usage is None for routing in trainer._routings)
 
 
 def test_head_usage_with_a_plain_trainer(model_folders, tmp_path):
@@ -814,3 +821,22 @@ def test_layers_that_the_loss_does_not_reach_are_told(model_folders, tmp_path, c
     told = first_step_warnings(caplog)
     assert len(told) == 1 and "no gradient for base_model.model.model.layers.1.mlp.gate_proj" in told[0]
     assert "the loss does not depend on these layers" in told[0]
+
+
+def test_options_of_long_prompts_are_scored(tmp_path, caplog):
+    """On a model with 64 positions, a prompt of 100 tokens does not end the run."""
+    config = GPT2Config(vocab_size=80, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=1)
+    base = GPT2LMHeadModel(config)
+    base.config._name_or_path = "tiny"
+    rows = [{"prompt": " ".join(["w1"] * 100 + ["Answer:"]), "completion": " red", "options": [" red", " blue"]}] * 4
+    trainer = RLoraSFTTrainer(
+        base,
+        arguments(tmp_path, max_steps=1, max_length=48),
+        train_dataset=task_datasets(8),
+        eval_dataset={"first": Dataset.from_list(rows + [{**rows[0], "prompt": "w1 Answer:"}])},
+        processing_class=build_tokenizer(),
+    )
+    trainer.train()
+    for _ in range(2):
+        assert trainer.evaluate()["eval_first_accuracy"] in (0.0, 0.2, 0.8, 1.0)
+    assert sum("without their beginning" in record.getMessage() for record in caplog.records) == 1

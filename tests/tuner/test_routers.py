@@ -98,7 +98,7 @@ def test_generation(task_model):
     assert [row.tolist() for row in mixed] == [row.tolist() for row in expected]
     beams = task_model.generate(input_ids=ids, task_ids=["colour", "first"], num_beams=3, **options)
     assert beams.shape == mixed.shape
-    assert all(routing.task_ids is None for routing in find_routings(task_model))
+    assert all(routing.batch.task_ids is None for routing in find_routings(task_model))
 
 
 def test_save_and_load_with_and_without_peft(task_model, model_folders, tmp_path):
@@ -161,7 +161,7 @@ def test_errors(task_model, model_folders):
         logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match="Task -2 is unknown"):
         logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, -2]))
-    with pytest.raises(ValueError, match="do not fit an input of shape"):
+    with pytest.raises(ValueError, match="the batch has 3 rows. Give one for each row"):
         logits(task_model, random_ids(), task_ids=[0, 1])
     with pytest.raises(ValueError, match="can't be given together"):
         logits(task_model, random_ids(), task_ids=[0, 1, 2], adapter_names=["default"] * 3)
@@ -190,7 +190,8 @@ def test_compiled_adapter_has_no_graph_break(router):
     kwargs = {"top_k": {"router_top_k": 2}, "task": {"routing": Routing(TASKS, "task")}, "own_a": {"share_a": False}}
     kind = "softmax" if router == "own_a" else router
     adapter = MultiHeadAdapter(8, 6, 2, 3, 1.0, router=kind, init_weights=False, dropout=0.0, **kwargs[router]).train()
-    adapter.routing.task = 1 if router == "task" else None
+    if router == "task":
+        adapter.routing.set_task(1)
     x = torch.randn(4, 5, 8)
     expected = adapter(x)
     compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")

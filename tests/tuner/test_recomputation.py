@@ -1,0 +1,281 @@
+"""Activation checkpointing repeats a forward pass with what that pass knew of its batch, whoever calls."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from testing_utils import perturb, random_ids
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from rlora_trl import RLoraConfig
+from rlora_trl.tuner import find_routings
+from rlora_trl.tuner.routing import _REMEMBERED
+
+
+TASKS = ["a", "b", "c"]
+KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+
+
+def build(model_folders, **options):
+    base = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    config = RLoraConfig(task_type="CAUSAL_LM", router="task", tasks=TASKS, **options)
+    model = get_peft_model(base, config).train()
+    perturb(model, scale=2.0)
+    return model
+
+
+def enable(model, reentrant):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
+def wrap_layers(model, reentrant):
+    """What accelerate does for FSDP."""
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    layers = model.base_model.model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer, checkpoint_impl=kind)
+    model.enable_input_require_grads()
+
+
+def call_checkpoint(model, reentrant):
+    """What the code of many models does."""
+    for layer in model.base_model.model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=reentrant)
+        if reentrant:  # which takes no keywords
+            forward = layer.forward.args[0]
+            layer.forward = lambda hidden, forward=forward, **kwargs: checkpoint(
+                partial(forward, **kwargs), hidden, use_reentrant=True
+            )
+    model.enable_input_require_grads()
+
+
+def loss_of(model, seed, **kwargs):
+    ids = random_ids(batch=4, seed=seed)
+    # A recomputation would add to a cache what is in it already.
+    return model(input_ids=ids, labels=ids, use_cache=False, **kwargs).loss
+
+
+def gradients(model):
+    found = {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def one(model):
+    loss_of(model, 0, task_ids=["a", "c", "b", "c"]).backward()
+
+
+def by_token(model):
+    loss_of(model, 0, task_ids=torch.arange(36).view(4, 9) % 4 - 1).backward()
+
+
+def other_batch_between(model):
+    first = loss_of(model, 0, task_ids=["a", "a", "b", "c"])
+    second = loss_of(model, 1, task_ids=["c", "b", "a", "a"])
+    first.backward()
+    second.backward()
+
+
+def reversed_order(model):
+    losses = [loss_of(model, seed, task_ids=[seed % 3, 0, 1, 2]) for seed in range(4)]
+    for loss in reversed(losses):
+        loss.backward()
+
+
+def evaluation_between(model):
+    loss = loss_of(model, 0, task_ids=["a", "c", "b", "c"])
+    model.eval()
+    with torch.no_grad():
+        loss_of(model, 1, task_ids=["b"] * 4)
+    model.train()
+    loss.backward()
+
+
+def chosen_task_changes(model):
+    model.set_task("a")
+    first = loss_of(model, 0)
+    model.set_task("b")
+    second = loss_of(model, 1)
+    model.set_task(None)
+    (first + 2 * second).backward()
+
+
+PASSES = {f.__name__: f for f in (one, by_token, other_batch_between, reversed_order, evaluation_between)}
+PASSES["chosen_task_changes"] = chosen_task_changes
+
+
+@KINDS
+@pytest.mark.parametrize("switch", [enable, wrap_layers, call_checkpoint])
+@pytest.mark.parametrize("passes", PASSES)
+def test_gradients_are_those_without_checkpointing(model_folders, passes, switch, reentrant):
+    plain = build(model_folders)
+    checkpointed = copy.deepcopy(plain)
+    switch(checkpointed, reentrant)
+    found = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(3)  # of dropout masks, which recomputations repeat
+        PASSES[passes](model)
+        found.append(gradients(model))
+        assert all(routing.batch.task_ids is None for routing in find_routings(model))
+    expected, got = found
+    assert set(got) == set(expected) and len(expected) == 18
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
+
+
+@KINDS
+def test_a_plain_trainer(model_folders, tmp_path, reentrant):
+    rows = [{"input_ids": random_ids(1, 9, seed)[0].tolist(), "task_ids": seed % 3} for seed in range(8)]
+    data = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+    weights = []
+    for checkpointing in (False, True):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
+            seed=5,
+        )
+        torch.manual_seed(0)
+        model = build(model_folders)
+        model.enable_input_require_grads()
+        Trainer(model, arguments, train_dataset=data).train()
+        weights.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_that_is_not_remembered_is_refused(model_folders):
+    model = build(model_folders)
+    enable(model, False)
+    loss = loss_of(model, 0, task_ids=["a", "c", "b", "c"])
+    with torch.no_grad():
+        for _ in range(_REMEMBERED // 2 + 1):
+            (routing,) = find_routings(model)
+            with routing.using(task=0):
+                pass
+    with pytest.raises(RuntimeError, match="not known any more: the last 512 passes are remembered"):
+        loss.backward()
+
+
+ROWS = [0, 1, 2, 0]
+FITTING = {
+    "names": ["a", "b", "c", "a"],
+    "tuple": ("a", "b", "c", "a"),
+    "numbers": ROWS,
+    "numpy numbers": [np.int64(0), np.int32(1), 2, 0],
+    "numpy": np.array(ROWS),
+    "numpy names": np.array(["a", "b", "c", "a"]),
+    "tensor": torch.tensor(ROWS),
+    "small integers": torch.tensor(ROWS, dtype=torch.uint8),
+    "tokens": torch.tensor(ROWS)[:, None].expand(4, 9),
+}
+
+
+def eval_logits(model, **kwargs):
+    with torch.no_grad():
+        return model.eval()(input_ids=random_ids(batch=4), **kwargs).logits
+
+
+@pytest.mark.parametrize("given", FITTING)
+def test_task_ids_that_fit(model_folders, given):
+    model = build(model_folders)
+    expected = eval_logits(model, task_ids=torch.tensor(ROWS))
+    assert not torch.allclose(expected, eval_logits(model, task_ids=torch.tensor([2, 1, 0, 0])), atol=1e-3)
+    assert torch.equal(eval_logits(model, task_ids=FITTING[given]), expected)
+
+
+REFUSED = {
+    "two for four rows": (["a", "b"], ValueError, "has shape .2., and the batch has 4 rows"),
+    "two in a tensor": (torch.tensor([0, 1]), ValueError, "has shape .2., and the batch has 4 rows"),
+    "one for four rows": (["a"], ValueError, "Give one for each row, or a tensor .4, 9. with one for each token"),
+    "eight": (["a", "b"] * 4, ValueError, "the batch has 4 rows"),
+    "as many as tokens": (["a"] * 36, ValueError, "the batch has 4 rows"),
+    "none": ([], ValueError, "the batch has 4 rows"),
+    "one name": ("a", TypeError, "must be a list with the task of each row.*got 'a'"),
+    "one number": (1, TypeError, "got 1"),
+    "a scalar": (torch.tensor(1), TypeError, r"got a tensor \[\] of torch.int64"),
+    "other tokens": (torch.zeros(4, 8, dtype=torch.int64), ValueError, r"has shape \[4, 8\]"),
+    "other rows": (torch.zeros(2, 9, dtype=torch.int64), ValueError, r"has shape \[2, 9\]"),
+    "turned": (torch.zeros(9, 4, dtype=torch.int64), ValueError, r"has shape \[9, 4\]"),
+    "three axes": (torch.zeros(4, 9, 1, dtype=torch.int64), TypeError, "for each row or for each token"),
+    "floats": (torch.zeros(4), TypeError, "of torch.float32"),
+    "booleans": (torch.zeros(4, dtype=torch.bool), TypeError, "of torch.bool"),
+    "a boolean": ([True, 0, 1, 2], ValueError, "Task True is unknown"),
+    "a list of lists": ([["a"] * 9] * 4, ValueError, "is unknown to the adapter"),
+    "an unknown task": (["a", "b", "c", "d"], ValueError, "Task 'd' is unknown"),
+    "a number too large": (torch.tensor([0, 1, 2, 3]), ValueError, "Task 3 is unknown"),
+}
+
+
+@pytest.mark.parametrize("where", ["PeftModel", "tuner", "embeddings", "positional"])
+@pytest.mark.parametrize("given", REFUSED)
+def test_task_ids_that_do_not_fit(model_folders, given, where):
+    model = build(model_folders).eval()
+    task_ids, kind, text = REFUSED[given]
+    ids = random_ids(batch=4)
+    with pytest.raises(kind, match=text):
+        if where == "embeddings":
+            model(inputs_embeds=model.get_input_embeddings()(ids), task_ids=task_ids)
+        elif where == "positional":
+            model(ids, task_ids=task_ids)
+        else:
+            (model if where == "PeftModel" else model.base_model)(input_ids=ids, task_ids=task_ids)
+    # Nothing of it is left for the next batch.
+    assert torch.equal(eval_logits(model, task_ids=ROWS), eval_logits(model, task_ids=torch.tensor(ROWS)))
+
+
+def test_generation_takes_one_task_for_each_row(model_folders):
+    model = build(model_folders).eval()
+    options = {"input_ids": random_ids(batch=4), "max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**options, task_ids=ROWS)
+    for beams in ({"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
+        assert model.generate(**options, **beams, task_ids=ROWS).shape[1] == expected.shape[1]
+    for task_ids in (["a", "b"], torch.zeros(4, 9, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="the batch has 4 rows. Give one for each row.$"):
+            model.generate(**options, task_ids=task_ids)
+
+
+def test_task_ids_given_to_the_tuner_itself(model_folders):
+    model = build(model_folders)
+    expected = eval_logits(model, task_ids=ROWS)
+    assert torch.equal(eval_logits(model.base_model, task_ids=ROWS), expected)
+
+
+def test_task_ids_of_a_call_without_adapters_are_not_kept(model_folders):
+    model = build(model_folders).eval()
+    ids = random_ids(batch=4)
+    with model.disable_adapter():
+        model(input_ids=ids, task_ids=ROWS)
+    without = model.generate(input_ids=ids[:2], max_new_tokens=2, do_sample=False)
+    assert without.shape[0] == 2
+
+
+def test_a_layer_that_sees_another_batch_is_refused(model_folders):
+    model = build(model_folders).eval()
+    (routing,) = find_routings(model)
+    ids = torch.tensor([0, 1, 2, 0])
+    with routing.using(task_ids=ids):
+        assert routing.token_task_ids(torch.Size([4, 3]), ids.device).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
+        assert routing.token_task_ids(torch.Size([8]), ids.device).tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+        for shape in ([8, 3], [2, 3], [3, 4], [7]):
+            with pytest.raises(ValueError, match="do not fit an input of shape"):
+                routing.token_task_ids(torch.Size(shape), ids.device)
+    with routing.using(task_ids=ids[:, None].expand(4, 3)):
+        for shape in ([4, 6], [3, 4], [24]):
+            with pytest.raises(ValueError, match="do not fit an input of shape"):
+                routing.token_task_ids(torch.Size(shape), ids.device)
