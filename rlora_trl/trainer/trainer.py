@@ -492,7 +492,13 @@ class RLoraSFTTrainer(PublishingTrainer):
             routing.forget_batch()
 
     def _keep_fused_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if self._ledger is None or not module.training:
+            return
+        # A loss function of the user's and label smoothing run the model twice; only the pass with the fused head
+        # matters then, and the logits of the other are not kept alive.
         if getattr(outputs, "log_probs", None) is not None:
+            self._fused_outputs = outputs
+        elif self._fused_outputs is None and not self._ledger.has_log_probs:
             self._fused_outputs = outputs
 
     def compute_loss(
@@ -526,15 +532,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         return anchor_loss(result, tally)
 
     def _note_tasks(self, inputs: dict[str, Any], is_training: bool) -> None:
-        outputs = self._fused_outputs
-        if is_training and self._ledger is not None and outputs is not None and TASK_IDS in inputs:
-            self._ledger.add(
-                inputs[TASK_IDS],
-                token_mask_of(inputs),
-                inputs.get(ROW_STARTS),
-                outputs.log_probs.detach(),
-                outputs.label_mask,
-            )
+        if is_training and self._ledger is not None and TASK_IDS in inputs:
+            self._ledger.note(inputs, self._fused_outputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
