@@ -3,6 +3,11 @@
 Imported only where Triton is.
 """
 
+import ast
+import inspect
+import logging
+import textwrap
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,8 +19,15 @@ from .dropout import mask_threshold
 from .rank_space import AdapterTensors, Layout
 
 
-# Older versions launch a compiled kernel without the constants that it was compiled for.
+logger = logging.getLogger(__name__)
+
+# What `JITFunction.run` passes to the launcher of a compiled kernel, in Triton 3.2 to 3.6 alike: the grid and what to
+# run, then `launch_metadata` and two hooks, then the kernel's own arguments. Before 3.3 these lack the constants that
+# the kernel was compiled for.
+_LAUNCHED_WITH = ("grid_0", "grid_1", "grid_2", "stream", "kernel.function", "kernel.packed_metadata")
+_HOOKS = ("launch_metadata", "launch_enter_hook", "launch_exit_hook")
 _TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+_OWN_ARGUMENTS = "*bound_args.values()" if _TAKES_CONSTANTS else "*non_constexpr_vals"
 # Tokens of one program of the kernels that only mix. The tiles are a few registers wide, so that this only sets how
 # many programs there are.
 _BLOCK_T = 64
@@ -24,6 +36,48 @@ _BLOCK_D = 1024
 _BLOCK_W = 256
 # Rows of partial sums that are added up at a time.
 _BLOCK_S = 128
+
+
+@lru_cache(maxsize=1)
+def has_known_launcher() -> bool:
+    """
+    Whether this version of Triton launches a compiled kernel by the call that [`_Variant`] makes in its place.
+
+    That call is no public interface of Triton, and an argument in another place would be read as an address. Looked up
+    once in a process; if it is another one, a warning says so and kernels are launched as `kernel[grid](...)`.
+    """
+    if _launches_as_known(triton.runtime.jit.JITFunction.run):
+        return True
+    logger.warning(
+        f"Triton {triton.__version__} launches kernels in a way that is not known here (3.2 to 3.6 are), so they are "
+        "launched through its look-up: results are the same, and short steps take longer on the host. Install a "
+        "version of rlora-trl that knows it, or an earlier Triton."
+    )
+    return False
+
+
+def _launches_as_known(run: Callable[..., Any]) -> bool:
+    """Whether the source of `JITFunction.run` has the one call of a launcher that is known."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(run)))
+    except (OSError, TypeError, SyntaxError):  # there is no source to read
+        return False
+    nodes = list(ast.walk(tree))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "kernel.run"]
+    streams = [ast.unparse(node.value) for node in nodes if isinstance(node, ast.Assign) and _is_stream(node)]
+    if len(calls) != 1 or calls[0].keywords or streams != ["driver.active.get_current_stream(device)"]:
+        return False
+
+    first, hooks, own = len(_LAUNCHED_WITH), len(_HOOKS), [ast.unparse(arg) for arg in calls[0].args]
+    return (
+        tuple(own[:first]) == _LAUNCHED_WITH
+        and tuple(arg.rsplit(".", 1)[-1] for arg in own[first : first + hooks]) == _HOOKS
+        and own[first + hooks :] == [_OWN_ARGUMENTS]
+    )
+
+
+def _is_stream(node: ast.Assign) -> bool:
+    return [ast.unparse(target) for target in node.targets] == ["stream"]
 
 
 class _Variant:
@@ -70,8 +124,8 @@ class _Variant:
             run(programs, 1, 1, stream_of(device), function, metadata, *nothing, *addresses, *numbers, *self.passed)
             return None
         compiled = self.kernel[(programs, 1, 1)](*tensors, *numbers, *self.constants)
-        # The interpreter compiles nothing; and another version of Triton may keep things elsewhere.
-        if aligned and all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+        # The interpreter compiles nothing.
+        if aligned and compiled is not None and has_known_launcher():
             stream_of = triton.runtime.driver.active.get_current_stream
             self.compiled[device] = (compiled.run, compiled.function, compiled.packed_metadata, stream_of)
         return None
