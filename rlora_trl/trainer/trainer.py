@@ -448,12 +448,14 @@ class RLoraSFTTrainer(PublishingTrainer):
     def _will_log(self) -> bool:
         """Whether the step that is running ends in a log."""
         step = self.state.global_step + 1
+        if step == 1 and self.args.logging_first_step:  # whatever the strategy
+            return True
         if self.args.logging_strategy == IntervalStrategy.NO:
             return False
         if self.args.logging_strategy == IntervalStrategy.EPOCH:
             epochs = max(1, self.state.num_train_epochs or 1)
             return step % max(1, self.state.max_steps // epochs) == 0 or step == self.state.max_steps
-        return step % max(1, int(self.state.logging_steps)) == 0 or (step == 1 and self.args.logging_first_step)
+        return step % max(1, int(self.state.logging_steps)) == 0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
