@@ -143,7 +143,8 @@ CONTRACT = [Row(*row) for row in (
     ("transformers.trainer_callback:CallbackHandler", "on_evaluate", EVENT + ", metrics", "early stopping on means over tasks"),
     ("transformers.trainer_callback:CallbackHandler", "on_push_begin", EVENT, "as in `Trainer.push_to_hub`"),
     ("trl:SFTConfig", "__post_init__", "", "default of `bf16`, checks"),
-    ("trl:SFTConfig", "bf16", None, "unset is `None`"),
+    ("trl:SFTConfig", "__init__", "*, bf16=None", "unset is `None`"),
+    ("trl:SFTConfig", "bf16", None, "another default on a machine without an accelerator"),
     ("trl:ModelConfig", "__post_init__", "", "arguments of LoRA are refused"),
     ("trl:ModelConfig", "use_rslora", None, "another default"),
     ("trl:TrlParser", "set_defaults_with_config", None, "YAML files of `rlora train`"),
@@ -203,6 +204,8 @@ CONTRACT = [Row(*row) for row in (
     ("peft.utils.quantization_utils:QuantizationBackend", "backend_name", None, "messages"),
     ("peft.utils.quantization_utils:QuantizationBackend", "supports_merge", None, "merging is refused"),
     ("peft.utils:AuxiliaryTrainingWrapper", "_get_available_adapters", "", "run one adapter alone"),
+    ("peft.utils:TrainableTokensWrapper", "token_adapter", None, "trained tokens are merged"),
+    ("peft.utils:ModulesToSaveWrapper", "modules_to_save", None, "modules trained in full are merged"),
     ("peft", "get_peft_model_state_dict", "model, state_dict=None, adapter_name='default'", "what is saved of a model, by stand-ins"),
 
     # Accelerate, DeepSpeed and FSDP below the trainer
@@ -221,6 +224,7 @@ CONTRACT = [Row(*row) for row in (
     (FSDP + "/_fsdp_state.py", "_fsdp_param_group", None, "PyTorch before it had several"),
     ("torch.distributed.fsdp:FSDPModule", "_get_fsdp_state", "", "adapters in float32"),
     ("torch.distributed.fsdp:FSDPModule", "reshard", "", "float32 values before saving"),
+    ("torch.distributed.tensor", "DTensor", None, "sharded models are not exported"),
     ("torch/distributed/fsdp/_common_utils.py", "_fsdp_wrapped_module", None, "sharded models are not exported"),
     ("deepspeed/runtime/zero/partition_parameters.py", "ds_id", None, "sharded parameters"),
     ("deepspeed/runtime/zero/partition_parameters.py", "ds_shape", None, "shapes in whole"),
@@ -250,6 +254,11 @@ CONTRACT = [Row(*row) for row in (
     ("bitsandbytes/nn/modules.py", "support_avx512bf16_for_cpu", None, "4-bit weights in another order on some CPUs"),
     ("bitsandbytes.nn:Linear4bit", "_save_to_state_dict", "destination, prefix, keep_vars", "it puts 4-bit weights back in order"),
     ("transformers:PretrainedConfig", "_name_or_path", None, "name of the base model"),
+    ("transformers:PretrainedConfig", "dtype", None, "dtype of the base model in records"),
+    ("transformers:PretrainedConfig", "is_encoder_decoder", None, "prompts for checks of exports"),
+    ("transformers/quantizers/base.py", "is_quantized", None, "merging into a quantized base"),
+    ("transformers:PreTrainedModel", "base_model", None, "the model without its head, to measure heads"),
+    ("transformers:PreTrainedTokenizerFast", "backend_tokenizer", None, "whether a tokenizer is the base model's"),
     ("transformers.integrations.peft:PeftAdapterMixin", "_hf_peft_config_loaded", None, "bare models"),
 )]
 # fmt: on

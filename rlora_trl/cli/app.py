@@ -35,7 +35,10 @@ class ReportingGroup(Group):
 
 
 def usage_error() -> type[Exception]:
-    """The base of typer's errors about arguments, which it exports under the name of one of them only."""
+    """
+    The base of typer's errors about arguments, which it exports under the name of one of them only (no upstream issue
+    as of typer 0.29).
+    """
     return next(base for base in reversed(typer.BadParameter.__mro__) if base.__name__ == "ClickException")
 
 

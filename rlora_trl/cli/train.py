@@ -94,7 +94,7 @@ def split_arguments(parser: Any, arguments: list[str]) -> tuple[list[str], list[
     """
     from accelerate.commands.launch import launch_command_parser
 
-    # TRL's parser takes `--config FILE` in two words only.
+    # TRL's parser takes `--config FILE` in two words only (no upstream issue as of trl 1.16).
     arguments = [part for word in arguments for part in _split_config(word)]
     own, from_file = _apply_file(parser, arguments)
     known, remaining = parser.parse_known_args(own)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -51,7 +51,7 @@ def original_of(module: nn.Module, keep_trained: str | None = None) -> nn.Module
     while isinstance(module, RLoraLayer | AuxiliaryTrainingWrapper):
         if isinstance(module, RLoraLayer):
             module = module.base_layer
-        elif keep_trained is not None and keep_trained in getattr(module, "modules_to_save", ()):
+        elif isinstance(module, ModulesToSaveWrapper) and keep_trained in module.modules_to_save:
             module = module.modules_to_save[keep_trained]
         else:
             module = module.original_module

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
+from peft.utils import TrainableTokensWrapper, resolve_quantization_backend
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -80,9 +80,7 @@ def _base_state(core: PreTrainedModel, adapter_name: str, cast: torch.dtype | No
     rows_of_embeddings = {
         f"{name}.weight": module.token_adapter.get_merged_weights([adapter_name]).detach()
         for name, module in core.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        and hasattr(module, "token_adapter")
-        and adapter_name in module._get_available_adapters()
+        if isinstance(module, TrainableTokensWrapper) and adapter_name in module._get_available_adapters()
     }
     with bare_base(core, keep_trained=adapter_name) as base:
         weights = _dequantized(base)

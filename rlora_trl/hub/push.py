@@ -50,7 +50,8 @@ logger = logging.get_logger(__name__)
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
-# What a Hub answers when it is the Hub's trouble; `create_commit` does not try again by itself (huggingface_hub 2.4).
+# Status codes of transient errors of the Hub, after which `create_commit` does not retry (no upstream issue as of
+# huggingface_hub 2.4).
 _TRANSIENT = (500, 502, 503, 504)
 _CONFLICT = (409, 412)
 _ATTEMPTS = 4

@@ -89,7 +89,7 @@ class DeltaSpec(NamedTuple):
 
 def widths(layout: Layout, device: torch.device) -> tuple[int, int]:
     """Columns of P and of Z, padded where that helps."""
-    # Not by properties of `Layout`, which `torch.compile` can't read in torch 2.6.
+    # Not by properties of `Layout`: see `rank_space.h_columns`.
     h = rank_space.h_columns(layout)
     anchor = h if layout.anchored else 0
     columns = rank_space.anchor_start(layout) + anchor

@@ -31,10 +31,10 @@ from .rank_space import Layout
 
 
 NAMESPACE = "rlora_trl"
-# CUDA graphs replay kernels without the Python that looks up the tally. Older versions leave out whatever has inputs
-# on the CPU, which tickets are.
+# CUDA graphs replay kernels without the Python that looks up the tally. Versions without the tag, such as torch 2.6,
+# leave out whatever has inputs on the CPU, which tickets are.
 _EFFECTS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
-# Kernels take rows that are side by side.
+# Kernels take rows that are side by side. torch 2.6 has the second tag only.
 _LAYOUT_TAG = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
 # The six numbers of `Layout`, in its order.
 _LAYOUT = "int num_heads, int r, bool routed, bool anchored, bool shared, int top_k"

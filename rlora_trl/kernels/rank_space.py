@@ -22,7 +22,8 @@ AdapterTensors: TypeAlias = tuple[
 ]
 
 
-# Functions beside the properties of `Layout`: in torch 2.6 `torch.compile` can't read properties of a named tuple.
+# Functions beside the properties of `Layout`: in torch 2.6, the floor, with which they end, `torch.compile` can't read
+# properties of a named tuple; in 2.13 it can.
 def h_columns(layout: "Layout") -> int:
     """Columns of A x, and of A0 x."""
     return layout.r if layout.shared else layout.r * layout.num_heads

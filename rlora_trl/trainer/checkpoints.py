@@ -362,7 +362,8 @@ class CheckpointTrainer(SFTTrainer):
         return newest
 
     def _load_best_model(self) -> None:
-        # transformers looks for the adapter in the checkpoint's root, where one of another name than "default" is not.
+        # transformers looks for the adapter in the checkpoint's root, where one of another name than "default" is not
+        # (transformers#36201, open as of 5.23).
         best = self.state.best_model_checkpoint
         if best is None or self._is_deepspeed_or_fsdp:
             super()._load_best_model()
@@ -375,7 +376,8 @@ class CheckpointTrainer(SFTTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self._resumed_from is not None and self.state.global_step >= self.state.max_steps:
-            # It had ended when it was saved; `Trainer` would train one step more before it looks.
+            # It had ended when it was saved; `Trainer` would train one step more before it looks (no upstream issue as
+            # of transformers 5.23).
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
@@ -425,7 +427,7 @@ class CheckpointTrainer(SFTTrainer):
         """
         Take anchors from the adapter's file where the strategy's own state lacks them.
 
-        transformers has DeepSpeed leave out what is frozen, and anchors are.
+        transformers has DeepSpeed leave out what is frozen (since transformers#27825), and anchors are.
         """
         if not self.is_deepspeed_enabled:
             return

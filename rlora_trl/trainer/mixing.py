@@ -514,7 +514,7 @@ def _mix_equally(streams: list[IterableDataset], seed: int) -> IterableDataset:
     chances = [1 / len(streams)] * len(streams)
     mixed = interleave_datasets(streams, probabilities=chances, seed=seed, stopping_strategy="all_exhausted")
     # From epoch 1 on, datasets 5.2 would draw from the epoch alone and forget the seed; below a `skip` or `take` it
-    # derives the draws from both.
+    # derives the draws from both. (No upstream issue as of datasets 5.2; datasets#7051 is about the same method.)
     return mixed.skip(0)
 
 

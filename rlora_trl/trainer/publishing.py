@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from torch import nn
 from transformers.trainer_utils import HubStrategy
@@ -92,8 +92,9 @@ def _text(value: Any) -> str | None:
 
 def _hub_name(dataset: Any) -> str | None:
     """The repository of a data set that `load_dataset` got from the Hub."""
-    info = getattr(dataset, "info", None)
-    for source in getattr(info, "download_checksums", None) or ():
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return None
+    for source in dataset.info.download_checksums or ():
         match = _HUB_SOURCE.search(str(source))
         if match:
             return match.group(1)
@@ -390,7 +391,8 @@ class PublishingTrainer(CheckpointTrainer):
         return self._push_copy(folder, options)
 
     def _make_repository(self, token: str | None, private: bool | None) -> None:
-        # `init_hf_repo` takes `private` itself in later versions of transformers than 5.17.
+        # `init_hf_repo` has a parameter `private` in transformers 5.23 and not in 5.17, the floor, with which this
+        # ends (transformers#33492).
         before = self.args.hub_private_repo
         self.args.hub_private_repo = before if private is None else private
         try:

@@ -22,8 +22,9 @@ def keep_outputs_wide(accelerator: Accelerator) -> None:
     """
     Have FSDP2 leave the outputs of the model, losses among them, in the dtype that they have.
 
-    By default accelerate casts them to that of mixed precision, and a loss in bfloat16 has three digits. To be called
-    before the model is prepared; without FSDP2, or without mixed precision, it does nothing.
+    By default accelerate casts them to that of mixed precision, and a loss in bfloat16 has three digits (no upstream
+    issue as of accelerate 1.15). To be called before the model is prepared; without FSDP2, or without mixed precision,
+    it does nothing.
     """
     policy = _policy(accelerator)
     if policy is not None:
@@ -49,6 +50,9 @@ def keep_adapters_wide(model: nn.Module) -> None:
     parameters that it gathers together, so that this sets what it derives from that for each of them. Where others
     train among these (`modules_to_save` inside of a block), whose gradients are then of another dtype, adapters are
     left as they are.
+
+    It ends with a PyTorch whose policy can be set for each parameter (pytorch#156784; pytorch#196626 is open as of
+    2.13).
 
     Args:
         model (`torch.nn.Module`): The prepared model; without FSDP2 nothing is done.
@@ -76,7 +80,7 @@ def _keep_wide(model: nn.Module) -> None:
             )
             continue
         # Nothing is cast. (A `reduce_dtype` for all would break accumulation where a module is not called itself, such
-        # as the head with TRL's fused loss: PyTorch 2.13 looks for its gradients all the same.)
+        # as the head with TRL's fused loss: PyTorch 2.13 looks for its gradients all the same; no upstream issue.)
         wide = replace(group.mp_policy, param_dtype=None, reduce_dtype=None)
         for entry in own:
             # It is called, with the policy of the group, when the model is first run.

@@ -55,7 +55,8 @@ def undo_cpu_order(layer: nn.Module) -> None:
 
     On some CPUs bitsandbytes (0.50) brings them into another order for inference, and puts them back only where the
     state dict is read: with scales rounded anew, or without double quantisation left in the other order. Scales that
-    [`guard_cpu_order`] kept come back as they were.
+    [`guard_cpu_order`] kept come back as they were. (Since bitsandbytes#1804; no upstream issue as of 0.50.2, where
+    bitsandbytes#2078 is about the same order in `to`.)
     """
     quant_state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
@@ -99,7 +100,10 @@ def guard_cpu_order(model: nn.Module) -> None:
 
 
 def _device_of(layer: nn.Module) -> torch.device | None:
-    """The device of a layer's first tensor: HQQ and AQLM have no `weight`, which PEFT looks for."""
+    """
+    The device of a layer's first tensor: HQQ and AQLM have no `weight`, which PEFT looks for (no upstream issue as of
+    peft 0.21.2).
+    """
     tensor = next(chain(layer.parameters(), layer.buffers()), getattr(layer, "W_q", None))
     return None if tensor is None else tensor.device
 

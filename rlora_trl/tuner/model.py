@@ -72,7 +72,8 @@ def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     """
     Forward pre-hook of a `PeftModel`: hands `task_ids` to the tuner.
 
-    `PeftModelForCausalLM.forward` (peft 0.21) has a parameter of that name, for prompt tuning, and drops it otherwise.
+    `PeftModelForCausalLM.forward` has a parameter of that name, for prompt tuning, and drops it otherwise (no upstream
+    issue as of peft 0.21.2).
     """
     task_ids = kwargs.pop("task_ids", None)
     if isinstance(peft_model.base_model, RLoraModel):
@@ -87,7 +88,10 @@ def _drop_task_ids(peft_model: nn.Module, args: tuple, output: Any) -> None:
 
 
 class _OnRegistration:
-    """Hooks a tuner's `PeftModel`, which PEFT does not tell it of, at the moment that it takes the tuner in."""
+    """
+    Hooks a tuner's `PeftModel` at the moment that it takes the tuner in: PEFT hands a tuner no reference to it (no
+    upstream issue as of peft 0.21.2).
+    """
 
     def __init__(self, tuner: nn.Module) -> None:
         self.tuner = weakref.ref(tuner)
@@ -211,7 +215,10 @@ class RLoraModel(BaseTuner):
 
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, but a base layer that comes back is put in as it is: not all have a `weight` to copy."""
+        """
+        As PEFT's, but a base layer that comes back is put in as it is: not all have a `weight` to copy (no upstream
+        issue as of peft 0.21.2).
+        """
         if isinstance(child, RLoraLayer) and new_module is child.get_base_layer():
             setattr(parent, child_name, new_module)
             return
@@ -396,7 +403,10 @@ class RLoraModel(BaseTuner):
     @classmethod
     @override
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """As PEFT's, and without the wrapper that FSDP's checkpointing puts around layers."""
+        """
+        As PEFT's, and without the wrapper that FSDP's checkpointing puts around layers (no upstream issue as of peft
+        0.21.2).
+        """
         return super()._remove_adapter_name_from_key(key.replace("_checkpoint_wrapped_module.", ""), adapter_name)
 
     @classmethod
