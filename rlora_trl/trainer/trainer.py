@@ -202,7 +202,7 @@ class RLoraSFTTrainer(PublishingTrainer):
                 self.args.balance_scope == "global",
                 self.args.device,
             )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        parallelism = self.accelerator.parallelism_config
         if self._balances and parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise NotImplementedError(
                 f"`balance_loss={self.args.balance_loss!r}` does not count tokens under context or sequence "
@@ -255,6 +255,9 @@ class RLoraSFTTrainer(PublishingTrainer):
 
         Values that were there before come from `loaded`; an adapter created in between is drawn anew from the seed, on
         the CPU, so that it is the same one under every strategy.
+
+        TRL casts what trains on a quantized base (peft#2889) and leaves out DoRA's magnitudes, which bfloat16 freezes
+        (trl#7268); other adapters can't ask for that as of trl 1.16.
         """
         adapters = [module for module in self.model.modules() if isinstance(module, MultiHeadAdapter)]
         rounded = [adapter for adapter in adapters if adapter.A.dtype == torch.bfloat16]
@@ -325,7 +328,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         is_training = dataset is self._training_data
         if not packing or TASK_IDS not in columns_of(dataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else.
+        # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else. (No upstream
+        # issue as of trl 1.16.)
         if args.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, which is None. Set it to the length of a packed row.")
         unpacked = copy.copy(args)
@@ -383,7 +387,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         )
 
     def _check_sampling(self, args: RLoraSFTConfig) -> None:
-        strategy = getattr(args, "train_sampling_strategy", "random")
+        strategy = args.train_sampling_strategy
         if strategy != "random":
             raise ValueError(
                 f"`mixing={args.mixing!r}` draws rows itself and can't go with "
@@ -397,7 +401,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         dataloader = super().get_train_dataloader()
         if self._mixture_sampler is not None and hasattr(dataloader, "set_sampler"):
             # accelerate's `set_epoch` does not find the sampler of a loader that skips batches (resuming) in several
-            # processes, unless it is told.
+            # processes, unless it is told: it looks one level less deep (accelerate#3556; no issue of this one as of
+            # 1.15).
             dataloader.set_sampler(self._mixture_sampler)
         return dataloader
 
@@ -485,7 +490,10 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     @property
     def _recomputes_with_other_seeds(self) -> bool:
-        """Whether recomputed layers would draw other dropout masks: accelerate's checkpointing leaves seeds alone."""
+        """
+        Whether recomputed layers would draw other dropout masks: accelerate's checkpointing does not restore the state
+        of random numbers (no upstream issue as of 1.15).
+        """
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         return plugin is not None and bool(plugin.activation_checkpointing)
 
