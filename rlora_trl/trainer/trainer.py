@@ -328,8 +328,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         is_training = dataset is self._training_data
         if not packing or TASK_IDS not in columns_of(dataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else. (No upstream
-        # issue as of trl 1.16.)
+        # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else.
         if args.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, which is None. Set it to the length of a packed row.")
         unpacked = copy.copy(args)
@@ -338,7 +337,10 @@ class RLoraSFTTrainer(PublishingTrainer):
         return self._pack(dataset, args, dataset_name, is_training)
 
     def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, dataset_name: str, is_training: bool) -> AnyDataset:
-        """The last steps of `SFTTrainer._prepare_dataset`, with the task of each token beside the tokens."""
+        """
+        The last steps of `SFTTrainer._prepare_dataset`, with the task of each token beside the tokens, which TRL's
+        packing drops (no upstream issue as of trl 1.16).
+        """
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Packing {dataset_name} dataset"}

@@ -100,10 +100,7 @@ def guard_cpu_order(model: nn.Module) -> None:
 
 
 def _device_of(layer: nn.Module) -> torch.device | None:
-    """
-    The device of a layer's first tensor: HQQ and AQLM have no `weight`, which PEFT looks for (no upstream issue as of
-    peft 0.21.2).
-    """
+    """The device of a layer's first tensor: HQQ and AQLM have no `weight`, which PEFT looks for."""
     tensor = next(chain(layer.parameters(), layer.buffers()), getattr(layer, "W_q", None))
     return None if tensor is None else tensor.device
 

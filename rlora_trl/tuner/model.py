@@ -215,10 +215,7 @@ class RLoraModel(BaseTuner):
 
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """
-        As PEFT's, but a base layer that comes back is put in as it is: not all have a `weight` to copy (no upstream
-        issue as of peft 0.21.2).
-        """
+        """As PEFT's, but a base layer that comes back is put in as it is: not all have a `weight` to copy."""
         if isinstance(child, RLoraLayer) and new_module is child.get_base_layer():
             setattr(parent, child_name, new_module)
             return
