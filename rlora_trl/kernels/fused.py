@@ -120,6 +120,7 @@ class Packed(NamedTuple):
         ops (`ModuleType`): Where the rank-space functions for them come from.
         heads_width (`int`): Columns of what gradients of heads are made from, with padding.
         layout ([`Layout`]): What the columns are.
+        initial_A (`bool`): See `rank_space.has_initial_A`.
     """
 
     down: torch.Tensor
@@ -129,6 +130,7 @@ class Packed(NamedTuple):
     ops: ModuleType
     heads_width: int
     layout: Layout
+    initial_A: bool = False
 
 
 def pack_weights(
@@ -150,7 +152,8 @@ def pack_weights(
         down_rows=k,
         up_columns=z,
     )
-    return Packed(down, up, down.T, up.T, ops, padded(layout.num_heads * layout.r, A.device), layout)
+    width = padded(layout.num_heads * layout.r, A.device)
+    return Packed(down, up, down.T, up.T, ops, width, layout, rank_space.has_initial_A(down, layout))
 
 
 def pack_layers(
@@ -170,7 +173,7 @@ def pack_layers(
     # All views of a kind by one call, which costs the host less than one for each.
     views = zip(downs.unbind(), ups.unbind(), downs.mT.unbind(), ups.mT.unbind(), strict=True)
     width = padded(layout.num_heads * layout.r, device)
-    return [Packed(*four, ops, width, layout) for four in views]
+    return [Packed(*four, ops, width, layout, rank_space.has_initial_A(four[0], layout)) for four in views]
 
 
 def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -242,11 +245,13 @@ class _MultiHeadDelta(torch.autograd.Function):
         spec, packed = call.spec, call.packed
         if packed is None:
             packed = call.packed = pack_weights(A, B, router, *call.anchors, spec, x.dtype)
-        down, up, down_t, _, ops, heads_width, layout = packed
+        down, up, down_t, _, ops, heads_width, layout, initial_A = packed
         probe = spec.probe
         shape = x.shape
         call.tokens = tokens = x.reshape(-1, shape[-1])
         P = torch.mm(tokens, down_t)  # [T, K]
+        if initial_A:
+            rank_space.repeat_h(P, layout)
         if logits is not None:
             rank_space.logits_of(P, layout).copy_(logits)
         partials, token_mask = None, None
@@ -363,10 +368,11 @@ class PackedAdapter:
     """
 
     def __init__(self, packed: Packed) -> None:
-        self.down, up, self.down_t, self.up_t, self.ops, _, self.layout = packed
+        self.down, up, self.down_t, self.up_t, self.ops, _, self.layout, self.initial_A = packed
         self.z_width = up.shape[1]
         self.d_in, self.d_out = self.down.shape[1], up.shape[0]
-        self.projects = self.layout.shared and not self.layout.top_k  # what `project_mix` can do
+        # What `project_mix` can do.
+        self.projects = self.layout.shared and not self.layout.top_k and not self.initial_A
 
     def apply(
         self,
@@ -386,6 +392,8 @@ class PackedAdapter:
             Z = self.ops.project_mix(tokens, self.down, self.z_width, self.layout)
         else:
             P = tokens @ self.down_t
+            if self.initial_A:
+                rank_space.repeat_h(P, self.layout)
             if logits is not None:
                 rank_space.logits_of(P, self.layout).copy_(logits)
             Z = self.ops.mix(P, self.z_width, self.layout)

@@ -206,6 +206,14 @@ def _mix_gradient(ctx: Any, dZ: torch.Tensor) -> tuple[torch.Tensor | None, ...]
 torch.library.register_autograd(f"{NAMESPACE}::mix", _mix_gradient, setup_context=_mix_setup)
 
 
+def _with_equal_columns(P: torch.Tensor, down: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """P with A0 x as A x where A is at its initial value, without asking; see `rank_space.has_initial_A`."""
+    width, start = rank_space.h_columns(layout), rank_space.anchor_start(layout)
+    initial = (down[:width] == down[start : start + width]).all()
+    h0 = torch.where(initial, P[:, :width], P[:, start : start + width])
+    return torch.cat([P[:, :start], h0, P[:, start + width :]], dim=1)
+
+
 class _CompiledDelta(torch.autograd.Function):
     """
     The delta, in a form that `torch.compile` traces; of what backward returns it drops what nobody asks for.
@@ -242,6 +250,8 @@ class _CompiledDelta(torch.autograd.Function):
             up_columns=z,
         )
         P = torch.mm(tokens, down.T)  # [T, K]
+        if layout.anchored and tokens.device.type == "cpu":
+            P = _with_equal_columns(P, down, layout)
         if logits is not None:
             start = rank_space.h_columns(layout)
             P = torch.cat([P[:, :start], logits.to(P.dtype), P[:, start + layout.num_heads :]], dim=1)

@@ -90,6 +90,10 @@ def multihead_delta(
         seed = None
     else:
         P = F.linear(tokens, down)  # [T, K]
+        if not torch.compiler.is_compiling() and rank_space.has_initial_A(down.detach(), layout):
+            # The value of A x, the gradient of A0 x.
+            h, h0 = P[:, :start], P[:, rank_space.anchor_start(layout) :]
+            P = torch.cat([P[:, : P.shape[1] - h0.shape[1]], h.detach() + (h0 - h0.detach())], dim=1)
     if logits is not None:
         P = torch.cat([P[:, :start], logits.to(P.dtype), P[:, start + num_heads :]], dim=1)
     if probe is not None and torch.is_grad_enabled():

@@ -114,6 +114,26 @@ def logits_of(P: torch.Tensor, layout: Layout) -> torch.Tensor:
     return P[:, start : start + layout.num_heads]
 
 
+def has_initial_A(down: torch.Tensor, layout: Layout) -> bool:
+    """
+    Whether A and A0 are the same in packed weights on a CPU, so that A x and A0 x are too.
+
+    The matrix product of some CPUs rounds equal columns differently, by where they are in a vector register: of an
+    adapter at its initial values 1e-7 of the delta's terms would be left. With this, one result is taken for both.
+    Elsewhere equal columns come out equal, and to ask would wait for the device.
+    """
+    if not layout.anchored or down.device.type != "cpu" or type(down) is not torch.Tensor:
+        return False
+    width, start = h_columns(layout), anchor_start(layout)
+    return torch.equal(down[:width], down[start : start + width])
+
+
+def repeat_h(P: torch.Tensor, layout: Layout) -> None:
+    """Write A x over A0 x in projections `[T, K]`; see [`has_initial_A`]."""
+    width, start = h_columns(layout), anchor_start(layout)
+    P[:, start : start + width].copy_(P[:, :width])
+
+
 def _split(P: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`A x` [T, 1 or N, r], the weights of the heads [T, N], and `A0 x` like `A x` or `None`, in float32 or wider."""
     dtype = _accumulation_dtype(P.dtype)
