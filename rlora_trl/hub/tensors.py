@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from ..safe_files import ITEM_SIZES, AdapterCheckError, TensorEntry, shorten
@@ -147,7 +146,7 @@ def check_tensors(path: Path, entries: Mapping[str, TensorEntry], config: RLoraC
             f"{path} has no tensors of R-LoRA, which are named {PREFIX}<layer>.rlora_adapters.<A, B, ...>. It belongs "
             "to another method, or is not an adapter; take adapter_config.json and this file from one source."
         )
-    ranks = layer_ranks(layers, config, config.r, path)
+    ranks = layer_ranks(layers, config, path)
     for layer, tensors in layers.items():
         _check_layer(path, layer, tensors, config, ranks[layer])
     _check_others(path, others, layers, config)
@@ -182,9 +181,9 @@ def _by_layer(
     return dict(layers), others
 
 
-def layer_ranks(layers: Iterable[str], config: RLoraConfig, r: int, path: Path) -> dict[str, int]:
+def layer_ranks(layers: Iterable[str], config: RLoraConfig, path: Path) -> dict[str, int]:
     """
-    Rank of each layer, as the tuner looks it up, once it is clear that the configuration targets the layer.
+    Rank that the configuration has for each layer, once it is clear that it targets the layer.
 
     Raises:
         AdapterCheckError: If it does not, or its regular expressions take too long.
@@ -199,7 +198,7 @@ def layer_ranks(layers: Iterable[str], config: RLoraConfig, r: int, path: Path) 
                 f"({shorten(config.target_modules)}) does not select. The two files belong to different adapters; "
                 "take both from one source."
             )
-        ranks[layer] = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), r)
+        ranks[layer] = config.rank_of(layer)
         if time.monotonic() > deadline:
             raise AdapterCheckError(
                 f"The regular expressions in the configuration beside {path} take more than {_MATCHING_SECONDS:g} s "
@@ -225,6 +224,8 @@ def _check_layer(path: Path, layer: str, tensors: dict[str, TensorEntry], config
     A, B = tensors.get("A"), tensors.get("B")
     d_in = A.shape[-1] if A is not None and A.shape else 0
     d_out = B.shape[1] if B is not None and len(B.shape) == 3 else 0
+    # The tuner gives a layer no more than the rank that it allows. A size of 0 is unknown.
+    r = min([r, *(size for size in (d_in, d_out) if size)])
     expected = expected_tensors(config, r, d_in, d_out)
     start = f"{path} does not fit its configuration: "
     remedy = "The file is incomplete or altered, or the configuration is another adapter's; get both again."
@@ -244,10 +245,6 @@ def _check_layer(path: Path, layer: str, tensors: dict[str, TensorEntry], config
             )
         if entry.dtype not in _FLOATING:
             raise AdapterCheckError(f"{start}{name} has type {entry.dtype}, expected {', '.join(_FLOATING)}. {remedy}")
-    if r > min(d_in, d_out):
-        raise AdapterCheckError(
-            f"{start}its rank {r} in {layer} is larger than the layer of {d_in} inputs and {d_out} outputs. {remedy}"
-        )
 
 
 def _spell(role: str, shape: Shape, config: RLoraConfig) -> str:
@@ -299,7 +296,8 @@ def _explain(
     paths = [".".join(parts[:i]) for i in range(1, len(parts))]
     if any(prefix.endswith(saved) for saved in config.modules_to_save or () for prefix in paths):
         return "modules_to_save"
-    is_embedding = module.removesuffix(".base_layer").rpartition(".")[2] in _EMBEDDINGS
+    # With `trainable_token_indices` the embedding is within its wrapper.
+    is_embedding = module.removesuffix(".base_layer").removesuffix(".token_adapter").rpartition(".")[2] in _EMBEDDINGS
     return "embedding" if is_embedding and leaf == "weight" and len(entry.shape) == 2 else None
 
 

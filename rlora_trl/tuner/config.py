@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 from typing_extensions import override
 
 from ..safe_files import read_safetensors_header
@@ -44,7 +45,7 @@ class RLoraConfig(PeftConfig):
 
     Args:
         r (`int`, *optional*, defaults to `4`):
-            Rank of each head.
+            Rank of each head. A layer with fewer inputs or outputs gets the largest rank that it allows.
         num_heads (`int`, *optional*, defaults to `3`):
             Number N of head matrices B.
         lora_alpha (`int`, *optional*, defaults to `32`):
@@ -340,6 +341,21 @@ class RLoraConfig(PeftConfig):
         r = self.r if r is None else r
         alpha = self.lora_alpha if alpha is None else alpha
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def rank_of(self, layer: str, *sizes: int) -> int:
+        """
+        The rank in a layer: the one that `rank_pattern` has for it, or `r`, and at most its smallest size.
+
+        Args:
+            layer (`str`): The layer's name in the model.
+            sizes (`int`): Its input and output features.
+        """
+        wanted = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
+        return min(wanted, *sizes) if sizes else wanted
+
+    def alpha_of(self, layer: str) -> float:
+        """The alpha in a layer: the one that `alpha_pattern` has for it, or `lora_alpha`."""
+        return self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), layer), self.lora_alpha)
 
     @classmethod
     @override

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
@@ -99,8 +100,21 @@ def guard_cpu_order(model: nn.Module) -> None:
             layer.register_state_dict_pre_hook(_before_state_dict)
 
 
+def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook by which accelerate brings a module's weights to a device for a forward pass; `None` without one."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload), None)
+
+
 def _device_of(layer: nn.Module) -> torch.device | None:
-    """The device of a layer's first tensor: HQQ and AQLM have no `weight`, which PEFT looks for."""
+    """
+    The device that a layer computes on: that of its first tensor, as HQQ and AQLM have no `weight`, which PEFT looks
+    for, and where accelerate offloads the weights, the device that they are brought to.
+    """
+    hook = offload_hook(layer)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
     tensor = next(chain(layer.parameters(), layer.buffers()), getattr(layer, "W_q", None))
     return None if tensor is None else tensor.device
 
@@ -132,28 +146,18 @@ class RLoraLayer(BaseTunerLayer):
             )
         self.in_features, self.out_features = in_features, out_features
 
-    def update_layer(
-        self, adapter_name: str, config: RLoraConfig, *, r: int, scaling: float, routing: Routing
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: RLoraConfig, *, layer_name: str, routing: Routing) -> None:
         """
-        Add an adapter.
+        Add an adapter, of the rank and the scaling that its configuration has for this layer.
 
         Args:
             adapter_name (`str`): Its name.
             config ([`RLoraConfig`]): Its configuration.
-            r (`int`): Rank in this layer.
-            scaling (`float`): Factor of the delta in this layer.
+            layer_name (`str`): Name of this layer in the model.
             routing ([`Routing`]): What the layers of this adapter share.
-
-        Raises:
-            ValueError: If the rank is larger than the layer.
         """
-        limit = min(self.in_features, self.out_features)
-        if r > limit:
-            raise ValueError(
-                f"`r={r}` is larger than a layer of {self.in_features} inputs and {self.out_features} outputs, which "
-                f"allows at most {limit}. Lower `r`, or give the layer a rank of its own in `rank_pattern`."
-            )
+        r = config.rank_of(layer_name, self.in_features, self.out_features)
+        scaling = config.scaling(r, config.alpha_of(layer_name))
         self.fan_in_fan_out = self._stores_transposed_weight(config)
         self.r[adapter_name] = r
         self.num_heads[adapter_name] = config.num_heads
@@ -200,9 +204,8 @@ class RLoraLayer(BaseTunerLayer):
         # PEFT's method also casts to the base layer's dtype. Rounded to 16 bits, B and its mean in the anchor would no
         # longer agree, and the model at step 0 would not be the base model.
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-            device = _device_of(self.get_base_layer()) if device is None else device
-        # A base that is offloaded shows up on "meta"; moved there, the adapter would lose its values.
+            device = _device_of(self.get_base_layer())
+        # On "meta", where a base without values is, the adapter would lose its own.
         if device is None or device.type == "meta" or adapter_name not in self.rlora_adapters:
             return
         adapter = self.rlora_adapters[adapter_name]
@@ -270,15 +273,14 @@ class RLoraLinear(nn.Module, RLoraLayer):
         adapter_name: str,
         config: RLoraConfig,
         *,
-        r: int,
-        scaling: float,
+        layer_name: str,
         routing: Routing,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         RLoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, r=r, scaling=scaling, routing=routing)
+        self.update_layer(adapter_name, config, layer_name=layer_name, routing=routing)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -11,10 +12,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
@@ -24,9 +29,11 @@ from typing_extensions import override
 from ..safe_files import first_few
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
+from .direct_use import bypassed_layers
 from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
 from .routing import Routing, TaskIds, batch_shape, check_task_ids, find_routings, set_task
 from .step_packing import StepPacking
+from .target_checks import ignored_indices, ignored_names, narrow_layers, refuse_offloaded, warn_once
 
 
 logger = logging.get_logger(__name__)
@@ -106,6 +113,13 @@ class _OnRegistration:
             parent.register_forward_hook(_drop_task_ids, always_call=True)
 
 
+def _with_names(excluded: Any, names: list[str]) -> Any:
+    """`exclude_modules`, an expression or names, with further names."""
+    if isinstance(excluded, str):
+        return "|".join([f"(?:{excluded})", *map(re.escape, names)])
+    return {*(excluded or ()), *names}
+
+
 def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
     """Say when a loaded adapter comes onto a model of another name, which may have its shapes all the same."""
     trained_on = config.base_model_name_or_path
@@ -159,6 +173,13 @@ class RLoraModel(BaseTuner):
                 "adapter from a dictionary of data sets or a task column."
             )
         _warn_of_another_base(config, model)
+        if config.base_model_name_or_path is None:
+            # PEFT (0.21) sets it for the first adapter only, and for others when it has saved them: by the name it
+            # decides whether a resized embedding must be saved.
+            config.base_model_name_or_path = vars(model).get("name_or_path") or None
+        chosen = config.target_modules  # before PEFT fills in the default of the architecture
+        self._chosen_targets = () if chosen is None or isinstance(chosen, str) else chosen
+        self._ignored: list[str] = []
         self._new_routing = Routing(config.tasks, config.router)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -168,6 +189,7 @@ class RLoraModel(BaseTuner):
                 f"{error} R-LoRA adapts linear layers, and this model's are named {', '.join(names) or '(none)'}. Set "
                 '`target_modules` to some of them, or to "all-linear".'
             ) from error
+        self._warn_of_ignored(model, adapter_name)
         guard_cpu_order(model)
         # Looked for now, as a model has thousands of modules.
         self._adapted = [module for module in model.modules() if isinstance(module, RLoraLayer)]
@@ -184,6 +206,67 @@ class RLoraModel(BaseTuner):
         prepared._check_layers()
         return prepared
 
+    @override
+    def _prepare_model(self, peft_config: RLoraConfig, model: nn.Module) -> None:
+        """Compare the configuration with the model, before any layer is touched."""
+        super()._prepare_model(peft_config, model)
+        refuse_offloaded(peft_config, model)
+        self._leave_out_bypassed(peft_config, model)
+        default = self.target_module_mapping.get(self.get_model_config(model).get("model_type", ""))
+        # A default that an earlier model has put into the configuration is still one.
+        targets = (
+            () if isinstance(default, list) and set(default) == set(self._chosen_targets) else self._chosen_targets
+        )
+        self._ignored = list(ignored_names(peft_config, targets, [name for name, _ in model.named_modules() if name]))
+
+    def _leave_out_bypassed(self, peft_config: RLoraConfig, model: nn.Module) -> None:
+        """
+        Leave layers that are not called out of "all-linear", and refuse them where they are named.
+
+        Raises:
+            ValueError: If `target_modules` selects such a layer.
+        """
+        readers = bypassed_layers(model, _is_linear)
+        if not readers:
+            return
+
+        targets = peft_config.target_modules
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            every: Any = _maybe_include_all_linear_layers(peft_config, model).target_modules
+            peft_config.target_modules = every - set(readers)
+            # A name is also an end of longer ones.
+            still = [name for name in readers if check_target_module_exists(peft_config, name)]
+            if still:
+                peft_config.exclude_modules = _with_names(peft_config.exclude_modules, still)
+            logger.info(f'"all-linear" leaves out {first_few(readers)}: their parents compute with the weight itself.')
+            return
+
+        selected = {name: reader for name, reader in readers.items() if check_target_module_exists(peft_config, name)}
+        if selected:
+            raise ValueError(
+                f"`target_modules` selects {first_few(selected)}, and {', '.join(sorted(set(selected.values())))} "
+                "computes with the weight of that layer instead of calling it: an adapter would have no effect there, "
+                "or not on every path. R-LoRA adapts layers that are called. Take it out of `target_modules`, or name "
+                'it in `exclude_modules`; "all-linear" leaves such layers out.'
+            )
+
+    def _warn_of_ignored(self, model: nn.Module, adapter_name: str) -> None:
+        """Warn of what only the configuration has; not of a loaded one, which is checked against its file."""
+        config = self.peft_config[adapter_name]
+        if config.source is not None:
+            return
+        layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
+        }
+        for message in (
+            *self._ignored,
+            *ignored_indices(config, layers),
+            *narrow_layers(config, adapter_name, layers),
+        ):
+            warn_once(message)
+
     def _create_and_replace(
         self,
         peft_config: RLoraConfig,
@@ -194,12 +277,9 @@ class RLoraModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
-        r = peft_config.rank_pattern.get(rank_key, peft_config.r)
-        scaling = peft_config.scaling(r, peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha))
+        options: dict[str, Any] = {"layer_name": current_key, "routing": self._new_routing}
         if isinstance(target, RLoraLayer):
-            target.update_layer(adapter_name, peft_config, r=r, scaling=scaling, routing=self._new_routing)
+            target.update_layer(adapter_name, peft_config, **options)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _is_linear(base):
@@ -207,7 +287,6 @@ class RLoraModel(BaseTuner):
                 f"`target_modules` matches {current_key!r}, a {type(base).__name__}; R-LoRA adapts linear layers "
                 "(torch.nn.Linear, transformers' Conv1D, or quantised). Name it in `exclude_modules`."
             )
-        options = {"r": r, "scaling": scaling, "routing": self._new_routing}
         new_module = RLoraLinear(target, adapter_name, peft_config, **options, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -215,11 +294,14 @@ class RLoraModel(BaseTuner):
 
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, but a base layer that comes back is put in as it is: not all have a `weight` to copy."""
-        if isinstance(child, RLoraLayer) and new_module is child.get_base_layer():
-            setattr(parent, child_name, new_module)
-            return
-        super()._replace_module(parent, child_name, new_module, child)
+        """
+        Put a module in the place of another, as `LoraModel` does.
+
+        PEFT's default (0.21) copies `weight` onto whatever comes back when adapters are unloaded, which a
+        classification head in `modules_to_save` does not have. It also moves adapters to the device of the base's
+        weight, which is "meta" where accelerate offloads it; [`RLoraLayer`] has put them on the right one by then.
+        """
+        setattr(parent, child_name, new_module)
 
     @override
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -258,6 +340,23 @@ class RLoraModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._step_packing = StepPacking()  # which holds tensors
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available for R-LoRA: the error says what to do instead."""
+        raise NotImplementedError(
+            "R-LoRA adapters can't be combined by `add_weighted_adapter`: each has a router that weighs its own "
+            "heads, and none weighs those of a sum. To run several adapters with weights, use `rlora_trl.zoo.mix`; "
+            "for one combined adapter, export each as plain LoRA with `rlora_trl.export_lora`, load the exports with "
+            "`PeftModel` and combine those."
+        )
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
+        """Not needed for R-LoRA: the error says what to do instead."""
+        raise NotImplementedError(
+            "R-LoRA adapters have no `subtract_mutated_init`, which converts adapters that change the base weights "
+            "(PiSSA, OLoRA): R-LoRA leaves the base as it is and saves its initial values with the adapter. Use "
+            "`save_pretrained`, or `rlora_trl.export_lora` for a plain LoRA adapter."
+        )
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse before any layer is touched."""

@@ -463,11 +463,14 @@ def test_config_of_another_adapter(originals, adapter):
 
 
 def test_rank_larger_than_the_layer(tmp_path):
+    """The tuner gives such a layer the largest rank that it allows, here 3, and so must its file."""
     stem = "base_model.model.x.rlora_adapters."
-    save_file({stem + "A": torch.ones(4, 6), stem + "B": torch.ones(3, 3, 4)}, tmp_path / WEIGHTS_NAME)
     RLoraConfig(r=4, target_modules=["x"], router="uniform", init_weights="zero_a").save_pretrained(tmp_path)
-    with pytest.raises(AdapterCheckError, match="rank 4 in x is larger than the layer of 6 inputs and 3 outputs"):
+    save_file({stem + "A": torch.ones(4, 6), stem + "B": torch.ones(3, 3, 4)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(AdapterCheckError, match=r"A has shape \[4, 6\], expected \[3, 6\]"):
         check_adapter(tmp_path)
+    save_file({stem + "A": torch.ones(3, 6), stem + "B": torch.ones(3, 3, 3)}, tmp_path / WEIGHTS_NAME)
+    assert check_adapter(tmp_path).num_parameters == 3 * 6 + 3 * 3 * 3
 
 
 def test_resized_embeddings_pass(adapter):

@@ -45,9 +45,13 @@ def test_target_that_is_not_linear(base):
         get_peft_model(base, RLoraConfig(target_modules=["embed_tokens"]))
 
 
-def test_rank_larger_than_the_layer(base):
-    with pytest.raises(ValueError, match="`r=33` is larger than a layer of 32 inputs and 48 outputs.*rank_pattern"):
-        get_peft_model(base, RLoraConfig(r=33))
+@pytest.mark.parametrize(
+    ("method", "remedy"), [("add_weighted_adapter", "export_lora"), ("subtract_mutated_init", "")]
+)
+def test_methods_of_plain_lora(base, method, remedy):
+    model = get_peft_model(base, RLoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(NotImplementedError, match=f"{method}.*{remedy}"):
+        getattr(model, method)(["default", "default"], [0.5, 0.5], "both", combination_type="linear")
 
 
 def test_architecture_without_a_default():

@@ -1,0 +1,155 @@
+"""Layers whose parent computes with their weight: left out of "all-linear", refused where they are named."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from testing_utils import TINY_MODELS
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BloomConfig,
+    DebertaConfig,
+    MambaConfig,
+    T5Config,
+    WavLMConfig,
+)
+
+from rlora_trl import RLoraConfig
+from rlora_trl.tuner.direct_use import bypassed_layers
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out_proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out_proj(self.attention(x, x, x)[0])
+
+
+class Reader(nn.Module):
+    """Reads of weights that count, and reads that don't."""
+
+    def __init__(self, fused=False):
+        super().__init__()
+        names = ("named", "called", "asked", "switched", "fused_in_training", "transposed")
+        self.layers = nn.ModuleDict({"first": nn.Linear(4, 4)})
+        self.stack = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        for name in names:
+            setattr(self, name, nn.Linear(4, 4))
+        self.config = type("Config", (), {"fused": fused, "slices": 1})()
+        nn.init.zeros_(self.called.weight)
+
+    def forward(self, x):
+        x = self.called(x.to(self.asked.weight.dtype)) + torch.zeros_like(self.asked.weight)[0]
+        if isinstance(self.asked.weight, nn.Parameter) and self.asked.weight.shape[0] == 4:
+            x = self.asked(x)
+        layer = self.named
+        x = F.linear(x, layer.weight, layer.bias)
+        if self.config.slices > 1 and self.training:
+            x = F.linear(x, self.switched.weight[:2])
+        elif not self.config.fused:
+            x = self.switched(x)
+        else:
+            x = x @ self.switched.weight
+        if self.training:
+            x = self.fused(x)
+        else:
+            x = self.fused_in_training(x)
+        for layer in self.stack:
+            x = x @ layer.weight.T
+        return x @ self.inner[0].weight.T
+
+    def fused(self, x):
+        return F.linear(x, weight=self.fused_in_training.weight) @ self.transposed.weight.T
+
+    def reset_parameters(self):
+        self.called.weight.copy_(self.called.weight * 2)
+
+
+def names_of(model):
+    return set(bypassed_layers(model, lambda module: isinstance(module, nn.Linear)))
+
+
+def test_reads_that_count():
+    always = {"named", "fused_in_training", "transposed", "stack.0", "stack.1", "inner.0"}
+    assert names_of(Reader()) == always
+    assert names_of(Reader(fused=True)) == always | {"switched"}
+
+
+def ends(model):
+    return {name.rpartition(".")[2] for name in names_of(model)}
+
+
+ARCHITECTURES = {
+    "mamba": (MambaConfig(vocab_size=80, hidden_size=16, num_hidden_layers=1), {"x_proj", "dt_proj", "out_proj"}),
+    "bloom": (BloomConfig(vocab_size=80, hidden_size=16, n_layer=1, n_head=2), set()),
+    "bloom in slices": (
+        BloomConfig(vocab_size=80, hidden_size=16, n_layer=1, n_head=2, pretraining_tp=2, slow_but_exact=True),
+        {"dense", "dense_4h_to_h"},
+    ),
+    "t5": (T5Config(vocab_size=80, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2), set()),
+    "deberta": (
+        DebertaConfig(vocab_size=80, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24),
+        set(),
+    ),
+    "wavlm": (WavLMConfig(num_hidden_layers=1), {"q_proj", "k_proj", "v_proj", "out_proj"}),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    config, expected = ARCHITECTURES[name]
+    with torch.device("meta"):
+        assert ends(AutoModel.from_config(config)) == expected
+
+
+def test_transformer_encoder_of_torch():
+    """Its fast path for inference takes the weights of the MLP too."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert names_of(layer) == {"self_attn.out_proj", "linear1", "linear2"}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert"])
+def test_ordinary_models_call_their_layers(name):
+    assert names_of(TINY_MODELS[name]()) == set()
+
+
+def test_all_linear_leaves_them_out():
+    config = RLoraConfig(target_modules="all-linear")
+    model = get_peft_model(Attention(), config)
+    assert model.base_model.targeted_module_names == ["out_proj"]
+    assert set(config.target_modules) == {"out_proj"}
+    # A second adapter on the same model finds them too.
+    model.add_adapter("second", RLoraConfig(target_modules="all-linear"))
+    assert set(model.peft_config["second"].target_modules) == {"out_proj"}
+    out = model(torch.randn(2, 3, 8))
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], ["attention.out_proj"], r".*out_proj"])
+def test_named_they_are_refused_before_anything_changes(targets):
+    model = Attention()
+    with pytest.raises(ValueError, match="selects attention.out_proj, and MultiheadAttention.*exclude_modules"):
+        get_peft_model(model, RLoraConfig(target_modules=targets))
+    assert type(model.out_proj) is nn.Linear
+
+
+def test_excluded_they_are_no_obstacle():
+    config = RLoraConfig(target_modules=["out_proj"], exclude_modules=["attention.out_proj"])
+    assert get_peft_model(Attention(), config).base_model.targeted_module_names == ["out_proj"]
+
+
+def test_mamba():
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=80, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+    with pytest.raises(ValueError, match="MambaMixer"):
+        get_peft_model(model, RLoraConfig(target_modules=["in_proj", "out_proj"], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, RLoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert {name.rpartition(".")[2] for name in adapted.base_model.targeted_module_names} == {"in_proj"}

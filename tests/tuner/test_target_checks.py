@@ -1,0 +1,156 @@
+"""A configuration that names what the model does not have, or asks more than a layer allows: one warning for it."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from testing_utils import TINY_MODELS, perturb, random_ids
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from rlora_trl import RLoraConfig, export_lora
+from rlora_trl.hub.tensors import check_tensors
+from rlora_trl.safe_files import read_safetensors_header
+
+
+def messages_of(model, config):
+    """The warnings of adding an adapter, but those of other packages about themselves."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(model, config)
+    return [str(entry.message) for entry in caught if issubclass(entry.category, UserWarning | RuntimeWarning)]
+
+
+IGNORED = {
+    "target": ({"target_modules": ["up_proj", "no_such_proj"]}, "`target_modules` names 'no_such_proj'"),
+    "two_targets": ({"target_modules": ["up_proj", "b", "mlp.a"]}, "`target_modules` names 'b', 'mlp.a'"),
+    "part_of_a_name": ({"target_modules": ["up_proj", "wn_proj"]}, "`target_modules` names 'wn_proj'"),
+    "excluded": (
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj", "no_such"]},
+        "`exclude_modules` names 'no_such'",
+    ),
+    "all_excluded": ({"exclude_modules": ["no_such"]}, "no modules were excluded"),  # PEFT's
+    "saved": ({"modules_to_save": ["lm_head", "no_such"]}, "`modules_to_save` names 'no_such'"),
+    "index": ({"target_modules": ["up_proj"], "layers_to_transform": [1, 2, 7]}, "`layers_to_transform` has 2, 7,"),
+    "rank": ({"rank_pattern": {"no_such": 2}}, "rank_pattern keys.*no_such"),  # PEFT's
+    "alpha": ({"alpha_pattern": {"no_such": 2}}, "alpha_pattern keys.*no_such"),  # PEFT's
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_is_ignored_is_named_once(name):
+    config, expected = IGNORED[name]
+    found = messages_of(TINY_MODELS["llama"](), RLoraConfig(**config))
+    assert len(found) == 1
+    with pytest.warns(match=expected):
+        warnings.warn(found[0], stacklevel=1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"target_modules": ["up_proj", "layers.1.mlp.down_proj"]},
+        {"target_modules": r".*\.(up_proj|no_such)"},
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+        {"target_modules": ["up_proj", "q_proj"], "exclude_modules": ["q_proj"]},
+        {"target_modules": "all-linear", "modules_to_save": ["gate_proj"]},
+        {"target_modules": ["up_proj", "model.layers.0.mlp.down_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["up_proj"], "layers_to_transform": 1},
+        {"target_modules": ["up_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"down_proj": 8}},
+    ],
+)
+def test_what_is_used_is_silent(config):
+    assert messages_of(TINY_MODELS["llama"](), RLoraConfig(**config)) == []
+
+
+def test_names_that_peft_adds_are_silent():
+    assert messages_of(TINY_MODELS["bert"](), RLoraConfig(task_type="SEQ_CLS")) == []
+
+
+def test_a_default_is_silent_for_any_member_of_the_family():
+    """T5 has `wi`, or `wi_0` and `wi_1`; and the configuration is used for a second model."""
+    config = RLoraConfig()
+    for _ in range(2):
+        model = T5ForConditionalGeneration(
+            T5Config(vocab_size=80, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
+        )
+        assert messages_of(model, config) == []
+
+
+def test_a_loaded_adapter_is_not_warned_of_again(model_folders, tmp_path):
+    model = TINY_MODELS["llama"]()
+    with pytest.warns(UserWarning, match="no_such"):
+        model = get_peft_model(model, RLoraConfig(target_modules=["up_proj", "no_such"], r=40))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        PeftModel.from_pretrained(TINY_MODELS["llama"](), tmp_path)
+    assert not [entry for entry in caught if "no_such" in str(entry.message) or "narrow" in str(entry.message)]
+
+
+class Gated(nn.Module):
+    """An MLP with a gate of one output, and a narrow classifier."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.up, self.gate, self.classifier = nn.Linear(16, 24), nn.Linear(16, 1), nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.classifier(torch.tanh(self.up(x)) * torch.sigmoid(self.gate(x)))
+
+
+def test_narrow_layers_get_the_rank_that_they_allow(tmp_path):
+    with pytest.warns(UserWarning) as caught:
+        model = get_peft_model(
+            Gated(),
+            RLoraConfig(target_modules="all-linear", rank_pattern={"classifier": 7}, alpha_pattern={"gate": 5}),
+        )
+    assert len(caught) == 1
+    assert "2 of 3 adapted layers" in str(caught[0].message)
+    assert "'gate', of 16 inputs and 1 outputs, gets rank 1 instead of 4" in str(caught[0].message)
+    layers = {name: getattr(model.base_model.model, name) for name in ("up", "gate", "classifier")}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {"up": 4, "gate": 1, "classifier": 3}
+    assert layers["gate"].scaling["default"] == 5
+    assert layers["classifier"].scaling["default"] == pytest.approx(32 / 3**0.5)
+
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), Gated()(x))
+    perturb(model)
+    with torch.no_grad():
+        expected = model(x)
+    model.save_pretrained(tmp_path)
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert shapes["base_model.model.gate.rlora_adapters.A"] == [1, 16]
+    assert shapes["base_model.model.classifier.rlora_adapters.B"] == [3, 3, 3]
+    path = tmp_path / "adapter_model.safetensors"
+    saved = RLoraConfig.from_pretrained(tmp_path)
+    assert set(check_tensors(path, read_safetensors_header(path), saved)) == set(layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftModel.from_pretrained(Gated(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), expected)
+
+
+def test_narrow_layers_export(tmp_path):
+    """The rank of an export is that of the layers as they are."""
+    base = TINY_MODELS["llama"]()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="k_proj.*gets rank 16 instead of 20"):
+        model = get_peft_model(
+            base,
+            RLoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "up_proj"], r=20, router="uniform"),
+        )
+    perturb(model, 0.05)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=random_ids()).logits
+    export_lora(model, str(tmp_path / "export"))
+    exported = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "export").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(input_ids=random_ids()).logits, expected, rtol=1e-4, atol=1e-4)
