@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class FullTensors:
     """
 
     def __init__(self, model: PeftModel) -> None:
-        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        tensors = [*model.named_parameters(remove_duplicate=False), *_saved_buffers(model)]
         # PEFT chooses and renames; stand-ins show what becomes of each, whoever holds its values.
         stand_ins = {name: torch.empty(full_shape(tensor), device="meta") for name, tensor in tensors}
         names = {id(stand_in): name for name, stand_in in stand_ins.items()}
@@ -65,6 +65,18 @@ class FullTensors:
     def names(self) -> list[str]:
         """Names in the model, each once, in an order that all processes share."""
         return sorted({entry.name for entries in self.files.values() for entry in entries.values() if entry.name})
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    The buffers that a state dict has, by their names: all but those that are not persistent.
+
+    PEFT keeps the original rows of `trainable_token_indices` in such a buffer.
+    """
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
