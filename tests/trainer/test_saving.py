@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import make_trainer
@@ -118,3 +119,22 @@ def test_trainer_saves_checkpoints_and_the_adapter(bases, tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoint-2"):
         check_adapter(folder)
         assert torch.equal(logits(PeftModel.from_pretrained(load(bases[False]), folder)), expected)
+
+
+def test_trainer_on_an_offloaded_base(bases, tmp_path):
+    """It trains and saves what it does on a base in memory."""
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0"]
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    saved = []
+    for offload in (False, True):
+        base = load(bases[False], 0)
+        if offload:
+            base = dispatch_model(base, device_map, main_device="cpu", offload_dir=tmp_path / "offloaded")
+        torch.manual_seed(4)
+        folder = tmp_path / str(offload)
+        trainer = make_trainer(None, folder, model=base, train=task_datasets(8), max_steps=2)
+        trainer.train()
+        trainer.save_model()
+        saved.append(load_file(folder / "adapter_model.safetensors"))
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
