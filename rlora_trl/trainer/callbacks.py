@@ -60,12 +60,12 @@ class HeadUsageCallback(TrainerCallback):
         for row, adapter in enumerate(adapters.values()):
             adapter.usage_row = row
         for routing in self._routings:
-            routing.batch = routing.batch._replace(usage=self._running)
+            routing.update(usage=self._running)
 
     def stop(self) -> None:
         """Stop counting."""
         for routing in self._routings:
-            routing.batch = routing.batch._replace(usage=None)
+            routing.update(usage=None)
         self._running, self._routings = None, []
 
     def on_init_end(

@@ -482,13 +482,13 @@ class RLoraSFTTrainer(PublishingTrainer):
         """Hand the tasks and the padding of a batch to the layers; they stay until the backward pass is over."""
         mask = token_mask_of(inputs)
         for routing in self._routings:
-            batch = routing.batch._replace(
+            one_seed = self._recomputes_with_other_seeds and self.model.training
+            routing.update(
                 task_ids=inputs.get(TASK_IDS),
                 token_mask=None if mask is None else mask.to(torch.uint8),
                 tally=tally,
+                seed=draw_seed() if one_seed else None,
             )
-            one_seed = self._recomputes_with_other_seeds and self.model.training
-            routing.batch = batch.with_seed(draw_seed()) if one_seed else batch
 
     @property
     def _recomputes_with_other_seeds(self) -> bool:

@@ -92,11 +92,6 @@ class BatchContext(NamedTuple):
     seed_tensor: torch.Tensor | None = None
     rows_repeat: bool = False
 
-    def with_seed(self, seed: int | None) -> BatchContext:
-        """The same with this seed, as a number and in memory."""
-        tensor = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
-        return self._replace(seed=seed, seed_tensor=tensor)
-
 
 class _Since(NamedTuple):
     """The context of all forward passes of a thread whose autograd nodes are numbered from `number` on."""
@@ -183,11 +178,18 @@ class Routing:
         self._history.clear()
         self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage)
 
+    def update(self, **values: Any) -> None:
+        """Replace some values of [`BatchContext`] from now on; a seed is put into memory too."""
+        if "seed" in values:
+            seed = values["seed"]
+            values["seed_tensor"] = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
+        self.batch = self._batch._replace(**values)
+
     @contextmanager
     def using(self, **values: Any) -> Generator[None, None, None]:
         """Replace some values of [`BatchContext`], and put the context before back in the end."""
         before = self._batch
-        self.batch = before._replace(**values)
+        self.update(**values)
         try:
             yield
         finally:
@@ -224,7 +226,7 @@ class Routing:
     def set_task(self, task: str | int | None) -> None:
         """See [`set_task`]."""
         self._check_has_tasks("set_task")
-        self.batch = self._batch._replace(task=None if task is None else self.index_of(task))
+        self.update(task=None if task is None else self.index_of(task))
 
     def _check_has_tasks(self, what: str) -> None:
         if self.kind != "task":

@@ -125,7 +125,7 @@ def test_state_is_restored(tokenizer):
     model.train()
     model.base_model.model.model.layers[1].eval()
     routing = next(routing for routing in find_routings(model))
-    routing.batch = routing.batch._replace(usage=object(), token_mask=object())
+    routing.update(usage=object(), token_mask=object())
     modes = {name: module.training for name, module in model.named_modules()}
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match="'t' has the columns"):

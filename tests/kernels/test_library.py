@@ -227,7 +227,7 @@ def adapted_net(reentrant=None, **options):
 def step(net, forward, routing, x, mask, task_ids):
     """Gradients and record of a micro-batch, as the trainer has them."""
     tally = new_tally(2)
-    routing.batch = routing.batch._replace(tally=tally, token_mask=mask, task_ids=task_ids)
+    routing.update(tally=tally, token_mask=mask, task_ids=task_ids)
     net.zero_grad()
     anchor_loss(forward(x).square().sum(), tally).backward()
     routing.forget_batch()
@@ -313,10 +313,10 @@ def test_usage_is_recorded():
     for _ in range(2):
         x, found = torch.randn(3, 5, 12), []
         routing = adapters[0].routing
-        routing.batch = routing.batch._replace(token_mask=some_mask(3, 5))
+        routing.update(token_mask=some_mask(3, 5))
         for forward in (net, compiled):
             usage = HeadUsage(1, 2, N)
-            routing.batch = routing.batch._replace(usage=usage)
+            routing.update(usage=usage)
             with torch.no_grad():
                 found.append((forward(x), usage.weights, usage.tokens))
         for a, b in zip(*found, strict=True):
@@ -333,7 +333,7 @@ def test_autocast():
     for forward in (net, compiled):
         net.zero_grad()
         routing = adapters[0].routing
-        routing.batch = routing.batch._replace(tally=new_tally(2))
+        routing.update(tally=new_tally(2))
         with torch.autocast("cpu", torch.bfloat16):
             y = forward(x)
         anchor_loss(y.float().square().sum(), routing.batch.tally).backward()
