@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import is_compiled_module
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -191,6 +193,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         if not self.args.train_a:
             for adapter in self._adapters.values():
                 adapter.A.requires_grad_(False)
+        self._trained_adapters = list(self.model.active_adapters)
         routers = [adapter for adapter in self._adapters.values() if adapter.router is not None]
         self._routings: list[Routing] = list({id(a.routing): a.routing for a in self._adapters.values()}.values())
         self._monitor = None
@@ -425,6 +428,7 @@ class RLoraSFTTrainer(PublishingTrainer):
     # Training: what layers are told of a batch, and what they record
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._check_same_adapters()
         if self.mixture is not None and self.is_world_process_zero():
             self._show(self.mixture.table())
         self._first_gradients = FirstGradients(
@@ -436,6 +440,26 @@ class RLoraSFTTrainer(PublishingTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._end_first_gradients(tell=False)
+
+    def _check_same_adapters(self) -> None:
+        """
+        See that the adapters that train are those that the trainer was made for.
+
+        Its optimizer holds their parameters, and its counts and records are theirs.
+
+        Raises:
+            ValueError: If others are active, or they don't train any more.
+        """
+        active = list(self._peft_model().active_adapters)
+        frozen = [a for a in self._adapters.values() if not (a.A.requires_grad or a.B.requires_grad)]
+        if active == self._trained_adapters and not frozen:
+            return
+        made_for, now = (", ".join(map(repr, names)) for names in (self._trained_adapters, active))
+        state = f"adapter {now} is active" if active != self._trained_adapters else "it is frozen or disabled"
+        raise ValueError(
+            f"The trainer was made for adapter {made_for}, whose parameters its optimizer holds, and now {state}: "
+            f"nothing would train. Make a new trainer for this, or go back with `model.set_adapter({made_for})`."
+        )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         keep_outputs_wide(self.accelerator)
@@ -783,8 +807,74 @@ def _as_rlora_config(args: TrainingArguments | None, model: Any) -> RLoraSFTConf
     return config
 
 
+def _check_trains(model: PeftModel, config: RLoraConfig) -> None:
+    """
+    See that the active adapter of a model trains.
+
+    Raises:
+        ValueError: If it does not; `Trainer` would go through all steps and change nothing.
+    """
+    name = model.active_adapter
+    adapters = [module.rlora_adapters[name] for module in model.modules() if _has_adapter(module, name)]
+    if any(parameter.requires_grad for adapter in adapters for parameter in adapter.parameters()):
+        return
+    if config.inference_mode:
+        raise ValueError(
+            f"Adapter {name!r} was loaded for inference, so that none of its parameters trains. Load it with "
+            "`is_trainable=True`, as in `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
+        )
+    raise ValueError(
+        f"No parameter of adapter {name!r} trains: it is frozen or disabled. Call "
+        f"`model.base_model.enable_adapter_layers()` and `model.set_adapter({name!r})` first."
+    )
+
+
+def _has_adapter(module: nn.Module, name: str) -> bool:
+    return isinstance(module, RLoraLayer) and name in module.rlora_adapters
+
+
+def _adapted_already(model: nn.Module) -> str:
+    """Why no new adapter is put into a model that has some, and what to do."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return (
+            "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would put new ones "
+            "over them. To train them further, load with "
+            "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
+        )
+    return (
+        "The model has adapters in its layers: an earlier trainer or `get_peft_model` has put them into this very "
+        "object, and new ones would come on top. To train those further, pass the `PeftModel` (`trainer.model` of the "
+        "earlier trainer). For a new adapter take the base from `peft_model.unload()`, or load it again."
+    )
+
+
+def _check_not_compiled(model: Any) -> None:
+    """
+    Refuse compiled modules, whose parameters have other names than those of the model.
+
+    Raises:
+        ValueError: If there are some, with what to do.
+    """
+    if isinstance(model, str):
+        return
+    if is_compiled_module(model):
+        raise ValueError(
+            "`model` was compiled with `torch.compile`, so that its parameters are named `_orig_mod....` and an "
+            "adapter saved from it would not load on the model. Pass the model itself (`model._orig_mod`), and have "
+            "the trainer compile it with `RLoraSFTConfig(torch_compile=True)`."
+        )
+    compiled = next((name for name, module in model.named_modules() if is_compiled_module(module)), None)
+    if compiled is not None:
+        raise ValueError(
+            f"{compiled!r} of `model` was replaced by what `torch.compile` returned, so that its parameters are named "
+            "`_orig_mod....` and an adapter saved from it would not load on the model. Compile it in place, with "
+            "`module.compile()`, or have the trainer do so with `RLoraSFTConfig(torch_compile=True)`."
+        )
+
+
 def _choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConfig | None:
     """The configuration of the adapter to create, a copy; `None` for a model that has an adapter."""
+    _check_not_compiled(model)
     if isinstance(model, PeftModel):
         active = model.peft_config[model.active_adapter]
         if not isinstance(active, RLoraConfig):
@@ -792,13 +882,11 @@ def _choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConf
                 f"The model's active adapter is a {type(active).__name__}; `RLoraSFTTrainer` trains R-LoRA adapters. "
                 "Use `trl.SFTTrainer` for it, or pass the base model and a `peft_config=RLoraConfig(...)`."
             )
+        if peft_config is None:
+            _check_trains(model, active)
         return peft_config  # `SFTTrainer` refuses a second one and says why
-    if not isinstance(model, str) and any(isinstance(module, RLoraLayer) for module in model.modules()):
-        raise TypeError(
-            "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would put new ones "
-            "over them. To go on training them, load with "
-            "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
-        )
+    if not isinstance(model, str) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise TypeError(_adapted_already(model))
     if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
         if not os.path.isfile(os.path.join(model, "config.json")):
             raise ValueError(
