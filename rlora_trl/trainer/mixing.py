@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from torch.utils.data import Sampler
 
-from .tasks import AnyDataset, label_tasks, refuse_splits
+from .tasks import AnyDataset, label_tasks, name_tasks, refuse_splits
 
 
 Mixing: TypeAlias = Literal["proportional", "equal", "temperature"]
@@ -348,7 +348,7 @@ def count_tasks(dataset: Dataset, num_tasks: int, column: str = "task_ids") -> t
             )
     rows = np.zeros(num_tasks, dtype=np.int64)
     tokens = np.zeros(num_tasks, dtype=np.int64)
-    for batch in _arrow_batches(dataset.select_columns([column, "input_ids"])):
+    for batch in arrow_batches(dataset.select_columns([column, "input_ids"])):
         numbers = _task_numbers(batch[column], column, num_tasks)
         rows += np.bincount(numbers, minlength=num_tasks)
         np.add.at(tokens, numbers, _lengths(batch))
@@ -370,7 +370,8 @@ def _task_numbers(numbers: pa.ChunkedArray, column: str, num_tasks: int) -> np.n
     return tasks
 
 
-def _arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
+def arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
+    """The rows of a data set as tables."""
     # Batches, because a data set that was shuffled or selected from is copied as it is read.
     return dataset.with_format("arrow").iter(batch_size=10_000)
 
@@ -432,6 +433,7 @@ def mix_tasks(
     check_options(mixing, temperature, cap, unit)
     _check_draw(seed, epoch)
     refuse_splits(datasets)
+    datasets = name_tasks(datasets)
     plan = partial(Mixture, mixing=mixing, temperature=temperature, cap=cap, unit=unit)
     labelled = label_tasks(datasets, task_column=task_column, text_column=text_column)
     if isinstance(next(iter(labelled.values())), Dataset):
@@ -507,7 +509,7 @@ def _tokens(task: str, dataset: Dataset) -> int:
             f"`unit='tokens'` counts the column 'input_ids', and task {task!r} has {columns}. Tokenise the data sets "
             "before, or use `unit='rows'`."
         )
-    return sum(int(_lengths(batch).sum()) for batch in _arrow_batches(dataset.select_columns(["input_ids"])))
+    return sum(int(_lengths(batch).sum()) for batch in arrow_batches(dataset.select_columns(["input_ids"])))
 
 
 def _mix_equally(streams: list[IterableDataset], seed: int) -> IterableDataset:
@@ -527,6 +529,7 @@ def _mix_streams(streams: Mapping[str, IterableDataset], mixture: Mixture, seed:
 
 def _rows_of_streams(streams: Mapping[str, IterableDataset], sizes: Mapping[str, int] | None) -> dict[str, int]:
     if sizes is not None:
+        sizes = name_tasks(sizes, "sizes")
         if set(sizes) != set(streams):
             given, needed = ", ".join(map(str, sizes)), ", ".join(map(str, streams))
             raise ValueError(

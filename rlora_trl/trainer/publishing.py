@@ -40,7 +40,7 @@ from .checkpoints import CheckpointTrainer
 from .saving import STAGING, adapter_folder
 from .task_evaluation import OptionRows
 from .task_ids import TASK_IDS
-from .tasks import task_namer
+from .tasks import task_namer, values_of
 
 
 logger = get_logger(__name__)
@@ -75,14 +75,14 @@ def task_facts(dataset: Any, task_column: str) -> dict[str, TaskFacts]:
     name_of = task_namer(dataset, task_column)
     if "cluster" not in dataset.column_names:
         values = dataset.unique(task_column) if source is not None else ()
-        return {name_of(value): TaskFacts(None, source) for value in values}
-    pairs = dict(zip(dataset[task_column], dataset["cluster"], strict=True))
-    return {name_of(value): TaskFacts(_text(cluster), source) for value, cluster in pairs.items()}
+        return {name: TaskFacts(None, source) for value in values if (name := name_of(value))}
+    pairs = dict(zip(values_of(dataset, task_column), values_of(dataset, "cluster"), strict=True))
+    return {name: TaskFacts(_text(cluster), source) for value, cluster in pairs.items() if (name := name_of(value))}
 
 
 def _cluster_of(dataset: Any) -> str | None:
     if isinstance(dataset, Dataset) and "cluster" in dataset.column_names and len(dataset):
-        return _text(dataset[0]["cluster"])
+        return _text(dataset.with_format(None).select_columns(["cluster"])[0]["cluster"])
     return None
 
 

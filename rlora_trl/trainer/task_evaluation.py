@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import score_tasks
 from ..tuner import Routing
-from .tasks import task_namer, tasks_in
+from .tasks import has_transform, name_tasks, task_namer, tasks_in, values_of
 
 
 logger = get_logger(__name__)
@@ -30,18 +30,26 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
     Everything else is returned as it is, a dictionary with its keys as strings.
 
     Args:
-        dataset: What `SFTTrainer` takes as `eval_dataset`.
+        dataset: What `SFTTrainer` takes as `eval_dataset`. A `DatasetDict` is evaluated split by split, as there.
         task_column (`str`): Column that names the task of each row.
+
+    Raises:
+        ValueError, TypeError: See [`task_names`] and [`tasks_in`].
     """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        return {str(split): data for split, data in dataset.items()}
     if isinstance(dataset, Mapping):
-        return {str(name): data for name, data in dataset.items()}
+        return name_tasks(dataset, "eval_dataset")
     if not isinstance(dataset, Dataset) or task_column not in dataset.column_names:
         return dataset
     tasks = tasks_in(dataset, task_column, required=task_column != "task")
     if tasks is None or len(tasks) < 2:
         return dataset
     places: dict[str, list[int]] = {task: [] for task in tasks}
-    for place, name in enumerate(map(task_namer(dataset, task_column), dataset[task_column])):
+    name_of = task_namer(dataset, task_column)
+    for place, value in enumerate(values_of(dataset, task_column)):
+        name = name_of(value)
+        assert name is not None  # `tasks_in` refuses rows without a task
         places[name].append(place)
     return {task: dataset.select(rows) for task, rows in places.items()}
 
@@ -66,7 +74,9 @@ class OptionRows:
         if self.task_column is None:
             return {self.task: self.rows}
         split = split_by_task(self.rows, self.task_column)
-        return split if isinstance(split, dict) else {str(self.rows[0][self.task_column]): self.rows}
+        if isinstance(split, dict):
+            return split
+        return {task_namer(self.rows, self.task_column)(self.rows[0][self.task_column]) or self.task: self.rows}
 
 
 def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> dict[str, OptionRows]:
@@ -82,9 +92,12 @@ def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> d
     found = {}
     for name, dataset in named.items():
         columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set()
-        # Preparation adds the end of the sequence to completions, which then are none of the options.
-        if not set(_SCORED) <= columns or "input_ids" in columns or len(dataset) == 0:
+        # Preparation adds the end of the sequence to completions, which then are none of the options. Options are
+        # scored as text alone, which says little about pictures; and a transform makes other rows than are stored.
+        unscored = {"input_ids", "image", "images"}
+        if not set(_SCORED) <= columns or columns & unscored or len(dataset) == 0 or has_transform(dataset):
             continue
+        dataset = dataset.with_format(None)
         key = "_".join(part for part in (prefix, str(name)) if part)
         if _is_scorable(dataset, str(name)):
             tells = task_column in columns

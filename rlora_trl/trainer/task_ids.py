@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, LargeList, List
 
-from .tasks import AnyDataset, task_namer
+from .tasks import AnyDataset, has_transform, task_namer, values_of
 
 
 # Not a name that data sets use; a user's own column `task_ids` is none of the trainer's business.
@@ -37,31 +38,55 @@ def number_tasks(
     Raises:
         ValueError: If a task is not among `names`, at once or, in a stream, when its row comes.
     """
-    index = {name: place for place, name in enumerate(names)}
+    index: dict[str | None, int] = {name: place for place, name in enumerate(names)}
+    name_of = task_namer(dataset, task_column)
 
-    def place_of(name: Any) -> int:
-        if str(name) in index:
-            return index[str(name)]
+    def place_of(value: Any) -> int:
+        name = name_of(value)
+        if name in index:
+            return index[name]
         if unknown_allowed:
             return -1
         raise ValueError(
-            f"Column {task_column!r} has a row of task {name!r}, and the adapter's tasks are {', '.join(names)}. Add "
+            f"Column {task_column!r} has a row of task {value!r}, and the adapter's tasks are {', '.join(names)}. Add "
             "it to `RLoraConfig(tasks=[...])` of a new adapter, or filter the row out."
         )
 
-    to_name = task_namer(dataset, task_column)
     if isinstance(dataset, Dataset):
-        values, inverse = np.unique(np.asarray(dataset[task_column]), return_inverse=True)
-        places = np.asarray([place_of(to_name(value.item())) for value in values])
-        return dataset.add_column(TASK_IDS, places[inverse].astype(np.int64))
-    return dataset.map(lambda row: {TASK_IDS: place_of(to_name(row[task_column]))})
+        places = {value: place_of(value) for value in dataset.unique(task_column)}
+        numbers = [places[value] for value in values_of(dataset, task_column)]
+        return _add_ids(dataset, np.asarray(numbers, dtype=np.int64))
+    return dataset.map(lambda row: {TASK_IDS: place_of(row[task_column])})
+
+
+def _add_ids(dataset: Dataset, numbers: np.ndarray) -> Dataset:
+    """The data set with a column of task ids, which a transform passes on beside what it makes of a row."""
+    numbered = dataset.add_column(TASK_IDS, numbers)
+    if not has_transform(dataset):
+        return numbered
+    transform = dataset.format["format_kwargs"]["transform"]
+    columns = [*dataset.format["columns"], TASK_IDS]
+    return numbered.with_transform(partial(_transform_but_ids, transform), columns)
+
+
+def _transform_but_ids(transform: Callable[[dict[str, Any]], Any], batch: dict[str, Any]) -> dict[str, Any]:
+    rest = dict(batch)
+    numbers = rest.pop(TASK_IDS, None)
+    made = dict(transform(rest))
+    return made if numbers is None else {**made, TASK_IDS: numbers}
 
 
 def number_alike(dataset: AnyDataset, task_id: int) -> AnyDataset:
     """Add a column of task ids with one number in all rows."""
     if isinstance(dataset, Dataset):
-        return dataset.add_column(TASK_IDS, np.full(len(dataset), task_id, dtype=np.int64))
+        return _add_ids(dataset, np.full(len(dataset), task_id, dtype=np.int64))
     return dataset.map(lambda row: {TASK_IDS: task_id})
+
+
+def is_packed(dataset: Any) -> bool:
+    """Whether a data set has the task of each token, as [`spread_over_tokens`] gives it, rather than of each row."""
+    features = dataset.features if isinstance(dataset, Dataset) else None
+    return features is not None and isinstance(features.get(TASK_IDS), List | LargeList)
 
 
 def spread_over_tokens(dataset: AnyDataset, **map_kwargs: Any) -> AnyDataset:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-import pyarrow as pa
 from accelerate.logging import get_logger
 from datasets import (
     ClassLabel,
@@ -17,6 +16,9 @@ from datasets import (
     concatenate_datasets,
     interleave_datasets,
 )
+
+from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS, task_name
+from .task_features import align_features
 
 
 # The columns that TRL's preparation reads, by format; what else a task carries is dropped when tasks are joined.
@@ -43,8 +45,22 @@ def columns_of(dataset: AnyDataset) -> list[str]:
     return list(next(iter(dataset)))
 
 
+def has_transform(dataset: Any) -> bool:
+    """Whether rows are made by a function of the user's as they are read (`Dataset.with_transform`)."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def values_of(dataset: Dataset, column: str) -> list[Any]:
+    """A column as it is stored, as neither a transform nor a format of tensors leaves names of tasks alone."""
+    return list(dataset.with_format(None)[column])
+
+
 def _check_not_empty(task: str, dataset: AnyDataset) -> None:
-    if next(iter(dataset), None) is None:
+    if isinstance(dataset, Dataset):
+        is_empty = len(dataset) == 0
+    else:
+        is_empty = next(iter(dataset), None) is None
+    if is_empty:
         raise ValueError(f"Task {task!r} has no rows. Remove it, or check the filter or split that it comes from.")
 
 
@@ -85,8 +101,9 @@ def join_tasks(
         `Dataset` or `IterableDataset`: With the columns of the common format and the task column.
 
     Raises:
-        ValueError: If there is no task, a task is empty, or formats differ.
-        TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
+        ValueError: If there is no task, a task is empty or has a transform, formats or types differ, or what is given
+            is a `DatasetDict`, which holds splits.
+        TypeError: If a task is not a data set or its key can't name one, or streamed and map-style ones are mixed.
     """
     options = {"task_column": task_column, "text_column": text_column}
     labelled = list(label_tasks(datasets, **options, any_format=any_format).values())
@@ -117,9 +134,12 @@ def label_tasks(
         `dict[str, Dataset | IterableDataset]`: With the columns of the common format and the task column.
 
     Raises:
-        ValueError: If there is no task, a task is empty, or formats differ.
-        TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
+        ValueError: If there is no task, a task is empty or has a transform, formats or types differ, or what is given
+            is a `DatasetDict`, which holds splits.
+        TypeError: If a task is not a data set or its key can't name one, or streamed and map-style ones are mixed.
     """
+    refuse_splits(datasets)
+    datasets = name_tasks(datasets)
     streamed = _check_datasets(datasets)
     if any_format:
         names = tuple(set.intersection(*(set(columns_of(dataset)) for dataset in datasets.values())) - {task_column})
@@ -140,9 +160,10 @@ def label_tasks(
 def _label_all(
     datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str, streamed: bool
 ) -> dict[str, AnyDataset]:
-    labelled = {task: _label(dataset.select_columns(kept), task, task_column) for task, dataset in datasets.items()}
-    # `interleave_datasets` aligns the features of streams itself.
-    return labelled if streamed else _align(labelled)
+    # Formats of tensors are dropped: TRL's preparation reads texts and lists, and joined rows have one format.
+    plain = {task: (dataset if streamed else dataset.with_format(None)) for task, dataset in datasets.items()}
+    aligned = align_features({task: dataset.select_columns(kept) for task, dataset in plain.items()})
+    return {task: _label(dataset, task, task_column) for task, dataset in aligned.items()}
 
 
 def _check_datasets(datasets: Mapping[str, AnyDataset]) -> bool:
@@ -155,6 +176,12 @@ def _check_datasets(datasets: Mapping[str, AnyDataset]) -> bool:
             raise TypeError(
                 f"Task {task!r} is a {type(dataset).__name__}; a task must be a datasets.Dataset or IterableDataset. "
                 "Choose one split of a DatasetDict, or build one with Dataset.from_list(rows)."
+            )
+        if has_transform(dataset):
+            raise ValueError(
+                f"Task {task!r} is a data set with a transform (`with_transform` or `set_transform`), which can't be "
+                "joined with others: its rows are made as they are read. Apply the function with `Dataset.map` "
+                "instead, or remove it with `with_format(None)`."
             )
         _check_not_empty(task, dataset)
         kinds.add(isinstance(dataset, IterableDataset))
@@ -180,23 +207,6 @@ def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> l
                 "remove it from all."
             )
     return kept
-
-
-def _align(datasets: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """The data sets with the features of the first, where they can be cast."""
-    first_task, first = next(iter(datasets.items()))
-    aligned = {}
-    for task, dataset in datasets.items():
-        if dataset.features != first.features:
-            try:
-                dataset = dataset.cast(first.features)
-            except (ValueError, TypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise ValueError(
-                    f"Tasks {first_task!r} and {task!r} can't be joined: their columns have the types "
-                    f"{first.features} and {dataset.features}. Bring them to the same types."
-                ) from error
-        aligned[task] = dataset
-    return aligned
 
 
 def _label(dataset: AnyDataset, task: str, task_column: str) -> AnyDataset:
@@ -234,67 +244,122 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
         return None
     feature = dataset.features[task_column]
     if not isinstance(feature, ClassLabel) and getattr(feature, "dtype", None) not in _NAME_TYPES:
-        if not required:  # a column that happens to be called like the default
+        # Lists, structs and empty columns happen to be called like the default.
+        if not required and (not isinstance(feature, Value) or all(map(_is_missing, dataset.unique(task_column)))):
             return None
         raise ValueError(
             f"`task_column={task_column!r}` holds {feature}, which can't name tasks. It must be a column of strings "
-            "or integers."
+            "or integers: cast it, or rename it if it does not name tasks."
         )
-    names = dataset.unique(task_column)
-    if not required and names == [None]:
+    values = dataset.unique(task_column)
+    if not required and values == [None]:
         return None
-    if not required and len(dataset) >= _FEW_ROWS and len(names) > len(dataset) / 2:
+    many = len(dataset) >= _FEW_ROWS and len(values) > len(dataset) / 2
+    if not required and (many or any(len(str(value)) > MAX_TASK_NAME for value in values)):
         logger.warning(
-            f"Column {task_column!r} has {len(names)} different values in {len(dataset)} rows: they don't seem to be "
-            f"names of tasks, and are not taken for such. Set `task_column` to the column that names them, or rename "
-            "this one to be rid of this warning."
+            f"Column {task_column!r} has {len(values)} different values in {len(dataset)} rows"
+            f"{'' if many else f', some longer than {MAX_TASK_NAME} characters'}: they don't seem to be names of "
+            "tasks, and are not taken for such. Set `task_column` to the column that names them, or rename this one "
+            "to be rid of this warning."
         )
         return None
-    missing = (None, "")
-    if any(name in missing for name in names):
-        rows = sum(name in missing for name in dataset[task_column])
+    return _names_in(dataset, task_column, values)
+
+
+def _names_in(dataset: Dataset, task_column: str, values: list[Any]) -> list[str]:
+    text_of = _text_of(dataset, task_column)
+    try:
+        names = sorted({task_name(text_of(value)) for value in values if not _is_missing(text_of(value))})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"Column {task_column!r} has a value that can't be used. {error}") from error
+    missing = [value for value in values if _is_missing(text_of(value))]
+    if missing:
+        rows = sum(value in missing for value in values_of(dataset, task_column))
         raise ValueError(f"{rows} rows have no task in column {task_column!r}. Fill it in, or filter them out.")
-    return sorted(map(task_namer(dataset, task_column), names))
+    if len(names) > MAX_TASKS:
+        raise ValueError(
+            f"Column {task_column!r} names {len(names)} tasks, and an adapter has at most {MAX_TASKS}. Set "
+            "`task_column` to the column that names them, or name groups of them."
+        )
+    return names
 
 
-def task_namer(dataset: AnyDataset, task_column: str) -> Callable[[Any], str]:
-    """What makes the name of a task of a value in its column: the label of a class, or the text of the value."""
+def _is_missing(value: Any) -> bool:
+    # NaN is what pandas makes of an empty cell.
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _text_of(dataset: AnyDataset, task_column: str) -> Callable[[Any], Any]:
+    """What a value of a column says: the label of a class, `None` without one, and of other columns the value."""
     feature = (dataset.features or {}).get(task_column)
-    return feature.int2str if isinstance(feature, ClassLabel) else str
+    if not isinstance(feature, ClassLabel):
+        return lambda value: value
+    # Data sets without public labels have -1.
+    return lambda value: feature.int2str(value) if isinstance(value, int) and value >= 0 else None
 
 
-def task_names(datasets: Mapping[Any, Any]) -> list[str]:
+def task_namer(dataset: AnyDataset, task_column: str) -> Callable[[Any], str | None]:
+    """What makes the name of a task of a value in its column; `None` of one that names no task."""
+    text_of = _text_of(dataset, task_column)
+
+    def name_of(value: Any) -> str | None:
+        text = text_of(value)
+        try:
+            return None if _is_missing(text) else task_name(text)
+        except (ValueError, TypeError):
+            return None
+
+    return name_of
+
+
+def task_names(tasks: Iterable[Any], of: str = "train_dataset") -> list[str]:
     """
     The names of the tasks in a dictionary of data sets.
 
+    Args:
+        tasks (`Iterable`): Its keys.
+        of (`str`, *optional*, defaults to `"train_dataset"`): What it is, for messages.
+
     Raises:
-        ValueError: If two keys give one name.
+        ValueError: If a key can't name a task, or two keys give one name.
+        TypeError: If a key is neither a text nor a whole number.
     """
-    names = [str(task) for task in datasets]
+    names = []
+    for task in tasks:
+        try:
+            names.append(task_name(task))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"`{of}` has a key that can't be used. {error}") from error
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"`train_dataset` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give each "
+            f"`{of}` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give each "
             "task a name of its own."
         )
     return names
 
 
+def name_tasks(datasets: Mapping[Any, Any], of: str = "train_dataset") -> dict[str, Any]:
+    """The data sets by the names of their tasks; see [`task_names`]."""
+    return dict(zip(task_names(datasets, of), datasets.values(), strict=True))
+
+
 def refuse_splits(datasets: Any) -> None:
     """
-    Refuse a `DatasetDict` of splits, which would be taken for tasks: a test split must not become training data.
+    Refuse a `DatasetDict`, whose splits would be taken for tasks: a test split must not become training data.
 
     Args:
         datasets: What was given as data sets by task.
 
     Raises:
-        ValueError: If it is a `DatasetDict` or `IterableDatasetDict` of nothing but splits.
+        ValueError: If it is a `DatasetDict` or `IterableDatasetDict`, whatever its keys.
     """
-    splits = {"train", "test", "validation", "eval", "dev"}
-    if isinstance(datasets, DatasetDict | IterableDatasetDict) and set(datasets) <= splits:
+    if isinstance(datasets, DatasetDict | IterableDatasetDict):
+        first = "train" if "train" in datasets else next(iter(datasets), "train")
         raise ValueError(
-            f"Got a DatasetDict of the splits {', '.join(datasets)}, which are not tasks. Pass one of them, such as "
-            'dataset["train"].'
+            f"Got a {type(datasets).__name__} of the splits {', '.join(map(str, datasets)) or '(none)'}, which are "
+            f'not tasks. Pass one of them, such as dataset["{first}"], or, if its keys really name tasks, a plain '
+            "dictionary: dict(dataset)."
         )
 
 
@@ -320,6 +385,10 @@ def collect_tasks(
     refuse_splits(train_dataset)
     if isinstance(train_dataset, Mapping):
         names = task_names(train_dataset)
+        if len(names) > MAX_TASKS:
+            raise ValueError(
+                f"`train_dataset` has {len(names)} tasks, and an adapter has at most {MAX_TASKS}. Join some of them."
+            )
         columns = {"task_column": task_column, "text_column": text_column}
         return join_tasks(train_dataset, **columns, seed=seed, any_format=any_format), names
     if isinstance(train_dataset, Dataset | IterableDataset):

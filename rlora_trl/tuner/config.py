@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import Counter
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -15,6 +17,7 @@ from typing_extensions import override
 
 from ..safe_files import read_safetensors_header
 from .initialization import INIT_SCHEMES, ROUTER_INITS
+from .task_names import MAX_TASKS, task_name
 
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -270,10 +273,23 @@ class RLoraConfig(PeftConfig):
     def _check_tasks(self) -> None:
         if self.tasks is None:
             return
-        if isinstance(self.tasks, str) or not all(isinstance(task, str) and task for task in self.tasks):
-            raise TypeError(f"`tasks` must be a list of names, got {self.tasks!r}. For example ['sst2', 'rte'].")
-        self.tasks = list(self.tasks)
-        twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        # A set has no order, which is that of the mixtures and must be the same in all processes.
+        is_list = isinstance(self.tasks, Iterable) and not isinstance(self.tasks, str | bytes | Set)
+        if not is_list or not all(isinstance(task, str) and task.strip() for task in self.tasks):
+            raise TypeError(
+                f"`tasks` must be a list of names, got {self.tasks!r}. For example ['sst2', 'rte']; a number is "
+                "written as text."
+            )
+        try:
+            self.tasks = [task_name(task) for task in self.tasks]
+        except ValueError as error:
+            raise ValueError(f"`tasks` has a name that can't be used. {error}") from error
+        if len(self.tasks) > MAX_TASKS:
+            raise ValueError(
+                f"`tasks` names {len(self.tasks)} tasks, and an adapter has at most {MAX_TASKS}. Name groups of them."
+            )
+        counts = Counter(self.tasks)
+        twice = sorted(task for task, count in counts.items() if count > 1)
         if twice:
             raise ValueError(f"`tasks` names {', '.join(map(repr, twice))} more than once. Give each task one name.")
 

@@ -1,0 +1,165 @@
+"""
+Types of the columns of several tasks, brought together so that each task keeps what its rows say.
+
+Messages of chats differ between tasks by the fields that happen to be there: `name`, `tool_calls`, a `content` that
+is always empty. Arrow has one type for a column, and a struct of all fields would fill the ones that a task lacks with
+nulls. A chat template sees those (`"tool_calls" in message`) and renders the task otherwise than alone. So where
+structs differ in their fields, each is kept as JSON, `datasets.Json`, which reads back with the fields that it was
+written with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Json, LargeList, List, Value
+
+
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_FLOATS = ("float16", "float32", "float64")
+_TEXTS = ("string", "large_string")
+_FIRST_ROWS = 5
+# What JSON has as well.
+_PLAIN = (*_INTEGERS, *_FLOATS, *_TEXTS, "bool", "null")
+
+
+class _DifferentTypes(Exception):
+    """Two features have no type in common."""
+
+
+def align_features(datasets: Mapping[str, Dataset | IterableDataset]) -> dict[str, Any]:
+    """
+    The data sets of several tasks with the same features, whatever their order.
+
+    - Columns of nulls take the type that other tasks give them; integers, floats, texts and lists the wider type.
+    - Structs that differ in their fields become `Json`, so that a row reads as in the data set of its task alone.
+      (Where they hold what JSON does not, such as pictures, they become one struct, with nulls for what is absent.)
+    - Class labels whose names differ become integers, as which they are read; beside texts they become their names.
+
+    Args:
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all with the same columns.
+
+    Raises:
+        ValueError: If a column has types that can't be brought together, such as texts and lists of messages.
+    """
+    given = {task: _features_of(dataset) for task, dataset in datasets.items()}
+    columns = next(iter(given.values()))
+    common = Features({column: _common_column(column, given) for column in columns})
+    return {task: _cast(dataset, given[task], common) for task, dataset in datasets.items()}
+
+
+def _features_of(dataset: Dataset | IterableDataset) -> Features:
+    if dataset.features is not None:
+        return dataset.features
+    # As `datasets` infers them; but later rows of such a stream may have more fields than the first ones.
+    first = Dataset.from_list(list(dataset.take(_FIRST_ROWS))).features
+    return Features({column: _any_fields(feature) for column, feature in first.items()})
+
+
+def _any_fields(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return Json() if _fits_json(feature) else feature
+    if isinstance(feature, List | LargeList):
+        return type(feature)(_any_fields(feature.feature))
+    return feature
+
+
+def _common_column(column: str, given: Mapping[str, Features]) -> Any:
+    features = {task: features[column] for task, features in given.items()}
+    if any(isinstance(feature, ClassLabel) for feature in features.values()):
+        others = [f for f in features.values() if not isinstance(f, ClassLabel) and not _is_null(f)]
+        if others and all(isinstance(f, Value) and f.dtype in _TEXTS for f in others):
+            return reduce(_common, others)
+    first_task, first = next(iter(features.items()))
+    common = first
+    for task, feature in features.items():
+        try:
+            common = _common(common, feature)
+        except _DifferentTypes as error:
+            raise ValueError(
+                f"Tasks {first_task!r} and {task!r} can't be joined: their column {column!r} has the types {first} "
+                f"and {feature}. Bring them to the same type, for example with `Dataset.cast_column` or `Dataset.map`."
+            ) from error
+    return common
+
+
+def _common(one: Any, other: Any) -> Any:
+    """The type that holds the values of both, the same for either order."""
+    # Not `==`, which passes over the order of the fields of a struct.
+    if repr(one) == repr(other) or _is_null(other):
+        return one
+    if _is_null(one):
+        return other
+    if isinstance(one, dict | Json) or isinstance(other, dict | Json):
+        return _common_struct(one, other)
+    if isinstance(one, List | LargeList) and isinstance(other, List | LargeList):
+        kind = List if isinstance(one, List) and isinstance(other, List) else LargeList
+        return kind(_common(one.feature, other.feature))
+    if isinstance(one, ClassLabel) or isinstance(other, ClassLabel):
+        one, other = (Value("int64") if isinstance(feature, ClassLabel) else feature for feature in (one, other))
+    if isinstance(one, Value) and isinstance(other, Value):
+        return Value(_common_dtype(one.dtype, other.dtype))
+    raise _DifferentTypes
+
+
+def _common_dtype(one: str, other: str) -> str:
+    if one in _TEXTS and other in _TEXTS:
+        return "large_string" if "large_string" in (one, other) else "string"
+    for kind in (_INTEGERS, _FLOATS):
+        if one in kind and other in kind:
+            wider = str(np.promote_types(one, other))
+            if wider in kind:
+                return wider
+    if one == other:
+        return one
+    raise _DifferentTypes
+
+
+def _common_struct(one: Any, other: Any) -> Any:
+    if not all(isinstance(feature, dict | Json) for feature in (one, other)):
+        raise _DifferentTypes
+    # The order of fields is kept too: a template may write a struct out.
+    if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
+        try:
+            return {name: _common(one[name], other[name]) for name in one}
+        except _DifferentTypes:
+            pass  # some fields differ by row, as a content that is a text or a list of parts
+    if _fits_json(one) and _fits_json(other):
+        return Json()
+    if isinstance(one, Json) or isinstance(other, Json):
+        raise _DifferentTypes
+    names = sorted({*one, *other})
+    return {name: _common(one.get(name, Value("null")), other.get(name, Value("null"))) for name in names}
+
+
+def _is_null(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype == "null"
+
+
+def _fits_json(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return all(_fits_json(part) for part in feature.values())
+    if isinstance(feature, List | LargeList):
+        return _fits_json(feature.feature)
+    return isinstance(feature, Json | ClassLabel) or (isinstance(feature, Value) and feature.dtype in _PLAIN)
+
+
+def _cast(dataset: Dataset | IterableDataset, given: Features, common: Features) -> Dataset | IterableDataset:
+    common = Features({column: common[column] for column in given})  # in the order of the data set's own columns
+    for column, feature in given.items():
+        if isinstance(feature, ClassLabel) and getattr(common[column], "dtype", None) in _TEXTS:
+            given = Features({**given, column: common[column]})
+            named = {"column": column, "labels": feature}
+            dataset = dataset.map(_name_classes, fn_kwargs=named, features=given)
+    # A stream without features has to be given those that read more than its first rows.
+    if repr(given) == repr(common) and (dataset.features is not None or "Json" not in repr(common)):
+        return dataset
+    return dataset.cast(common)
+
+
+def _name_classes(row: dict[str, Any], column: str, labels: ClassLabel) -> dict[str, Any]:
+    label = row[column]
+    return {column: None if label is None or label < 0 else labels.int2str(label)}
