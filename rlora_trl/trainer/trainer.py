@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -30,6 +31,7 @@ from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
+from .lost_rows import LostRows, rows_of_tasks, warn_of_unseen_tasks
 from .mixing import Mixture, MixtureSampler, PartSampler, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
 from .nan_policy import NanGuard, check_deepspeed_settings
@@ -43,12 +45,13 @@ from .task_ids import (
     TOKEN_MASK,
     TaskCollator,
     count_tokens,
+    is_packed,
     number_alike,
     number_tasks,
     spread_over_tokens,
     token_mask_of,
 )
-from .tasks import AnyDataset, collect_tasks, columns_of, task_names
+from .tasks import AnyDataset, collect_tasks, columns_of, has_transform, task_names
 
 
 logger = get_logger(__name__)
@@ -99,6 +102,9 @@ class RLoraSFTTrainer(PublishingTrainer):
         ValueError: If a task is empty, formats of tasks differ, or the task column is missing.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+
     _tag_names = ["trl", "sft", "rlora"]
     _name = "R-LoRA"
     _paper = {
@@ -146,6 +152,8 @@ class RLoraSFTTrainer(PublishingTrainer):
             )
         config = peft_config if peft_config is not None else _active_config(model)
         _check_balance(args, config)
+        # Tasks that were trained on before stay recorded, whatever this run has of them.
+        self._earlier_tasks = frozenset() if peft_config is not None else frozenset(config.tasks or ())
         self._tasks = _name_tasks(config, tasks, is_new=peft_config is not None)
         config.tasks = list(self._tasks) or None
         if peft_config is None:
@@ -164,6 +172,9 @@ class RLoraSFTTrainer(PublishingTrainer):
             train_dataset = self._with_task_ids(train_dataset, required=config.router == "task")
         # How `_prepare_dataset`, which is told a name alone, knows it from evaluation data named "train".
         self._training_data: Any = train_dataset
+        self._lost_rows = LostRows(
+            args.max_length, labels_are_used=data_collator is None, routes_by_task=config.router == "task"
+        )
         loaded = {p: p.data for p in model.parameters()} if isinstance(model, PeftModel) else {}
 
         super().__init__(
@@ -178,6 +189,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             **kwargs,
         )
         self._training_data = None
+        self._settle_lost_rows()
         self._set_up_checkpoints()
         self._undo_bf16_cast(loaded)
         self._set_up_adapters()
@@ -329,15 +341,57 @@ class RLoraSFTTrainer(PublishingTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         is_training = dataset is self._training_data
+        if is_packed(dataset):
+            return dataset
+        dataset = self._lost_rows.renumber(dataset)
+        # `evaluate` prepares its data once more for each data set of a dictionary.
+        is_new = isinstance(dataset, Dataset) and not self._lost_rows.is_known(dataset)
+        given = rows_of_tasks(dataset, len(self._tasks)) if is_new else None
         if not packing or TASK_IDS not in columns_of(dataset):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            return dataset if packing else self._drop_lost_rows(dataset, given, dataset_name, is_training)
         # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else.
         if args.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, which is None. Set it to the length of a packed row.")
         unpacked = copy.copy(args)
         unpacked.max_length, unpacked.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, unpacked, False, formatting_func, dataset_name)
+        cut_at = args.max_length if args.packing_strategy == "bfd" else None
+        dataset = self._drop_lost_rows(dataset, given, dataset_name, is_training, cut_at)
         return self._pack(dataset, args, dataset_name, is_training)
+
+    def _drop_lost_rows(
+        self, dataset: AnyDataset, given: Any, dataset_name: str, is_training: bool, cut_at: int | None = None
+    ) -> AnyDataset:
+        """Prepared data without the tasks of which nothing is left; rows that are lost are noted, for one warning."""
+        if given is None or not isinstance(dataset, Dataset):
+            return dataset
+        if not is_training:
+            return self._lost_rows.note_evaluation(dataset_name, dataset, given, self._tasks, cut_at)
+        gone = self._lost_rows.note_training(dataset, given, self._tasks, cut_at)
+        if not gone:
+            return dataset
+        self._tasks = self._lost_rows.forget(gone, self._tasks, self._earlier_tasks)
+        numbered = self._lost_rows.renumber(dataset)
+        # Where nothing is cut, rows without a label are still there.
+        return numbered.select(np.flatnonzero(np.asarray(numbered[TASK_IDS]) >= 0))
+
+    def _settle_lost_rows(self) -> None:
+        """Warn of rows that preparation lost, and record the tasks that are left."""
+        data, evaluation = self.train_dataset, self.eval_dataset
+        is_ready = self._skip_prepare_dataset and isinstance(data, Dataset) and not has_transform(data)
+        if is_ready and {TASK_IDS, "labels"} <= set(data.column_names):
+            given = rows_of_tasks(data, len(self._tasks))
+            self.train_dataset = self._drop_lost_rows(data, given, "train", is_training=True)
+            if isinstance(evaluation, dict):
+                self.eval_dataset = {name: self._lost_rows.renumber(part) for name, part in evaluation.items()}
+            else:
+                self.eval_dataset = self._lost_rows.renumber(evaluation)
+        if self._lost_rows.places is not None:
+            self._adapter_config().tasks = list(self._tasks) or None
+            self._tell_adapters_their_tasks(self.model)
+            self._lost_rows.places = None  # all that was numbered before has its new numbers
+        self._lost_rows.tell()
 
     def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, dataset_name: str, is_training: bool) -> AnyDataset:
         """
@@ -380,11 +434,20 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> Mixture:
         args = self.args if args is None else args
-        rows, tokens = count_tasks(dataset, len(self._tasks), TASK_IDS)
+        if "input_ids" in dataset.column_names:
+            rows, tokens = count_tasks(dataset, len(self._tasks), TASK_IDS)
+        elif args.mixing_unit == "tokens":
+            raise ValueError(
+                "`mixing_unit='tokens'` counts the column 'input_ids', and the training data has "
+                f"{', '.join(name for name in dataset.column_names if name != TASK_IDS)}: rows with pictures, or with "
+                "a transform, get their tokens when a batch is made. Set `mixing_unit='rows'`."
+            )
+        else:
+            rows, tokens = rows_of_tasks(dataset, len(self._tasks))[:-1].tolist(), None
         present = [place for place, count in enumerate(rows) if count]
         return Mixture(
             {self._tasks[place]: rows[place] for place in present},
-            tokens={self._tasks[place]: tokens[place] for place in present},
+            tokens=None if tokens is None else {self._tasks[place]: tokens[place] for place in present},
             mixing=args.mixing,
             temperature=args.mixing_temperature,
             cap=args.mixing_cap,
@@ -437,9 +500,12 @@ class RLoraSFTTrainer(PublishingTrainer):
             scaled=self.accelerator.scaler is not None,
         )
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._end_first_gradients(tell=False)
+        if isinstance(self.train_dataset, IterableDataset):
+            warn_of_unseen_tasks(self.tasks_seen())
+        return result
 
     def _check_same_adapters(self) -> None:
         """
@@ -661,6 +727,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             self._scored = None
             if not is_part:
                 self._given_rows = None
+                self._lost_rows.tell()
 
     def _add_means(self, metrics: dict[str, float], tasks: list[str], prefix: str) -> dict[str, float]:
         means = mean_over_tasks(metrics, tasks, prefix)

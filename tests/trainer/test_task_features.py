@@ -1,0 +1,250 @@
+"""Tasks whose columns have other types, in either order; and data sets with transforms and formats."""
+
+import itertools
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Json, LargeList, List, Value
+from test_trainer import arguments, make_trainer
+from testing_utils import build_tokenizer, task_datasets, task_rows
+
+from rlora_trl import RLoraConfig, RLoraSFTTrainer, mix_tasks
+from rlora_trl.trainer.task_ids import TASK_IDS
+from rlora_trl.trainer.tasks import join_tasks
+
+
+USER = {"role": "user", "content": "5"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+# Writes all that a template can see of a message.
+TEMPLATE = (
+    "{% for message in messages %}<user> {{ message['content'] or 'w9' }} {% if 'tool_calls' in message %}red "
+    "{{ message['tool_calls'] | tojson }} {% endif %}{% if message.name is defined %}blue {% endif %}"
+    "{{ message.keys() | list | join(' ') }} <eos>{% endfor %}"
+)
+
+
+def chat(*messages, column="messages"):
+    return Dataset.from_list([{column: list(messages)}])
+
+
+def typed(messages, **kinds):
+    fields = {name: kinds.get(name, Value("string")) for name in messages[0]}
+    return Dataset.from_dict({"messages": [messages]}, features=Features({"messages": List(fields)}))
+
+
+TASKS_OF_MESSAGES = {
+    "null_content": [chat({**USER, "content": None}), chat(USER)],
+    "null_field": [chat({**USER, "name": None}), chat({**USER, "name": "x"})],
+    "extra_field": [chat(USER), chat({**USER, "name": "x"})],
+    "extra_null_field": [chat(USER), chat({**USER, "tool_calls": None})],
+    "order_of_fields": [chat(USER), chat({"content": "w1", "role": "user"})],
+    "tool_calls": [
+        chat(USER),
+        chat({**USER, "tool_calls": [CALL]}),
+        chat({**USER, "tool_calls": [{"type": "function", "function": {"name": "g", "arguments": {"y": "s"}}}]}),
+    ],
+    "arguments": [
+        chat({**USER, "tool_calls": [{"arguments": {"x": 1}}]}),
+        chat({**USER, "tool_calls": [{"arguments": '{"x": 1}'}]}),
+        chat({**USER, "tool_calls": [{"arguments": None}]}),
+    ],
+    "empty_list": [
+        chat({**USER, "tool_calls": []}),
+        chat({**USER, "tool_calls": [CALL]}),
+        chat({**USER, "tool_calls": None}),
+    ],
+    "text_or_parts": [chat(USER), chat({"role": "user", "content": [{"type": "text", "text": "w2"}]})],
+    "integers": [typed([{**USER, "name": 1}], name=Value("int32")), chat({**USER, "name": 2})],
+    "large_text": [typed([USER], content=Value("large_string")), chat(USER)],
+    "large_list": [
+        chat(USER).cast(Features({"messages": LargeList({"role": Value("string"), "content": Value("string")})})),
+        chat({**USER, "name": "x"}),
+    ],
+    "classes": [
+        typed([{**USER, "name": 1}], name=ClassLabel(names=["a", "b"])),
+        typed([{**USER, "name": 0}], name=ClassLabel(names=["c", "d"])),
+    ],
+}
+
+
+def unnamed_stream(dataset):
+    """A stream that does not say what its columns are."""
+    rows = dataset.to_list()
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+@pytest.mark.parametrize("kind", [lambda d: d, lambda d: d.to_iterable_dataset(), unnamed_stream])
+@pytest.mark.parametrize("case", TASKS_OF_MESSAGES)
+def test_messages_are_joined_in_any_order(case, kind):
+    alone = {str(place): dataset[0]["messages"] for place, dataset in enumerate(TASKS_OF_MESSAGES[case])}
+    tasks = {str(place): kind(dataset) for place, dataset in enumerate(TASKS_OF_MESSAGES[case])}
+    features = set()
+    for order in itertools.permutations(tasks):
+        for join in (join_tasks, mix_tasks):
+            joined = join({task: tasks[task] for task in order})
+            features.add(repr(joined.features))
+            # `repr`, as the order of fields must stay too.
+            assert {row["task"]: repr(row["messages"]) for row in joined} == {
+                task: repr(messages) for task, messages in alone.items()
+            }
+    assert len(features) == 1
+
+
+@pytest.mark.parametrize("case", ["extra_null_field", "tool_calls", "order_of_fields", "arguments"])
+def test_templates_see_what_they_see_of_a_task_alone(model_folders, tmp_path, case):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+
+    def tokens(train):
+        trainer = RLoraSFTTrainer(
+            model_folders["llama"], arguments(tmp_path), train_dataset=train, processing_class=tokenizer
+        )
+        return {row[TASK_IDS]: row["input_ids"] for row in trainer.train_dataset}
+
+    tasks = {str(place): dataset for place, dataset in enumerate(TASKS_OF_MESSAGES[case])}
+    alone = {place: tokens({task: dataset})[0] for place, (task, dataset) in enumerate(tasks.items())}
+    assert tokens(tasks) == alone
+    assert tokens(dict(reversed(tasks.items()))) == dict(enumerate(reversed(alone.values())))
+
+
+def test_prompts_and_completions_of_messages(model_folders, tmp_path):
+    def rows(**fields):
+        answer = {"role": "assistant", "content": "yes", **fields}
+        return Dataset.from_list([{"prompt": [USER], "completion": [answer]}] * 8)
+
+    trainer = make_trainer(model_folders, tmp_path, train={"a": rows(), "b": rows(tool_calls=None)}, max_steps=2)
+    trainer.train()
+    assert {tuple(row["input_ids"]) for row in trainer.train_dataset} == {tuple(trainer.train_dataset[0]["input_ids"])}
+
+
+def test_plain_columns_take_the_wider_type():
+    def joined(*features):
+        rows = {
+            str(place): Dataset.from_dict({"input_ids": [[1, 2]]}).cast(Features({"input_ids": List(feature)}))
+            for place, feature in enumerate(features)
+        }
+        return {repr(join_tasks(dict(order)).features["input_ids"]) for order in itertools.permutations(rows.items())}
+
+    assert joined(Value("int32"), Value("int64"), Value("uint8")) == {"List(Value('int64'))"}
+    assert joined(Value("float32"), Value("float64")) == {"List(Value('float64'))"}
+
+
+def test_columns_of_classes_for_a_formatting_function():
+    """As integers, as which they are read; beside texts as their names."""
+    labels = ClassLabel(names=["no", "yes"])
+    classes = Dataset.from_dict({"label": [1, None]}, features=Features({"label": labels}))
+    other = Dataset.from_dict({"label": [0]}, features=Features({"label": ClassLabel(names=["x"])}))
+    texts = Dataset.from_dict({"label": ["maybe"]})
+
+    def values(**tasks):
+        found = []
+        for order in itertools.permutations(tasks.items()):
+            joined = join_tasks(dict(order), any_format=True)
+            found.append(sorted((str(row["label"]), row["task"]) for row in joined))
+        assert all(values == found[0] for values in found)
+        return found[0]
+
+    assert values(a=classes, b=other) == [("0", "b"), ("1", "a"), ("None", "a")]
+    assert values(a=classes, b=texts) == [("None", "a"), ("maybe", "b"), ("yes", "a")]
+    streams = {"a": classes.to_iterable_dataset(), "b": texts.to_iterable_dataset()}
+    assert values(**streams) == values(a=classes, b=texts)
+
+
+def test_what_has_no_type_in_common_is_named():
+    texts, numbers = Dataset.from_dict({"text": ["a"]}), Dataset.from_dict({"text": [1]})
+    for tasks in ({"a": texts, "b": numbers}, {"b": numbers, "a": texts}):
+        with pytest.raises(ValueError, match="can't be joined: their column 'text' has the types Value.*cast_column"):
+            join_tasks(tasks)
+
+
+def test_a_stream_of_rows_with_more_and_more_fields():
+    rows = [{"messages": [USER]}] * 6 + [{"messages": [{**USER, "tool_calls": [CALL]}]}]
+    joined = join_tasks({"a": IterableDataset.from_generator(lambda: iter(rows))})
+    assert [row["messages"] for row in joined] == [row["messages"] for row in rows]
+    assert joined.features["messages"] == List(Json())
+
+
+# Transforms and formats
+
+
+def shout(batch):
+    return {name: [f"{text} red" for text in texts] for name, texts in batch.items()}
+
+
+def test_a_transform_is_not_dropped(model_folders, tmp_path):
+    tasks = task_datasets(8)
+    for transformed in (tasks["same"].with_transform(shout), tasks["same"].with_format("custom", transform=shout)):
+        train = {**tasks, "same": transformed}
+        with pytest.raises(ValueError, match="Task 'same' is a data set with a transform.*Dataset.map.*with_format"):
+            make_trainer(model_folders, tmp_path, train=train)
+        for join in (join_tasks, mix_tasks):
+            with pytest.raises(ValueError, match="Task 'same' is a data set with a transform"):
+                join(train)
+    in_place = Dataset.from_list(task_rows("first", 4))
+    in_place.set_transform(shout)
+    with pytest.raises(ValueError, match="Task 'only' is a data set with a transform"):
+        join_tasks({"only": in_place})
+
+
+def test_transforms_of_evaluation_data_and_of_one_data_set_are_refused_as_by_trl(model_folders, tmp_path):
+    column = Dataset.from_list([{**row, "task": task} for task in ("a", "b") for row in task_rows("same", 4)])
+    scored = task_datasets(4)["same"].add_column("options", [[" yes", " no"]] * 4)
+
+    def fails(batch):
+        raise KeyError("read before it was refused")
+
+    message = "SFTTrainer cannot prepare a dataset that uses `Dataset.with_transform\\(\\)`"
+    for options in (
+        {"train": column.with_transform(shout)},
+        {"evaluate": {"same": scored.with_transform(shout)}},
+        {"evaluate": column.with_transform(shout)},
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(model_folders, tmp_path, **options)
+    trainer = make_trainer(model_folders, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate({"same": scored.with_transform(shout)})
+    with pytest.raises(ValueError, match="Task 'a' is a data set with a transform"):
+        make_trainer(model_folders, tmp_path, train={"a": column.with_transform(fails)})
+
+
+def test_a_transform_that_makes_ready_rows_passes_tasks_on(model_folders, tmp_path):
+    """`SFTTrainer` takes it where preparation is skipped."""
+    tokenizer = build_tokenizer()
+
+    def tokenize(batch):
+        ids = tokenizer(batch["prompt"])["input_ids"]
+        return {"input_ids": ids, "labels": ids}
+
+    rows = [{**row, "task": task} for task in ("a", "b") for row in task_rows("first", 8)]
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        train=Dataset.from_list(rows).with_transform(tokenize),
+        evaluate=Dataset.from_list(rows[::4]).with_transform(tokenize),
+        peft_config=RLoraConfig(router="task"),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_steps=2,
+    )
+    trainer.train()
+    assert trainer.tasks_seen()["a"]["rows"] == trainer.tasks_seen()["b"]["rows"] == 8
+    assert {"eval_a_loss", "eval_b_loss"} <= set(trainer.evaluate())
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "pandas", "arrow"])
+def test_formats_do_not_change_what_is_joined(model_folders, tmp_path, name):
+    tasks = task_datasets(6)
+    plain = make_trainer(model_folders, tmp_path, train=tasks, max_steps=1)
+    tasks["same"] = tasks["same"].with_format(name)
+    mixed = make_trainer(model_folders, tmp_path, train=tasks, max_steps=1)
+    assert mixed.train_dataset.to_list() == plain.train_dataset.to_list()
+    mixed.train()
+
+
+def test_formats_do_not_change_the_tasks_of_a_column(model_folders, tmp_path):
+    rows = [{**row, "task": task} for task in (0, 1) for row in task_rows("same", 4)]
+    dataset = Dataset.from_list(rows).with_format("torch")
+    trainer = make_trainer(model_folders, tmp_path, train=dataset, evaluate=dataset, max_steps=1)
+    assert sorted(trainer.eval_dataset) == ["0", "1"] and trainer._tasks == ["0", "1"]
+    trainer.train()
+    assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 8
