@@ -172,8 +172,9 @@ class RLoraSFTTrainer(PublishingTrainer):
             train_dataset = self._with_task_ids(train_dataset, required=config.router == "task")
         # How `_prepare_dataset`, which is told a name alone, knows it from evaluation data named "train".
         self._training_data: Any = train_dataset
+        self._routes_by_task = config.router == "task"
         self._lost_rows = LostRows(
-            args.max_length, labels_are_used=data_collator is None, routes_by_task=config.router == "task"
+            args.max_length, labels_are_used=data_collator is None, routes_by_task=self._routes_by_task
         )
         loaded = {p: p.data for p in model.parameters()} if isinstance(model, PeftModel) else {}
 
@@ -476,7 +477,7 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         collator: Any = self.data_collator  # type: ignore[has-type]
-        self.data_collator = TaskCollator(collator)
+        self.data_collator = TaskCollator(collator, required=self._routes_by_task)
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:
