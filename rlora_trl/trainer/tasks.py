@@ -42,7 +42,7 @@ def columns_of(dataset: AnyDataset) -> list[str]:
     """Names of the columns; a stream that does not say is asked for its first row."""
     if dataset.column_names is not None:
         return list(dataset.column_names)
-    return list(next(iter(dataset)))
+    return list(next(iter(dataset.with_format(None))))
 
 
 def has_transform(dataset: Any) -> bool:
@@ -59,7 +59,7 @@ def _check_not_empty(task: str, dataset: AnyDataset) -> None:
     if isinstance(dataset, Dataset):
         is_empty = len(dataset) == 0
     else:
-        is_empty = next(iter(dataset), None) is None
+        is_empty = next(iter(dataset.with_format(None)), None) is None
     if is_empty:
         raise ValueError(f"Task {task!r} has no rows. Remove it, or check the filter or split that it comes from.")
 
@@ -140,10 +140,10 @@ def label_tasks(
     """
     refuse_splits(datasets)
     datasets = name_tasks(datasets)
-    streamed = _check_datasets(datasets)
+    _check_datasets(datasets)
     if any_format:
         names = tuple(set.intersection(*(set(columns_of(dataset)) for dataset in datasets.values())) - {task_column})
-        return _label_all(datasets, sorted(names), task_column, streamed)
+        return _label_all(datasets, sorted(names), task_column)
     formats = {task: _format_of(task, dataset, text_column) for task, dataset in datasets.items()}
     if len(set(formats.values())) > 1:
         listed = "; ".join(f"{task}: {' and '.join(names)}" for task, names in formats.items())
@@ -154,20 +154,18 @@ def label_tasks(
             f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another "
             "name for the column that names the task."
         )
-    return _label_all(datasets, [*names, *_companions(datasets, names)], task_column, streamed)
+    return _label_all(datasets, [*names, *_companions(datasets, names)], task_column)
 
 
-def _label_all(
-    datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str, streamed: bool
-) -> dict[str, AnyDataset]:
+def _label_all(datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str) -> dict[str, AnyDataset]:
     # Formats of tensors are dropped: TRL's preparation reads texts and lists, and joined rows have one format.
-    plain = {task: (dataset if streamed else dataset.with_format(None)) for task, dataset in datasets.items()}
-    aligned = align_features({task: dataset.select_columns(kept) for task, dataset in plain.items()})
+    plain = {task: dataset.with_format(None).select_columns(kept) for task, dataset in datasets.items()}
+    aligned = align_features(plain)
     return {task: _label(dataset, task, task_column) for task, dataset in aligned.items()}
 
 
-def _check_datasets(datasets: Mapping[str, AnyDataset]) -> bool:
-    """Whether the tasks are streams, after checking that each is a data set with rows and that all are of one kind."""
+def _check_datasets(datasets: Mapping[str, AnyDataset]) -> None:
+    """Check that each task is a data set with rows and that all are of one kind."""
     if not datasets:
         raise ValueError("Got a dictionary without tasks. Give it at least one, {name: Dataset}.")
     kinds = set()
@@ -189,7 +187,6 @@ def _check_datasets(datasets: Mapping[str, AnyDataset]) -> bool:
         raise TypeError(
             "Tasks mix streamed and map-style data sets. Load all of them with, or without, `streaming=True`."
         )
-    return kinds.pop()
 
 
 def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> list[str]:

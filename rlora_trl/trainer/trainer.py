@@ -87,7 +87,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         data_collator (`DataCollator`, *optional*):
             As in `SFTTrainer`.
         train_dataset (`Dataset`, `IterableDataset` or `dict[str, Dataset | IterableDataset]`):
-            Training data.
+            Training data. A `DatasetDict` holds splits, not tasks, and is refused.
         eval_dataset (`Dataset`, `IterableDataset` or `dict[str, Dataset | IterableDataset]`, *optional*):
             Evaluation data. A dictionary, or a data set with the task column, gives metrics for each task.
         quantization_config (`BitsAndBytesConfig`, *optional*):
@@ -99,7 +99,8 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     Raises:
         TypeError: If the adapter is not an R-LoRA adapter.
-        ValueError: If a task is empty, formats of tasks differ, or the task column is missing.
+        ValueError: If a task is empty, formats of tasks differ, the task column is missing, or preparation leaves no row
+            of all tasks or, with `router="task"`, of one.
     """
 
     train_dataset: Any

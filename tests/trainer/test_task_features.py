@@ -241,6 +241,14 @@ def test_formats_do_not_change_what_is_joined(model_folders, tmp_path, name):
     mixed.train()
 
 
+@pytest.mark.parametrize("name", ["torch", "numpy", "pandas", "arrow"])
+def test_formats_of_streams_do_not_change_what_is_joined(name):
+    plain = {task: dataset.to_iterable_dataset() for task, dataset in task_datasets(3).items()}
+    wanted = list(join_tasks(plain))
+    assert list(join_tasks({**plain, "same": plain["same"].with_format(name)})) == wanted
+    assert list(join_tasks({task: stream.with_format(name) for task, stream in plain.items()})) == wanted
+
+
 def test_formats_do_not_change_the_tasks_of_a_column(model_folders, tmp_path):
     rows = [{**row, "task": task} for task in (0, 1) for row in task_rows("same", 4)]
     dataset = Dataset.from_list(rows).with_format("torch")
