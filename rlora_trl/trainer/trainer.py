@@ -99,8 +99,8 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     Raises:
         TypeError: If the adapter is not an R-LoRA adapter.
-        ValueError: If a task is empty, formats of tasks differ, the task column is missing, or preparation leaves no row
-            of all tasks or, with `router="task"`, of one.
+        ValueError: If a task is empty, formats of tasks differ, the task column is missing, or preparation leaves no
+            row of all tasks or, with `router="task"`, of one.
     """
 
     train_dataset: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from numbers import Integral
 from typing import Any
 
@@ -26,7 +25,7 @@ def task_name(task: Any) -> str:
 
     Raises:
         TypeError: If it is neither a text nor a whole number.
-        ValueError: If the text is blank, too long, or has characters that are no text of one line.
+        ValueError: If the text is blank, too long, or can't be written as UTF-8.
     """
     if isinstance(task, Integral) and not isinstance(task, bool):
         return str(int(task))
@@ -42,6 +41,10 @@ def task_name(task: Any) -> str:
             f"A text of {len(name)} characters ({name[:20]!r}...) can't name a task, whose name has at most "
             f"{MAX_TASK_NAME}. {_REMEDY}"
         )
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-        raise ValueError(f"{name!r} can't name a task: it has a line break or another control character. {_REMEDY}")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name!r} can't name a task: half a character (a surrogate) in it can't be saved. {_REMEDY}"
+        ) from error
     return name
