@@ -5,7 +5,8 @@ Messages of chats differ between tasks by the fields that happen to be there: `n
 is always empty. Arrow has one type for a column, and a struct of all fields would fill the ones that a task lacks with
 nulls. A chat template sees those (`"tool_calls" in message`) and renders the task otherwise than alone. So where
 structs differ in their fields, each is kept as JSON, `datasets.Json`, which reads back with the fields that it was
-written with.
+written with. (It rounds floats in such structs to ten decimals.) `datasets` aligns columns, and no structs, by itself
+(https://github.com/huggingface/datasets/issues/6466, open).
 """
 
 from __future__ import annotations
