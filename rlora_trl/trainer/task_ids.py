@@ -148,7 +148,7 @@ class TaskCollator:
         given: list[Any] = [example.get(TASK_IDS) for example in examples]
         rest = [{name: value for name, value in example.items() if name != TASK_IDS} for example in examples]
         # Taken before the collator, which may change what it is given. Pictures become tokens only there.
-        tokens = [np.array(example["input_ids"]) for example in examples] if "input_ids" in examples[0] else None
+        tokens = [_copy_of(example["input_ids"]) for example in examples] if "input_ids" in examples[0] else None
         batch = _as_tensors(self.collator(rest))
 
         ids = batch.get("input_ids")
@@ -265,6 +265,11 @@ class TaskCollator:
         starts = table >= _START - 1  # a row of no known task starts with -1, marked
         batch[TASK_IDS] = torch.from_numpy(np.where(starts, table - _START, table))
         batch[ROW_STARTS] = torch.from_numpy(starts)
+
+
+def _copy_of(ids: Any) -> np.ndarray:
+    # Not `np.array(tensor)`, which warns (NumPy 2 with torch 2.13).
+    return ids.numpy(force=True).copy() if isinstance(ids, torch.Tensor) else np.array(ids)
 
 
 def _as_tensors(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -171,6 +172,14 @@ class RLoraModel(BaseTuner):
                 f"`router='task'` learns a mixture for each task and needs their names when the adapter is made, but "
                 f"`tasks` is {config.tasks!r}. Set `RLoraConfig(tasks=[...])`, or let `RLoraSFTTrainer` make the "
                 "adapter from a dictionary of data sets or a task column."
+            )
+        if (config.modules_to_save or config.trainable_token_indices) and any(
+            map(is_compiled_module, model.modules())
+        ):
+            raise ValueError(
+                "`modules_to_save` and `trainable_token_indices` can't be used on a model that was compiled with "
+                "`torch.compile`: PEFT does not find them again under its names. Pass the model itself "
+                "(`model._orig_mod`), and compile it in place (`model.compile()`) or afterwards."
             )
         _warn_of_another_base(config, model)
         if config.base_model_name_or_path is None:
@@ -500,10 +509,10 @@ class RLoraModel(BaseTuner):
     @override
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """
-        As PEFT's, and without the wrapper that FSDP's checkpointing puts around layers (no upstream issue as of peft
+        As PEFT's, and without the wrappers that checkpointing and compiling put around layers (no upstream issue as of peft
         0.21.2).
         """
-        return super()._remove_adapter_name_from_key(key.replace("_checkpoint_wrapped_module.", ""), adapter_name)
+        return super()._remove_adapter_name_from_key(_without_wrappers(key), adapter_name)
 
     @classmethod
     @override
@@ -511,8 +520,15 @@ class RLoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        wrapped = {plain: name for name, _ in model.named_parameters() if (plain := _without_wrappers(name)) != name}
+        remapped = {wrapped.get(name, name): tensor for name, tensor in remapped.items()}
         check_adapter_tensors(model, adapter_name, remapped)
         return remapped
+
+
+def _without_wrappers(name: str) -> str:
+    """The name of a parameter in the model itself, which is its name in files."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _is_linear(module: nn.Module) -> bool:
