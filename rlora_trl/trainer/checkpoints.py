@@ -41,6 +41,7 @@ from .resuming import (
     same_loss,
     step_of,
 )
+from .run_settings import RunSettings, check_run, describe_data
 from .saving import (
     STAGING,
     FullTensors,
@@ -65,6 +66,7 @@ class _OnTrainBegin(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._begin_attempt()
         self.trainer._check_resumed()
 
 
@@ -86,6 +88,8 @@ class CheckpointTrainer(SFTTrainer):
         self._probe: dict[str, torch.Tensor] | None = None
         self._saw_batch = self._is_checked = False
         self._resumed_from: Path | None = None
+        self._resumed_state: dict[str, Any] = {}
+        self._run_settings = RunSettings()
         self.add_callback(_OnTrainBegin(self))
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             # Its flat parameters join what is frozen with what trains, in one dtype.
@@ -272,7 +276,7 @@ class CheckpointTrainer(SFTTrainer):
 
     def _checkpoint_state(self) -> dict[str, Any]:
         """What else a resumed run needs to know, as JSON. Called on all ranks."""
-        return {}
+        return {"runs": self._run_settings.parts}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Take up what `_checkpoint_state` gave, or nothing of it for a run that starts anew."""
@@ -315,11 +319,26 @@ class CheckpointTrainer(SFTTrainer):
         with self._together():
             checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._resumed_from, self._probe, self._saw_batch, self._is_checked = checkpoint, None, False, False
-        self._load_state({} if checkpoint is None else read_state(checkpoint))
+        self._resumed_state = {} if checkpoint is None else read_state(checkpoint)
         try:
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             self._resumed_from = None
+
+    def _begin_attempt(self) -> None:
+        """
+        Take up what a checkpoint has, or nothing, when steps are about to begin.
+
+        With `auto_find_batch_size` they begin again with smaller batches when memory did not suffice, and what was
+        counted in the attempt before is dropped.
+        """
+        self._load_state(self._resumed_state)
+        step = 0 if self._resumed_from is None else step_of(self._resumed_from)
+        self._run_settings.begin(step, self.args, self._describe_data(), self._resumed_state.get("runs"))
+
+    def _describe_data(self) -> Any:
+        """What shows whether the training data are those of a checkpoint; see [`describe_data`]."""
+        return describe_data(self.train_dataset)
 
     def _choose_checkpoint(self, given: str | bool | None) -> Path | None:
         """
@@ -346,6 +365,7 @@ class CheckpointTrainer(SFTTrainer):
             check_strategy(checkpoint, self._describe_strategy(), self.accelerator.num_processes)
         name = self.model.active_adapter
         check_settings(checkpoint, self.model.peft_config[name], name)
+        check_run(checkpoint, self.args, self._describe_data())
         return checkpoint
 
     def _newest_of_all(self) -> Path:

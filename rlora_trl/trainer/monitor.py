@@ -121,6 +121,11 @@ class RoutingMonitor:
             prior,
         )
 
+    def restart(self) -> None:
+        """Forget all that was recorded and not logged."""
+        self.step.zero_()
+        self.logged = torch.zeros_like(self.step)
+
     def drop_step(self) -> None:
         """Forget what the running step has recorded."""
         self.step.zero_()

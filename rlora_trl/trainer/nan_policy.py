@@ -38,6 +38,10 @@ class NanGuard:
         self.skipped = 0
         self._in_a_row = 0
 
+    def restart(self) -> None:
+        """Forget the steps that were left out."""
+        self.skipped = self._in_a_row = 0
+
     def look(self, step: int, *, skipped_by_engine: bool | None = None) -> bool:
         """
         Act on the gradients of a step, once they are complete.

@@ -27,6 +27,7 @@ from ..hub.card import read_card, render_card
 from ..hub.layout import CARD_NAME, published_files
 from ..hub.record import (
     AdapterRecord,
+    Scalar,
     TaskRecord,
     collect_versions,
     find_record,
@@ -110,6 +111,7 @@ class PublishingTrainer(CheckpointTrainer):
     """
 
     _tasks: list[str]
+    _loads_base: bool  # by its name, so that its revision is known
     _option_rows: dict[str, OptionRows]
     push_in_progress: PushInProgress | None
     _adapters: dict[str, MultiHeadAdapter]
@@ -160,19 +162,29 @@ class PublishingTrainer(CheckpointTrainer):
         balances = self.args.balance_loss != "none"
         return AdapterRecord(
             base_model=self.args.hub_base_model or hub_name(base),
-            base_model_revision=_loaded_commit(base, config.revision or self._base_revision()),
+            base_model_revision=self._base_commit(config),
             base_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             quantization=describe_quantization(getattr(model_config, "quantization_config", None)),
             tasks=[self._task_record(task) for task in self._tasks],
-            hyperparameters=select_hyperparameters(self.args),
+            hyperparameters=self._hyperparameters(),
             versions=collect_versions(),
             mixtures=self._mixtures,
             balance_loss=self.args.balance_loss if balances else None,
             balance_coef=self.args.balance_coef if balances else None,
         )
 
-    def _base_revision(self) -> str | None:
-        return (self.args.model_init_kwargs or {}).get("revision")
+    def _base_commit(self, config: RLoraConfig) -> str | None:
+        """The commit of the base model, where it is known which one was loaded."""
+        if self._loads_base or config.revision is not None:
+            return _loaded_commit(config.base_model_name_or_path, config.revision)
+        return None  # a model does not say which revision it was loaded from
+
+    def _hyperparameters(self) -> dict[str, Scalar]:
+        """The settings that the adapter was really trained with; before the first step, those that it is to be."""
+        step = self.state.global_step
+        if step == 0 and self._older_record is not None and self._older_record.hyperparameters:
+            return dict(self._older_record.hyperparameters)
+        return self._run_settings.recorded(step) if self._run_settings.parts else select_hyperparameters(self.args)
 
     def _task_record(self, task: str) -> TaskRecord:
         facts = self._task_facts.get(task, TaskFacts())

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..kernels import RoutingTally, anchor_loss, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
+from .early_stopping import EarlyStopping
 from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
 from .lost_rows import LostRows, rows_of_tasks, warn_of_unseen_tasks
@@ -37,7 +38,8 @@ from .monitor import RoutingMonitor, head_similarity
 from .nan_policy import NanGuard, check_deepspeed_settings
 from .optimizer import set_learning_rates
 from .publishing import PublishingTrainer, check_publishing
-from .sharding import keep_adapters_wide, keep_outputs_wide
+from .run_settings import describe_data
+from .sharding import keep_adapters_wide, keep_outputs_wide, wait_for_backward
 from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
 from .task_ids import (
     ROW_STARTS,
@@ -136,6 +138,9 @@ class RLoraSFTTrainer(PublishingTrainer):
     ) -> None:
         args = _as_rlora_config(args, model)
         peft_config = _choose_peft_config(model, peft_config)
+        self._loads_base = isinstance(model, str)
+        if self._loads_base and peft_config is not None:
+            _name_revision(peft_config, args.model_init_kwargs)
         _check_devices(args)
         check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
         self._set_up_publishing(train_dataset, args.task_column, None if peft_config else _active_config(model))
@@ -168,6 +173,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         self._option_rows = find_option_rows(eval_dataset, args.task_column)
         self._given_rows: dict[str, OptionRows] | None = None
         self._scored: OptionRows | None = None
+        self._stopping: EarlyStopping | None = None
         is_stream = isinstance(train_dataset, IterableDataset)  # whose names come with its rows
         if tasks is not None or is_stream or config.router == "task":
             train_dataset = self._with_task_ids(train_dataset, required=config.router == "task")
@@ -429,6 +435,11 @@ class RLoraSFTTrainer(PublishingTrainer):
         self._mixture_sampler = PartSampler([len(part) for part in parts], args.seed)
         return concatenate_datasets(parts)
 
+    def _describe_data(self) -> Any:
+        sampler = self._mixture_sampler
+        # There is a part for each epoch, and a resumed run may have more of them.
+        return describe_data(self.train_dataset, sampler.lengths[0] if isinstance(sampler, PartSampler) else None)
+
     def _sample_mixture(self, dataset: Dataset, args: RLoraSFTConfig) -> MixtureSampler:
         assert self.mixture is not None
         draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
@@ -496,11 +507,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         self._check_same_adapters()
         if self.mixture is not None and self.is_world_process_zero():
             self._show(self.mixture.table())
-        self._first_gradients = FirstGradients(
-            self._adapters,
-            fresh=self._is_new_adapter and not resume_from_checkpoint and self.state.global_step == 0,
-            scaled=self.accelerator.scaler is not None,
-        )
+        self._is_first_run = self._is_new_adapter and not resume_from_checkpoint and self.state.global_step == 0
+        self._watch_first_gradients()
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -508,6 +516,21 @@ class RLoraSFTTrainer(PublishingTrainer):
         if isinstance(self.train_dataset, IterableDataset):
             warn_of_unseen_tasks(self.tasks_seen())
         return result
+
+    def _begin_attempt(self) -> None:
+        super()._begin_attempt()
+        self._metrics_step = None
+        self._extra_logs = {}
+        self._nan_guard.restart()
+        if self._monitor is not None:
+            self._monitor.restart()
+        if self._first_gradients is None or self._first_gradients.squares:  # of an attempt that was given up
+            self._watch_first_gradients()
+
+    def _watch_first_gradients(self) -> None:
+        self._end_first_gradients(tell=False)
+        scaled = self.accelerator.scaler is not None
+        self._first_gradients = FirstGradients(self._adapters, fresh=self._is_first_run, scaled=scaled)
 
     def _check_same_adapters(self) -> None:
         """
@@ -642,6 +665,8 @@ class RLoraSFTTrainer(PublishingTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
             loss = super().training_step(*args, **kwargs)
+            if self.is_fsdp_enabled and not self.accelerator.sync_gradients:
+                wait_for_backward(self.args.device)
         finally:
             self._clear_batch_context()
         if self.accelerator.sync_gradients and self._is_left_out() and self._monitor is not None:
@@ -717,18 +742,20 @@ class RLoraSFTTrainer(PublishingTrainer):
         tasks = self.eval_dataset if eval_dataset is None else eval_dataset
         try:
             if isinstance(tasks, Mapping):
+                self._stopping = EarlyStopping(self.callback_handler, self.args, list(tasks), metric_key_prefix)
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
                 self.note_metrics(metrics, tasks)
                 return self._add_means(metrics, list(tasks), metric_key_prefix)
             self._scored = self._given_rows.get(metric_key_prefix) if self._given_rows else None
             if eval_dataset is None or isinstance(eval_dataset, str):
                 self._scored = self._option_rows.get(eval_dataset or "")
-            with self._counting_heads():
+            waiting = nullcontext() if self._stopping is None else self._stopping.at_task(metric_key_prefix)
+            with self._counting_heads(), waiting:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._scored = None
             if not is_part:
-                self._given_rows = None
+                self._given_rows = self._stopping = None
                 self._lost_rows.tell()
 
     def _add_means(self, metrics: dict[str, float], tasks: list[str], prefix: str) -> dict[str, float]:
@@ -737,7 +764,9 @@ class RLoraSFTTrainer(PublishingTrainer):
             self.log(dict(means))
             # For callbacks that wait for a metric of all tasks, such as `EarlyStoppingCallback`.
             control: Any = self.control  # type: ignore[has-type]
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, control, dict(means))
+            assert self._stopping is not None
+            with self._stopping.at_means(metrics, means):
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, control, dict(means))
         return {**metrics, **means}
 
     @contextmanager
@@ -874,6 +903,23 @@ def _as_rlora_config(args: TrainingArguments | None, model: Any) -> RLoraSFTConf
         if entry.name not in known:  # of a subclass of the user's own
             setattr(config, entry.name, getattr(args, entry.name))
     return config
+
+
+def _name_revision(config: RLoraConfig, model_init_kwargs: Any) -> None:
+    """
+    Have the adapter name the revision of the base that it is trained on, which loading it asks for.
+
+    Raises:
+        ValueError: If it names another one.
+    """
+    loaded = (model_init_kwargs or {}).get("revision")
+    if config.revision is not None and config.revision != (loaded or "main"):
+        raise ValueError(
+            f"`peft_config` names revision {config.revision!r} of the base model, and "
+            f"`model_init_kwargs` loads {loaded or 'main'!r}. Name one of them in both, or none in `peft_config`."
+        )
+    if loaded != "main":  # which is what no name means
+        config.revision = loaded
 
 
 def _check_trains(model: PeftModel, config: RLoraConfig) -> None:

@@ -509,8 +509,8 @@ class RLoraModel(BaseTuner):
     @override
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """
-        As PEFT's, and without the wrappers that checkpointing and compiling put around layers (no upstream issue as of peft
-        0.21.2).
+        As PEFT's, and without the wrappers that checkpointing and compiling put around layers (no upstream issue as of
+        peft 0.21.2).
         """
         return super()._remove_adapter_name_from_key(_without_wrappers(key), adapter_name)
 

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from samples import BASE, save_base
 from worker import WorkerError
 
@@ -192,3 +194,91 @@ def test_adapters_without_a_router(hub, train):
     result = train(config={"router": "uniform"}, push={"exports": ["first"]})
     assert "mixtures" not in result["record"]
     assert "exports/first/adapter_model.safetensors" in hub.files(REPO)
+
+
+REVISIONS = """
+import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from testing_utils import perturb, random_ids
+from transformers import AutoModelForCausalLM
+
+settings = {"output_dir": folder, "max_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+settings |= {"hub_model_id": repo, "bf16": False, **arguments}
+config = RLoraConfig(**config)
+if given == "object":
+    model = AutoModelForCausalLM.from_pretrained(model, revision=revision)
+trainer = RLoraSFTTrainer(model, RLoraSFTConfig(**settings), train_dataset=task_datasets(8), peft_config=config)
+trainer.train()
+perturb(trainer.model, scale=2.0)
+trainer.save_model()
+trainer.push_to_hub()
+ids = random_ids()
+with torch.no_grad():
+    expected = trainer.model.eval()(input_ids=ids).logits
+    found = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
+    published = AutoPeftModelForCausalLM.from_pretrained(repo, dtype=torch.float32).eval()(input_ids=ids).logits
+result = {
+    "off": [float((logits - expected).abs().max()) for logits in (found, published)],
+    "config": trainer.model.peft_config["default"].revision,
+}
+"""
+SETUP = TRAIN.split("\ntrain = ")[0]
+
+
+@pytest.fixture
+def two_revisions(hub, train, tmp_path):
+    """The base at main, and another one at v2."""
+    hub.commit(BASE, train.base)
+    files = {path.name: path for path in train.base.iterdir()}
+    state = load_file(files["model.safetensors"])
+    other = tmp_path / "other"
+    shutil.copytree(train.base, other)
+    save_file({name: value.flip(0) for name, value in state.items()}, other / "model.safetensors", {"format": "pt"})
+    hub.commit(BASE, other, revision="v2")
+    return hub
+
+
+def run_revision(train, arguments, given="name", revision=None, config=None):
+    text = f"{SETUP}\n{REVISIONS}".replace("**config)", f"**{config or {}!r})")
+    prefix = f"given, revision = {given!r}, {revision!r}\n"
+    return train.source(prefix + text, arguments)
+
+
+@pytest.mark.parametrize("revision", ["v2", "commit"])
+def test_the_revision_of_the_base_is_recorded(two_revisions, train, tmp_path, revision):
+    hub = two_revisions
+    commit = hub.head(BASE, "v2")
+    name = commit if revision == "commit" else revision
+    found = run_revision(train, {"model_init_kwargs": {"revision": name}})
+    assert found["config"] == name and max(found["off"]) < 1e-5
+    files = hub.files(REPO)
+    assert json.loads(files["adapter_config.json"])["revision"] == name
+    assert json.loads(files["rlora_record.json"])["base_model_revision"] == commit
+    assert commit[:12] in files["README.md"].decode() and f'revision="{commit}"' in files["README.md"].decode()
+
+
+def test_main_is_recorded_by_its_commit(two_revisions, train):
+    hub = two_revisions
+    found = run_revision(train, {"model_init_kwargs": {"revision": "main"}})
+    assert found["config"] is None and max(found["off"]) < 1e-5
+    assert json.loads(hub.files(REPO)["rlora_record.json"])["base_model_revision"] == hub.head(BASE)
+
+
+def test_nothing_is_claimed_of_a_base_that_was_loaded_elsewhere(two_revisions, train):
+    hub = two_revisions
+    found = run_revision(train, {}, given="object", revision="v2")
+    assert found["config"] is None
+    files = hub.files(REPO)
+    assert "base_model_revision" not in json.loads(files["rlora_record.json"])
+    assert "revision=" not in files["README.md"].decode()
+    # Who says which one it is, is believed.
+    found = run_revision(train, {}, given="object", revision="v2", config={"revision": "v2"})
+    assert found["config"] == "v2" and max(found["off"]) < 1e-5
+    assert json.loads(hub.files(REPO)["rlora_record.json"])["base_model_revision"] == hub.head(BASE, "v2")
+
+
+@pytest.mark.parametrize("loaded", [{"revision": "v2"}, {}])
+def test_two_revisions_are_refused(two_revisions, train, loaded):
+    text = f"revision 'v1' of the base model, and `model_init_kwargs` loads '{loaded.get('revision', 'main')}'"
+    with pytest.raises(WorkerError, match=text):
+        run_revision(train, {"model_init_kwargs": loaded}, config={"revision": "v1"})
