@@ -5,8 +5,8 @@
 A case has a `name`, a `strategy` ("plain": one process or DDP; "zero1" .. "zero3", "zero3-offload", "fsdp2"), a `base`
 ("float32", "bfloat16" or "4bit"), and may have `arguments` of `RLoraSFTConfig`, `config` of `RLoraConfig`, `fsdp` for
 `fsdp_config` and `batch_seed`, see [`BatchSeed`]. The trained adapter lies in `out-<name>`; `<name>.<rank>.pt` has the
-losses of all steps, the logits of `random_ids()` that the trained model gives under its strategy, and the dtypes of
-what takes part in training.
+adapter's initial values, the losses of all steps, the logits of `random_ids()` that the trained model gives under its
+strategy, and the dtypes of what takes part in training.
 """
 
 import faulthandler
@@ -194,6 +194,7 @@ def run(case, folder, models):
         peft_config=RLoraConfig(**{"head_dropout": 0.0, **case.get("config", {})}),
         quantization_config=four_bit() if case["base"] == "4bit" else None,
     )
+    initial = {name: tensor.detach().cpu().clone() for name, tensor in adapter_tensors(trainer.model).items()}
     dtypes, warnings = Dtypes(), Warnings()
     trainer.add_callback(dtypes)
     if case["strategy"] == "fsdp2" and not ON_GPU:
@@ -208,7 +209,7 @@ def run(case, folder, models):
     before = None if divided else digests_of(trainer.model)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = {"dtypes": dtypes.found, "losses": [entry["loss"] for entry in logs]}
+    found = {"dtypes": dtypes.found, "losses": [entry["loss"] for entry in logs], "initial": initial}
     found["norms"] = [[entry[key] for key in NORMS if key in entry] for entry in logs]
     found["warnings"] = warnings.texts
     found["processes"] = trainer.accelerator.num_processes
