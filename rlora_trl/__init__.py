@@ -4,7 +4,6 @@ Importing the package registers the method with PEFT. The trainer, which needs T
 imported on first use.
 """
 
-import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -60,6 +59,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# The command `rlora` does without until it needs a model: its `--help` should not wait for PyTorch.
-if os.path.basename((getattr(sys, "argv", None) or [""])[0]) not in ("rlora", "rlora.exe"):
+# Importing registers, whatever the program is called. Only the command defers it, for its `--help` (see `rlora_cli`).
+if not getattr(sys.modules.get("rlora_cli"), "imports_commands", False):
     import_module(".tuner", __name__)  # which registers

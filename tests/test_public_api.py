@@ -1,5 +1,6 @@
 """What `import rlora_trl` gives, costs, and promises; and the README's snippet."""
 
+import os
 import re
 import subprocess
 import sys
@@ -22,16 +23,20 @@ def test_names():
         rlora_trl.no_such_name  # noqa: B018
 
 
-def test_import_registers_and_loads_neither_trl_nor_datasets():
+def test_import_registers_and_loads_neither_trl_nor_datasets(tmp_path):
+    """In a program of the user's that is called like the command, and imports it too."""
     code = (
-        "import sys, rlora_trl, peft\n"
+        "import sys, rlora_cli, rlora_trl, peft\n"
         "assert 'trl' not in sys.modules and 'datasets' not in sys.modules, 'heavy imports'\n"
         "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\n"
         "assert m['RLORA'] is rlora_trl.RLoraConfig\n"
         "rlora_trl.tuner.register(); assert m['RLORA'] is rlora_trl.RLoraConfig\n"
         "import rlora_trl.trainer; assert rlora_trl.RLoraSFTTrainer is rlora_trl.trainer.RLoraSFTTrainer\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    program = tmp_path / "rlora"
+    program.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, str(program)], check=True, env=environment)
 
 
 def readme_snippet():

@@ -3,4 +3,4 @@
 import sys
 
 
-PROGRAM = [sys.executable, "-c", "import sys; sys.argv[0] = 'rlora'; from rlora_trl.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from rlora_cli import main; main()"]
