@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .loading import refuse_missing_folder
 from .options import Command, JsonOption, help_of
 from .output import note, print_json, print_text, results_only
+
+
+if TYPE_CHECKING:
+    from ..hub.checks import CheckedAdapter
 
 
 def register(app: typer.Typer) -> None:
@@ -32,21 +38,22 @@ def show_card(
     with results_only():
         from ..hub.card import render_card
         from ..hub.checks import check_adapter
-        from ..hub.layout import CARD_NAME, EXPORTS, FileKind, classify, published_files
+        from ..hub.layout import CARD_NAME, FileKind, classify, published_files
+        from ..hub.record import AdapterRecord
 
         if not Path(folder).is_dir():
             refuse_missing_folder("./" + folder)
         checked = check_adapter(folder)
         path = Path(folder) / CARD_NAME
         files = published_files(folder)
+        record = checked.record or AdapterRecord()
         card = render_card(
             checked.config,
-            checked.record,
+            replace(record, exports=_exports_in(files, checked)),
             repo_id=repo,
             digest=checked.digest,
             num_parameters=checked.num_parameters,
             figures=[name for name in files if classify(name) is FileKind.FIGURE],
-            exports=sorted({"/".join(name.split("/")[:2]) for name in files if name.startswith(f"{EXPORTS}/")}),
             existing=path.read_text(encoding="utf-8") if path.is_file() else None,
         )
         if write:
@@ -57,3 +64,27 @@ def show_card(
         note(f"Wrote {path}")
     else:
         print_text(str(card))
+
+
+def _exports_in(files: Sequence[str], checked: CheckedAdapter) -> list[dict[str, Any]]:
+    """
+    The plain-LoRA exports in the folder of an adapter, as a record has them.
+
+    Args:
+        files (`Sequence[str]`): Paths in the folder.
+        checked ([`CheckedAdapter`]): The adapter. What its record has of an export that is not in the folder, as after
+            a download without exports, is left out.
+    """
+    from ..hub.layout import CONFIG_NAME, EXPORTS, WEIGHTS_NAME, task_slug
+
+    recorded = {} if checked.record is None else {str(export["path"]): export for export in checked.record.exports}
+    names = [*(checked.config.tasks or ()), *(task.name for task in (checked.record.tasks if checked.record else ()))]
+    tasks = {f"{EXPORTS}/{task_slug(name)}": name for name in names}
+    found = []
+    for name in files:
+        path, _, file = name.rpartition("/")
+        # A merged model in that place has a card, but no adapter that PEFT could load.
+        if file == WEIGHTS_NAME and path.startswith(f"{EXPORTS}/") and f"{path}/{CONFIG_NAME}" in files:
+            unrecorded = {"path": path, **({"task": tasks[path]} if path in tasks else {})}
+            found.append(recorded.get(path, unrecorded))
+    return found

@@ -262,7 +262,9 @@ def _staged_record(
             raise ValueError(f"`metrics` has a task {name!r}, and the adapter's are {listed}. Name it in `tasks` too.")
         task = known[name]
         known[name] = replace(task, metrics={**task.metrics, **{key: float(value) for key, value in values.items()}})
-    return replace(record, tasks=list(known.values()))
+    # Exports are made for this push, or kept where they are in the repository. A record that was pulled names those of
+    # the repository that it came from.
+    return replace(record, tasks=list(known.values()), exports=[])
 
 
 def _stage_exports(

@@ -1,10 +1,11 @@
 """Commands that measure, export and describe adapters, on a tiny model."""
 
 import json
+import re
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from testing_utils import build_tokenizer, task_rows
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +15,7 @@ from rlora_trl.cli.loading import chosen_tasks, load_adapter, local_record
 from rlora_trl.evaluation import score_tasks
 from rlora_trl.evaluation.data import load_task_rows
 from rlora_trl.hub.checks import check_adapter
+from rlora_trl.hub.layout import task_slug
 from rlora_trl.hub.record import AdapterRecord
 from rlora_trl.tuner.routing import find_routings
 
@@ -200,6 +202,34 @@ def test_card(rlora, make_adapter):
     assert rlora("card", folder, "--write").exit_code == 0
     assert "task:colour" in (folder / "README.md").read_text()
     assert "task:colour" in json.loads(rlora("card", folder, "--json").stdout)["metadata"]["tags"]
+
+
+def test_card_names_the_exports_that_are_in_the_folder(rlora, make_adapter):
+    folder = make_adapter(tasks=["same", "EN fr"])
+    measured = {"task": "same", "path": "exports/same", "rank": 8, "accuracy": 0.75}
+    elsewhere = {
+        "task": "EN fr",
+        "path": f"exports/{task_slug('EN fr')}",
+    }  # of a repository, whose exports stayed there
+    AdapterRecord(exports=[measured, elsewhere]).save(folder)
+    # At the place of a task, at one of the user's choice, and a merged model, which PEFT can't load from a subfolder.
+    for name, more in (("same", []), ("by_hand", []), ("whole", ["--merge"])):
+        words = ["export", folder, folder / "exports" / name, "--weights", "0.2,0.3,0.5", *more]
+        assert rlora(*words).exit_code == 0
+
+    told = json.loads(rlora("card", folder, "--json").stdout)
+
+    assert told["metadata"]["rlora"]["exports"] == {"same": "exports/same", "exports/by_hand": "exports/by_hand"}
+    for subfolder in re.findall(r'subfolder="(.*?)"', told["text"]):
+        base = AutoModelForCausalLM.from_pretrained(check_adapter(folder).config.base_model_name_or_path)
+        PeftModel.from_pretrained(base, str(folder), subfolder=subfolder)
+    assert "75.0 %" in told["text"] and "EN fr" not in told["text"].partition("exports/same")[2].partition("##")[0]
+
+    (folder / "exports" / "same").rename(folder / elsewhere["path"])
+    assert json.loads(rlora("card", folder, "--json").stdout)["metadata"]["rlora"]["exports"] == {
+        "EN fr": elsewhere["path"],
+        "exports/by_hand": "exports/by_hand",
+    }
 
 
 def test_pull_checks_and_copies_a_folder(rlora, make_adapter, tmp_path):

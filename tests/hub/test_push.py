@@ -160,6 +160,21 @@ def test_exports_of_the_same_weights_stay_and_of_others_go(hub, push, folder, tm
     assert "exports/first" not in hub.files(REPO)["README.md"].decode()
 
 
+def test_a_recorded_export_is_no_export_in_the_repository(hub, push, folder, tmp_path):
+    """What was pulled has a record of the exports that were published with it, and only that."""
+    push(folder, exports=["first"])
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "rlora_record.json"):
+        (pulled / name).write_bytes(hub.files(REPO)[name])
+
+    push(pulled, repo="user/other")
+    assert "exports/first" not in hub.files("user/other")["README.md"].decode()
+    push(pulled, tags=["more"])  # where they are, they stay
+    assert "exports/first/adapter_model.safetensors" in hub.files(REPO)
+    assert 'subfolder="exports/first"' in hub.files(REPO)["README.md"].decode()
+
+
 def test_exports_of_unknown_tasks(hub, push, folder):
     with pytest.raises(WorkerError, match="'frist'.*first, colour, same"):
         push(folder, exports=["frist"])
