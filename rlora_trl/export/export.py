@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..analysis.mixtures import HeadMixtures, fixed_weights, measure_mixtures
 from ..tuner import RLoraConfig
-from ..tuner.fixed import adapted_layers, adapter_config, adapter_of, check_weights, core_model, kept_quantized
+from ..tuner.fixed import adapted_layers, adapter_config, check_weights, core_model, kept_quantized
 from ..tuner.layer import RLoraLayer
 from .bare import bare_base
 from .loading import load_adapted
@@ -123,7 +123,7 @@ def export_lora(
     rows = _rows_of(data, task, tokenizer)
     with kept_quantized(core_model(model)):
         mixture = _choose_mixture(model, config, adapter_name, layers, task, routing, rows, tokenizer, token)
-        _check_mixture(mixture, layers, adapter_name)
+        mixture = _checked_mixture(mixture, layers, adapter_name)
         job = _Job(model, config, adapter_name, layers, mixture, task)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             stage = Path(scratch) / "export"
@@ -184,9 +184,9 @@ class _Job:
         return dataclasses.replace(self._report(rank, error, notes), merged=True)
 
     def _verify(self, stage: Path) -> float:
-        reference = take_reference(self.model, self.adapter_name, self.layers, self.mixture.weights)
-        adapter = adapter_of(next(iter(self.layers.values())), self.adapter_name)
-        return check_export(self.model, stage, reference, adapter.A.dtype, compute_dtype(self.model))
+        dtype = compute_dtype(self.model)
+        reference = take_reference(self.model, self.adapter_name, self.layers, self.mixture.weights, dtype)
+        return check_export(self.model, stage, reference, dtype)
 
     def _report(self, rank: int, error: float, warnings: tuple[str, ...]) -> ExportReport:
         return ExportReport(
@@ -294,9 +294,8 @@ def _choose_mixture(
     if routing is not None and not measured_own:
         return _given_mixture(routing, layers, heads, task)
     if own:
-        return _Mixture(
-            dict.fromkeys(layers, torch.full((heads,), 1 / heads)), True, "all the same, as in the adapter"
-        )
+        equal = torch.full((heads,), 1 / heads, dtype=torch.float64)
+        return _Mixture(dict.fromkeys(layers, equal), True, "all the same, as in the adapter")
     if config.router == "task":
         chosen = _known_task(config, task)
         table = fixed_weights(layers, adapter_name, chosen)
@@ -368,8 +367,8 @@ def _measured_mixture(mixtures: HeadMixtures, task: str | None, origin: str) -> 
     return _Mixture(mixtures.mean(), False, f"{kind}, {origin}")
 
 
-def _check_mixture(mixture: _Mixture, layers: Mapping[str, RLoraLayer], adapter_name: str) -> None:
-    """Refuse weights that were measured on another adapter."""
+def _checked_mixture(mixture: _Mixture, layers: Mapping[str, RLoraLayer], adapter_name: str) -> _Mixture:
+    """The mixture with weights that sum to 1 (in a record they are rounded); that of another adapter is refused."""
     missing, unknown = sorted(set(layers) - set(mixture.weights)), sorted(set(mixture.weights) - set(layers))
     if missing or unknown:
         raise ValueError(
@@ -377,8 +376,11 @@ def _check_mixture(mixture: _Mixture, layers: Mapping[str, RLoraLayer], adapter_
             f"{', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}. Layers are named like "
             f"{next(iter(layers))!r}."
         )
-    for name, layer in layers.items():
-        check_weights(mixture.weights[name], layer.num_heads[adapter_name], f" of {name}")
+    weights = {
+        name: check_weights(mixture.weights[name], layer.num_heads[adapter_name], f" of {name}")
+        for name, layer in layers.items()
+    }
+    return dataclasses.replace(mixture, weights=weights)
 
 
 def _recorded_mixtures(config: RLoraConfig, token: str | bool | None) -> HeadMixtures | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,11 +13,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..analysis.mixtures import input_device
+from ..tuner import MultiHeadAdapter
 from ..tuner.fixed import adapter_of, core_model, fixed_mixtures, kept_quantized, only_adapter
 from ..tuner.layer import RLoraLayer, undo_cpu_order
 from .bare import bare_base
 from .lora import lora_factors
-from .verify import LOGITS_TOLERANCE, logits_error, prompt_logits
+from .verify import (
+    adapter_logits,
+    logits_error,
+    logits_tolerance,
+    prompt_logits,
+    rounded_at_random,
+    rounding_noise,
+    summed_rounding,
+    term_factors,
+    wide_copy,
+    worst,
+)
 
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -168,32 +180,54 @@ def check_merged(
     core = core_model(model)
     device_map = getattr(core, "hf_device_map", None) or {"": input_device(core)}
     loaded = type(core).from_pretrained(str(folder), dtype="auto", device_map=device_map).eval()
+    dtype = merged_dtype(core)
     with only_adapter(model, adapter_name), fixed_mixtures(model, adapter_name, mixtures):
         with kept_quantized(core):
             for name, layer in layers.items():
-                _check_weight(name, layer, adapter_name, loaded.get_submodule(name).weight)
-        reference = prompt_logits(model)
-    error = logits_error(prompt_logits(loaded), reference)
-    quantized = getattr(core, "is_quantized", False)
-    tolerance = float("inf") if quantized else LOGITS_TOLERANCE[merged_dtype(core)]
+                adapter = wide_copy(adapter_of(layer, adapter_name), mixtures[name])
+                _check_weight(name, layer, adapter, mixtures[name], loaded.get_submodule(name).weight)
+        reference = adapter_logits(model, dtype)
+        noise = rounding_noise(model, adapter_name, layers, reference, dtype)
+    logits = prompt_logits(loaded)
+    error = logits_error(logits, reference)
+    tolerance = float("inf")
+    if not getattr(core, "is_quantized", False):
+        tolerance = logits_tolerance(dtype, max(noise, _weight_noise(loaded, layers, logits)))
     if not error <= tolerance or error == float("inf"):
         raise ValueError(
             f"The merged model does not do what the adapter does: logits differ by {error:.2g} of the largest, and "
-            f"rounding explains {tolerance:g}. Nothing was written; please report it."
+            f"rounding in {dtype} explains {tolerance:.2g}. Nothing was written; please report it."
         )
     return error
 
 
 @torch.no_grad()
-def _check_weight(name: str, layer: RLoraLayer, adapter_name: str, merged: torch.Tensor) -> None:
-    """Compare with the base weight plus what the adapter itself makes of the unit vectors."""
-    adapter = adapter_of(layer, adapter_name)
-    device = adapter.A.device
-    wide = torch.float32 if device.type == "mps" else torch.float64
+def _weight_noise(merged: PreTrainedModel, layers: Iterable[str], logits: list[torch.Tensor]) -> float:
+    """What one more rounding of the merged weights, which it leaves changed, makes of a model's logits."""
+    for seed, name in enumerate(layers):
+        weight = merged.get_submodule(name).weight
+        weight.copy_(rounded_at_random(weight, torch.finfo(weight.dtype).eps, seed))
+    return logits_error(prompt_logits(merged), logits)
+
+
+@torch.no_grad()
+def _check_weight(
+    name: str, layer: RLoraLayer, adapter: MultiHeadAdapter, weights: torch.Tensor, merged: torch.Tensor
+) -> None:
+    """
+    Compare with the base weight plus what the adapter itself makes of the unit vectors.
+
+    Args:
+        name (`str`), layer (`RLoraLayer`): The layer.
+        adapter ([`MultiHeadAdapter`]): Its adapter, a [`wide_copy`] under `weights` `[N]`.
+        merged (`torch.Tensor`): The weight as it was written and loaded again.
+    """
+    device, wide = adapter.A.device, adapter.A.dtype
     base = layer.get_base_weight()
     if layer.fan_in_fan_out:
         base, merged = base.T, merged.T
-    rounding = torch.finfo(merged.dtype).eps + 1e-6
+    down, up = term_factors(adapter, weights)
+    summed, stored, single = summed_rounding(adapter), torch.finfo(merged.dtype), torch.finfo(torch.float32)
     for start in range(0, layer.in_features, _COLUMNS):
         stop = min(start + _COLUMNS, layer.in_features)
         units = torch.zeros(stop - start, layer.in_features, dtype=wide, device=device)
@@ -201,9 +235,12 @@ def _check_weight(name: str, layer: RLoraLayer, adapter_name: str, merged: torch
         delta = adapter(units).T
         expected = base[:, start:stop].to(device, wide) + delta
         difference = (merged[:, start:stop].to(device, wide) - expected).abs()
-        # Rounded once, relative to the element; the delta itself is of float32.
-        if not bool((difference <= rounding * expected.abs() + 1e-5 * delta.abs().max()).all()):
+        # The delta is rounded to float32, added in float32, and the sum rounded to the dtype of the weight, where the
+        # smallest numbers have a rounding of their own.
+        bound = (stored.eps + single.eps) * expected.abs() + single.eps * delta.abs() + stored.tiny * stored.eps
+        bound += summed * (up @ down[:, start:stop])
+        if not bool((difference <= bound).all()):
             raise ValueError(
-                f"The merged weight of {name} is not the base's plus the adapter's delta: it differs by up to "
-                f"{float(difference.max()):.2g}. Nothing was written; please report it."
+                f"The merged weight of {name} is not the base's plus the adapter's delta: it "
+                f"{worst(difference, bound)}. Nothing was written; please report it."
             )

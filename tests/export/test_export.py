@@ -26,6 +26,7 @@ from rlora_trl.export import export as export_module
 from rlora_trl.export import export_lora
 from rlora_trl.export.lora import lora_factors, target_names
 from rlora_trl.hub.record import AdapterRecord
+from rlora_trl.kernels.reference import multihead_delta_reference
 from rlora_trl.tuner.fixed import adapted_layers, fixed_mixtures, kept_quantized
 
 
@@ -489,6 +490,94 @@ def test_merge(model_folders, tmp_path, tokenizer, kind):
         assert "two in the merged model" in report.warnings[0]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model_relation == "finetune" and "AutoModelForCausalLM" in card.text
+
+
+# Dtype of the base, whether the adapter has it too, how far training went, fields of the configuration.
+SIZES = {
+    "hardly_trained": (torch.float32, False, 1e-4, {}),
+    "untrained": (torch.float32, False, 0.0, {}),
+    "untrained_bf16": (torch.bfloat16, False, 0.0, {}),
+    "own_a": (torch.float32, False, 1e-4, {"share_a": False}),
+    "uniform": (torch.float32, False, 1e-4, {"router": "uniform"}),
+    "many_heads": (torch.float32, False, 1e-4, {"num_heads": 10, "r": 16}),
+    "large_terms": (torch.float32, False, 1e-2, {"init_gamma": 1, "lora_alpha": 256}),
+    "large_terms_bf16": (torch.bfloat16, False, 1e-2, {"init_gamma": 1}),
+    "adapter_in_bf16": (torch.bfloat16, True, 1e-2, {}),
+    "adapter_in_fp16": (torch.float16, True, 1e-4, {"init_weights": "zero_b"}),
+    "float64": (torch.float64, True, 1e-4, {"router": "uniform"}),
+    "far_away": (torch.float32, False, 30.0, {}),
+}
+
+
+def sized(option, weights=None):
+    dtype, same_dtype, scale, kwargs = SIZES[option]
+    torch.manual_seed(1)
+    base = TINY_MODELS["llama"]().to(dtype).eval()
+    config = RLoraConfig(task_type="CAUSAL_LM", **kwargs)
+    model = get_peft_model(base, config, autocast_adapter_dtype=not same_dtype).eval()
+    perturb(model, scale)
+    heads = config.num_heads
+    return model, None if config.router == "uniform" else weights or [1 / heads] * heads
+
+
+def true_delta(layer, weights):
+    """The delta under fixed weights as a matrix, by the reference in float64."""
+    adapter = layer.rlora_adapters["default"]
+    A, B, A0, B0 = (
+        None if tensor is None else tensor.detach().double()
+        for tensor in (adapter.A, adapter.B, adapter.A0, adapter.B0)
+    )
+    units = torch.eye(adapter.in_features, dtype=torch.float64)
+    logits = torch.tensor(weights, dtype=torch.float64).log().expand(adapter.in_features, -1)
+    return multihead_delta_reference(units, A, B, None, A0, B0, scaling=adapter.scaling, logits=logits).T
+
+
+@pytest.mark.parametrize("option", SIZES)
+def test_rounding_is_no_mistake_whatever_the_sizes(tmp_path, option):
+    """A delta is a small difference of large terms, and is rounded as they are."""
+    model, routing = sized(option)
+    weights = routing or [1 / 3] * 3
+    export_lora(model, tmp_path / "lora", routing=routing)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    export_lora(model, tmp_path / "merged", routing=routing, merge=True)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, layer in adapted_layers(model, "default").items():
+        delta, base = true_delta(layer, weights), layer.get_base_weight().double()
+        down, up = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        # In single precision, relative to what the export itself sums; the rest is that of the reference.
+        slack = 1e-14 * delta.abs().max() + 1e-12
+        assert bool(((up @ down - delta).abs() <= 2.4e-7 * (up.abs() @ down.abs()) + slack).all())
+        weight, expected = merged[f"{name}.weight"].double(), base + delta
+        eps = max(torch.finfo(merged[f"{name}.weight"].dtype).eps, 1.2e-7)
+        assert bool(((weight - expected).abs() <= eps * (expected.abs() + delta.abs()) + 6e-8 * (eps > 1e-4)).all())
+
+
+@pytest.mark.parametrize("option", SIZES)
+def test_small_mistakes_are_no_rounding(tmp_path, monkeypatch, option):
+    from rlora_trl.export import merge
+
+    heads = SIZES[option][-1].get("num_heads", 3)
+    model, routing = sized(option, [0.0, *[0.5**i for i in range(1, heads - 1)], 0.5 ** (heads - 2)])
+    real = export_module.lora_tensors
+    wrong = lambda *args: {k: t * 1.001 if "lora_B" in k else t for k, t in real(*args).items()}  # noqa: E731
+    monkeypatch.setattr(export_module, "lora_tensors", wrong)
+    with pytest.raises(ValueError, match="The export does not do what the adapter does: in model.layers.0.mlp"):
+        export_lora(model, tmp_path / "lora", routing=routing)
+    factors = merge.lora_factors
+    monkeypatch.setattr(merge, "lora_factors", lambda *args: (factors(*args)[0], 2 * factors(*args)[1]))
+    with pytest.raises(ValueError, match=r"The merged weight of .* differs by .*, where rounding explains"):
+        export_lora(model, tmp_path / "merged", routing=routing, merge=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_without_finite_logits(model_folders, tmp_path):
+    model = adapted(model_folders, dtype=torch.float16)
+    with torch.no_grad():
+        model.get_submodule("base_model.model.lm_head").weight.mul_(60000.0)
+    for merge in (False, True):
+        with pytest.raises(ValueError, match="gives logits that are not finite on a base in torch.float16. Load the"):
+            export_lora(model, tmp_path / "out", routing=WEIGHTS, merge=merge)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_merge_is_refused(model_folders, tmp_path, monkeypatch):
