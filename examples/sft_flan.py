@@ -25,6 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlora_cli import wait_passively
+
+
+wait_passively()  # on a CPU that other programs use too; before PyTorch is imported
 import torch
 from datasets import Dataset
 
@@ -46,7 +50,7 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "per_device_train_batch_size": 16,
-    "max_steps": 80,
+    "max_steps": 60,
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "save_strategy": "no",

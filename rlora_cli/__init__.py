@@ -5,13 +5,20 @@ wait for that, so only while `main` imports the commands does the library skip t
 a model imports `rlora_trl.tuner`, which registers.
 """
 
+import os
+
+
 # Read by `rlora_trl/__init__.py`.
 imports_commands = False
+
+# By which users choose how threads wait: of OpenMP, of GCC's runtime, and of LLVM's and Intel's.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
 def main() -> None:
     """Entry point of the command `rlora`."""
     global imports_commands
+    wait_passively()
     imports_commands = True
     try:
         from rlora_trl.cli.app import main as run
@@ -19,3 +26,15 @@ def main() -> None:
         imports_commands = False
 
     run()
+
+
+def wait_passively() -> None:
+    """
+    Have threads of OpenMP sleep while they wait for each other, in this process and those that it starts.
+
+    By default they spin. As soon as another process has a core of theirs, a thread that spins takes its time from the
+    one that it waits for, and a training step takes up to ten times as long. OpenMP reads its settings when PyTorch is
+    imported: call this before. What the user has set stays.
+    """
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

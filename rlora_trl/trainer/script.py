@@ -6,12 +6,18 @@ All fields of `RLoraConfig`, `RLoraSFTConfig` and TRL's `ModelConfig` are argume
 
 from __future__ import annotations
 
+import math
 import os
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import ScriptArguments, TrlParser, get_quantization_config
 
@@ -20,6 +26,12 @@ from ..evaluation.data import is_scorable, load_splits, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
 from .trainer import RLoraSFTTrainer
+
+
+# What `accelerate launch` leaves in the environment of each process.
+_LAUNCHED = "ACCELERATE_USE_CPU"
+# Steps after the first from which the time of a run is told, and the shortest time worth it, in seconds.
+_TIMED_STEPS, _LONG = 2, 20
 
 
 @dataclass
@@ -161,7 +173,9 @@ def train(
     # DeepSpeed places and shards the model when training starts; there is nothing to score before.
     scored = {} if trainer.is_deepspeed_enabled else data.scored
     tokenizer = trainer.processing_class
+    start = time.perf_counter()
     before = score_tasks(trainer.model, tokenizer, scored, description="Scoring, before") if scored else {}
+    trainer.add_callback(ExpectedTime(time.perf_counter() - start if scored else 0.0))
     resume = training_args.resume_from_checkpoint
     # On the command line "true" stands for the last checkpoint in the output folder.
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
@@ -177,9 +191,80 @@ def train(
 
 
 def use_all_cores() -> None:
-    """`accelerate launch` sets one thread for a process; a single process on a CPU may have all cores."""
-    if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        torch.set_num_threads(os.cpu_count() or 1)
+    """
+    Give a single process on a CPU a thread for each core that it may use: `accelerate launch` sets one thread.
+
+    `OMP_NUM_THREADS` holds if it is the user's: if it is not the 1 that the launcher sets where there is none.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    is_default = threads is None or (threads == "1" and _LAUNCHED in os.environ)
+    if is_default and not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.set_num_threads(available_cores())
+
+
+def available_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """
+    The cores that this process may use: of its affinity (`taskset`, Slurm), or fewer by its quota (containers).
+
+    Args:
+        groups (`Path`, *optional*, defaults to `/sys/fs/cgroup`): Where Linux shows control groups.
+    """
+    # `sched_getaffinity` is missing on macOS and Windows; `os.process_cpu_count` comes with Python 3.13.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota(groups)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _cpu_quota(groups: Path) -> float | None:
+    """Cores' worth of time that the control group of this process has, by version 2 or 1; `None` without a limit."""
+    try:
+        if (groups / "cpu.max").is_file():
+            quota, period = (groups / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((groups / "cpu" / name).read_text(encoding="ascii") for name in names)
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # "max", or no such file
+        return None
+
+
+class ExpectedTime(TrainerCallback):
+    """
+    Say after the first steps how long a run will take, scoring included.
+
+    Args:
+        scoring (`float`): Seconds that scoring takes after training.
+    """
+
+    def __init__(self, scoring: float = 0.0) -> None:
+        self.scoring = scoring
+        self._ends: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ends = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if len(self._ends) > _TIMED_STEPS or not state.is_local_process_zero:
+            return
+        self._ends.append(time.perf_counter())
+        if len(self._ends) <= _TIMED_STEPS:
+            return
+        # The first step is longer: memory is taken, kernels are chosen.
+        step = (self._ends[-1] - self._ends[0]) / _TIMED_STEPS
+        steps = state.max_steps - state.global_step
+        seconds = steps * step + self.scoring
+        if seconds >= _LONG:
+            scoring = f", and {describe_seconds(self.scoring)} of scoring" if self.scoring >= 1 else ""
+            tqdm.write(
+                f"About {describe_seconds(seconds)} left: {steps} steps of {step:.1f} s{scoring}.", file=sys.stderr
+            )
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration in words: `"45 s"`, `"4 min"`, `"2.5 h"`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def format_scores(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> str:

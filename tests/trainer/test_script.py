@@ -1,0 +1,117 @@
+"""The parts of a training program: its data, its threads, and the time that it says it takes."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rlora_cli
+from rlora_trl.trainer import script
+
+
+def test_cores_are_those_of_the_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert script.available_cores(tmp_path) == 6
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in (("-1", 6), ("250000", 3), ("10000", 1), ("900000", 6)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert script.available_cores(tmp_path) == cores
+    for quota, cores in (("max", 6), ("400000", 4), ("50000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        assert script.available_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    "environment, threads",
+    [
+        ({}, 6),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "False"}, 6),  # the launcher's default
+        ({"OMP_NUM_THREADS": "3", "ACCELERATE_USE_CPU": "False"}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({"WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_threads(monkeypatch, environment, threads):
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(script, "available_cores", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    script.use_all_cores()
+    assert chosen == ([threads] if threads else [])
+
+
+def waiting(lines, **environment):
+    """What OpenMP says of itself when it is loaded."""
+    library = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
+    if library is None:
+        pytest.skip("this PyTorch brings no OpenMP of GCC")
+    kept = {name: value for name, value in os.environ.items() if name not in rlora_cli._WAITING}
+    code = f"{lines}\nimport ctypes\nctypes.CDLL({str(library)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, "OMP_DISPLAY_ENV": "VERBOSE", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    settings = dict(line.split("] ")[-1].strip().split(" = ") for line in done.stderr.splitlines() if " = " in line)
+    return settings["OMP_WAIT_POLICY"].strip("'"), settings["GOMP_SPINCOUNT"].strip("'")
+
+
+def test_threads_sleep_while_they_wait():
+    passive = "import rlora_cli; rlora_cli.wait_passively()"
+    assert waiting(passive) == ("PASSIVE", "0")
+    assert waiting(passive, OMP_WAIT_POLICY="ACTIVE") == waiting("", OMP_WAIT_POLICY="ACTIVE") != ("PASSIVE", "0")
+    assert waiting(passive, GOMP_SPINCOUNT="77") == waiting("", GOMP_SPINCOUNT="77")
+
+
+def test_the_command_and_the_example_load_pytorch_after_that():
+    root = Path(__file__).parent.parent.parent
+    example = (root / "examples" / "sft_flan.py").read_text()
+    assert example.index("\nwait_passively()") < example.index("import torch")
+    code = "import sys, rlora_cli\nsys.argv = ['rlora', '--version']\ntry: rlora_cli.main()\nexcept SystemExit: pass\n"
+    code += "import os; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    kept = {name: value for name, value in os.environ.items() if name not in rlora_cli._WAITING}
+    done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False PASSIVE"
+
+
+def steps(monkeypatch, seconds, total, scoring=0.0, first=0):
+    """Run the callback through a training of so many steps; when it spoke, and what it said."""
+    clock = itertools.accumulate(itertools.chain([100.0], itertools.repeat(seconds)))
+    monkeypatch.setattr(script.time, "perf_counter", lambda: next(clock))
+    said = []
+    monkeypatch.setattr(script.tqdm, "write", lambda text, file: said.append((state.global_step, text)))
+    state = SimpleNamespace(max_steps=total, global_step=first, is_local_process_zero=True)
+    callback = script.ExpectedTime(scoring)
+    callback.on_train_begin(None, state, None)
+    for _ in range(total - first):
+        state.global_step += 1
+        callback.on_step_end(None, state, None)
+    return said
+
+
+def test_the_time_of_a_run_is_said_early(monkeypatch):
+    assert steps(monkeypatch, 2.0, 60, scoring=30.4) == [
+        (3, "About 2 min left: 57 steps of 2.0 s, and 30 s of scoring.")
+    ]
+    assert steps(monkeypatch, 2.0, 60) == [(3, "About 2 min left: 57 steps of 2.0 s.")]
+    assert steps(monkeypatch, 2.0, 60, first=40) == [(43, "About 34 s left: 17 steps of 2.0 s.")]
+    assert steps(monkeypatch, 90.0, 1003) == [(3, "About 25.0 h left: 1000 steps of 90.0 s.")]
+    assert steps(monkeypatch, 0.1, 60) == []  # over before anybody has read it
+
+
+def test_quantities_of_time():
+    assert [script.describe_seconds(value) for value in (0.4, 89, 91, 3600, 5400)] == [
+        *("0 s", "89 s", "2 min", "60 min", "1.5 h")
+    ]
