@@ -73,12 +73,15 @@ def evaluate(
     A row with options counts if its completion is the most likely of them; one without, if greedy decoding writes it.
     """
     with results_only():
+        from ..evaluation.data import text_rows
+
         checked = find_adapter(adapter, revision)
         record = local_record(checked, adapter) if save else None
-        tasks = load_rows(checked, data, split, task_column, limit)
+        tasks = load_rows(checked, data, split, task_column, limit, answers=True)
         if record is not None and not overwrite:
             _refuse_fewer_rows(record, tasks)
         loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
+        tasks = text_rows(tasks, loaded.tokenizer)
         scores = _score(loaded, tasks, batch_size, "Scoring the adapter")
         base_scores = None
         if compare_base:

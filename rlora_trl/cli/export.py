@@ -75,6 +75,7 @@ def export(
     if routing is not None and task is not None:
         raise typer.BadParameter("`--task` and `--weights` both say how to mix the heads. Give one of them.")
     with results_only():
+        from ..evaluation.data import text_rows
         from ..export import export_lora
 
         checked = find_adapter(adapter, revision)
@@ -82,14 +83,14 @@ def export(
             refuse_unknown_task(checked, task)
         if routing is not None:
             _check_weights(routing, weights, checked.config.num_heads)
-        rows = load_rows(checked, data, split, task_column, limit) if data is not None else None
+        rows = load_rows(checked, data, split, task_column, limit, answers=True) if data is not None else None
         loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
         report = export_lora(
             loaded.model,
             str(output),
             task=task,
             routing=routing,
-            data=rows,
+            data=None if rows is None else text_rows(rows, loaded.tokenizer),
             tokenizer=loaded.tokenizer,
             merge=merge,
         )

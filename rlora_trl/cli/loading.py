@@ -116,15 +116,25 @@ def hide_progress_in_logs() -> None:
 
 
 def load_rows(
-    checked: CheckedAdapter, data: str, split: str | None, task_column: str | None, limit: int | None = None
+    checked: CheckedAdapter,
+    data: str,
+    split: str | None,
+    task_column: str | None,
+    limit: int | None = None,
+    *,
+    answers: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows by task; data that do not name tasks are of the adapter's, if it has only one."""
+    """
+    Rows by task; data that do not name tasks are of the adapter's, if it has only one.
+
+    Rows with `answers` are to be scored; those of conversations become text with [`text_rows`].
+    """
     from ..evaluation.data import load_task_rows
 
     hide_progress_in_logs()
     tasks = checked.config.tasks or ()
     only = tasks[0] if len(tasks) == 1 else None
-    return load_task_rows(data, split=split, task_column=task_column, limit=limit, default_task=only)
+    return load_task_rows(data, split=split, task_column=task_column, limit=limit, default_task=only, answers=answers)
 
 
 def _four_bit() -> Any:

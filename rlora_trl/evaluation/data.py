@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import ClassLabel, DatasetDict, IterableDataset, load_dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
+from trl import maybe_convert_to_chatml
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# What TRL trains on, in the order in which it looks for it. With the column of plain text as the last.
+_TRAINABLE = (("prompt", "completion"), ("messages",), ("conversations",))
+_ASSISTANTS = ("assistant", "gpt")  # as OpenAI and ShareGPT call the one who answers
 
 
 def load_splits(
@@ -29,12 +44,17 @@ def load_splits(
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows as they are needed.
 
+    Cells of a CSV file are text as they stand there, also `NA` and `007`; empty ones are missing.
+
     Raises:
         FileNotFoundError: If there is neither a file, a folder nor a data set of this name.
+        ValueError: If a file is empty or can't be read; with the line, where it is known.
     """
     path = Path(name)
     if path.suffix in _FORMATS and path.is_file():
-        return load_dataset(_FORMATS[path.suffix], data_files={file_split: name}, streaming=streaming)
+        with _explained(path):
+            options = {"data_files": {file_split: name}, "streaming": streaming, **_csv_options([path])}
+            return load_dataset(_FORMATS[path.suffix], **options)
     is_path = path.suffix in _FORMATS or name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if is_path and "://" not in name and not path.exists():
         raise FileNotFoundError(
@@ -42,13 +62,242 @@ def load_splits(
             "of a data set on the Hub."
         )
     try:
-        return load_dataset(name, config_name, streaming=streaming)
+        with _explained(path):
+            return load_dataset(name, config_name, streaming=streaming, **_csv_options(_data_files(path)))
     except (DatasetNotFoundError, ConnectionError) as error:
         if path.exists():
             raise
         raise FileNotFoundError(
             f"There is no file or folder {name} here, and no such data set was found on the Hub: {error}"
         ) from error
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The files of a folder of data, and a file itself."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in _FORMATS and file.is_file())
+
+
+def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
+    """Options that keep the cells of CSV files text: pandas makes numbers of "007", and nothing of "NA"."""
+    if not files or any(file.suffix != ".csv" for file in files):
+        return {}
+    names = {name for file in files for name in _header(file)}
+    return {"converters": dict.fromkeys(sorted(names), _cell), "na_filter": False} if names else {}
+
+
+def _header(file: Path) -> list[str]:
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            return next(csv.reader(lines), [])
+    except UnicodeDecodeError:
+        return []  # told by `_find_mistake` once reading it has failed
+
+
+def _cell(text: str) -> str | None:
+    return text or None
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say where a local file is wrong, if reading it fails."""
+    try:
+        yield
+    except Exception as error:
+        files = _data_files(path)
+        for file in files:
+            mistake = _find_mistake(file)
+            if mistake is not None:
+                raise ValueError(f"{file}{mistake}") from error
+        columns = {file: names for file in files if (names := _columns(file))}
+        differing = next((file for file in columns if set(columns[file]) != set(columns[next(iter(columns))])), None)
+        if differing is not None:
+            listed = "; ".join(f"{file.name}: {', '.join(columns[file])}" for file in (next(iter(columns)), differing))
+            raise ValueError(f"The files of {path} have different columns ({listed}). Give all the same.") from error
+        raise
+
+
+def _columns(file: Path) -> list[str]:
+    """The columns of a CSV or JSON-lines file, of its first row."""
+    if file.suffix == ".csv":
+        return _header(file)
+    if file.suffix != ".jsonl":
+        return []
+    with open(file, encoding="utf-8") as lines:
+        return list(json.loads(next(line for line in lines if line.strip())))
+
+
+def _find_mistake(file: Path) -> str | None:
+    """What is wrong with a file that could not be read, and where, as the end of a sentence that its name begins."""
+    if not file.read_bytes().strip():
+        return " is empty. Give a file with at least one row."
+    if file.suffix == ".parquet":
+        return " is no Parquet file, or it was cut off. Write or download it again."
+    try:
+        return (_mistake_in_csv if file.suffix == ".csv" else _mistake_in_json)(file)
+    except UnicodeDecodeError as error:
+        return f" is not UTF-8 text: {error.reason}, byte {error.object[error.start]:#04x}. Save it in UTF-8."
+
+
+def _mistake_in_json(file: Path) -> str | None:
+    accepted = 'Each line must be one JSON object, such as {"prompt": "...", "completion": "..."}.'
+    text = file.read_text(encoding="utf-8")
+    try:
+        json.loads(text)
+        return None  # one document, which is accepted too
+    except json.JSONDecodeError:
+        pass
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return f", line {number}: {error.msg} at column {error.colno}. {accepted}"
+        if not isinstance(row, dict):
+            return f", line {number}: the line is a {type(row).__name__}. {accepted}"
+    return None
+
+
+def _mistake_in_csv(file: Path) -> str | None:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines)
+        header = next(reader)
+        rows = 0
+        for cells in reader:
+            rows += bool(cells)
+            if len(cells) > len(header):
+                return (
+                    f", line {reader.line_num}: {len(cells)} cells, and the first line names {len(header)} columns. "
+                    "Put cells that contain commas into double quotes."
+                )
+    return None if rows else " has a header and no rows. Give a file with at least one row."
+
+
+def check_format(columns: Iterable[str], where: str, *, text_column: str = "text") -> tuple[str, ...]:
+    """
+    The columns that TRL's preparation reads.
+
+    Args:
+        columns (`Iterable[str]`): Names of all columns.
+        where (`str`): What the data are called in messages.
+        text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
+
+    Returns:
+        `tuple[str, ...]`: `("prompt", "completion")`, `("messages",)`, `("conversations",)` or `(text_column,)`.
+
+    Raises:
+        ValueError: If there is none of these, or a prompt without a completion.
+    """
+    columns = list(columns)
+    formats = (*_TRAINABLE, (text_column,))
+    found = next((names for names in formats if set(names) <= set(columns)), None)
+    accepted = f"accepted are 'prompt' with 'completion', {text_column!r}, or 'messages'"
+    shown = ", ".join(map(repr, columns)) or "none"
+    if found is None:
+        separator = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+        remedy = f"Separate them by commas instead of {separator!r}." if separator else "Rename its columns."
+        raise ValueError(f"{where} has the columns {shown}; {accepted}. {remedy}")
+    if "prompt" in columns and found[0] != "prompt":  # which TRL takes for half a pair
+        raise ValueError(
+            f"{where} has the columns {shown}, with a 'prompt' and no 'completion'; {accepted}. Remove the column "
+            f"'prompt' to train on {found[0]!r}, or add the completions."
+        )
+    return found
+
+
+def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
+    """
+    Refuse data that TRL's preparation fails on: other columns, missing values, or values that are no text.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The data. With a column `input_ids` it is tokenized, and not checked.
+        where (`str`): What the data are called in messages.
+        text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
+
+    Returns:
+        `Dataset` or `IterableDataset`: The data; a stream checks its rows as they are read.
+
+    Raises:
+        ValueError: With the row, counted from 1, and the column.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset  # columns are those of a transform, with which TRL refuses to prepare data
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{where} has no rows. Check the file, split or filter that it comes from.")
+    columns = list(dataset.column_names or first)
+    if "input_ids" in columns:
+        return dataset
+    names = check_format(columns, where, text_column=text_column)
+    check = partial(_check_values, where=where, text_column=text_column)
+    for name in names:
+        for place, value in _suspects(dataset, first, name):
+            check({name: value}, place, names=(name,))
+    if len(names) == 2 and isinstance(first["prompt"], str) != isinstance(first["completion"], str):
+        raise ValueError(
+            f"{where}, row 1: of 'prompt' and 'completion' one is text and the other a list of messages. Give both as "
+            "text, or both as lists of messages."
+        )
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(partial(check, names=names), with_indices=True, features=dataset.features)
+    return dataset
+
+
+def _check_values(
+    row: Mapping[str, Any], place: int, *, names: Iterable[str], where: str, text_column: str
+) -> Mapping[str, Any]:
+    """The row at a place, counted from 0, if the values of these columns are what they must be."""
+    for name in names:
+        problem = _value_problem(row.get(name), name, is_text=name == text_column)
+        if problem is not None:
+            raise ValueError(f"{where}, row {place + 1}, column {name!r}: {problem}")
+    return row
+
+
+def _suspects(dataset: Any, first: Mapping[str, Any], name: str) -> Iterator[tuple[int, Any]]:
+    """With places: the first value of a column, the first that is missing, and all in a column of mixed types."""
+    yield 0, first.get(name)
+    if not isinstance(dataset, Dataset):
+        return
+    column = dataset.with_format("arrow")[name]
+    column = column if isinstance(column, pa.ChunkedArray) else column[:]
+    if column.null_count:
+        yield pc.index(pc.is_null(column), True).as_py(), None
+    if not isinstance(dataset.features[name], Value | List):  # JSON of several types
+        yield from enumerate(dataset.with_format(None)[name])
+
+
+def _value_problem(value: Any, name: str, *, is_text: bool) -> str | None:
+    """Why a value can't be trained on, and what to do; `None` if it can."""
+    what = "text" if is_text else "a list of messages" if name in ("messages", "conversations") else "text"
+    if value is None:
+        return f"it is missing or null, and must be {what}. Fill it in, or remove the row."
+    if isinstance(value, str):
+        return None if what == "text" else f"it is text, and must be {what}. Use 'prompt' and 'completion' for text."
+    if isinstance(value, list) and not is_text:
+        return _messages_problem(value, name)
+    written = json.dumps(str(value)) if isinstance(value, int | float) else "text"
+    return f"it is {_shorten(value)}, of type {type(value).__name__}, and must be {what}. Write it as {written}."
+
+
+def _messages_problem(messages: list[Any], name: str) -> str | None:
+    keys = ("from", "value") if name == "conversations" else ("role", "content")
+    listed = " and ".join(map(repr, keys))
+    if not messages:
+        return f"it is an empty list, and must have messages with {listed}. Fill it in, or remove the row."
+    # A message that calls a tool may have no content, but each has a role.
+    wrong = next((message for message in messages if not (isinstance(message, dict) and keys[0] in message)), None)
+    if wrong is None:
+        return None
+    hint = "Rename the column to 'messages'." if isinstance(wrong, dict) and "role" in wrong else "Correct it."
+    return f"it has {_shorten(wrong)}, and messages must have {listed}. {hint}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def rows_by_task(dataset: Any, task_column: str, limit: int | None = None) -> dict[str, list[dict]]:
@@ -84,9 +333,10 @@ def load_task_rows(
     task_column: str | None = None,
     limit: int | None = None,
     default_task: str | None = None,
+    answers: bool = False,
 ) -> dict[str, list[dict]]:
     """
-    Rows to score or to measure on, by task.
+    Rows to score or to measure on, by task: in any form that is trained on. `conversations` become `messages`.
 
     Args:
         name (`str`):
@@ -99,9 +349,11 @@ def load_task_rows(
             Only the first rows of each task.
         default_task (`str`, *optional*):
             Name of that one task. Defaults to the name of the data.
+        answers (`bool`, *optional*, defaults to `False`):
+            Rows must have an answer to score, which plain text has not.
 
     Raises:
-        ValueError: If there is no such split or column, or no rows.
+        ValueError: If there is no such split or column, or no rows, or rows of another form; see [`check_rows`].
     """
     splits = load_splits(name, file_split=split or "test")
     chosen = split or ("test" if "test" in splits else next(iter(splits)))
@@ -112,10 +364,111 @@ def load_task_rows(
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows in split {chosen!r}.")
     column = task_column or "task"
-    if column in dataset.column_names:
-        return rows_by_task(dataset, column, limit)
-    if task_column is not None:
+    if task_column is not None and column not in dataset.column_names:
         raise ValueError(
             f"{name} has no column {task_column!r} to name tasks; it has {', '.join(dataset.column_names)}."
         )
+    _check_scorable(dataset, name if len(splits) == 1 else f"{name}, split {chosen!r}", answers)
+    if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
+        dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
+    if column in dataset.column_names:
+        return rows_by_task(dataset, column, limit)
     return {default_task or Path(name).stem: dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()}
+
+
+def _check_scorable(dataset: Dataset, where: str, answers: bool) -> None:
+    columns = [name for name in dataset.column_names if name != "input_ids"]  # measured by their text
+    names = check_format(columns, where)
+    if answers and names == ("text",):
+        raise ValueError(
+            f"{where} has the columns {', '.join(map(repr, columns))}; accepted are 'prompt' with 'completion', or "
+            "'messages' that end with an answer, as plain text has no answer to score. Rename its columns."
+        )
+    check_rows(dataset.select_columns(list(names)), where)
+
+
+def text_rows(tasks: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Rows by task with prompt, completion and options as text, as [`score_tasks`] takes them.
+
+    Conversations become the text that the chat template makes of them, as in training. Of `messages` the last turn of
+    the assistant is the answer; what follows it is left out. Options are texts, contents of that turn.
+
+    Args:
+        tasks (`Mapping[str, Sequence[Mapping]]`): Rows by task, from [`load_task_rows`].
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+
+    Raises:
+        ValueError: If messages have no answer, or the tokenizer has no chat template.
+    """
+    return {
+        task: [_text_row(row, tokenizer, f"Task {task!r}, row {number}") for number, row in enumerate(rows, start=1)]
+        for task, rows in tasks.items()
+    }
+
+
+def _text_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, Any]:
+    options = _options(row.get("options"), where)
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return {**row, "options": options}
+    prompt, answer = _split_messages(row, where)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{where} is a conversation, and the model's tokenizer has no chat template to write it with. Use a model "
+            "that has one, or give 'prompt' and 'completion' as text."
+        )
+    completions = []
+    for turn in [answer, *([{"role": answer[0]["role"], "content": option}] for option in options)]:
+        text, completion = _write(prompt, turn, row, tokenizer)
+        completions.append(completion)
+    return {**row, "prompt": text, "completion": completions[0], "options": completions[1:]}
+
+
+def _options(options: Any, where: str) -> list[str]:
+    """The options of a row; those of a CSV file are a list in JSON."""
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError:
+            pass  # refused below
+    options = [] if options is None else options
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(
+            f"{where}, column 'options': it is {_shorten(options)}, and must be a list of texts, such as "
+            '[" yes", " no"]. Correct it.'
+        )
+    return options
+
+
+def _split_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict], list[dict]]:
+    """The messages before the answer, and the answer."""
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return row["prompt"], row["completion"]
+    messages = row.get("messages") or []
+    places = [place for place, message in enumerate(messages) if message.get("role") in _ASSISTANTS]
+    if not places or places[-1] == 0:
+        raise ValueError(
+            f"{where}, column 'messages': it has no answer of the assistant to a message before it, only the roles "
+            f"{', '.join(repr(message.get('role')) for message in messages) or 'none'}. Add the answer, or remove the "
+            "row."
+        )
+    return messages[: places[-1]], [messages[places[-1]]]
+
+
+def _write(
+    prompt: list[dict], answer: list[dict], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """A conversation as text, parted where the answer begins. Scoring adds the end of the sequence itself."""
+    tools = row.get("tools")
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+    }
+    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **options)
+    before = os.path.commonprefix([before, whole])  # some templates open an answer otherwise than they write it
+    bos = tokenizer.bos_token
+    if bos and before.startswith(bos) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        whole, before = whole[len(bos) :], before[len(bos) :]  # the tokenizer puts it there as well
+    completion = whole[len(before) :].rstrip("\n")
+    return before, completion.removesuffix(tokenizer.eos_token or "")

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ScriptArguments, TrlParser, get_quantization_config
 
 from ..evaluation import TaskScore, score_tasks
-from ..evaluation.data import is_scorable, load_splits, rows_by_task
+from ..evaluation.data import check_rows, is_scorable, load_splits, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
 from .trainer import RLoraSFTTrainer
@@ -127,6 +127,12 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
             f"{', '.join(splits)}."
         )
     test = splits.get(args.dataset_test_split)
+    if not (training_args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        used = {args.dataset_train_split: splits[args.dataset_train_split]}
+        used |= {args.dataset_test_split: test} if test is not None and training_args.eval_strategy != "no" else {}
+        for name, split in used.items():
+            where = args.dataset_name if len(splits) == 1 else f"{args.dataset_name}, split {name!r}"
+            check_rows(split, where, text_column=training_args.dataset_text_field)
     column = training_args.task_column
     scored = {}
     if args.score_rows > 0 and test is not None and is_scorable(test) and column in test.column_names:

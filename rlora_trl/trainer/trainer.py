@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from trl import pack_dataset
 
+from ..evaluation.data import check_rows
 from ..kernels import RoutingTally, anchor_loss, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from .callbacks import HeadUsageCallback
@@ -351,6 +352,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         is_training = dataset is self._training_data
         if is_packed(dataset):
             return dataset
+        if formatting_func is None:
+            dataset = check_rows(dataset, f"The data set {dataset_name!r}", text_column=args.dataset_text_field)
         dataset = self._lost_rows.renumber(dataset)
         # `evaluate` prepares its data once more for each data set of a dictionary.
         is_new = isinstance(dataset, Dataset) and not self._lost_rows.is_known(dataset)

@@ -66,6 +66,74 @@ def test_eval_of_a_task_router(rlora, make_adapter, rows_folder):
         assert row["correct"] == score_tasks(model, build_tokenizer(), {"": rows})[""].correct
 
 
+@pytest.mark.parametrize("form", ["messages", "conversations", "prompt_completion"])
+def test_eval_of_conversations(rlora, make_adapter, tmp_path, form):
+    """Scores are those of the text that the chat template makes of them, options and the last answer too."""
+    names = ("from", "value") if form == "conversations" else ("role", "content")
+    chats, texts = [], []
+    for row in task_rows("same", 12):
+        question, answer = row["prompt"], row["completion"].strip()
+        turns = [dict(zip(names, turn, strict=True)) for turn in (("user", question), ("assistant", answer))]
+        split = {"prompt": turns[:1], "completion": turns[1:]}
+        chats.append({**(split if form == "prompt_completion" else {form: turns}), "options": ["yes", "no"]})
+        # The template puts a space before the end of a turn.
+        texts.append({"prompt": f"<user> {question} <assistant>", "completion": f" {answer} "})
+    for options, folder in ((["yes", "no"], "with"), (None, "without")):
+        (tmp_path / folder).mkdir()
+        rows = [{**row, "options": options} for row in chats]
+        (tmp_path / folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        adapter = make_adapter("adapter" + folder, tasks=["same"])
+        result = rlora("eval", adapter, "--data", tmp_path / folder, "--json")
+        assert result.exit_code == 0, result.stderr
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+        options = [" yes ", " no "] if options else []
+        expected = score_tasks(model, build_tokenizer(), {"same": [{**row, "options": options} for row in texts]})[
+            "same"
+        ]
+        told = json.loads(result.stdout)["tasks"][0]
+        assert (told["correct"], told["rows"]) == (expected.correct, expected.total)
+
+
+def test_conversations_are_analyzed_and_exported(rlora, make_adapter, tmp_path):
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "task": "same"}))
+    folder, data = make_adapter(), tmp_path / "rows.jsonl"
+    assert rlora("analyze", folder, "--data", data).exit_code == 0
+    result = rlora("export", folder, tmp_path / "out", "--task", "same", "--data", data, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["rows"] == 1, result.stderr
+
+
+@pytest.mark.parametrize("command", ["eval", "analyze", "export"])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (
+            [{"question": "a", "answer": "b"}],
+            "has the columns 'question', 'answer'; accepted are 'prompt' with 'comple",
+        ),
+        ([{"prompt": "a", "completion": None}], "rows.jsonl, row 1, column 'completion': it is missing or null"),
+        ([{"prompt": "a", "completion": 4}], "rows.jsonl, row 1, column 'completion': it is 4, of type int"),
+        ('{"prompt": "a",', "rows.jsonl, line 1: Expecting property name enclosed in double quotes"),
+        ("", "rows.jsonl is empty."),
+    ],
+    ids=["columns", "null", "number", "broken", "empty"],
+)
+def test_data_of_another_form(rlora, make_adapter, tmp_path, command, rows, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows)))
+    output = [tmp_path / "out"] if command == "export" else []
+    result = rlora(command, make_adapter(), *output, "--data", path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_plain_text_has_no_answer_to_score(rlora, make_adapter, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "w1 w2"}')
+    assert "plain text has no answer to score" in rlora("eval", make_adapter(), "--data", path).stderr
+    assert rlora("analyze", make_adapter("again"), "--data", path).exit_code == 0
+
+
 def test_eval_saves_scores_of_the_adapters_tasks(rlora, make_adapter, rows_folder):
     folder = make_adapter(tasks=["same", "colour"])
     result = rlora("eval", folder, "--data", rows_folder, "--save", "--json")

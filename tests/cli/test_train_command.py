@@ -8,6 +8,7 @@ import pytest
 import typer
 from cli_program import PROGRAM
 
+from rlora_trl.cli import train_process
 from rlora_trl.cli.train import split_arguments, training_parser, with_defaults
 from rlora_trl.hub.record import AdapterRecord
 
@@ -26,12 +27,14 @@ def test_train_from_yaml(model_folders, rows_folder, tmp_path):
     config.write_text(
         f"model_name_or_path: {model_folders['llama']}\ndataset_name: {rows_folder}\noutput_dir: {tmp_path / 'out'}\n"
         "max_steps: 2\nper_device_train_batch_size: 4\nreport_to: none\nsave_strategy: 'no'\nnum_heads: 5\nr: 3\n"
-        "num_processes: 1\nenv:\n  RLORA_TRL_KERNELS: torch\n"
+        "num_processes: 1\nenv:\n  RLORA_TRL_KERNELS: torch\n  OMP_DISPLAY_ENV: 'TRUE'\n"
     )
     done = train("--config", config, "--r", 2, "--score-rows", 3, "--mixed_precision", "no")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "mean of tasks" in done.stdout and "AutoPeftModelForCausalLM.from_pretrained" in done.stdout
     assert f"rlora push {tmp_path / 'out'} user/name" in done.stderr
+    waiting = {line.split("= ")[-1] for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line}
+    assert waiting <= {"'PASSIVE'"}, "threads that spin while they wait"
     assert "values were not passed" not in done.stdout + done.stderr
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (saved["num_heads"], saved["r"], saved["tasks"]) == (5, 2, ["colour", "first", "same"])
@@ -47,6 +50,37 @@ def test_errors_in_the_process_are_one_message(rlora, capfd, model_folders, rows
     assert not any("Traceback" in line or "CalledProcessError" in line for line in lines)
     assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
     assert "`r`" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        (
+            "rows.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}',
+            ", row 2, column 'completion': it is missing",
+        ),
+        ("rows.csv", "prompt;completion\na;b", " has the columns 'prompt;completion'; accepted are"),
+        ("rows.jsonl", '{"prompt": "a", "completion": 4}', ", row 1, column 'completion': it is 4, of type int"),
+        ("rows.jsonl", "", " is empty."),
+        (
+            "rows.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt"',
+            ", line 2: Expecting ':' delimiter at column 10",
+        ),
+        ("rows.jsonl", '{"question": "a", "answer": "b"}', " has the columns 'question', 'answer'; accepted are"),
+    ],
+    ids=["null", "semicolons", "number", "empty", "broken", "columns"],
+)
+def test_data_that_can_not_be_trained_on(monkeypatch, capfd, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    words = ["--model_name_or_path", "m", "--dataset_name", str(tmp_path / name), "--output_dir", str(tmp_path / "o")]
+    monkeypatch.setattr("sys.argv", ["train_process", *words])
+    assert train_process.main() == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
+    assert f"{tmp_path / name}{message}" in lines[-1]
+    assert not any("Traceback" in line or "should not happen" in line for line in lines)
 
 
 def split(*words):

@@ -1,13 +1,16 @@
 """Data sets by file, folder and split, and their rows by task."""
 
 import json
+import re
 from unittest import mock
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from testing_utils import build_tokenizer
+from tokenizers import processors
 
 from rlora_trl.evaluation import data
-from rlora_trl.evaluation.data import is_scorable, load_splits, load_task_rows, rows_by_task
+from rlora_trl.evaluation.data import check_rows, is_scorable, load_splits, load_task_rows, rows_by_task, text_rows
 
 
 ROWS = [{"prompt": f"p{i}", "completion": f" c{i}", "task": ("b", "a")[i % 2]} for i in range(6)]
@@ -76,3 +79,216 @@ def test_what_can_be_scored():
     assert not is_scorable(Dataset.from_list([{"text": "a"}]))
     assert not is_scorable(Dataset.from_list([{"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}]))
     assert not is_scorable(Dataset.from_list(ROWS).to_iterable_dataset())
+
+
+PAIR = {"prompt": "a", "completion": "b"}
+ACCEPTED = "accepted are 'prompt' with 'completion', 'text', or 'messages'"
+# Text of a file, or rows of a JSON-lines file; what the message must say.
+UNREADABLE = {
+    "empty.jsonl": ("", " is empty. Give a file with at least one row."),
+    "blank.jsonl": ("\n\n", " is empty. Give a file"),
+    "empty.csv": ("", " is empty. Give a file"),
+    "header.csv": ("prompt,completion\n", " has a header and no rows. Give a file"),
+    "broken.jsonl": (
+        '{"prompt":"a","completion":"b"}\n\n{"prompt":"a" "completion":"b"}\n',
+        ", line 3: Expecting ',' del",
+    ),
+    "cut_off.jsonl": ('{"prompt":"a","completion":"b"}\n{"prompt":"a","comp', ", line 2: Unterminated string"),
+    "lists.jsonl": (
+        '{"prompt":"a","completion":"b"}\n[1, 2]\n',
+        ", line 2: the line is a list. Each line must be one JSON",
+    ),
+    "latin.csv": (b"prompt,completion\ncaf\xe9,b\n", " is not UTF-8 text: .* byte 0xe9. Save it in UTF-8."),
+    "ragged.csv": ("prompt,completion\na,b\nc,d,e\n", ", line 3: 3 cells, and the first line names 2 columns. Put"),
+    "x.parquet": ("a,b\n", " is no Parquet file, or it was cut off"),
+}
+NOT_TRAINABLE = {
+    "null.jsonl": ([PAIR, {"prompt": "a", "completion": None}], ", row 2, column 'completion': it is missing or null"),
+    "absent.jsonl": (
+        [PAIR, PAIR, {"prompt": "a"}],
+        ", row 3, column 'completion': it is missing or null, and must be text",
+    ),
+    "all_null.jsonl": ([{"prompt": "a", "completion": None}], ", row 1, column 'completion': it is missing or null"),
+    "number.jsonl": (
+        [{"prompt": "a", "completion": 4}],
+        ", row 1, column 'completion': it is 4, of type int, .* as \"4\".",
+    ),
+    "mixed.jsonl": (
+        [PAIR, {"prompt": "a", "completion": 0.5}],
+        ", row 2, column 'completion': it is 0.5, of type float",
+    ),
+    "truth.jsonl": ([{"text": True}], ", row 1, column 'text': it is True, of type bool, and must be text"),
+    "empty_cell.csv": ("prompt,completion\na,b\nc,\n", ", row 2, column 'completion': it is missing or null"),
+    "semicolons.csv": (
+        "prompt;completion\na;b\n",
+        f" has the columns 'prompt;completion'; {ACCEPTED}. Separate .* ';'",
+    ),
+    "tabs.csv": ("prompt\tcompletion\na\tb\n", "Separate them by commas instead of '.t'"),
+    "other.jsonl": ([{"question": "a", "answer": "b"}], f" has the columns 'question', 'answer'; {ACCEPTED}. Rename"),
+    "half.jsonl": ([{"prompt": "a", "text": "b"}], "with a 'prompt' and no 'completion'; .* to train on 'text'"),
+    "half_chat.jsonl": ([{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}], "to train on 'messages'"),
+    "text_as_messages.jsonl": (
+        [{"messages": "a"}],
+        "row 1, column 'messages': it is text, and must be a list of messages",
+    ),
+    "no_messages.jsonl": ([{"messages": []}], "row 1, column 'messages': it is an empty list"),
+    "no_roles.jsonl": (
+        [{"messages": [{"from": "human", "value": "a"}]}],
+        "messages must have 'role' and 'content'. Correct",
+    ),
+    "conversations.jsonl": (
+        [{"conversations": [{"role": "user", "content": "a"}]}],
+        "Rename the column to 'messages'",
+    ),
+    "both.jsonl": (
+        [{"prompt": "a", "completion": [{"role": "assistant", "content": "a"}]}],
+        "one is text and the other a",
+    ),
+}
+
+
+def write(path, content):
+    if isinstance(content, list):
+        content = "\n".join(map(json.dumps, content))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_files_that_can_not_be_read(tmp_path, name):
+    content, message = UNREADABLE[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}{message}"):
+        load_splits(write(tmp_path / name, content))
+
+
+def test_a_broken_file_of_a_folder_is_named(folder):
+    (folder / "train.jsonl").write_text('{"prompt": "a"')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: Expecting ',' delimiter at column 15"):
+        load_splits(str(folder))
+
+
+def test_splits_of_different_columns(folder):
+    (folder / "test.jsonl").write_text('{"question": "a", "answer": "b"}')
+    with pytest.raises(
+        ValueError, match=r"have different columns \(test.jsonl: question, answer; train.jsonl: prompt, "
+    ):
+        load_splits(str(folder))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", NOT_TRAINABLE)
+def test_rows_that_can_not_be_trained_on(tmp_path, name, streaming):
+    content, message = NOT_TRAINABLE[name]
+    splits = load_splits(write(tmp_path / name, content), streaming=streaming)
+    with pytest.raises(ValueError, match=f"^{name}.*{message}"):
+        list(check_rows(splits["train"], name))
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR,
+        {"text": "a"},
+        {"prompt": "", "completion": ""},
+        {"messages": TURNS},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"input_ids": [1, 2], "prompt": None},
+    ],
+    ids=lambda row: "+".join(row),
+)
+def test_rows_that_can_be_trained_on(row, streaming):
+    dataset = Dataset.from_list([{**row, "other": None}] * 3)
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    assert list(check_rows(dataset, "The data")) == list(dataset)
+
+
+def test_checked_rows_are_those_of_a_selection():
+    dataset = Dataset.from_list([PAIR, {"prompt": "a", "completion": None}, PAIR])
+    check_rows(dataset.select([0, 2]), "It")
+    with pytest.raises(ValueError, match="It, row 2, column 'completion'"):
+        check_rows(dataset.select([2, 1]), "It")
+    with pytest.raises(ValueError, match="It has no rows"):
+        check_rows(dataset.select([]), "It")
+    check_rows(Dataset.from_list([{"body": "a"}]), "It", text_column="body")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_cells_are_text(tmp_path, where, streaming):
+    """pandas reads NA, null and the like as missing values, and digits as numbers."""
+    words = ["NA", "null", "None", "nan", "007", " 4", "1e5", "True", '"x, y"', ""]
+    path = tmp_path / "train.csv"
+    path.write_text("task,completion\n" + "".join(f"{number},{word}\n" for number, word in enumerate(words)))
+    rows = list(load_splits(str(path if where == "file" else tmp_path), streaming=streaming)["train"])
+    assert [row["completion"] for row in rows] == [*words[:-2], "x, y", None]
+    assert [row["task"] for row in rows] == [str(number) for number in range(len(words))]
+
+
+def test_conversations_as_text():
+    """As training writes them, without the end of the sequence, which scoring adds."""
+    chat = [*TURNS, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    rows = [
+        {"messages": chat, "options": ["e", "d"]},
+        {"messages": [*chat, {"role": "user", "content": "c"}]},
+        {"prompt": chat[:1], "completion": chat[1:2], "options": None},
+        {**PAIR, "options": '[" b", "b"]'},
+    ]
+    texts = text_rows({"mine": rows}, build_tokenizer())["mine"]
+    assert [(row["prompt"], row["completion"], row["options"]) for row in texts] == [
+        ("<user> a <assistant> b <eos><user> c <assistant> ", "d ", ["e ", "d "]),
+        ("<user> a <assistant> b <eos><user> c <assistant> ", "d ", []),
+        ("<user> a <assistant> ", "b ", []),
+        ("a", "b", [" b", "b"]),
+    ]
+
+
+def test_a_sequence_begins_once():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.bos_token = "<user>"  # any token of the vocabulary
+    first = [("<user>", tokenizer.bos_token_id)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<user> $A", special_tokens=first)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    (row,) = text_rows({"": [{"messages": TURNS}]}, tokenizer)[""]
+    assert (row["prompt"], row["completion"]) == ("<user> a <assistant> ", "b ")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"messages": TURNS[:1]},
+            "Task 'mine', row 1, column 'messages': it has no answer .* only the roles 'user'. Add",
+        ),
+        ({"messages": TURNS[1:]}, "no answer of the assistant to a message before it"),
+        ({**PAIR, "options": "yes, no"}, "column 'options': it is 'yes, no', and must be a list of texts"),
+        ({**PAIR, "options": [1, 2]}, "column 'options': it is .1, 2., and must be a list of texts"),
+    ],
+)
+def test_rows_without_an_answer(row, message):
+    with pytest.raises(ValueError, match=message):
+        text_rows({"mine": [row]}, build_tokenizer())
+
+
+def test_conversations_need_a_template():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="the model's tokenizer has no chat template .* as text"):
+        text_rows({"mine": [{"messages": TURNS}]}, tokenizer)
+
+
+def test_rows_to_score_have_an_answer(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    assert load_task_rows(path) == {"rows": [{"text": "a"}]}
+    with pytest.raises(
+        ValueError, match="rows.jsonl has the columns 'text'; .* no answer to score. Rename its columns"
+    ):
+        load_task_rows(path, answers=True)
+    path = write(tmp_path / "chat.jsonl", [{"conversations": [{"from": "human", "value": "a"}]}])
+    assert load_task_rows(path, answers=True) == {"chat": [{"messages": [{"role": "human", "content": "a"}]}]}

@@ -1,6 +1,7 @@
 """The parts of a training program: its data, its threads, and the time that it says it takes."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,34 @@ import pytest
 import torch
 
 import rlora_cli
+from rlora_trl import RLoraSFTConfig
 from rlora_trl.trainer import script
+
+
+ROW = {"prompt": "a", "completion": "b"}
+OTHER = {"question": "a", "answer": "b"}
+
+
+def load(folder, splits, **settings):
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = script.RLoraScriptArguments(dataset_name=str(folder))
+    return script.load_data(arguments, RLoraSFTConfig(str(folder / "out"), **settings))
+
+
+def test_data_are_checked_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="has the columns 'question', 'answer'; accepted are"):
+        load(tmp_path, {"train": [OTHER]})
+    with pytest.raises(ValueError, match="row 2, column 'completion': it is missing"):
+        load(tmp_path, {"train": [ROW, {"prompt": "a"}]})
+    # Evaluation data that are not used are not looked at.
+    assert load(tmp_path, {"train": [ROW], "test": [ROW, {"prompt": "a"}]}).evaluation is None
+    with pytest.raises(ValueError, match="split 'test', row 2, column 'completion'"):
+        load(tmp_path, {}, eval_strategy="steps", eval_steps=1)
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match="accepted are 'prompt' with 'completion', 'body', or 'messages'"):
+        load(tmp_path, {"train": [{"text": "a"}]}, dataset_text_field="body")
+    assert load(tmp_path, {"train": [OTHER]}, dataset_kwargs={"skip_prepare_dataset": True}).train[0] == OTHER
 
 
 def test_cores_are_those_of_the_process(monkeypatch, tmp_path):

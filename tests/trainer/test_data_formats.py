@@ -1,0 +1,90 @@
+"""What `RLoraSFTTrainer` says to data that it can't train on, and that whatever TRL accepts still trains."""
+
+import pytest
+import torch
+from datasets import Dataset
+from test_trainer import arguments, make_trainer
+from testing_utils import build_tokenizer, task_datasets, task_rows
+
+from rlora_trl import RLoraSFTTrainer
+
+
+ROWS = task_rows("same", 16)
+OTHER = Dataset.from_list([{"question": row["prompt"], "answer": row["completion"]} for row in ROWS])
+NULL = Dataset.from_list([*ROWS[:5], {"prompt": "w1", "completion": None}])
+ACCEPTED = "accepted are 'prompt' with 'completion', 'text', or 'messages'. Rename its columns."
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        (OTHER, f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
+        (OTHER.to_iterable_dataset(), f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
+        ({"a": OTHER}, "Task 'a' has columns answer, question; a task needs one of: .*'prompt' and 'completion'"),
+        ({"a": OTHER.to_iterable_dataset()}, "Task 'a' has columns answer, question; a task needs one of: "),
+        (NULL, "The data set 'train', row 6, column 'completion': it is missing or null, and must be text"),
+        ({"a": NULL}, "The data set 'train', row ., column 'completion': it is missing or null"),
+        (Dataset.from_list([{"prompt": "w1", "completion": 4}]), "column 'completion': it is 4, of type int"),
+    ],
+    ids=["single", "stream", "dictionary", "dictionary_of_streams", "null", "null_in_a_task", "number"],
+)
+def test_other_columns_and_values_are_refused(model_folders, tmp_path, train, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model_folders, tmp_path, train=train)
+
+
+def test_evaluation_data_too(model_folders, tmp_path):
+    with pytest.raises(ValueError, match=f"The data set 'eval' has the columns 'question', 'answer'; {ACCEPTED}"):
+        make_trainer(model_folders, tmp_path, evaluate=OTHER)
+    with pytest.raises(ValueError, match="The data set 'held out' has the columns"):
+        make_trainer(model_folders, tmp_path, evaluate={"held out": OTHER})
+    with pytest.raises(ValueError, match="The data set 'eval' has the columns"):
+        make_trainer(model_folders, tmp_path).evaluate(OTHER)
+
+
+def test_a_stream_is_checked_as_it_is_read(model_folders, tmp_path):
+    trainer = make_trainer(model_folders, tmp_path, train=NULL.to_iterable_dataset(), max_steps=2)
+    with pytest.raises(ValueError, match="The data set 'train', row 6, column 'completion': it is missing or null"):
+        trainer.train()
+
+
+def _own_collator(rows):
+    ids = torch.tensor([[5, 6, 7, len(row["question"]) % 3 + 5] for row in rows])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+ACCEPTED_BY_TRL = {
+    "formatting_func": (OTHER, {}, {"formatting_func": lambda row: row["question"] + row["answer"]}),
+    "tokenized": (Dataset.from_list([{"input_ids": [5, 6, 7], "question": "w1"}] * 8), {}, {}),
+    "text_field": (Dataset.from_list([{"body": "w1 w2"}] * 8), {"dataset_text_field": "body"}, {}),
+    "conversations": (
+        Dataset.from_list([{"conversations": [{"from": "user", "value": "w1"}, {"from": "gpt", "value": "w2"}]}] * 8),
+        {},
+        {},
+    ),
+    "nothing_prepared": (
+        OTHER,
+        {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False},
+        {"data_collator": _own_collator},
+    ),
+    "stream": (OTHER.rename_columns({"question": "prompt", "answer": "completion"}).to_iterable_dataset(), {}, {}),
+}
+
+
+@pytest.mark.parametrize("option", ACCEPTED_BY_TRL)
+def test_what_trl_accepts_still_trains(model_folders, tmp_path, option):
+    train, settings, options = ACCEPTED_BY_TRL[option]
+    trainer = RLoraSFTTrainer(
+        model_folders["llama"],
+        arguments(tmp_path, max_steps=1, **settings),
+        train_dataset=train,
+        processing_class=build_tokenizer(),
+        **options,
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
+
+
+def test_tasks_still_train(model_folders, tmp_path):
+    assert make_trainer(model_folders, tmp_path, train=task_datasets(), max_steps=1).train().global_step == 1
