@@ -34,8 +34,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Rows with prompt, completion and, where there are some, options: a JSON-lines, Parquet or CSV file, a "
-        "folder, or a data set on the Hub.",
+        help="Rows with prompt and completion, or messages that end with the answer, and options if any: "
+        "a JSON-lines, Parquet or CSV file, a folder, or a data set on the Hub.",
         show_default=False,
     ),
 ]

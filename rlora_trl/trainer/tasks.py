@@ -17,6 +17,7 @@ from datasets import (
     interleave_datasets,
 )
 
+from ..evaluation.data import check_rows
 from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS, task_name
 from .task_features import align_features
 
@@ -154,7 +155,17 @@ def label_tasks(
             f"`task_column={task_column!r}` is a column of the data itself ({' and '.join(names)}). Choose another "
             "name for the column that names the task."
         )
+    _check_rows(datasets, names, text_column)
     return _label_all(datasets, [*names, *_companions(datasets, names)], task_column)
+
+
+def _check_rows(datasets: Mapping[str, AnyDataset], names: tuple[str, ...], text_column: str) -> None:
+    """Refuse rows that can't be trained on while their task and their place are known; streams are checked as read."""
+    for task, dataset in datasets.items():
+        if isinstance(dataset, Dataset):
+            check_rows(
+                dataset.with_format(None).select_columns(list(names)), f"Task {task!r}", text_column=text_column
+            )
 
 
 def _label_all(datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str) -> dict[str, AnyDataset]:

@@ -23,7 +23,7 @@ ACCEPTED = "accepted are 'prompt' with 'completion', 'text', or 'messages'. Rena
         ({"a": OTHER}, "Task 'a' has columns answer, question; a task needs one of: .*'prompt' and 'completion'"),
         ({"a": OTHER.to_iterable_dataset()}, "Task 'a' has columns answer, question; a task needs one of: "),
         (NULL, "The data set 'train', row 6, column 'completion': it is missing or null, and must be text"),
-        ({"a": NULL}, "The data set 'train', row ., column 'completion': it is missing or null"),
+        ({"a": Dataset.from_list(ROWS), "b": NULL}, "Task 'b', row 6, column 'completion': it is missing or null"),
         (Dataset.from_list([{"prompt": "w1", "completion": 4}]), "column 'completion': it is 4, of type int"),
     ],
     ids=["single", "stream", "dictionary", "dictionary_of_streams", "null", "null_in_a_task", "number"],
