@@ -195,7 +195,7 @@ def test_adapters_that_are_off_or_come_and_go(packed_alone, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["marked by DeepSpeed", "empty", "of another class", "strided"])
-def test_sharded_weights_are_left_to_the_layer(how, packed_alone):
+def test_sharded_weights_are_left_to_the_layer(how, packed_alone, monkeypatch):
     model, x = adapted(), torch.randn(5, 12)
     wanted = step(model, x)
     adapter = adapters_of(model)[0]
@@ -210,6 +210,9 @@ def test_sharded_weights_are_left_to_the_layer(how, packed_alone):
         adapter.B = type("Sharded", (nn.Parameter,), {})(whole)
     else:
         adapter.B.data = whole.transpose(1, 2).contiguous().transpose(1, 2)
+        wanted = without_packing(
+            model, x, monkeypatch
+        )  # products of another layout are rounded otherwise on some CPUs
     packed_alone.clear()
     assert_same(step(model, x), wanted)
     assert len(packed_alone) == 1
