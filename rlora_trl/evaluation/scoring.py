@@ -7,6 +7,7 @@ with the answer fed in, each of its tokens (and the end of the sequence after it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,7 +58,9 @@ class TokenLimits(NamedTuple):
     positions: int | None = None
 
     def warn(self, room: int) -> None:
-        """Say once that prompts are cut."""
+        """Say once that prompts are cut, on one process."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         logger.warning_once(
             f"Some prompts and their completions have more than {room} tokens "
             f"({'`max_length`' if room == self.max_length else 'the positions of the model'}): these prompts are "

@@ -162,7 +162,7 @@ class CheckpointTrainer(SFTTrainer):
             told = gather_object([None if own is None else f"{type(own).__name__}: {own}"])
             first = next((text for text in told if text is not None), None)
             if own is None and first is not None:
-                raise RuntimeError(f"Another process could not go on. {first}")
+                raise RuntimeError(f"Another process failed. {first}")
         if own is not None:
             raise own
 
@@ -334,7 +334,10 @@ class CheckpointTrainer(SFTTrainer):
         """
         self._load_state(self._resumed_state)
         step = 0 if self._resumed_from is None else step_of(self._resumed_from)
-        self._run_settings.begin(step, self.args, self._describe_data(), self._resumed_state.get("runs"))
+        earlier = self._resumed_state.get("runs")
+        # `Trainer` keeps the number that it has found beside the arguments.
+        found = self.state.train_batch_size if self.args.auto_find_batch_size else None
+        self._run_settings.begin(step, self.args, self._describe_data(), earlier, batch_size=found)
 
     def _describe_data(self) -> Any:
         """What shows whether the training data are those of a checkpoint; see [`describe_data`]."""

@@ -50,7 +50,14 @@ class RunSettings:
 
     parts: list[dict[str, Any]] = field(default_factory=list)
 
-    def begin(self, step: int, args: Any, data: Any, earlier: list[dict[str, Any]] | None = None) -> None:
+    def begin(
+        self,
+        step: int,
+        args: Any,
+        data: Any,
+        earlier: list[dict[str, Any]] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
         """
         Take in what the run does from now on.
 
@@ -59,11 +66,14 @@ class RunSettings:
             args ([`RLoraSFTConfig`]): The configuration.
             data (`dict`, *optional*): See [`describe_data`].
             earlier (`list[dict]`, *optional*): The parts of the run that is resumed.
+            batch_size (`int`, *optional*): Rows of a micro-batch of a device, where `auto_find_batch_size` has found
+                another number than `args` has.
         """
         # What ended before it made a step has left no trace.
         before = [part for part in earlier or [] if part["from_step"] < step]
-        part = {"from_step": step, "compared": settings_of(args, data), "recorded": select_hyperparameters(args)}
-        self.parts = [*before, part]
+        found = {} if batch_size is None else {"per_device_train_batch_size": batch_size}
+        compared, recorded = {**settings_of(args, data), **found}, {**select_hyperparameters(args), **found}
+        self.parts = [*before, {"from_step": step, "compared": compared, "recorded": recorded}]
 
     def recorded(self, step: int) -> dict[str, Scalar]:
         """
@@ -136,7 +146,7 @@ def check_run(checkpoint: Path, args: Any, data: Any) -> None:
     refused = _differences(saved, present, (*_MUST_MATCH, _DATA))
     if refused:
         raise ValueError(
-            f"The run can't go on from {str(checkpoint)!r}, which was trained with other settings:\n  "
+            f"The run can't be resumed from {str(checkpoint)!r}, which was trained with other settings:\n  "
             + "\n  ".join(refused)
             + "\nThe state of the optimizer and the place in the data in the checkpoint are those of its settings. "
             f"Resume with these. {INSTEAD}"
@@ -146,7 +156,7 @@ def check_run(checkpoint: Path, args: Any, data: Any) -> None:
         logger.warning(
             f"The run is resumed from step {step_of(checkpoint)} with other settings, which its record will say: "
             + "; ".join(changed)
-            + "."
+            + ". Pass the earlier values to continue the run unchanged."
         )
 
 

@@ -120,7 +120,7 @@ def _is_scorable(dataset: Dataset, name: str) -> bool:
     return outside == 0
 
 
-def score_options(
+def count_correct_options(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     scored: OptionRows,
@@ -130,9 +130,9 @@ def score_options(
     share_rows: bool,
     routings: Sequence[Routing],
     max_length: int | None = None,
-) -> float:
+) -> list[int]:
     """
-    The share of rows whose completion is the most likely of its options.
+    Rows whose completion is the most likely of its options, and all rows, of this rank.
 
     Args:
         model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`), scored ([`OptionRows`]): What to score.
@@ -157,9 +157,7 @@ def score_options(
                 ""
             ]
         counts = [counts[0] + score.correct, counts[1] + score.total]
-    total = torch.tensor(counts, device=accelerator.device)
-    correct, scored_rows = (accelerator.reduce(total, "sum") if ranks > 1 else total).tolist()
-    return correct / scored_rows
+    return counts
 
 
 def mean_over_tasks(metrics: Mapping[str, float], tasks: Sequence[str], prefix: str) -> dict[str, float]:

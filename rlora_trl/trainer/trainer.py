@@ -41,7 +41,7 @@ from .optimizer import set_learning_rates
 from .publishing import PublishingTrainer, check_publishing
 from .run_settings import describe_data
 from .sharding import keep_adapters_wide, keep_outputs_wide, wait_for_backward
-from .task_evaluation import OptionRows, find_option_rows, mean_over_tasks, score_options, split_by_task
+from .task_evaluation import OptionRows, count_correct_options, find_option_rows, mean_over_tasks, split_by_task
 from .task_ids import (
     ROW_STARTS,
     TASK_IDS,
@@ -517,7 +517,9 @@ class RLoraSFTTrainer(PublishingTrainer):
         finally:
             self._end_first_gradients(tell=False)
         if isinstance(self.train_dataset, IterableDataset):
-            warn_of_unseen_tasks(self.tasks_seen())
+            # Tasks that were trained on before need not come again.
+            seen = self.tasks_seen()
+            warn_of_unseen_tasks({task: counts for task, counts in seen.items() if task not in self._earlier_tasks})
         return result
 
     def _begin_attempt(self) -> None:
@@ -545,14 +547,14 @@ class RLoraSFTTrainer(PublishingTrainer):
             ValueError: If others are active, or they don't train any more.
         """
         active = list(self._peft_model().active_adapters)
-        frozen = [a for a in self._adapters.values() if not (a.A.requires_grad or a.B.requires_grad)]
-        if active == self._trained_adapters and not frozen:
+        trains = any(a.A.requires_grad or a.B.requires_grad for a in self._adapters.values())
+        if active == self._trained_adapters and (trains or not self._adapters):
             return
         made_for, now = (", ".join(map(repr, names)) for names in (self._trained_adapters, active))
         state = f"adapter {now} is active" if active != self._trained_adapters else "it is frozen or disabled"
         raise ValueError(
             f"The trainer was made for adapter {made_for}, whose parameters its optimizer holds, and now {state}: "
-            f"nothing would train. Make a new trainer for this, or go back with `model.set_adapter({made_for})`."
+            f"nothing would train. Make a new trainer for this, or go back: {_how_to_train(self._trained_adapters)}."
         )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -793,18 +795,27 @@ class RLoraSFTTrainer(PublishingTrainer):
     ) -> Any:
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._scored is not None:
-            output.metrics[f"{metric_key_prefix}_accuracy"] = score_options(
+            output.metrics[f"{metric_key_prefix}_accuracy"] = self._accuracy(self._scored)
+        return output
+
+    def _accuracy(self, scored: OptionRows) -> float:
+        """The share of rows whose completion is the most likely of its options. On all ranks."""
+        # Every rank runs every row where a forward pass needs all of them.
+        share_rows = not self._is_deepspeed_or_fsdp
+        with self._together():  # a row that can't be scored is that of one rank
+            counts = count_correct_options(
                 self.model_wrapped if self.is_fsdp_enabled else self.model,
                 self.processing_class,
-                self._scored,
+                scored,
                 batch_size=self.args.eval_batch_size,
                 accelerator=self.accelerator,
-                # Every rank runs every row where a forward pass needs all of them.
-                share_rows=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+                share_rows=share_rows,
                 routings=self._routings,
                 max_length=self.args.max_length,
             )
-        return output
+        total = torch.tensor(counts, device=self.args.device)
+        correct, rows = (self._reduce(total) if share_rows else total).tolist()
+        return correct / rows
 
     # What is kept: counts by task and, for `balance_scope="global"`, the shares of heads
 
@@ -942,9 +953,14 @@ def _check_trains(model: PeftModel, config: RLoraConfig) -> None:
             "`is_trainable=True`, as in `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
         )
     raise ValueError(
-        f"No parameter of adapter {name!r} trains: it is frozen or disabled. Call "
-        f"`model.base_model.enable_adapter_layers()` and `model.set_adapter({name!r})` first."
+        f"No parameter of adapter {name!r} trains: it is frozen or disabled. Before the trainer is made, "
+        f"{_how_to_train([name])}."
     )
+
+
+def _how_to_train(names: list[str]) -> str:
+    chosen = repr(names[0] if len(names) == 1 else names)
+    return f"call `model.base_model.enable_adapter_layers()` and `model.base_model.set_adapter({chosen})`"
 
 
 def _has_adapter(module: nn.Module, name: str) -> bool:

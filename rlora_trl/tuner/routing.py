@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 TaskIds: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | Sequence[str]
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Contexts that are kept for recomputations: setting one and taking it back are two.
-_REMEMBERED = 1024
+_REMEMBERED = 512
 
 
 class HeadUsage:
@@ -120,6 +120,7 @@ class Routing:
         self.kind = kind
         self._batch = BatchContext()
         self._history: deque[_Since] = deque(maxlen=_REMEMBERED)
+        self._threads: set[int] = set()  # that have set contexts
         # The weights that `StepPacking` laid side by side for a forward pass, by the number of the layer.
         self.packed: dict[int, PackedAhead] = {}
         self._layers = 0
@@ -128,7 +129,13 @@ class Routing:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take along the tasks, not the batch."""
         kept = BatchContext(task=self._batch.task)
-        return {**self.__dict__, "_batch": kept, "_history": deque(maxlen=_REMEMBERED), "packed": {}}
+        return {
+            **self.__dict__,
+            "_batch": kept,
+            "_history": deque(maxlen=_REMEMBERED),
+            "_threads": set(),
+            "packed": {},
+        }
 
     @property
     def batch(self) -> BatchContext:
@@ -151,9 +158,11 @@ class Routing:
     @batch.setter
     def batch(self, batch: BatchContext) -> None:
         if not torch.compiler.is_compiling():
+            thread = get_ident()
+            self._threads.add(thread)
             if not self._history:
-                self._history.append(_Since(get_ident(), -1, self._batch))
-            self._history.append(_Since(get_ident(), torch._C._autograd._get_sequence_nr(), batch))
+                self._history.append(_Since(thread, -1, self._batch))
+            self._history.append(_Since(thread, torch._C._autograd._get_sequence_nr(), batch))
         self._batch = batch
 
     def _batch_of_recomputation(self) -> BatchContext:
@@ -163,37 +172,51 @@ class Routing:
         number = node._sequence_nr()
         # A thread numbers its own nodes. More than one has set contexts only where a whole model with checkpoints
         # inside is recomputed, by the thread of a device.
-        last_of_thread = {since.thread: since.batch for since in self._history if since.number <= number}
-        found = list(last_of_thread.values())
-        if not found or any(batch is not found[0] for batch in found[1:]):
+        found: dict[int, BatchContext] = {}
+        for since in reversed(self._history):
+            if since.number <= number:
+                found.setdefault(since.thread, since.batch)
+                if len(found) == len(self._threads):
+                    break
+        contexts = list(found.values())
+        if not contexts or any(batch is not contexts[0] for batch in contexts[1:]):
             raise RuntimeError(
                 "Activation checkpointing repeats a forward pass whose tasks are not known any more: the last "
                 f"{_REMEMBERED // 2} passes are remembered, of one thread. Call `backward` after fewer forward "
                 "passes, and don't nest checkpoints."
             )
-        return found[0]
+        return contexts[0]
 
     def forget_batch(self) -> None:
         """Drop the batch and what is remembered of earlier ones, when their backward passes are over."""
         self._history.clear()
+        self._threads.clear()
         self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage)
 
     def update(self, **values: Any) -> None:
         """Replace some values of [`BatchContext`] from now on; a seed is put into memory too."""
+        self.batch = self._replaced(values)
+
+    def _replaced(self, values: dict[str, Any]) -> BatchContext:
         if "seed" in values:
             seed = values["seed"]
             values["seed_tensor"] = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
-        self.batch = self._batch._replace(**values)
+        return self._batch._replace(**values)
 
     @contextmanager
     def using(self, **values: Any) -> Generator[None, None, None]:
         """Replace some values of [`BatchContext`], and put the context before back in the end."""
         before = self._batch
-        self.update(**values)
+        if torch.is_grad_enabled():
+            self.update(**values)
+        else:  # nothing will be recomputed, nor must it be remembered
+            self._batch = self._replaced(values)
         try:
             yield
         finally:
-            self.batch = before
+            if self._history and self._history[-1].batch is not before:
+                self.batch = before
+            self._batch = before
 
     def number_layer(self) -> int:
         """A number for each of the layers that share this, in the order in which they are made."""

@@ -34,6 +34,7 @@ def test_rows_and_tokens_are_those_of_the_run(trainer):
     seen = trainer.tasks_seen()
     assert sum(task["rows"] for task in seen.values()) == rows <= 16
     assert sum(task["tokens"] for task in seen.values()) == tokens
+    assert trainer.adapter_record().hyperparameters["per_device_train_batch_size"] == rows // 4
     assert {task.name: task.rows for task in trainer.adapter_record().tasks} == {
         name: task["rows"] for name, task in seen.items()
     }

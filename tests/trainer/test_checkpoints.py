@@ -274,7 +274,7 @@ def test_a_folder_of_the_users_own_stays(model_folders, tmp_path):
 def test_an_error_of_another_process_is_ones_own(trained, monkeypatch):
     monkeypatch.setattr(type(trained.accelerator), "num_processes", 2)
     monkeypatch.setattr("rlora_trl.trainer.checkpoints.gather_object", lambda told: [*told, "OSError: no space"])
-    with pytest.raises(RuntimeError, match="Another process could not go on. OSError: no space"):
+    with pytest.raises(RuntimeError, match="Another process failed. OSError: no space"):
         with trained._together():
             pass
     with pytest.raises(KeyError, match="mine"):  # one's own comes first

@@ -163,13 +163,31 @@ def test_a_pass_that_is_not_remembered_is_refused(model_folders):
     model = build(model_folders)
     enable(model, False)
     loss = loss_of(model, 0, task_ids=["a", "c", "b", "c"])
-    with torch.no_grad():
-        for _ in range(_REMEMBERED // 2 + 1):
-            (routing,) = find_routings(model)
-            with routing.using(task=0):
-                pass
-    with pytest.raises(RuntimeError, match="not known any more: the last 512 passes are remembered"):
+    (routing,) = find_routings(model)
+    for _ in range(_REMEMBERED // 2 + 1):
+        with routing.using(task=0):
+            pass
+    with pytest.raises(RuntimeError, match="not known any more: the last 256 passes are remembered"):
         loss.backward()
+
+
+def test_passes_without_gradients_are_not_remembered(model_folders):
+    model = build(model_folders)
+    enable(model, False)
+    (routing,) = find_routings(model)
+    loss = loss_of(model, 0, task_ids=["a", "c", "b", "c"])
+    remembered = list(routing._history)
+    with torch.no_grad():
+        for _ in range(_REMEMBERED):
+            with routing.using(task_ids=torch.zeros(4, dtype=torch.int64), seed=3):
+                assert routing.batch.seed_tensor == 3
+        loss_of(model, 1, task_ids=["b"] * 4)
+    assert list(routing._history) == remembered and routing.batch.task_ids is None
+    loss.backward()
+    # What lasts is remembered, wherever it is chosen.
+    with torch.no_grad(), routing.using(task_ids=torch.zeros(4, dtype=torch.int64)):
+        routing.set_task("b")
+    assert routing._history[-1].batch is routing.batch and routing.batch.task_ids is None
 
 
 ROWS = [0, 1, 2, 0]
