@@ -235,6 +235,8 @@ class MultiHeadAdapter(nn.Module):
         if autocast and x.dtype != (dtype := torch.get_autocast_dtype(device_type)):
             x = x.to(dtype)
         training, routing = self.training, self.routing
+        if training or torch.is_grad_enabled():
+            routing.note_forward()
         if not training and routing.batch.usage is not None:
             self._record_usage(x)
         masked = training and self.dropout > 0.0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..kernels import LayerProbe, RoutingTally
+from .recomputation import ContextHistory, in_backward
 
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ logger = logging.get_logger(__name__)
 # Names of tasks, or their places in `RLoraConfig.tasks`.
 TaskIds: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | Sequence[str]
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Contexts that are kept for recomputations: setting one and taking it back are two.
-_REMEMBERED = 512
+# Contexts that are kept for recomputations, which is that many forward passes at least.
+_REMEMBERED = 256
 
 
 class HeadUsage:
@@ -93,19 +92,6 @@ class BatchContext(NamedTuple):
     rows_repeat: bool = False
 
 
-class _Since(NamedTuple):
-    """The context of all forward passes of a thread whose autograd nodes are numbered from `number` on."""
-
-    thread: int
-    number: int
-    batch: BatchContext
-
-
-def in_backward() -> bool:
-    """Whether autograd is at work in this thread, so that a forward pass that runs now is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
-
-
 class Routing:
     """
     State that the layers of one adapter share: what is known of the batch, and where statistics go.
@@ -119,8 +105,7 @@ class Routing:
         self.tasks = tuple(tasks or ())
         self.kind = kind
         self._batch = BatchContext()
-        self._history: deque[_Since] = deque(maxlen=_REMEMBERED)
-        self._threads: set[int] = set()  # that have set contexts
+        self._history: ContextHistory[BatchContext] = ContextHistory(_REMEMBERED)
         # The weights that `StepPacking` laid side by side for a forward pass, by the number of the layer.
         self.packed: dict[int, PackedAhead] = {}
         self._layers = 0
@@ -128,95 +113,58 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take along the tasks, not the batch."""
-        kept = BatchContext(task=self._batch.task)
-        return {
-            **self.__dict__,
-            "_batch": kept,
-            "_history": deque(maxlen=_REMEMBERED),
-            "_threads": set(),
-            "packed": {},
-        }
+        batch = BatchContext(task=self._batch.task)
+        return {**self.__dict__, "_batch": batch, "_history": ContextHistory(_REMEMBERED), "packed": {}}
 
     @property
     def batch(self) -> BatchContext:
         """
-        What is known of the batch.
-
-        Activation checkpointing repeats a forward pass inside of the backward pass, when the caller may have set
-        another context long since. The autograd node that asks for the recomputation was made by the forward pass to
-        be repeated, and nodes are numbered in the order in which a thread makes them: so the number says which context
-        was set then. This holds for every kind of checkpointing, whoever calls it.
+        What is known of the batch, in a recomputation of the one that it repeats; see [`ContextHistory`].
 
         Raises:
             RuntimeError: If a recomputation repeats a forward pass that is no longer remembered.
         """
         # The history is nothing for a graph, which would be compiled again each time that it grows.
-        if torch.compiler.is_compiling() or not self._history or not in_backward():
+        if torch.compiler.is_compiling() or not in_backward():
             return self._batch
-        return self._batch_of_recomputation()
+        repeated = self._history.of_recomputation()
+        return self._batch if repeated is None else repeated
 
-    @batch.setter
-    def batch(self, batch: BatchContext) -> None:
-        if not torch.compiler.is_compiling():
-            thread = get_ident()
-            self._threads.add(thread)
-            if not self._history:
-                self._history.append(_Since(thread, -1, self._batch))
-            self._history.append(_Since(thread, torch._C._autograd._get_sequence_nr(), batch))
-        self._batch = batch
+    def note_forward(self) -> None:
+        """Remember the batch for recomputations. A layer calls it when it runs in a pass that may be repeated."""
+        if not torch.compiler.is_compiling() and not in_backward():
+            self._history.note_forward(self._batch)
 
-    def _batch_of_recomputation(self) -> BatchContext:
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return self._batch
-        number = node._sequence_nr()
-        # A thread numbers its own nodes. More than one has set contexts only where a whole model with checkpoints
-        # inside is recomputed, by the thread of a device.
-        found: dict[int, BatchContext] = {}
-        for since in reversed(self._history):
-            if since.number <= number:
-                found.setdefault(since.thread, since.batch)
-                if len(found) == len(self._threads):
-                    break
-        contexts = list(found.values())
-        if not contexts or any(batch is not contexts[0] for batch in contexts[1:]):
-            raise RuntimeError(
-                "Activation checkpointing repeats a forward pass whose tasks are not known any more: the last "
-                f"{_REMEMBERED // 2} passes are remembered, of one thread. Call `backward` after fewer forward "
-                "passes, and don't nest checkpoints."
-            )
-        return contexts[0]
+    def _set(self, batch: BatchContext) -> None:
+        if torch.compiler.is_compiling():
+            self._batch = batch
+        elif in_backward() and len(self._history):  # by what a recomputation repeats, which has its own caller
+            self._history.replace(batch)
+        else:
+            self._history.note_set(batch)
+            self._batch = batch
 
     def forget_batch(self) -> None:
         """Drop the batch and what is remembered of earlier ones, when their backward passes are over."""
         self._history.clear()
-        self._threads.clear()
         self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage)
 
     def update(self, **values: Any) -> None:
         """Replace some values of [`BatchContext`] from now on; a seed is put into memory too."""
-        self.batch = self._replaced(values)
-
-    def _replaced(self, values: dict[str, Any]) -> BatchContext:
         if "seed" in values:
             seed = values["seed"]
             values["seed_tensor"] = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
-        return self._batch._replace(**values)
+        self._set(self.batch._replace(**values))
 
     @contextmanager
     def using(self, **values: Any) -> Generator[None, None, None]:
         """Replace some values of [`BatchContext`], and put the context before back in the end."""
-        before = self._batch
-        if torch.is_grad_enabled():
-            self.update(**values)
-        else:  # nothing will be recomputed, nor must it be remembered
-            self._batch = self._replaced(values)
+        before = self.batch
+        self.update(**values)
         try:
             yield
         finally:
-            if self._history and self._history[-1].batch is not before:
-                self.batch = before
-            self._batch = before
+            self._set(before)
 
     def number_layer(self) -> int:
         """A number for each of the layers that share this, in the order in which they are made."""
@@ -269,10 +217,12 @@ class Routing:
         self._check_has_tasks("task_ids")
         if isinstance(task_ids, np.ndarray):  # any array of integers, or of names
             task_ids = torch.from_numpy(task_ids) if task_ids.dtype.kind in "iu" else task_ids.tolist()
-        if isinstance(task_ids, list | tuple):
+        if not isinstance(task_ids, str | torch.Tensor) and hasattr(task_ids, "tolist"):  # of pandas
+            task_ids = task_ids.tolist()
+        if isinstance(task_ids, Sequence) and not isinstance(task_ids, str) and not _is_nested(task_ids):
             return torch.tensor([self.index_of(task) for task in task_ids], dtype=torch.int64)
         if not isinstance(task_ids, torch.Tensor) or task_ids.dtype not in _INTEGERS or task_ids.ndim not in (1, 2):
-            what = repr(task_ids)
+            what = "a list of lists" if isinstance(task_ids, list) else repr(task_ids)
             if isinstance(task_ids, torch.Tensor):
                 what = f"a tensor {list(task_ids.shape)} of {task_ids.dtype}"
             raise TypeError(
@@ -340,6 +290,10 @@ class Routing:
         if tally is None or row is None or self.kind == "uniform":
             return None
         return LayerProbe(tally, row, self.mask_for(tokens))
+
+
+def _is_nested(task_ids: Sequence[Any]) -> bool:
+    return any(isinstance(entry, list | tuple | np.ndarray | torch.Tensor) and np.ndim(entry) for entry in task_ids)
 
 
 def _fit(ids: torch.Size, shape: torch.Size, rows_repeat: bool) -> bool:

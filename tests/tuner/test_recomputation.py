@@ -1,9 +1,11 @@
 """Activation checkpointing repeats a forward pass with what that pass knew of its batch, whoever calls."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -159,35 +161,166 @@ def test_a_plain_trainer(model_folders, tmp_path, reentrant):
         torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-6)
 
 
+def whole_call(model, reentrant):
+    """A checkpoint around a whole call, which says the tasks itself."""
+
+    def loss_of_embedded(embedded, ids):
+        return model(inputs_embeds=embedded, labels=ids, use_cache=False, task_ids=["a", "c", "b", "c"]).loss
+
+    def loss_of_chosen(embedded, ids):
+        model.set_task("b")
+        return model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+
+    for function in (loss_of_embedded, loss_of_chosen):
+        ids = random_ids(batch=4)
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        if reentrant is None:
+            loss = function(embedded, ids)
+        else:
+            loss = checkpoint(function, embedded, ids, use_reentrant=reentrant)
+        model.set_task("c")
+        loss.backward()
+
+
+@pytest.mark.parametrize("inside", [None, False, True], ids=["plain", "non-reentrant inside", "reentrant inside"])
+@KINDS
+def test_a_checkpoint_around_a_whole_call(model_folders, reentrant, inside):
+    plain = build(model_folders)
+    checkpointed = copy.deepcopy(plain)
+    if inside is not None:
+        enable(checkpointed, inside)
+    found = []
+    for model, kind in ((plain, None), (checkpointed, reentrant)):
+        torch.manual_seed(3)
+        whole_call(model, kind)
+        found.append(gradients(model))
+        assert find_routings(model)[0].batch.task == 2  # what a recomputation chooses is its own
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["non-reentrant outside", "reentrant outside"])
+@KINDS
+@pytest.mark.parametrize("passes", PASSES)
+def test_checkpoints_within_checkpoints(model_folders, passes, reentrant, outside):
+    plain = build(model_folders)
+    checkpointed = copy.deepcopy(plain)
+    for layer in checkpointed.base_model.model.model.layers:
+        layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=reentrant)
+    enable(checkpointed, outside)
+    found = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(3)
+        PASSES[passes](model)
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
+
+
+def in_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+def chosen_elsewhere(model, run):
+    """The task is chosen in the main thread, training runs in `run`; twice, in the same thread."""
+
+    def step():
+        loss_of(model, 0).backward()
+
+    model.set_task("a")
+    run(step)
+    model.set_task("b")
+    run(step)
+
+
+def backward_elsewhere(model, run):
+    """As a GPU has it, whose nodes are evaluated in a thread of their own."""
+    first = loss_of(model, 0, task_ids=["a", "a", "b", "c"])
+    second = loss_of(model, 1, task_ids=["c", "b", "a", "a"])
+    run(first.backward)
+    run(second.backward)
+
+
+def evaluation_elsewhere(model, run):
+    def evaluate():
+        model.eval()
+        with torch.no_grad():
+            loss_of(model, 1, task_ids=["b"] * 4)
+        model.train()
+
+    loss = loss_of(model, 0, task_ids=["a", "c", "b", "c"])
+    run(evaluate)
+    loss.backward()
+
+
+@KINDS
+@pytest.mark.parametrize("passes", [chosen_elsewhere, backward_elsewhere, evaluation_elsewhere])
+def test_threads(model_folders, passes, reentrant):
+    plain = build(model_folders)
+    checkpointed = copy.deepcopy(plain)
+    enable(checkpointed, reentrant)
+    found = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(3)
+        with ThreadPoolExecutor(1) as pool:
+            passes(model, lambda function, pool=pool: pool.submit(function).result())
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
+
+
+def test_passes_of_several_threads_are_refused(model_folders):
+    model = build(model_folders)
+    enable(model, True)
+    loss_of(model, 0, task_ids=["a", "c", "b", "c"]).backward()
+    loss = in_thread(lambda: loss_of(model, 0, task_ids=["b", "c", "b", "c"]))
+    with pytest.raises(RuntimeError, match="several threads have run passes.*run those of one model in one thread"):
+        loss.backward()
+
+
+def test_a_backward_pass_that_failed_leaves_nothing(model_folders):
+    model = build(model_folders)
+    enable(model, False)
+    expected = []
+    for seed in (0, 0):
+        torch.manual_seed(3)
+        one(model)
+        expected.append(gradients(model))
+        if seed == 0:  # a batch between, whose backward pass stops in a recomputation
+            loss = loss_of(model, 1, task_ids=["b"] * 4)
+            layer = model.base_model.model.model.layers[0].mlp.down_proj
+            handle = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+            with pytest.raises(MemoryError):
+                loss.backward()
+            handle.remove()
+            model.zero_grad()
+    for name, gradient in expected[0].items():
+        assert torch.equal(expected[1][name], gradient), name
+
+
 def test_a_pass_that_is_not_remembered_is_refused(model_folders):
     model = build(model_folders)
     enable(model, False)
     loss = loss_of(model, 0, task_ids=["a", "c", "b", "c"])
     (routing,) = find_routings(model)
-    for _ in range(_REMEMBERED // 2 + 1):
+    for _ in range(_REMEMBERED):
         with routing.using(task=0):
-            pass
-    with pytest.raises(RuntimeError, match="not known any more: the last 256 passes are remembered"):
+            routing.note_forward()
+    with pytest.raises(RuntimeError, match="is not known, as 256 later ones have run. Call `backward` after fewer"):
         loss.backward()
 
 
-def test_passes_without_gradients_are_not_remembered(model_folders):
+def test_passes_for_inference_are_not_remembered(model_folders):
     model = build(model_folders)
-    enable(model, False)
     (routing,) = find_routings(model)
-    loss = loss_of(model, 0, task_ids=["a", "c", "b", "c"])
-    remembered = list(routing._history)
+    loss_of(model, 0, task_ids=["a", "c", "b", "c"])
+    remembered = len(routing._history)
+    model.eval()
     with torch.no_grad():
-        for _ in range(_REMEMBERED):
-            with routing.using(task_ids=torch.zeros(4, dtype=torch.int64), seed=3):
-                assert routing.batch.seed_tensor == 3
-        loss_of(model, 1, task_ids=["b"] * 4)
-    assert list(routing._history) == remembered and routing.batch.task_ids is None
-    loss.backward()
-    # What lasts is remembered, wherever it is chosen.
-    with torch.no_grad(), routing.using(task_ids=torch.zeros(4, dtype=torch.int64)):
-        routing.set_task("b")
-    assert routing._history[-1].batch is routing.batch and routing.batch.task_ids is None
+        for _ in range(3):
+            loss_of(model, 1, task_ids=["b"] * 4)
+    assert len(routing._history) == remembered and routing.batch.task_ids is None
 
 
 ROWS = [0, 1, 2, 0]
@@ -199,6 +332,8 @@ FITTING = {
     "numpy": np.array(ROWS),
     "numpy names": np.array(["a", "b", "c", "a"]),
     "tensor": torch.tensor(ROWS),
+    "column": Dataset.from_dict({"task": ["a", "b", "c", "a"]})["task"],
+    "series": pd.Series(["a", "b", "c", "a"]),
     "small integers": torch.tensor(ROWS, dtype=torch.uint8),
     "tokens": torch.tensor(ROWS)[:, None].expand(4, 9),
 }
@@ -234,7 +369,7 @@ REFUSED = {
     "floats": (torch.zeros(4), TypeError, "of torch.float32"),
     "booleans": (torch.zeros(4, dtype=torch.bool), TypeError, "of torch.bool"),
     "a boolean": ([True, 0, 1, 2], ValueError, "Task True is unknown"),
-    "a list of lists": ([["a"] * 9] * 4, ValueError, "is unknown to the adapter"),
+    "a list of lists": ([["a"] * 9] * 4, TypeError, "or a tensor of integers .* got a list of lists"),
     "an unknown task": (["a", "b", "c", "d"], ValueError, "Task 'd' is unknown"),
     "a number too large": (torch.tensor([0, 1, 2, 3]), ValueError, "Task 3 is unknown"),
 }
