@@ -73,9 +73,14 @@ def position_limit(model: torch.nn.Module) -> int | None:
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     config = config if get_text_config is None else get_text_config()
-    # Through `attribute_map`, other names such as `n_positions` too.
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    # Through `attribute_map`, other names such as `n_positions` too; MPT has one of its own.
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    # RoBERTa and its relatives count positions from behind the padding.
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), None)
+    return limit if padding is None else limit - padding - 1
 
 
 def encode_row(

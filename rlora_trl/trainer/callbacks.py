@@ -48,7 +48,7 @@ class HeadUsageCallback(TrainerCallback):
         """Begin to count; what was counted and not told is dropped."""
         adapters = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAdapter)}
         # Adapters that are loaded beside those in training are left out, unless none trains.
-        adapters = {n: a for n, a in adapters.items() if a.A.requires_grad or a.B.requires_grad} or adapters
+        adapters = {n: a for n, a in adapters.items() if a.trains} or adapters
         if not adapters:
             raise ValueError("`HeadUsageCallback` needs a model with R-LoRA adapters, and this one has none.")
         self.layers = [name.split(".rlora_adapters.")[0] for name in adapters]

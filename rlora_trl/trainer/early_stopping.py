@@ -26,6 +26,7 @@ class EarlyStopping:
 
     def __init__(self, handler: CallbackHandler, args: Any, tasks: Sequence[str], prefix: str) -> None:
         self.handler = handler
+        self.is_for_training = prefix == "eval"
         metric = args.metric_for_best_model or "loss"
         self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
         # A name may begin another.
@@ -39,7 +40,7 @@ class EarlyStopping:
     def at_means(self, metrics: Mapping[str, float], means: Mapping[str, float]) -> AbstractContextManager[None]:
         """For the means over tasks; a metric that is nowhere is warned of here."""
         seen = self.metric in metrics and self.metric not in means
-        return self._without_callback() if seen else nullcontext()
+        return self._without_callback() if seen or not self.is_for_training else nullcontext()
 
     @contextmanager
     def _without_callback(self) -> Generator[None, None, None]:

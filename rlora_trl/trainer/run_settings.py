@@ -10,32 +10,40 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset
 
 from ..hub.record import Scalar, is_plain, select_hyperparameters
 from ..safe_files import shorten
 from .resuming import INSTEAD, read_state, step_of
+from .task_ids import TASK_IDS
 
 
 logger = get_logger(__name__)
 
 # Settings of the optimizer, which its state in a checkpoint overrides, and what the place in the data depends on.
 _MUST_MATCH = (
-    *("learning_rate", "router_learning_rate", "loraplus_lr_ratio", "train_a", "optim", "weight_decay"),
+    *("learning_rate", "router_learning_rate", "loraplus_lr_ratio", "train_a", "optim", "optim_args", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "train_sampling_strategy"),
-    *("mixing", "mixing_temperature", "mixing_cap", "mixing_unit", "packing", "packing_strategy", "max_length"),
+    *("mixing", "mixing_temperature", "mixing_cap", "mixing_unit", "packing", "packing_strategy"),
+    "dataset_num_proc",
 )
 # What takes effect when it is changed, and changes what the run is.
 _WARN_IF_CHANGED = (
-    *("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("max_length", "dataloader_drop_last", "ignore_data_skip", "average_tokens_across_devices", "nan_policy"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
     *("balance_loss", "balance_coef", "balance_scope", "loss_type", "label_smoothing_factor", "neftune_noise_alpha"),
     *("completion_only_loss", "assistant_only_loss", "padding_free", "bf16", "fp16", "tf32"),
 )
 _DATA = "training data"
-# Rows whose tokens are compared.
-_SAMPLED_ROWS = 64
+# Rows whose tokens are compared, at even distances; and rows of other data, which are compared as text.
+_SAMPLED_ROWS, _SAMPLED_TEXTS = 10_000, 64
+# Implementations of one algorithm, whose state is the same.
+_SAME_OPTIMIZER = {"adamw_torch_fused": "adamw_torch"}
 
 
 @dataclass
@@ -100,12 +108,18 @@ def settings_of(args: Any, data: Any) -> dict[str, Any]:
     """All settings that are compared, as JSON has them; see [`RunSettings`]."""
     values = {name: getattr(args, name, None) for name in (*_MUST_MATCH, *_WARN_IF_CHANGED)}
     values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    values["optim"] = _SAME_OPTIMIZER.get(str(values["optim"]), values["optim"])
+    values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
+    if not values["packing"]:  # where alone these say which rows there are
+        values["packing_strategy"] = values["dataset_num_proc"] = None
     return json.loads(json.dumps({**values, _DATA: data}, default=str))
 
 
 def describe_data(dataset: Any, rows: int | None = None) -> dict[str, Any] | None:
     """
-    What shows whether prepared training data are the same: the number of rows, and a digest of some of them.
+    What shows whether prepared training data are the same: the number of rows, and a digest of their tokens and tasks.
+
+    Of more than 10,000 rows that many are digested, at even distances.
 
     Args:
         dataset: The data.
@@ -117,13 +131,27 @@ def describe_data(dataset: Any, rows: int | None = None) -> dict[str, Any] | Non
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return None
     total = len(dataset) if rows is None else min(rows, len(dataset))
-    tokens = [name for name in ("input_ids", "labels") if name in dataset.column_names]
-    # Pictures are large, and their files may lie elsewhere.
-    columns = tokens or [name for name in dataset.column_names if name not in ("image", "images")]
-    chosen = [place * total // min(total, _SAMPLED_ROWS) for place in range(min(total, _SAMPLED_ROWS))]
-    sample = dataset.with_format(None).select_columns(columns).select(chosen).to_list()
-    text = json.dumps(sample, sort_keys=True, default=str)
-    return {"rows": total, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    tokens = [name for name in ("input_ids", "labels", TASK_IDS) if name in dataset.column_names]
+    count = min(total, _SAMPLED_ROWS if "input_ids" in tokens else _SAMPLED_TEXTS)
+    sample = dataset.with_format("arrow").select([place * total // count for place in range(count)])
+    digest = hashlib.sha256()
+    if "input_ids" in tokens:
+        for batch in sample.select_columns(tokens).iter(batch_size=1000):
+            for name in tokens:
+                _digest_numbers(digest, batch[name])
+    else:  # pictures are large, and their files may lie elsewhere
+        columns = [name for name in dataset.column_names if name not in ("image", "images")]
+        texts = sample.with_format(None).select_columns(columns).to_list()
+        digest.update(json.dumps(texts, sort_keys=True, default=str).encode())
+    return {"rows": total, "digest": digest.hexdigest()[:16]}
+
+
+def _digest_numbers(digest: Any, column: pa.ChunkedArray) -> None:
+    """Add the numbers of a column, or the lists of them, to a digest, whatever their type and their chunks."""
+    if not pa.types.is_integer(column.type):
+        digest.update(pc.fill_null(pc.list_value_length(column), -1).to_numpy().astype(np.int64).tobytes())
+        column = pc.list_flatten(column)
+    digest.update(pc.fill_null(column, -1).to_numpy().astype(np.int64).tobytes())
 
 
 def check_run(checkpoint: Path, args: Any, data: Any) -> None:
@@ -162,14 +190,13 @@ def check_run(checkpoint: Path, args: Any, data: Any) -> None:
 
 def _differences(saved: Mapping[str, Any], present: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     differing = [name for name in names if name in saved and saved[name] != present[name]]
-    # Of data that are a stream nothing is known.
-    known = [name for name in differing if name != _DATA or None not in (saved[name], present[name])]
     return [
-        f"{name}: checkpoint has {_in_words(saved[name])}, this run has {_in_words(present[name])}" for name in known
+        f"{name}: checkpoint has {_in_words(name, saved[name])}, this run has {_in_words(name, present[name])}"
+        for name in differing
     ]
 
 
-def _in_words(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['rows']:,} rows (digest {value['digest']})"
-    return shorten(value, 100)
+def _in_words(name: str, value: Any) -> str:
+    if name != _DATA:
+        return shorten(value, 100)
+    return "a stream" if value is None else f"{value['rows']:,} rows (digest {value['digest']})"

@@ -28,6 +28,7 @@ from trl import pack_dataset
 from ..evaluation.data import check_rows
 from ..kernels import RoutingTally, anchor_loss, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
+from ..tuner.routing import describe_batch
 from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .early_stopping import EarlyStopping
@@ -209,7 +210,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         self._adapters = {
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, MultiHeadAdapter) and (module.A.requires_grad or module.B.requires_grad)
+            if isinstance(module, MultiHeadAdapter) and module.trains
         }
         if not self.args.train_a:
             for adapter in self._adapters.values():
@@ -526,6 +527,9 @@ class RLoraSFTTrainer(PublishingTrainer):
         super()._begin_attempt()
         self._metrics_step = None
         self._extra_logs = {}
+        # TRL counts tokens over attempts (1.16; no upstream issue).
+        self._total_train_tokens = 0
+        self._metrics["train"].clear()
         self._nan_guard.restart()
         if self._monitor is not None:
             self._monitor.restart()
@@ -547,11 +551,14 @@ class RLoraSFTTrainer(PublishingTrainer):
             ValueError: If others are active, or they don't train any more.
         """
         active = list(self._peft_model().active_adapters)
-        trains = any(a.A.requires_grad or a.B.requires_grad for a in self._adapters.values())
-        if active == self._trained_adapters and (trains or not self._adapters):
+        present = {id(module) for module in self.model.modules()}
+        replaced = any(id(adapter) not in present for adapter in self._adapters.values())
+        trains = any(adapter.trains for adapter in self._adapters.values()) or not self._adapters
+        if active == self._trained_adapters and trains and not replaced:
             return
         made_for, now = (", ".join(map(repr, names)) for names in (self._trained_adapters, active))
-        state = f"adapter {now} is active" if active != self._trained_adapters else "it is frozen or disabled"
+        state = "it was taken out of the model" if replaced else "it is frozen or disabled"
+        state = state if active == self._trained_adapters else f"adapter {now} is active"
         raise ValueError(
             f"The trainer was made for adapter {made_for}, whose parameters its optimizer holds, and now {state}: "
             f"nothing would train. Make a new trainer for this, or go back: {_how_to_train(self._trained_adapters)}."
@@ -600,7 +607,8 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     def _set_batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None) -> None:
         """Hand the tasks and the padding of a batch to the layers; they stay until the backward pass is over."""
-        mask = token_mask_of(inputs)
+        mask, batch = token_mask_of(inputs), describe_batch((), inputs)
+        lengths = () if batch is None else batch.lengths
         for routing in self._routings:
             one_seed = self._recomputes_with_other_seeds and self.model.training
             routing.update(
@@ -608,6 +616,7 @@ class RLoraSFTTrainer(PublishingTrainer):
                 token_mask=None if mask is None else mask.to(torch.uint8),
                 tally=tally,
                 seed=draw_seed() if one_seed else None,
+                lengths=lengths,
             )
 
     @property
@@ -754,6 +763,8 @@ class RLoraSFTTrainer(PublishingTrainer):
             self._scored = self._given_rows.get(metric_key_prefix) if self._given_rows else None
             if eval_dataset is None or isinstance(eval_dataset, str):
                 self._scored = self._option_rows.get(eval_dataset or "")
+            if self._stopping is None and metric_key_prefix != "eval":  # of other data than training is stopped by
+                self._stopping = EarlyStopping(self.callback_handler, self.args, [], metric_key_prefix)
             waiting = nullcontext() if self._stopping is None else self._stopping.at_task(metric_key_prefix)
             with self._counting_heads(), waiting:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -945,7 +956,13 @@ def _check_trains(model: PeftModel, config: RLoraConfig) -> None:
     """
     name = model.active_adapter
     adapters = [module.rlora_adapters[name] for module in model.modules() if _has_adapter(module, name)]
-    if any(parameter.requires_grad for adapter in adapters for parameter in adapter.parameters()):
+    merged = any(module.merged_adapters for module in model.modules() if isinstance(module, RLoraLayer))
+    if merged:
+        raise ValueError(
+            "Adapters are merged into the base, which would be trained on as it is then. Call "
+            "`model.unmerge_adapter()` before the trainer is made."
+        )
+    if any(adapter.trains for adapter in adapters):
         return
     if config.inference_mode:
         raise ValueError(

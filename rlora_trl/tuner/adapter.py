@@ -205,6 +205,11 @@ class MultiHeadAdapter(nn.Module):
             if parameter is not None:
                 parameter.requires_grad_(False)
 
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def requires_grad_(self, requires_grad: bool = True) -> "MultiHeadAdapter":
         """Turn gradients on or off for all parameters but the anchor, which stays frozen."""
         super().requires_grad_(requires_grad)

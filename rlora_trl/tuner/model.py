@@ -32,7 +32,7 @@ from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .direct_use import bypassed_layers
 from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
-from .routing import Routing, TaskIds, batch_shape, check_task_ids, find_routings, set_task
+from .routing import GivenBatch, Routing, TaskIds, check_task_ids, describe_batch, find_routings, set_task
 from .step_packing import StepPacking
 from .target_checks import ignored_indices, ignored_names, narrow_layers, refuse_offloaded, warn_once
 
@@ -85,7 +85,7 @@ def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     """
     task_ids = kwargs.pop("task_ids", None)
     if isinstance(peft_model.base_model, RLoraModel):
-        peft_model.base_model._given_tasks = None if task_ids is None else (task_ids, batch_shape(args, kwargs))
+        peft_model.base_model._given_tasks = None if task_ids is None else (task_ids, describe_batch(args, kwargs))
     return args, kwargs
 
 
@@ -153,8 +153,8 @@ class RLoraModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Task ids of a call of the `PeftModel`, and the shape of its batch.
-        self._given_tasks: tuple[TaskIds, torch.Size | None] | None = None
+        # Task ids of a call of the `PeftModel`, and its batch.
+        self._given_tasks: tuple[TaskIds, GivenBatch | None] | None = None
         self._step_packing = StepPacking()
         _OnRegistration(self)
 
@@ -404,12 +404,12 @@ class RLoraModel(BaseTuner):
     @override
     def forward(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
         # Only where the tuner is called itself: a `PeftModel` hands task ids to `_enable_peft_forward_hooks`.
-        with self._with_tasks(task_ids, batch_shape(args, kwargs)):
+        with self._with_tasks(task_ids, describe_batch(args, kwargs)):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
         """`generate` of the model."""
-        with self._with_tasks(task_ids, batch_shape(args, kwargs), generates=True):
+        with self._with_tasks(task_ids, describe_batch(args, kwargs, True), generates=True):
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
@@ -417,14 +417,16 @@ class RLoraModel(BaseTuner):
         """Give `task_ids` and `adapter_names`, one for each row of the batch, to all layers for a forward pass."""
         given, self._given_tasks = self._given_tasks, None
         generates = "task_ids" in kwargs  # `forward` has given its own to `_take_task_ids`
-        task_ids, shape = (kwargs.pop("task_ids"), batch_shape(args, kwargs)) if generates else given or (None, None)
+        task_ids, batch = given or (None, None)
+        if generates:
+            task_ids, batch = kwargs.pop("task_ids"), describe_batch(args, kwargs, True)
         if task_ids is not None and kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "`task_ids` and `adapter_names` can't be given together: which adapter's tasks are meant is not "
                 "known. Run the rows of each adapter by themselves."
             )
         with (
-            self._with_tasks(task_ids, shape, generates),
+            self._with_tasks(task_ids, batch, generates),
             self._mixed_adapters(*args, **kwargs),
             self._packed_weights(),
         ):
@@ -449,20 +451,22 @@ class RLoraModel(BaseTuner):
 
     @contextmanager
     def _with_tasks(
-        self, task_ids: TaskIds | None, shape: torch.Size | None, generates: bool = False
+        self, task_ids: TaskIds | None, batch: GivenBatch | None, generates: bool = False
     ) -> Generator[None, None, None]:
-        """Give the layers the tasks of a batch of this shape."""
+        """Give the layers the tasks of a batch."""
         if task_ids is None:
             yield
             return
         routings = find_routings(self)
         with_tasks = [routing for routing in routings if routing.kind == "task"] or routings
         resolved = [routing.resolve(task_ids) for routing in with_tasks]
-        if shape is not None:
-            check_task_ids(resolved[0], shape, generates)
+        known: dict[str, Any] = {"rows_repeat": generates}
+        if batch is not None:
+            check_task_ids(resolved[0], batch, generates)
+            known = {"rows_repeat": batch.rows_repeat, "lengths": batch.lengths}
         with ExitStack() as stack:
             for routing, ids in zip(with_tasks, resolved, strict=True):
-                stack.enter_context(routing.using(task_ids=ids, rows_repeat=generates))
+                stack.enter_context(routing.using(task_ids=ids, **known))
             yield
 
     @contextmanager

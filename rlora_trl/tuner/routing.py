@@ -79,7 +79,9 @@ class BatchContext(NamedTuple):
         seed_tensor (`torch.Tensor`, *optional*): The same in memory, for graphs, of which a number would be a
             constant.
         rows_repeat (`bool`, *optional*, defaults to `False`): Layers may see each row several times in succession, as
-            in beam search.
+            in beam search and multiple choice.
+        lengths (`tuple[int]`, *optional*): Tokens of a row, of each sequence that a row has (encoder, decoder), where
+            they are known.
     """
 
     task_ids: torch.Tensor | None = None
@@ -90,6 +92,23 @@ class BatchContext(NamedTuple):
     seed: int | None = None
     seed_tensor: torch.Tensor | None = None
     rows_repeat: bool = False
+    lengths: tuple[int, ...] = ()
+
+
+class GivenBatch(NamedTuple):
+    """
+    The batch that a model is called with.
+
+    Args:
+        rows (`int`): Its rows, B.
+        shape (`torch.Size`, *optional*): `[B, S]`, for one sequence of tokens in a row.
+        rows_repeat (`bool`), lengths (`tuple[int]`): See [`BatchContext`].
+    """
+
+    rows: int
+    shape: torch.Size | None
+    rows_repeat: bool
+    lengths: tuple[int, ...]
 
 
 class Routing:
@@ -250,7 +269,7 @@ class Routing:
         tokens = shape.numel()
         if batch.task_ids is None:
             return None if batch.task is None else torch.full((tokens,), batch.task, device=device)
-        if not _fit(batch.task_ids.shape, shape, batch.rows_repeat):
+        if not _fit(batch, batch.task_ids.shape, shape):
             raise ValueError(
                 f"`task_ids` of shape {list(batch.task_ids.shape)} do not fit an input of shape {[*shape, 'd_in']}. "
                 "Give one for each row or one for each token. A layer that does not work on the batch as it is "
@@ -296,55 +315,64 @@ def _is_nested(task_ids: Sequence[Any]) -> bool:
     return any(isinstance(entry, list | tuple | np.ndarray | torch.Tensor) and np.ndim(entry) for entry in task_ids)
 
 
-def _fit(ids: torch.Size, shape: torch.Size, rows_repeat: bool) -> bool:
+def _fit(batch: BatchContext, ids: torch.Size, shape: torch.Size) -> bool:
     """Whether task ids of shape `[B]` or `[B, S]` say the task of each token of an input, given its leading sizes."""
     if len(ids) == 2:  # one for each token
         return ids == shape or (len(shape) == 1 and shape.numel() == ids.numel())
-    if len(shape) == 1:  # rows and tokens as one
-        return ids[0] > 0 and shape[0] % ids[0] == 0
-    return shape[0] == ids[0] or (rows_repeat and ids[0] > 0 and shape[0] % ids[0] == 0)
+    rows = ids[0]
+    if len(shape) > 1:
+        return shape[0] == rows or (batch.rows_repeat and rows > 0 and shape[0] % rows == 0)
+    # Rows and tokens as one. Experts see some of the tokens, whose rows are not known.
+    units = [rows * length for length in batch.lengths] or [rows]
+    exact = bool(batch.lengths) and not batch.rows_repeat
+    return any(unit > 0 and (shape[0] == unit if exact else shape[0] % unit == 0) for unit in units)
 
 
-def batch_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Size | None:
+def describe_batch(args: Sequence[Any], kwargs: Mapping[str, Any], generates: bool = False) -> GivenBatch | None:
     """
-    Rows and, for text, tokens of a row of what a model is called with: `[B, S]`, or `[B]`.
+    What is known of the batch from the arguments of `forward` or `generate`; `None` if there is no tensor.
 
     Args:
-        args (`Sequence`), kwargs (`Mapping`): Arguments of `forward` or `generate`.
+        args (`Sequence`), kwargs (`Mapping`): The arguments.
+        generates (`bool`, *optional*, defaults to `False`): Whether tokens are generated, so that lengths grow.
     """
-    tokens = next((kwargs[name] for name in ("input_ids", "inputs") if kwargs.get(name) is not None), None)
-    embedded = kwargs.get("inputs_embeds")
-    if tokens is None and embedded is None:
-        tokens = next((value for value in args if isinstance(value, torch.Tensor)), None)
-    if isinstance(tokens, torch.Tensor) and tokens.ndim >= 1:
-        return tokens.shape[: 1 if tokens.is_floating_point() else 2]
-    if isinstance(embedded, torch.Tensor) and embedded.ndim >= 2:
-        return embedded.shape[:2]
-    others = (value for value in kwargs.values() if isinstance(value, torch.Tensor) and value.ndim >= 1)
-    other = next(others, None)  # pictures, sounds
-    return None if other is None else other.shape[:1]
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.ndim}
+    first = next((value for value in args if isinstance(value, torch.Tensor) and value.ndim), None)
+    if first is not None:
+        tensors.setdefault("inputs_embeds" if first.is_floating_point() else "input_ids", first)
+    tokens = next((tensors[name] for name in ("input_ids", "inputs", "inputs_embeds") if name in tensors), None)
+    if tokens is None:
+        other = next(iter(tensors.values()), None)  # pictures, sounds
+        return None if other is None else GivenBatch(other.shape[0], None, generates, ())
+
+    # `[B, S]`, `[B, S, d]`, or for multiple choice `[B, C, S]` and `[B, C, S, d]`.
+    axes = tokens.ndim - tokens.is_floating_point()
+    sequences = [tokens] + [tensors[name] for name in ("decoder_input_ids", "labels") if name in tensors]
+    lengths = () if generates or axes != 2 else tuple({x.shape[1] for x in sequences if x.ndim > 1})
+    return GivenBatch(tokens.shape[0], tokens.shape[:2] if axes == 2 else None, generates or axes > 2, lengths)
 
 
-def check_task_ids(task_ids: torch.Tensor, shape: torch.Size, generates: bool) -> None:
+def check_task_ids(task_ids: torch.Tensor, batch: GivenBatch, generates: bool) -> None:
     """
     Check task ids against the batch.
 
     Args:
         task_ids (`torch.Tensor`): Of shape `[B]` or `[B, S]`.
-        shape (`torch.Size`): That of the batch; see [`batch_shape`].
+        batch ([`GivenBatch`]): The batch.
         generates (`bool`): Whether tokens are generated, whose tasks are those of their rows.
 
     Raises:
         ValueError: If they are neither one for each row nor one for each token.
     """
-    if task_ids.ndim == 1 and len(task_ids) == shape[0]:
+    if task_ids.ndim == 1 and len(task_ids) == batch.rows:
         return
-    if task_ids.ndim == 2 and not generates and task_ids.shape == shape:
+    by_token = None if generates else batch.shape
+    if task_ids.ndim == 2 and task_ids.shape == by_token:
         return
-    by_token = "" if generates or len(shape) < 2 else f", or a tensor {list(shape)} with one for each token"
+    remedy = "" if by_token is None else f", or a tensor {list(by_token)} with one for each token"
     raise ValueError(
-        f"`task_ids` has shape {list(task_ids.shape)}, and the batch has {shape[0]} rows. Give one for each "
-        f"row{by_token}."
+        f"`task_ids` has shape {list(task_ids.shape)}, and the batch has {batch.rows} rows. Give one for each "
+        f"row{remedy}."
     )
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from testing_utils import build_tokenizer, task_rows
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MptConfig,
+    MptForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from rlora_trl.evaluation import TaskScore, score_tasks, scoring
 
@@ -234,6 +242,19 @@ def test_an_answer_longer_than_the_model_is_refused():
     row = {"prompt": "w1", "completion": " red" * 64}
     with pytest.raises(ValueError, match="A completion has 65 tokens, and the model has 64 positions"):
         score_tasks(short_model(64), build_tokenizer(), {"t": [row]})
+
+
+def test_positions_of_models_that_count_otherwise():
+    """RoBERTa has two rows of its table for padding, MPT another name for the number."""
+    sizes = {"vocab_size": 80, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = RobertaForCausalLM(
+        RobertaConfig(**sizes, intermediate_size=16, max_position_embeddings=66, is_decoder=True, pad_token_id=1)
+    )
+    mpt = MptForCausalLM(MptConfig(vocab_size=80, d_model=16, n_heads=2, n_layers=1, max_seq_len=64))
+    rows = [{"prompt": " ".join(["w1"] * 99), "completion": " red", "options": [" red", " blue"]}]
+    for model in (roberta, mpt):
+        assert scoring.position_limit(model) == 64
+        assert score_tasks(model.eval(), build_tokenizer(), {"t": rows})["t"].total == 1
 
 
 def test_the_end_that_a_tokenizer_adds_is_not_scored_twice(model):

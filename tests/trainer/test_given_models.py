@@ -120,6 +120,41 @@ def test_a_second_run_trains_the_same_adapter(model_folders, tmp_path):
         assert moved(before, adapter_state(trainer)) == {"default"}
 
 
+@pytest.mark.parametrize("how", ["replaced", "unloaded"])
+def test_an_adapter_that_was_taken_out_is_refused(model_folders, tmp_path, how):
+    model = get_peft_model(base_model(model_folders), RLoraConfig(task_type="CAUSAL_LM"))
+    trainer = make_trainer(model_folders, tmp_path, model=model, max_steps=1)
+    trainer.train()
+    if how == "replaced":
+        model.add_adapter("b", RLoraConfig(task_type="CAUSAL_LM"))
+        model.delete_adapter("default")
+        model.add_adapter("default", RLoraConfig(task_type="CAUSAL_LM"))
+        model.set_adapter("default")
+    else:
+        model.unload()
+    with pytest.raises(ValueError, match="it was taken out of the model: nothing would train. Make a new trainer"):
+        trainer.train()
+
+
+def test_a_merged_adapter_is_refused(model_folders, tmp_path):
+    model = get_peft_model(base_model(model_folders), RLoraConfig(task_type="CAUSAL_LM", router="uniform"))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="Adapters are merged into the base.*`model.unmerge_adapter..`"):
+        make_trainer(model_folders, tmp_path, model=model)
+
+
+def test_routers_alone_learn_from_tasks(model_folders, tmp_path, caplog):
+    config = RLoraConfig(task_type="CAUSAL_LM", router="task", tasks=["first", "colour", "same"])
+    model = get_peft_model(base_model(model_folders), config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".router"))
+    trainer = make_trainer(model_folders, tmp_path, model=model, max_steps=2)
+    trainer.train()
+    routers = [p for name, p in model.named_parameters() if name.endswith(".router")]
+    assert all(bool((router != 0).all()) for router in routers)  # a mixture for each task
+    assert "runs without the task" not in caplog.text
+
+
 # Bases that have adapters
 
 

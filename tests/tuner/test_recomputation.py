@@ -13,11 +13,11 @@ from peft import get_peft_model
 from testing_utils import perturb, random_ids
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BertConfig, BertForMultipleChoice, Trainer, TrainingArguments
 
 from rlora_trl import RLoraConfig
 from rlora_trl.tuner import find_routings
-from rlora_trl.tuner.routing import _REMEMBERED
+from rlora_trl.tuner.routing import _REMEMBERED, describe_batch
 
 
 TASKS = ["a", "b", "c"]
@@ -432,3 +432,40 @@ def test_a_layer_that_sees_another_batch_is_refused(model_folders):
         for shape in ([4, 6], [3, 4], [24]):
             with pytest.raises(ValueError, match="do not fit an input of shape"):
                 routing.token_task_ids(torch.Size(shape), ids.device)
+
+
+def test_multiple_choice_repeats_rows(model_folders):
+    config = BertConfig(
+        vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    base = BertForMultipleChoice(config)
+    model = get_peft_model(base, RLoraConfig(router="task", tasks=TASKS, init_weights=False, task_type=None)).eval()
+    ids = random_ids(batch=6).view(2, 3, 9)
+    with torch.no_grad():
+        together = model(input_ids=ids, task_ids=["a", "c"]).logits
+        for row, task in enumerate(("a", "c")):
+            alone = model(input_ids=ids[row : row + 1], task_ids=[task]).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_see_some_of_the_tokens_are_refused(model_folders):
+    """Also where their number happens to be a multiple of the rows."""
+    model = build(model_folders).eval()
+    (routing,) = find_routings(model)
+    ids = torch.tensor([0, 1])
+    with routing.using(task_ids=ids, lengths=(9, 4)):
+        for tokens in (18, 8):  # of the encoder, of the decoder
+            assert len(routing.token_task_ids(torch.Size([tokens]), ids.device)) == tokens
+        for tokens in (12, 6, 2):
+            with pytest.raises(ValueError, match="experts, encoders of pictures. can be left out"):
+                routing.token_task_ids(torch.Size([tokens]), ids.device)
+
+
+def test_lengths_are_those_of_all_sequences_of_a_row():
+    ids, decoded = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
+    batch = describe_batch((), {"input_ids": ids, "labels": decoded, "attention_mask": ids})
+    assert (batch.rows, batch.shape, batch.rows_repeat, set(batch.lengths)) == (2, ids.shape, False, {9, 4})
+    assert describe_batch((ids,), {}, True) == (2, ids.shape, True, ())
+    assert describe_batch((), {"inputs_embeds": torch.zeros(3, 5, 8)})[:2] == (3, torch.Size([3, 5]))
+    assert describe_batch((), {"pixel_values": torch.zeros(3, 3, 8, 8)}) == (3, None, False, ())
+    assert describe_batch((), {"use_cache": False}) is None
