@@ -19,6 +19,7 @@ from ..tuner.layer import RLoraLayer, undo_cpu_order
 from .bare import bare_base
 from .lora import lora_factors
 from .verify import (
+    LOGITS_CEILING,
     adapter_logits,
     logits_error,
     logits_tolerance,
@@ -174,8 +175,8 @@ def check_merged(
         `float`: The error of the logits, see [`logits_error`].
 
     Raises:
-        ValueError: If a weight differs from base plus delta by more than rounding, or logits do on a base that is not
-            quantised.
+        ValueError: If a weight differs from base plus delta by more than rounding, or logits do; on a quantized base,
+            whose activations may be rounded too, by more than `LOGITS_CEILING`.
     """
     core = core_model(model)
     device_map = getattr(core, "hf_device_map", None) or {"": input_device(core)}
@@ -190,13 +191,13 @@ def check_merged(
         noise = rounding_noise(model, adapter_name, layers, reference, dtype)
     logits = prompt_logits(loaded)
     error = logits_error(logits, reference)
-    tolerance = float("inf")
+    tolerance = LOGITS_CEILING
     if not getattr(core, "is_quantized", False):
         tolerance = logits_tolerance(dtype, max(noise, _weight_noise(loaded, layers, logits)))
-    if not error <= tolerance or error == float("inf"):
+    if not error <= tolerance:
         raise ValueError(
-            f"The merged model does not do what the adapter does: logits differ by {error:.2g} of the largest, and "
-            f"rounding in {dtype} explains {tolerance:.2g}. Nothing was written; please report it."
+            f"The merged model does not do what the adapter does: logits differ by {error:.2g} of the largest, and at "
+            f"most {tolerance:.2g} is accepted in {dtype}. Nothing was written; please report it."
         )
     return error
 

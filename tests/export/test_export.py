@@ -570,6 +570,43 @@ def test_small_mistakes_are_no_rounding(tmp_path, monkeypatch, option):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("base", ["bf16", "4bit"])
+def test_logits_alone_refuse_a_wrong_export_of_large_weights(
+    model_folders, tmp_path, monkeypatch, caplog, base, merge
+):
+    """Rounding of large weights explains any difference, and a quantized base has none that is known."""
+    from rlora_trl.export import merge as merging
+    from rlora_trl.export import verify
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_for(model_folders, base), RLoraConfig(task_type="CAUSAL_LM")).eval()
+    perturb(model, 30.0)
+    with torch.no_grad():
+        for layer in adapted_layers(model, "default").values():
+            for B in (layer.rlora_adapters["default"].B, layer.rlora_adapters["default"].B0):
+                B += 20.0  # which the anchor takes off again
+    monkeypatch.setattr(verify, "_check_deltas", lambda *args: None)
+    monkeypatch.setattr(merging, "_check_weight", lambda *args: None)
+
+    def wrong(B):
+        return B[torch.randperm(len(B), generator=torch.Generator().manual_seed(0))]
+
+    tensors, factors = export_module.lora_tensors, merging.lora_factors
+    monkeypatch.setattr(
+        export_module,
+        "lora_tensors",
+        lambda *args: {name: wrong(t) if "lora_B" in name else t for name, t in tensors(*args).items()},
+    )
+    monkeypatch.setattr(merging, "lora_factors", lambda *args: (factors(*args)[0], wrong(factors(*args)[1])))
+    caplog.set_level("WARNING")
+    with pytest.raises(ValueError, match="logits differ by .*, and at most 0.5 is accepted"):
+        export_lora(model, tmp_path / "out", routing=WEIGHTS, merge=merge)
+    assert list(tmp_path.iterdir()) == []
+    if not (merge and base == "4bit"):
+        assert "at most 0.5 is accepted. Load the base in a wider dtype" in caplog.text
+
+
 def test_an_adapter_without_finite_logits(model_folders, tmp_path):
     model = adapted(model_folders, dtype=torch.float16)
     with torch.no_grad():
