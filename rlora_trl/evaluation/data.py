@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, LargeList, List, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from trl import maybe_convert_to_chatml
+
+from .columns import by_row, encode_tasks, seems_to_name_tasks
 
 
 if TYPE_CHECKING:
@@ -211,20 +214,27 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
     """
     Refuse data that TRL's preparation fails on: other columns, missing values, or values that are no text.
 
+    Of map-style data all rows are checked for missing values and empty lists, and for values of other types where a
+    column has several; the fields of messages are checked in the first row, or in all where a column is JSON. Of a
+    stream each row is checked in full as it is read.
+
     Args:
         dataset (`Dataset` or `IterableDataset`): The data. With a column `input_ids` it is tokenized, and not checked.
         where (`str`): What the data are called in messages.
         text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
 
     Returns:
-        `Dataset` or `IterableDataset`: The data; a stream checks its rows as they are read.
+        `Dataset` or `IterableDataset`: The data, without a format; a stream, which keeps its own, checks its rows as
+        they are read.
 
     Raises:
         ValueError: With the row, counted from 1, and the column.
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset  # columns are those of a transform, with which TRL refuses to prepare data
-    first = next(iter(dataset), None)
+    # Formats make other values of lists, such as arrays, of which TRL's preparation knows nothing.
+    plain = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
+    first = next(iter(plain), None)
     if first is None:
         raise ValueError(f"{where} has no rows. Check the file, split or filter that it comes from.")
     columns = list(dataset.column_names or first)
@@ -233,7 +243,7 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
     names = check_format(columns, where, text_column=text_column)
     check = partial(_check_values, where=where, text_column=text_column)
     for name in names:
-        for place, value in _suspects(dataset, first, name):
+        for place, value in _suspects(plain, first, name):
             check({name: value}, place, names=(name,))
     if len(names) == 2 and isinstance(first["prompt"], str) != isinstance(first["completion"], str):
         raise ValueError(
@@ -242,7 +252,7 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
         )
     if isinstance(dataset, IterableDataset):
         return dataset.map(partial(check, names=names), with_indices=True, features=dataset.features)
-    return dataset
+    return plain
 
 
 def _check_values(
@@ -257,16 +267,25 @@ def _check_values(
 
 
 def _suspects(dataset: Any, first: Mapping[str, Any], name: str) -> Iterator[tuple[int, Any]]:
-    """With places: the first value of a column, the first that is missing, and all in a column of mixed types."""
+    """With places: the first value of a column, the first that is missing or empty, and all where types are mixed."""
     yield 0, first.get(name)
     if not isinstance(dataset, Dataset):
         return
-    column = dataset.with_format("arrow")[name]
-    column = column if isinstance(column, pa.ChunkedArray) else column[:]
-    if column.null_count:
-        yield pc.index(pc.is_null(column), True).as_py(), None
-    if not isinstance(dataset.features[name], Value | List):  # JSON of several types
-        yield from enumerate(dataset.with_format(None)[name])
+    column = dataset.select_columns([name])
+    if column.data.column(name).null_count or not isinstance(dataset.features[name], Value):
+        for place in np.flatnonzero(by_row(column, [name], _are_lacking))[:1].tolist():
+            yield place, column[place][name]
+    if not isinstance(dataset.features[name], Value | List | LargeList):  # JSON of several types
+        values = (value for batch in column.iter(batch_size=1000) for value in batch[name])
+        yield from enumerate(values)
+
+
+def _are_lacking(values: pa.Array) -> pa.Array:
+    """Which values are null, or lists without an element."""
+    lacking = pc.is_null(values)
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        lacking = pc.or_(lacking, pc.fill_null(pc.equal(pc.list_value_length(values), 0), True))
+    return lacking
 
 
 def _value_problem(value: Any, name: str, *, is_text: bool) -> str | None:
@@ -278,8 +297,17 @@ def _value_problem(value: Any, name: str, *, is_text: bool) -> str | None:
         return None if what == "text" else f"it is text, and must be {what}. Use 'prompt' and 'completion' for text."
     if isinstance(value, list) and not is_text:
         return _messages_problem(value, name)
-    written = json.dumps(str(value)) if isinstance(value, int | float) else "text"
-    return f"it is {_shorten(value)}, of type {type(value).__name__}, and must be {what}. Write it as {written}."
+    return f"it is {_shorten(value)}, of type {type(value).__name__}, and must be {what}. {_remedy(value, what)}"
+
+
+def _remedy(value: Any, what: str) -> str:
+    if hasattr(value, "__array__"):
+        return "It comes from a format of the data set: remove that with `with_format(None)`."
+    if what == "text":
+        return f"Write it as {json.dumps(str(value)) if isinstance(value, int | float) else 'text'}."
+    if isinstance(value, dict):
+        return "Put the message into a list."
+    return 'Write it as a list, such as [{"role": "user", "content": "..."}].'
 
 
 def _messages_problem(messages: list[Any], name: str) -> str | None:
@@ -306,16 +334,18 @@ def rows_by_task(dataset: Any, task_column: str, limit: int | None = None) -> di
 
     Args:
         dataset (`Dataset`): A data set with a column that names the task.
-        task_column (`str`): That column.
+        task_column (`str`): That column, of strings, integers or classes.
         limit (`int`, *optional*): Only the first rows of each task.
+
+    Raises:
+        ValueError: If the column is of another type, or has rows without a task or with a value that can't name one.
     """
-    feature = (dataset.features or {}).get(task_column)
-    name_of = feature.int2str if isinstance(feature, ClassLabel) else str
-    rows: dict[str, list[dict]] = {}
-    for row in dataset:
-        task_rows = rows.setdefault(name_of(row[task_column]), [])
-        if limit is None or len(task_rows) < limit:
-            task_rows.append(row)
+    names, numbers = encode_tasks(dataset, task_column)
+    places = [np.flatnonzero(numbers == number)[:limit] for number in range(len(names))]
+    kept = np.sort(np.concatenate(places))
+    rows: dict[str, list[dict]] = {name: [] for name in names}
+    for row, number in zip(dataset.select(kept), numbers[kept], strict=True):
+        rows[names[number]].append(row)
     return rows
 
 
@@ -344,7 +374,8 @@ def load_task_rows(
         split (`str`, *optional*):
             Defaults to "test" where there is one, else to the only one.
         task_column (`str`, *optional*):
-            Column that names the task. Defaults to "task"; without such a column all rows are of one task.
+            Column that names the task. Defaults to "task"; all rows are of one task where there is no such column, or
+            it is empty or holds lists.
         limit (`int`, *optional*):
             Only the first rows of each task.
         default_task (`str`, *optional*):
@@ -353,7 +384,8 @@ def load_task_rows(
             Rows must have an answer to score, which plain text has not.
 
     Raises:
-        ValueError: If there is no such split or column, or no rows, or rows of another form; see [`check_rows`].
+        ValueError: If there is no such split or column, or no rows, or rows without a task or of another form; see
+            [`rows_by_task`] and [`check_rows`].
     """
     splits = load_splits(name, file_split=split or "test")
     chosen = split or ("test" if "test" in splits else next(iter(splits)))
@@ -371,7 +403,7 @@ def load_task_rows(
     _check_scorable(dataset, name if len(splits) == 1 else f"{name}, split {chosen!r}", answers)
     if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
         dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
-    if column in dataset.column_names:
+    if task_column is not None or (column in dataset.column_names and seems_to_name_tasks(dataset, column)):
         return rows_by_task(dataset, column, limit)
     return {default_task or Path(name).stem: dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()}
 

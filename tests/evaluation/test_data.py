@@ -1,11 +1,13 @@
 """Data sets by file, folder and split, and their rows by task."""
 
+import base64
 import json
 import re
 from unittest import mock
 
+import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value, arrow_dataset
 from testing_utils import build_tokenizer
 from tokenizers import processors
 
@@ -57,6 +59,42 @@ def test_rows_by_task_names_classes_and_counts():
     rows = rows_by_task(data, "kind", limit=2)
     assert {task: [row["value"] for row in rows] for task, rows in rows.items()} == {"yes": [0, 2], "no": [1, 3]}
     assert list(rows_by_task(data, "value")) == ["0", "1", "2", "3", "4"]
+    backwards = data.select([4, 3, 2, 1, 0])
+    assert [row["value"] for row in rows_by_task(backwards, "kind", limit=2)["yes"]] == [4, 2]
+    assert list(rows_by_task(data.select([1, 0]), "kind")) == ["no", "yes"]
+
+
+def test_rows_by_task_reads_only_the_rows_that_it_returns():
+    features = Features({"task": Value("string"), "image": Image()})
+    image = {"bytes": PICTURE, "path": None}
+    broken = {"bytes": b"no picture", "path": None}
+    data = Dataset.from_list([{"task": "a", "image": image}, {"task": "a", "image": broken}], features=features)
+    (row,) = rows_by_task(data, "task", limit=1)["a"]
+    assert row["image"].size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (["a", None, " "], "2 rows have no task in column 'task'. Fill it in, or filter them out."),
+        (["a", "x" * 600], "Column 'task' has a value that can't be used. A text of 600 characters"),
+        ([1.5, 2.0], "`task_column='task'` holds Value.'float64'., which can't name tasks"),
+    ],
+)
+def test_rows_without_a_name_of_a_task_are_refused_as_in_training(tmp_path, values, message):
+    rows = [{**PAIR, "task": value} for value in values]
+    with pytest.raises(ValueError, match=message):
+        rows_by_task(Dataset.from_list(rows), "task")
+    with pytest.raises(ValueError, match=message):
+        load_task_rows(write(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize("value", [None, ["a"], {"a": "b"}])
+def test_a_column_that_is_called_task_need_not_name_tasks(tmp_path, value):
+    path = write(tmp_path / "rows.jsonl", [{**PAIR, "task": value}] * 2)
+    assert {task: len(rows) for task, rows in load_task_rows(path).items()} == {"rows": 2}
+    with pytest.raises(ValueError, match="can't name tasks|2 rows have no task"):
+        load_task_rows(path, task_column="task")
 
 
 def test_rows_without_a_task_are_of_one(tmp_path):
@@ -72,6 +110,11 @@ def test_rows_without_a_task_are_of_one(tmp_path):
 def test_paths_to_nothing(name):
     with pytest.raises(FileNotFoundError, match="There is no data at"):
         load_splits(name)
+
+
+PICTURE = base64.b64decode(  # one pixel, as PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 def test_what_can_be_scored():
@@ -216,6 +259,60 @@ def test_checked_rows_are_those_of_a_selection():
     with pytest.raises(ValueError, match="It has no rows"):
         check_rows(dataset.select([]), "It")
     check_rows(Dataset.from_list([{"body": "a"}]), "It", text_column="body")
+
+
+def test_text_is_not_read_to_find_missing_values(monkeypatch):
+    """Of shuffled data that takes 7 s for a million rows, and the memory of all their text."""
+    dataset = Dataset.from_list([PAIR, {"prompt": "a", "completion": None}] * 500).shuffle(seed=0)
+    missing = dataset["completion"][:].index(None)
+    complete = dataset.filter(lambda row: row["completion"])
+    query = arrow_dataset.query_table
+    read = []
+
+    def note(table, key, indices=None):
+        read.append(key)
+        return query(table, key, indices=indices)
+
+    monkeypatch.setattr(arrow_dataset, "query_table", note)
+    with pytest.raises(ValueError, match=f"It, row {missing + 1}, column 'completion': it is missing"):
+        check_rows(dataset, "It")
+    check_rows(complete, "It")
+    assert len(read) <= 4 and all(isinstance(key, int) for key in read)
+
+
+@pytest.mark.parametrize("kind", [List, LargeList])
+@pytest.mark.parametrize("lacking, problem", [([], "it is an empty list"), (None, "it is missing or null")])
+def test_messages_beyond_the_first_row(kind, lacking, problem):
+    features = Features({"messages": kind({"role": Value("string"), "content": Value("string")})})
+    rows = [{"messages": messages} for messages in (TURNS, TURNS, lacking, TURNS, [])]
+    dataset = Dataset.from_list(rows, features=features)
+    with pytest.raises(ValueError, match=f"It, row 3, column 'messages': {problem}"):
+        check_rows(dataset, "It")
+    with pytest.raises(ValueError, match=f"It, row 2, column 'messages': {problem}"):
+        check_rows(dataset.select([3, 2, 0]), "It")
+    check_rows(dataset.select([3, 1, 0]), "It")
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "pandas", "arrow"])
+def test_formats_do_not_change_what_is_checked(name):
+    dataset = Dataset.from_list([{"messages": TURNS}] * 2).with_format(name)
+    assert list(check_rows(dataset, "It")) == [{"messages": TURNS}] * 2
+    empty = Dataset.from_list([{"messages": TURNS}, {"messages": []}]).with_format(name)
+    with pytest.raises(ValueError, match="It, row 2, column 'messages': it is an empty list"):
+        check_rows(empty, "It")
+
+
+@pytest.mark.parametrize(
+    "value, remedy",
+    [
+        (np.array(["a"]), "It comes from a format of the data set: remove that with `with_format.None.`"),
+        (TURNS[0], "Put the message into a list"),
+        (4, 'Write it as a list, such as .{"role": "user"'),
+    ],
+)
+def test_the_remedy_fits_what_is_wrong(value, remedy):
+    with pytest.raises(ValueError, match=f"of type {type(value).__name__}, and must be a list of messages. {remedy}"):
+        data._check_values({"messages": value}, 0, names=("messages",), where="It", text_column="text")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
