@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from trl import ScriptArguments, TrlParser, get_quantization_config
 
 from ..evaluation import TaskScore, score_tasks
+from ..evaluation.columns import seems_to_name_tasks
 from ..evaluation.data import check_rows, is_scorable, load_splits, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
@@ -136,7 +137,9 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
     column = training_args.task_column
     scored = {}
     if args.score_rows > 0 and test is not None and is_scorable(test) and column in test.column_names:
-        scored = rows_by_task(test, column, args.score_rows)
+        # As in training, a column that happens to be called like the default need not name tasks.
+        if column != "task" or seems_to_name_tasks(test, column):
+            scored = rows_by_task(test, column, args.score_rows)
     return TrainingData(
         train=splits[args.dataset_train_split],
         evaluation=test if training_args.eval_strategy != "no" else None,
@@ -208,30 +211,49 @@ def use_all_cores() -> None:
         torch.set_num_threads(available_cores())
 
 
-def available_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+def available_cores(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """
     The cores that this process may use: of its affinity (`taskset`, Slurm), or fewer by its quota (containers).
 
     Args:
         groups (`Path`, *optional*, defaults to `/sys/fs/cgroup`): Where Linux shows control groups.
+        membership (`Path`, *optional*, defaults to `/proc/self/cgroup`): Where it names those of this process.
     """
     # `sched_getaffinity` is missing on macOS and Windows; `os.process_cpu_count` comes with Python 3.13.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cpu_quota(groups)
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+    quota = min((_cpu_quota(group) for group in _own_groups(groups, membership)), default=math.inf)
+    return max(1, math.ceil(min(cores, quota)))
 
 
-def _cpu_quota(groups: Path) -> float | None:
-    """Cores' worth of time that the control group of this process has, by version 2 or 1; `None` without a limit."""
+def _own_groups(groups: Path, membership: Path) -> list[Path]:
+    """The folders of the control group of this process, of version 1 or 2, and of all groups around it."""
     try:
-        if (groups / "cpu.max").is_file():
-            quota, period = (groups / "cpu.max").read_text(encoding="ascii").split()
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    found = [groups, groups / "cpu"]
+    for line in lines:
+        _, controllers, name = line.split(":", 2)  # "0::/job" of version 2, "4:cpu,cpuacct:/job" of version 1
+        root = groups if not controllers else groups / "cpu" if "cpu" in controllers.split(",") else None
+        parts = Path(name.lstrip("/")).parts
+        # A container may show its own group as the root, beside the path that the host knows. Then only the root is
+        # there; and a name with ".." is of a group outside it.
+        if root is not None and ".." not in parts:
+            found += [root.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return found
+
+
+def _cpu_quota(group: Path) -> float:
+    """Cores' worth of time that a control group has, of version 2 or 1; infinite without a limit."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
         else:
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            quota, period = ((groups / "cpu" / name).read_text(encoding="ascii") for name in names)
-        return float(quota) / float(period) if float(quota) > 0 else None
+            quota, period = ((group / name).read_text(encoding="ascii") for name in names)
+        return float(quota) / float(period) if float(quota) > 0 else math.inf
     except (OSError, ValueError, ZeroDivisionError):  # "max", or no such file
-        return None
+        return math.inf
 
 
 class ExpectedTime(TrainerCallback):

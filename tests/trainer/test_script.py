@@ -42,17 +42,55 @@ def test_data_are_checked_before_a_model_is_loaded(tmp_path):
     assert load(tmp_path, {"train": [OTHER]}, dataset_kwargs={"skip_prepare_dataset": True}).train[0] == OTHER
 
 
+def test_rows_to_score_are_those_of_named_tasks(tmp_path):
+    """By the rule of training: a column that happens to be called like the default need not name tasks."""
+    for number, value in enumerate((None, ["a"], "a")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows = [{**ROW, "task": value}] * 2
+        assert list(load(folder, {"train": rows, "test": rows}).scored) == (["a"] if value == "a" else [])
+    with pytest.raises(ValueError, match="1 rows have no task in column 'task'"):
+        load(folder, {"train": rows, "test": [*rows, {**ROW, "task": None}]})
+
+
 def test_cores_are_those_of_the_process(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert script.available_cores(tmp_path) == 6
+    assert script.available_cores(tmp_path, tmp_path / "missing") == 6
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for quota, cores in (("-1", 6), ("250000", 3), ("10000", 1), ("900000", 6)):
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert script.available_cores(tmp_path) == cores
+        assert script.available_cores(tmp_path, tmp_path / "missing") == cores
     for quota, cores in (("max", 6), ("400000", 4), ("50000", 1)):
         (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-        assert script.available_cores(tmp_path) == cores
+        assert script.available_cores(tmp_path, tmp_path / "missing") == cores
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    "name, quotas, cores",
+    [
+        ("/jobs/mine", {"jobs/mine": 2, "jobs/other": 1}, 2),
+        ("/jobs/mine", {"jobs": 3}, 3),  # of a group around it
+        ("/jobs/mine", {"jobs": 1, "jobs/mine": 2}, 1),
+        ("/docker/1234", {"": 4}, 4),  # named as the host does, seen from a container
+        ("/../other", {"": 4, "other": 1}, 4),
+        ("/", {"": 2, "jobs": 1}, 2),
+    ],
+)
+def test_cores_are_those_of_the_control_group(monkeypatch, tmp_path, version, name, quotas, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    membership = tmp_path / "membership"
+    membership.write_text(f"4:memory:/none\n3:cpu,cpuacct:{name}\n0::/\n" if version == 1 else f"0::{name}\n")
+    for group, quota in quotas.items():
+        folder = tmp_path / "groups" / ("cpu" if version == 1 else ".") / group
+        folder.mkdir(parents=True, exist_ok=True)
+        if version == 1:
+            (folder / "cpu.cfs_quota_us").write_text(f"{quota}00000\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+        else:
+            (folder / "cpu.max").write_text(f"{quota}00000 100000\n")
+    assert script.available_cores(tmp_path / "groups", membership) == cores
 
 
 @pytest.mark.parametrize(
