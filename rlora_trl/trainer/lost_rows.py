@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
-from .mixing import arrow_batches
-from .task_ids import TASK_IDS
+from ..evaluation.columns import arrow_batches
+from .task_ids import TASK_IDS, add_ids, ids_of, with_ids
 from .tasks import columns_of
 
 
@@ -39,10 +39,7 @@ def rows_of_tasks(dataset: Dataset, num_tasks: int) -> np.ndarray:
     """
     if TASK_IDS not in dataset.column_names:
         return np.bincount([num_tasks], minlength=num_tasks + 1) * len(dataset)
-    counts = np.zeros(num_tasks + 1, dtype=np.int64)
-    for batch in arrow_batches(dataset.select_columns([TASK_IDS])):
-        counts += _count(batch, num_tasks)
-    return counts
+    return _count(ids_of(dataset), num_tasks)
 
 
 def learnable_rows(dataset: Dataset, num_tasks: int, max_length: int | None = None) -> np.ndarray:
@@ -59,12 +56,12 @@ def learnable_rows(dataset: Dataset, num_tasks: int, max_length: int | None = No
     """
     counts = np.zeros(num_tasks + 1, dtype=np.int64)
     for batch in arrow_batches(dataset.select_columns([TASK_IDS, "labels"])):
-        counts += _count(batch.filter(pa.array(_have_loss(batch["labels"], max_length))), num_tasks)
+        have_loss = _have_loss(batch["labels"], max_length)
+        counts += _count(batch[TASK_IDS].to_numpy()[have_loss], num_tasks)
     return counts
 
 
-def _count(batch: pa.Table, num_tasks: int) -> np.ndarray:
-    numbers = batch[TASK_IDS].to_numpy()
+def _count(numbers: np.ndarray, num_tasks: int) -> np.ndarray:
     return np.bincount(np.where(numbers < 0, num_tasks, numbers), minlength=num_tasks + 1)
 
 
@@ -208,9 +205,9 @@ class LostRows:
             return dataset
         places = np.append(self.places, -1)  # of the number -1
         if isinstance(dataset, IterableDataset):
-            return dataset.map(lambda row: {TASK_IDS: int(places[row[TASK_IDS]])})
-        numbers = np.asarray(dataset.with_format(None)[TASK_IDS], dtype=np.int64)
-        return dataset.remove_columns(TASK_IDS).add_column(TASK_IDS, places[numbers])
+            features = with_ids(dataset.features)
+            return dataset.map(lambda row: {TASK_IDS: int(places[row[TASK_IDS]])}, features=features)
+        return add_ids(dataset.remove_columns(TASK_IDS), places[ids_of(dataset)])
 
     def tell(self) -> None:
         """Warn once of what was noted, and forget it."""

@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from torch.utils.data import Sampler
 
+from ..evaluation.columns import arrow_batches
 from .tasks import AnyDataset, label_tasks, name_tasks, refuse_splits
 
 
@@ -236,7 +237,8 @@ class MixtureSampler(Sampler[int]):
 
     def __init__(self, task_of_row: Sequence[int] | np.ndarray, draws: Sequence[int], seed: int = 42) -> None:
         super().__init__()
-        tasks = np.asarray(task_of_row, dtype=np.int64)  # [rows]
+        # `[:]` for the column of a data set, which is read row by row otherwise.
+        tasks = np.asarray(task_of_row[:], dtype=np.int64)  # [rows]
         self.draws = [int(number) for number in draws]
         outside = tasks[(tasks < 0) | (tasks >= len(self.draws))]
         if outside.size:
@@ -368,12 +370,6 @@ def _task_numbers(numbers: pa.ChunkedArray, column: str, num_tasks: int) -> np.n
             "`num_tasks`, or number the tasks again."
         )
     return tasks
-
-
-def arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
-    """The rows of a data set as tables."""
-    # Batches, because a data set that was shuffled or selected from is copied as it is read.
-    return dataset.with_format("arrow").iter(batch_size=10_000)
 
 
 def _lengths(batch: pa.Table) -> np.ndarray:

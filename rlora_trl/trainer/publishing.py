@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
@@ -22,6 +23,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..analysis.mixtures import HeadMixtures
+from ..evaluation.columns import encode, task_namer
 from ..hub import push_adapter
 from ..hub.card import read_card, render_card
 from ..hub.layout import CARD_NAME, published_files
@@ -40,8 +42,8 @@ from .callbacks import HeadUsageCallback
 from .checkpoints import CheckpointTrainer
 from .saving import STAGING, adapter_folder
 from .task_evaluation import OptionRows
-from .task_ids import TASK_IDS
-from .tasks import task_namer, values_of
+from .task_ids import TASK_IDS, ids_of, is_packed
+from .tasks import values_of
 
 
 logger = get_logger(__name__)
@@ -75,7 +77,7 @@ def task_facts(dataset: Any, task_column: str) -> dict[str, TaskFacts]:
     source = _hub_name(dataset)
     name_of = task_namer(dataset, task_column)
     if "cluster" not in dataset.column_names:
-        values = dataset.unique(task_column) if source is not None else ()
+        values = encode(dataset, task_column)[0] if source is not None else ()
         return {name: TaskFacts(None, source) for value in values if (name := name_of(value))}
     pairs = dict(zip(values_of(dataset, task_column), values_of(dataset, "cluster"), strict=True))
     return {name: TaskFacts(_text(cluster), source) for value, cluster in pairs.items() if (name := name_of(value))}
@@ -245,13 +247,11 @@ class PublishingTrainer(CheckpointTrainer):
         data = self.train_dataset
         if rows < 1 or not self._tasks or not isinstance(data, Dataset) or TASK_IDS not in data.column_names:
             return None
-        ids = data[TASK_IDS]
-        if isinstance(ids[0], list):  # packed: one for each token
+        if is_packed(data):  # one for each token
             return data.select(_spread(range(len(data)), rows * len(self._tasks)))
-        places = defaultdict(list)
-        for place, task in enumerate(ids):
-            places[task].append(place)
-        return data.select(sorted(place for task in places for place in _spread(places[task], rows)))
+        ids = ids_of(data)
+        places = [_spread(np.flatnonzero(ids == task).tolist(), rows) for task in np.unique(ids)]
+        return data.select(sorted(itertools.chain(*places)))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)

@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -14,8 +17,9 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import score_tasks
+from ..evaluation.columns import by_row, encode_tasks, is_text, task_namer
 from ..tuner import Routing
-from .tasks import has_transform, name_tasks, task_namer, tasks_in, values_of
+from .tasks import has_transform, name_tasks, tasks_in
 
 
 logger = get_logger(__name__)
@@ -45,13 +49,9 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
     tasks = tasks_in(dataset, task_column, required=task_column != "task")
     if tasks is None or len(tasks) < 2:
         return dataset
-    places: dict[str, list[int]] = {task: [] for task in tasks}
-    name_of = task_namer(dataset, task_column)
-    for place, value in enumerate(values_of(dataset, task_column)):
-        name = name_of(value)
-        assert name is not None  # `tasks_in` refuses rows without a task
-        places[name].append(place)
-    return {task: dataset.select(rows) for task, rows in places.items()}
+    names, numbers = encode_tasks(dataset, task_column)
+    places = np.asarray([tasks.index(name) for name in names])[numbers]
+    return {task: dataset.select(np.flatnonzero(places == place)) for place, task in enumerate(tasks)}
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,43 @@ def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> d
     return found
 
 
-def _is_scorable(dataset: Dataset, name: str) -> bool:
+def _count_outside(dataset: Dataset) -> int | None:
+    """Rows whose completion is none of their options, of columns of texts; `None` if one of these is missing."""
+    if by_row(dataset, _SCORED, _are_lacking).any():
+        return None
+    return len(dataset) - int(by_row(dataset, ["completion", "options"], _are_among).sum())
+
+
+def _are_lacking(prompts: pa.Array, completions: pa.Array, options: pa.Array) -> pa.Array:
+    without = pc.equal(pc.fill_null(pc.list_value_length(options), 0), 0)
+    return pc.or_(pc.or_(pc.is_null(prompts), pc.is_null(completions)), without)
+
+
+def _are_among(completions: pa.Array, options: pa.Array) -> pa.Array:
+    rows = pc.list_parent_indices(options)
+    equal = pc.equal(completions.take(rows), pc.list_flatten(options))
+    found = np.zeros(len(options), dtype=bool)
+    found[rows.filter(equal)] = True
+    return pa.array(found)
+
+
+def _count_outside_by_row(dataset: Dataset) -> int | None:
+    """As [`_count_outside`], of columns that may hold something else, such as JSON."""
     outside = 0
-    for row in dataset.select_columns(list(_SCORED)):
+    for row in dataset:
         if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str) and row["options"]):
-            return False
+            return None
         outside += row["completion"] not in row["options"]
+    return outside
+
+
+def _is_scorable(dataset: Dataset, name: str) -> bool:
+    dataset = dataset.select_columns(list(_SCORED))
+    prompt, completion, options = (dataset.features[column] for column in _SCORED)
+    are_texts = is_text(prompt) and is_text(completion) and is_text(getattr(options, "feature", None))
+    outside = _count_outside(dataset) if are_texts else _count_outside_by_row(dataset)
+    if outside is None:
+        return False
     if outside:
         logger.warning(
             f"Evaluation data{f' of {name!r}' if name else ''} have {outside} rows whose completion is none of their "

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, LargeList, List
+from datasets import Dataset, Features, LargeList, List, Value
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .tasks import AnyDataset, has_transform, task_namer, values_of
+from ..evaluation.columns import add_column, by_row, encode, task_namer
+from .tasks import AnyDataset, has_transform
 
 
 # Not a name that data sets use; a user's own column `task_ids` is none of the trainer's business.
@@ -57,15 +58,25 @@ def number_tasks(
         )
 
     if isinstance(dataset, Dataset):
-        places = {value: place_of(value) for value in dataset.unique(task_column)}
-        numbers = [places[value] for value in values_of(dataset, task_column)]
-        return _add_ids(dataset, np.asarray(numbers, dtype=np.int64))
-    return dataset.map(lambda row: {TASK_IDS: place_of(row[task_column])})
+        values, numbers = encode(dataset, task_column)
+        places = np.asarray([place_of(value) for value in values], dtype=np.int64)
+        return add_ids(dataset, places[numbers])
+    return dataset.map(lambda row: {TASK_IDS: place_of(row[task_column])}, features=with_ids(dataset.features))
 
 
-def _add_ids(dataset: Dataset, numbers: np.ndarray) -> Dataset:
+def ids_of(dataset: Dataset) -> np.ndarray:
+    """The task id of each row `[rows]`, of a data set with a column of them that is not packed."""
+    return by_row(dataset, [TASK_IDS], lambda ids: ids)
+
+
+def with_ids(features: Features | None) -> Features | None:
+    """The features of a stream with a column of task ids. Without them `map` leaves a stream that knows no columns."""
+    return None if features is None else Features({**features, TASK_IDS: Value("int64")})
+
+
+def add_ids(dataset: Dataset, numbers: np.ndarray) -> Dataset:
     """The data set with a column of task ids, which a transform passes on beside what it makes of a row."""
-    numbered = dataset.add_column(TASK_IDS, numbers)
+    numbered = add_column(dataset, TASK_IDS, numbers)
     if not has_transform(dataset):
         return numbered
     transform = dataset.format["format_kwargs"]["transform"]
@@ -83,8 +94,8 @@ def _transform_but_ids(transform: Callable[[dict[str, Any]], Any], batch: dict[s
 def number_alike(dataset: AnyDataset, task_id: int) -> AnyDataset:
     """Add a column of task ids with one number in all rows."""
     if isinstance(dataset, Dataset):
-        return _add_ids(dataset, np.full(len(dataset), task_id, dtype=np.int64))
-    return dataset.map(lambda row: {TASK_IDS: task_id})
+        return add_ids(dataset, np.full(len(dataset), task_id, dtype=np.int64))
+    return dataset.map(lambda row: {TASK_IDS: task_id}, features=with_ids(dataset.features))
 
 
 def is_packed(dataset: Any) -> bool:

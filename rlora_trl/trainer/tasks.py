@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 from accelerate.logging import get_logger
 from datasets import (
-    ClassLabel,
     Dataset,
     DatasetDict,
     IterableDataset,
@@ -17,6 +17,7 @@ from datasets import (
     interleave_datasets,
 )
 
+from ..evaluation.columns import add_column, can_name_tasks, encode, encode_tasks, seems_to_name_tasks
 from ..evaluation.data import check_rows
 from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS, task_name
 from .task_features import align_features
@@ -31,8 +32,6 @@ _COMPANIONS = (
 
 # From here on a column of mostly different values is not taken to name tasks, unless it is asked for.
 _FEW_ROWS = 20
-
-_NAME_TYPES = ("string", "large_string", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 logger = get_logger(__name__)
 
@@ -53,7 +52,8 @@ def has_transform(dataset: Any) -> bool:
 
 def values_of(dataset: Dataset, column: str) -> list[Any]:
     """A column as it is stored, as neither a transform nor a format of tensors leaves names of tasks alone."""
-    return list(dataset.with_format(None)[column])
+    # `[:]`, as a column is read row by row otherwise.
+    return dataset.with_format(None)[column][:]
 
 
 def _check_not_empty(task: str, dataset: AnyDataset) -> None:
@@ -219,7 +219,7 @@ def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> l
 
 def _label(dataset: AnyDataset, task: str, task_column: str) -> AnyDataset:
     if isinstance(dataset, Dataset):
-        return dataset.add_column(task_column, [task] * len(dataset))
+        return add_column(dataset, task_column, np.full(len(dataset), task, dtype=object))
     # `IterableDataset.add_column` needs the length, which a stream does not have.
     features = dataset.features
     if features is not None:
@@ -251,15 +251,12 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
     if isinstance(dataset, IterableDataset):
         return None
     feature = dataset.features[task_column]
-    if not isinstance(feature, ClassLabel) and getattr(feature, "dtype", None) not in _NAME_TYPES:
+    if not can_name_tasks(feature):
         # Lists, structs and empty columns happen to be called like the default.
-        if not required and (not isinstance(feature, Value) or all(map(_is_missing, dataset.unique(task_column)))):
+        if not required and not seems_to_name_tasks(dataset, task_column):
             return None
-        raise ValueError(
-            f"`task_column={task_column!r}` holds {feature}, which can't name tasks. It must be a column of strings "
-            "or integers: cast it, or rename it if it does not name tasks."
-        )
-    values = dataset.unique(task_column)
+        encode_tasks(dataset, task_column)  # refuses it
+    values, _ = encode(dataset, task_column)
     if not required and values == [None]:
         return None
     many = len(dataset) >= _FEW_ROWS and len(values) > len(dataset) / 2
@@ -271,53 +268,13 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
             "to be rid of this warning."
         )
         return None
-    return _names_in(dataset, task_column, values)
-
-
-def _names_in(dataset: Dataset, task_column: str, values: list[Any]) -> list[str]:
-    text_of = _text_of(dataset, task_column)
-    try:
-        names = sorted({task_name(text_of(value)) for value in values if not _is_missing(text_of(value))})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"Column {task_column!r} has a value that can't be used. {error}") from error
-    missing = [value for value in values if _is_missing(text_of(value))]
-    if missing:
-        rows = sum(value in missing for value in values_of(dataset, task_column))
-        raise ValueError(f"{rows} rows have no task in column {task_column!r}. Fill it in, or filter them out.")
+    names = sorted(set(encode_tasks(dataset, task_column)[0]))
     if len(names) > MAX_TASKS:
         raise ValueError(
             f"Column {task_column!r} names {len(names)} tasks, and an adapter has at most {MAX_TASKS}. Set "
             "`task_column` to the column that names them, or name groups of them."
         )
     return names
-
-
-def _is_missing(value: Any) -> bool:
-    # NaN is what pandas makes of an empty cell.
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _text_of(dataset: AnyDataset, task_column: str) -> Callable[[Any], Any]:
-    """What a value of a column says: the label of a class, `None` without one, and of other columns the value."""
-    feature = (dataset.features or {}).get(task_column)
-    if not isinstance(feature, ClassLabel):
-        return lambda value: value
-    # Data sets without public labels have -1.
-    return lambda value: feature.int2str(value) if isinstance(value, int) and value >= 0 else None
-
-
-def task_namer(dataset: AnyDataset, task_column: str) -> Callable[[Any], str | None]:
-    """What makes the name of a task of a value in its column; `None` of one that names no task."""
-    text_of = _text_of(dataset, task_column)
-
-    def name_of(value: Any) -> str | None:
-        text = text_of(value)
-        try:
-            return None if _is_missing(text) else task_name(text)
-        except (ValueError, TypeError):
-            return None
-
-    return name_of
 
 
 def task_names(tasks: Iterable[Any], of: str = "train_dataset") -> list[str]:

@@ -49,6 +49,7 @@ from .task_ids import (
     TOKEN_MASK,
     TaskCollator,
     count_tokens,
+    ids_of,
     is_packed,
     number_alike,
     number_tasks,
@@ -147,6 +148,10 @@ class RLoraSFTTrainer(PublishingTrainer):
         check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
         self._set_up_publishing(train_dataset, args.task_column, None if peft_config else _active_config(model))
         tasks: list[str] | None
+        # `collect_tasks` checks rows that are not streamed, and names them by their task.
+        self._rows_are_checked = isinstance(train_dataset, Mapping) and not any(
+            isinstance(dataset, IterableDataset) for dataset in train_dataset.values()
+        )
         mixed = mix_streams(train_dataset, args)
         if mixed is not train_dataset:
             train_dataset, tasks = mixed, task_names(train_dataset)
@@ -353,7 +358,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         is_training = dataset is self._training_data
         if is_packed(dataset):
             return dataset
-        if formatting_func is None:
+        if formatting_func is None and not (is_training and self._rows_are_checked):
             dataset = check_rows(dataset, f"The data set {dataset_name!r}", text_column=args.dataset_text_field)
         dataset = self._lost_rows.renumber(dataset)
         # `evaluate` prepares its data once more for each data set of a dictionary.
@@ -386,7 +391,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         self._tasks = self._lost_rows.forget(gone, self._tasks, self._earlier_tasks)
         numbered = self._lost_rows.renumber(dataset)
         # Where nothing is cut, rows without a label are still there.
-        return numbered.select(np.flatnonzero(np.asarray(numbered[TASK_IDS]) >= 0))
+        return numbered.select(np.flatnonzero(ids_of(numbered) >= 0))
 
     def _settle_lost_rows(self) -> None:
         """Warn of rows that preparation lost, and record the tasks that are left."""
@@ -447,7 +452,7 @@ class RLoraSFTTrainer(PublishingTrainer):
     def _sample_mixture(self, dataset: Dataset, args: RLoraSFTConfig) -> MixtureSampler:
         assert self.mixture is not None
         draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
-        return MixtureSampler(dataset[TASK_IDS], draws, args.seed)
+        return MixtureSampler(ids_of(dataset), draws, args.seed)
 
     def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> Mixture:
         args = self.args if args is None else args

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, DatasetDict, IterableDataset, NamedSplit, SplitDict, SplitInfo
+from datasets.arrow_dataset import Column
 from testing_utils import task_datasets
 from torch.utils.data import DataLoader
 
@@ -486,3 +487,11 @@ def test_unknown_sizes_of_streams():
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "c": 3})
     with pytest.raises(ValueError, match="`rows\\['b'\\]` must be a whole number of at least 1, got 0"):
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "b": 0})
+
+
+def test_a_column_is_not_read_row_by_row(monkeypatch):
+    """Which takes 14 s for a million rows."""
+    column = Dataset.from_dict({"task": [0, 1] * 20}).shuffle(seed=0)["task"]
+    wanted = list(MixtureSampler(list(column), [5, 10]))
+    monkeypatch.delattr(Column, "__iter__")
+    assert list(MixtureSampler(column, [5, 10])) == wanted

@@ -2,14 +2,22 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Json, LargeList, List, Value
+from datasets.table import table_cast
 from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_datasets, task_rows
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer, mix_tasks
-from rlora_trl.trainer.task_ids import TASK_IDS
-from rlora_trl.trainer.tasks import join_tasks
+from rlora_trl.evaluation.data import check_rows
+from rlora_trl.trainer import task_features
+from rlora_trl.trainer import tasks as tasks_module
+from rlora_trl.trainer import trainer as trainer_module
+from rlora_trl.trainer.lost_rows import LostRows
+from rlora_trl.trainer.task_evaluation import find_option_rows
+from rlora_trl.trainer.task_ids import TASK_IDS, number_alike, number_tasks
+from rlora_trl.trainer.tasks import columns_of, join_tasks
 
 
 USER = {"role": "user", "content": "5"}
@@ -164,6 +172,29 @@ def test_a_stream_of_rows_with_more_and_more_fields():
     assert joined.features["messages"] == List(Json())
 
 
+@pytest.mark.parametrize("kind", ["shuffled", "in_memory"])
+def test_each_batch_is_cast_as_a_whole(monkeypatch, kind):
+    """`datasets` casts a part for each row of shuffled data, and of a slice of a list all its values."""
+    rows = [{"messages": [{**USER, "content": f"w{number}"}] * (number % 3)} for number in range(2500)]
+    dataset = Dataset.from_list(rows)
+    dataset = dataset.shuffle(seed=0) if kind == "shuffled" else dataset
+    wanted = dataset["messages"][:]
+    parts = []
+
+    def cast(batch, schema):
+        (column,) = batch.columns
+        parts.append([(part.offset, len(part), len(part.values)) for part in column.chunks])
+        return table_cast(batch, schema)
+
+    monkeypatch.setattr(task_features, "table_cast", cast)
+    tasks = {"a": dataset, "b": chat({**USER, "name": "x"})}
+    aligned = task_features.align_features(tasks)["a"]
+    assert aligned.features["messages"] == List(Json()) and aligned["messages"][:] == wanted
+    sizes = [sum(map(len, wanted[start : start + 1000])) for start in (0, 1000, 2000)]
+    lengths = [1000, 1000, 500]
+    assert parts[:3] == [[(0, length, size)] for length, size in zip(lengths, sizes, strict=True)]
+
+
 # Transforms and formats
 
 
@@ -243,6 +274,16 @@ def test_formats_do_not_change_what_is_joined(model_folders, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["torch", "numpy", "pandas", "arrow"])
+def test_formats_do_not_change_what_is_prepared(model_folders, tmp_path, name):
+    messages = [USER, {"role": "assistant", "content": "w2"}]
+    dataset = Dataset.from_list([{"messages": messages}] * 4)
+    plain = make_trainer(model_folders, tmp_path, train=dataset)
+    formatted = make_trainer(model_folders, tmp_path, train=dataset.with_format(name), max_steps=1)
+    assert formatted.train_dataset.to_list() == plain.train_dataset.to_list()
+    formatted.train()
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "pandas", "arrow"])
 def test_formats_of_streams_do_not_change_what_is_joined(name):
     plain = {task: dataset.to_iterable_dataset() for task, dataset in task_datasets(3).items()}
     wanted = list(join_tasks(plain))
@@ -257,3 +298,104 @@ def test_formats_do_not_change_the_tasks_of_a_column(model_folders, tmp_path):
     assert sorted(trainer.eval_dataset) == ["0", "1"] and trainer._tasks == ["0", "1"]
     trainer.train()
     assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 8
+
+
+# Large data: what is shuffled or selected from is not copied
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_no_copy_of_shuffled_data_before_preparation(model_folders, tmp_path, monkeypatch, by_column):
+    """Of a million rows a copy takes 45 s."""
+    monkeypatch.delattr(Dataset, "flatten_indices")
+    tasks = {name: dataset.shuffle(seed=0) for name, dataset in task_datasets(12).items()}
+    column = join_tasks(tasks)
+    train = column.filter(lambda row: row["task"] != "same") if by_column else tasks
+    trainer = make_trainer(model_folders, tmp_path, train=train, evaluate=column.shuffle(seed=1))
+    assert trainer._tasks == (["colour", "first"] if by_column else ["first", "colour", "same"])
+    assert sorted(trainer.eval_dataset) == ["colour", "first", "same"]
+    # The answers of a task say which it is.
+    tokenizer, answers = build_tokenizer(), {"colour": {"red", "blue", "green"}, "same": {"yes", "no"}}
+    for row in trainer.train_dataset:
+        answer = tokenizer.convert_ids_to_tokens(row["input_ids"])[-2]
+        task = next((name for name, words in answers.items() if answer in words), "first")
+        assert trainer._tasks[row[TASK_IDS]] == task
+
+
+def test_joined_rows_are_checked_once(model_folders, tmp_path, monkeypatch):
+    checked = []
+
+    def note(dataset, where, **kwargs):
+        checked.append(where)
+        return check_rows(dataset, where, **kwargs)
+
+    for module in (tasks_module, trainer_module):
+        monkeypatch.setattr(module, "check_rows", note)
+    make_trainer(model_folders, tmp_path, train=task_datasets(4), evaluate=task_datasets(2)["same"])
+    assert checked == ["Task 'first'", "Task 'colour'", "Task 'same'", "The data set 'eval'"]
+    checked.clear()
+    streams = {task: dataset.to_iterable_dataset() for task, dataset in task_datasets(4).items()}
+    make_trainer(model_folders, tmp_path, train=streams, max_steps=1)
+    make_trainer(model_folders, tmp_path, train=task_datasets(4)["same"])
+    assert checked == ["The data set 'train'"] * 2
+
+
+@pytest.mark.parametrize("number", ["number_tasks", "number_alike", "renumber"])
+def test_streams_keep_their_features(number):
+    """Without them each look at the columns opens the stream."""
+    opened = []
+
+    def rows():
+        opened.append(1)
+        yield from ({"text": "a", "task": task} for task in ("x", "y"))
+
+    features = Features({"text": Value("string"), "task": Value("string")})
+    stream = IterableDataset.from_generator(rows, features=features)
+    numbered = number_alike(stream, 1) if number == "number_alike" else number_tasks(stream, ["y", "x"], "task")
+    wanted = [1, 1] if number == "number_alike" else [1, 0]
+    if number == "renumber":
+        lost = LostRows(None, labels_are_used=True, routes_by_task=False)
+        lost.places = np.array([-1, 0])
+        numbered, wanted = lost.renumber(numbered), [0, -1]
+    assert numbered.features == {**features, TASK_IDS: Value("int64")}
+    assert columns_of(numbered) == ["text", "task", TASK_IDS] and not opened
+    assert [row[TASK_IDS] for row in numbered] == wanted
+    unknown = number_alike(IterableDataset.from_generator(rows), 1)
+    assert unknown.features is None and [row[TASK_IDS] for row in unknown] == [1, 1]
+
+
+OPTIONS = [" yes", " no"]
+SCORED = {"prompt": "a", "completion": " no", "options": OPTIONS}
+
+
+@pytest.mark.parametrize("order", [range(6), range(1, 6), [5, 0, 2, 4, 1, 3], [3, 1] * 2])
+@pytest.mark.parametrize("types", ["list", "large", "json"])
+@pytest.mark.parametrize(
+    "rows, scorable, outside",
+    [
+        ({}, True, 0),
+        ({3: {"completion": "no"}}, False, 1),
+        ({1: {"options": [" yes", None]}, 3: {"options": ["x"]}}, False, 2),
+        ({1: {"options": []}}, False, 0),
+        ({1: {"options": None}, 3: {"completion": "no"}}, False, 0),
+        ({3: {"completion": None}}, False, 0),
+        ({3: {"prompt": None}}, False, 0),
+        ({3: {"options": [" no", " no", " no"]}}, True, 0),
+    ],
+)
+def test_which_rows_can_be_scored(caplog, order, types, rows, scorable, outside):
+    text = Value("large_string" if types == "large" else "string")
+    options = {"list": List(text), "large": LargeList(text), "json": Json()}[types]
+    features = Features({"prompt": text, "completion": text, "options": options})
+    dataset = Dataset.from_list([{**SCORED, **rows.get(place, {})} for place in range(6)], features=features)
+    dataset = dataset.select(order)
+    caplog.clear()
+    assert bool(find_option_rows({"x": dataset}, "task")) == scorable
+    times = list(order).count(3)
+    told = f"have {outside * times} rows whose completion is none of their `options`" in caplog.text
+    assert told == bool(outside) and bool(caplog.text) == bool(outside)
+
+
+def test_spread_rows_of_each_task(model_folders, tmp_path):
+    trainer = make_trainer(model_folders, tmp_path, train=task_datasets(9))
+    ids = trainer._rows_by_task(3)[TASK_IDS][:]
+    assert sorted(ids) == [0] * 3 + [1] * 3 + [2] * 3
