@@ -1,5 +1,6 @@
 """On a CUDA device: whole tiny models against the CPU, and what only exists there. Run by `make test-gpu`."""
 
+import copy
 import gc
 import sys
 from pathlib import Path
@@ -180,3 +181,43 @@ def test_steps_with_balance_and_records_do_not_grow_memory(model_folders, tmp_pa
         del trainer
         gc.collect()
     assert seen[1] <= seen[0] + 2**20
+
+
+@pytest.mark.parametrize("inside", [None, False, True], ids=["alone", "non-reentrant inside", "reentrant inside"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_recomputations_know_their_batch(model_folders, reentrant, inside):
+    """A thread of the device runs backward passes, and numbers the nodes of what it recomputes by itself."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tuner"))
+    import test_recomputation as cases
+
+    plain = cases.build(model_folders).to("cuda")
+    checkpointed = copy.deepcopy(plain)
+    if inside is None:
+        cases.enable(checkpointed, reentrant)
+    else:
+        cases.enable_within(checkpointed, inside, reentrant)
+    for name, passes in cases.PASSES.items():
+        found = []
+        for model in (plain, checkpointed):
+            torch.manual_seed(3)
+            passes(model)
+            found.append(cases.gradients(model))
+        assert largest_error(found[1], found[0]) < 1e-4, name
+
+
+@pytest.mark.parametrize("inside", [None, False, True], ids=["alone", "non-reentrant inside", "reentrant inside"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpoints_around_whole_calls_know_their_batch(model_folders, reentrant, inside):
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tuner"))
+    import test_recomputation as cases
+
+    plain = cases.build(model_folders).to("cuda")
+    checkpointed = copy.deepcopy(plain)
+    if inside is not None:
+        cases.enable(checkpointed, inside)
+    found = []
+    for model, kind in ((plain, None), (checkpointed, reentrant), (checkpointed, reentrant)):
+        torch.manual_seed(3)
+        cases.whole_call(model, kind)
+        found.append(cases.gradients(model))
+    assert largest_error(found[1], found[0]) < 1e-4 and largest_error(found[2], found[0]) < 1e-4

@@ -59,7 +59,7 @@ def call_checkpoint(model, reentrant):
 
 
 def loss_of(model, seed, **kwargs):
-    ids = random_ids(batch=4, seed=seed)
+    ids = random_ids(batch=4, seed=seed).to(model.device)
     # A recomputation would add to a cache what is in it already.
     return model(input_ids=ids, labels=ids, use_cache=False, **kwargs).loss
 
@@ -172,7 +172,7 @@ def whole_call(model, reentrant):
         return model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
 
     for function in (loss_of_embedded, loss_of_chosen):
-        ids = random_ids(batch=4)
+        ids = random_ids(batch=4).to(model.device)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         if reentrant is None:
             loss = function(embedded, ids)
@@ -199,15 +199,20 @@ def test_a_checkpoint_around_a_whole_call(model_folders, reentrant, inside):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
 
 
+def enable_within(model, reentrant, outside):
+    """A checkpoint for each MLP, within one for each layer."""
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=reentrant)
+    enable(model, outside)
+
+
 @pytest.mark.parametrize("outside", [False, True], ids=["non-reentrant outside", "reentrant outside"])
 @KINDS
 @pytest.mark.parametrize("passes", PASSES)
 def test_checkpoints_within_checkpoints(model_folders, passes, reentrant, outside):
     plain = build(model_folders)
     checkpointed = copy.deepcopy(plain)
-    for layer in checkpointed.base_model.model.model.layers:
-        layer.mlp.forward = partial(checkpoint, layer.mlp.forward, use_reentrant=reentrant)
-    enable(checkpointed, outside)
+    enable_within(checkpointed, reentrant, outside)
     found = []
     for model in (plain, checkpointed):
         torch.manual_seed(3)
