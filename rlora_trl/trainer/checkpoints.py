@@ -429,7 +429,7 @@ class CheckpointTrainer(SFTTrainer):
                     "adapter is the same, so the base model is another, or the adapter is not applied"
                 )
         if problem is not None:
-            raise ValueError(f"The run does not go on where {str(checkpoint)!r} ended: {problem}. {INSTEAD}")
+            raise ValueError(f"The resumed run is not that of {str(checkpoint)!r}: {problem}. {INSTEAD}")
 
     def _compare_with(self, checkpoint: Path) -> str | None:
         """What differs between the tensors in training and the files, or `None`. On all ranks."""

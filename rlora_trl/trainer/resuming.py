@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 STATE_FILE = "rlora_state.json"
 PROBE_FILE = "rlora_probe.safetensors"
-# What an adapter computes depends on these, so a run can't go on with others.
+# What an adapter computes depends on these, so a run can't be resumed with others.
 _FIXED = (
     *("r", "num_heads", "lora_alpha", "use_rslora", "share_a", "router", "router_top_k", "init_weights", "tasks"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
@@ -152,7 +152,7 @@ def check_files(checkpoint: Path) -> None:
     problem = checkpoint_problem(checkpoint)
     if problem is not None:
         raise ValueError(
-            f"The run can't go on from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. {INSTEAD}"
+            f"The run can't be resumed from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. {INSTEAD}"
         )
 
 
@@ -206,7 +206,7 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str) -> 
     differences = _differences(saved, config, _FIXED)
     if differences:
         raise ValueError(
-            f"The run can't go on from {str(checkpoint)!r}, whose adapter is another one:\n  "
+            f"The run can't be resumed from {str(checkpoint)!r}, whose adapter is another one:\n  "
             + "\n  ".join(differences)
             + f"\nResume with the settings of the checkpoint. {INSTEAD}"
         )

@@ -264,8 +264,8 @@ class RLoraSFTTrainer(PublishingTrainer):
                 self._mixture_sampler = self._sample_mixture(self.train_dataset, self.args)
         if self.args.mixes_tasks and self.mixture is None and isinstance(self.train_dataset, Dataset):
             raise ValueError(
-                f"`mixing={self.args.mixing!r}` mixes tasks, and the training data does not tell them. Pass a "
-                "dictionary of data sets by task, or name the column that tells them in `task_column`."
+                f"`mixing={self.args.mixing!r}` mixes tasks, and the training data has no column of tasks. Pass a "
+                "dictionary of data sets by task, or set `task_column` to the column that names them."
             )
 
     def _tell_adapters_their_tasks(self, model: PeftModel) -> None:
@@ -327,8 +327,8 @@ class RLoraSFTTrainer(PublishingTrainer):
             return number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=not required)
         if required and dataset is not None:
             raise ValueError(
-                '`router="task"` learns from the task of each row, and the training data does not tell it. Pass a '
-                "dictionary of data sets by task, or a data set with a column (`task_column`) and, for a stream, "
+                '`router="task"` learns from the task of each row, and the training data has no column of tasks. Pass '
+                "a dictionary of data sets by task, or a data set with a column (`task_column`) and, for a stream, "
                 "`RLoraConfig(tasks=[...])`."
             )
         return dataset
@@ -1046,7 +1046,7 @@ def _choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConf
     if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
         if not os.path.isfile(os.path.join(model, "config.json")):
             raise ValueError(
-                f"`model={model!r}` is an adapter, not a model. To go on training it, pass "
+                f"`model={model!r}` is an adapter, not a model. To train it further, pass "
                 "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
             )
     if peft_config is None:

@@ -312,7 +312,8 @@ class Routing:
 
 
 def _is_nested(task_ids: Sequence[Any]) -> bool:
-    return any(isinstance(entry, list | tuple | np.ndarray | torch.Tensor) and np.ndim(entry) for entry in task_ids)
+    nested = [isinstance(entry, list | tuple | np.ndarray | torch.Tensor) and np.ndim(entry) > 0 for entry in task_ids]
+    return bool(nested) and all(nested)
 
 
 def _fit(batch: BatchContext, ids: torch.Size, shape: torch.Size) -> bool:

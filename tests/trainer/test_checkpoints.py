@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(trained, tmp_path, model
         assert find_checkpoint(out) == out / "checkpoint-3"
     assert "checkpoint-4 is passed over" in caplog.text
     fresh = make_trainer(model_folders["llama"], out)
-    with pytest.raises(ValueError, match="can't go on from .*checkpoint-4"):
+    with pytest.raises(ValueError, match="can't be resumed from .*checkpoint-4"):
         fresh.train(resume_from_checkpoint=str(out / "checkpoint-4"))
     fresh.train(resume_from_checkpoint=True)
     expected = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]

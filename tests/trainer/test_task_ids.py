@@ -262,7 +262,7 @@ def test_padding_of_joined_rows_is_told():
 
 
 def test_errors_of_data(model_folders, tmp_path):
-    with pytest.raises(ValueError, match="learns from the task of each row, and the training data does not tell it"):
+    with pytest.raises(ValueError, match="learns from the task of each row, and the training data has no column"):
         make_trainer(
             model_folders,
             tmp_path,
@@ -381,7 +381,7 @@ def test_packed_draws_are_redone_each_epoch(model_folders, tmp_path):
 
 def test_mixing_needs_tasks_and_its_own_sampling(model_folders, tmp_path):
     plain = Dataset.from_list(task_rows("first", 8))
-    with pytest.raises(ValueError, match="the training data does not tell them"):
+    with pytest.raises(ValueError, match="the training data has no column of tasks"):
         make_trainer(model_folders, tmp_path, train=plain, mixing="equal")
     for packing in (False, True):
         with pytest.raises(ValueError, match="can't go with `train_sampling_strategy='sequential'`"):
