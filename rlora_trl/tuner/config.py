@@ -104,6 +104,9 @@ class RLoraConfig(PeftConfig):
 
     # Not a field, as it is not saved: set where a configuration is loaded, for what lies beside it.
     source: ClassVar[AdapterSource | None] = None
+    # Not a field either: whether it was read from a file. `PeftConfig.from_pretrained`, which transformers calls, does
+    # not call `from_pretrained` below.
+    loaded: ClassVar[bool] = False
 
     r: int = field(default=4, metadata={"help": "Rank of each head."})
     num_heads: int = field(default=3, metadata={"help": "Number of head matrices B."})
@@ -165,6 +168,9 @@ class RLoraConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        # In a file the method is text, and beside it are fields that PEFT fills in when an adapter is made or saved.
+        saved = self.inference_mode or self.peft_version is not None
+        self.loaded = saved and type(vars(self).get("peft_type")) is str  # type: ignore[misc]
         super().__post_init__()
         self.peft_type = RLoraPeftType.RLORA
         # PEFT tests names one by one, and JSON has no sets.
@@ -263,7 +269,7 @@ class RLoraConfig(PeftConfig):
                 "`router='top_k'` can't start from `router_init='zeros'`: all logits are equal, so every token would "
                 "get the same heads, and the others nothing to learn from. Set `router_init='kaiming_uniform'`."
             )
-        if self.num_heads == 1 and self.router != "uniform":
+        if self.num_heads == 1 and self.router != "uniform" and not self.loaded:
             warnings.warn(
                 f"With `num_heads=1` there is nothing for `router={self.router!r}` to weigh: its parameters get no "
                 "gradient. Set `router='uniform'`, or more heads.",
@@ -294,6 +300,8 @@ class RLoraConfig(PeftConfig):
             raise ValueError(f"`tasks` names {', '.join(map(repr, twice))} more than once. Give each task one name.")
 
     def _check_symmetry(self) -> None:
+        if self.loaded:
+            return
         identical_heads = self.init_weights == "zero_b" and self.num_heads > 1 and self.share_a
         masks_differ = self.head_dropout > 0 and self.dropout_position == "head"
         if identical_heads and not masks_differ and (self.router == "uniform" or self.router_init == "zeros"):

@@ -151,8 +151,10 @@ class RLoraModel(BaseTuner):
     tuner_layer_cls = RLoraLayer
     target_module_mapping = MLP_TARGET_MODULES
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        # A `PeftModel` passes a dictionary; `inject_adapter_in_model`, which transformers calls, a configuration.
+        self._in_peft_model = isinstance(peft_config, dict)
+        super().__init__(model, peft_config, *args, **kwargs)
         # Task ids of a call of the `PeftModel`, and its batch.
         self._given_tasks: tuple[TaskIds, GivenBatch | None] | None = None
         self._step_packing = StepPacking()
@@ -219,7 +221,7 @@ class RLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: RLoraConfig, model: nn.Module) -> None:
         """Compare the configuration with the model, before any layer is touched."""
         super()._prepare_model(peft_config, model)
-        refuse_offloaded(peft_config, model)
+        refuse_offloaded(peft_config, model, self._in_peft_model)
         self._leave_out_bypassed(peft_config, model)
         default = self.target_module_mapping.get(self.get_model_config(model).get("model_type", ""))
         # A default that an earlier model has put into the configuration is still one.
@@ -262,7 +264,7 @@ class RLoraModel(BaseTuner):
     def _warn_of_ignored(self, model: nn.Module, adapter_name: str) -> None:
         """Warn of what only the configuration has; not of a loaded one, which is checked against its file."""
         config = self.peft_config[adapter_name]
-        if config.source is not None:
+        if config.loaded:
             return
         layers = {
             name: layer

@@ -99,16 +99,24 @@ def _quoted(names: Collection[str] | Collection[int]) -> str:
     return ", ".join(sorted(map(repr, names)))
 
 
-def refuse_offloaded(config: RLoraConfig, model: nn.Module) -> None:
+def refuse_offloaded(config: RLoraConfig, model: nn.Module, in_peft_model: bool = True) -> None:
     """
     Refuse to train or load weights of the base that accelerate offloads.
 
     In a forward pass such a module has a copy of its weights that is dropped afterwards, with its gradient. Adapters
-    stay on the device that computes, and are trained and loaded as on any base.
+    stay on the device that computes, and are trained and loaded by a `PeftModel` as on any base.
+
+    Args:
+        config ([`RLoraConfig`]): The configuration.
+        model (`torch.nn.Module`): The base.
+        in_peft_model (`bool`, *optional*, defaults to `True`): A `PeftModel` holds the adapter and loads its weights.
 
     Raises:
-        ValueError: If the configuration has a module of its own that is offloaded, or the base can't be dispatched.
+        ValueError: If the configuration has a module of its own that is offloaded, the base can't be dispatched, or
+            transformers would load the adapter, which it does by the place of the base's weights.
     """
+    if config.loaded and not in_peft_model:
+        _refuse_loading_by_transformers(config, model)
     offloaded = {name: module for name, module in model.named_modules() if offload_hook(module) is not None}
     if offloaded:
         own = {"modules_to_save": _below(config.modules_to_save or (), model) & set(offloaded)}
@@ -131,12 +139,32 @@ def refuse_offloaded(config: RLoraConfig, model: nn.Module) -> None:
                 )
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values() and not offloaded
     on_disk = on_disk and any(parameter.device.type == "meta" for parameter in model.parameters())
-    if config.source is not None and on_disk and infer_device() == "cpu":
+    if config.loaded and on_disk and infer_device() == "cpu":
         # `PeftModel.from_pretrained` (0.21) takes the hooks off and dispatches again, for which it needs a GPU.
         raise ValueError(
             'The base has layers on "disk" in its `device_map`, and PEFT dispatches it again when it loads an '
             "adapter, which it can't without a GPU. Load the base without `device_map` and offload it with "
             "`accelerate.disk_offload(base, folder, execution_device=torch.device('cpu'))` first."
+        )
+
+
+def _refuse_loading_by_transformers(config: RLoraConfig, model: nn.Module) -> None:
+    """
+    `load_adapter` of transformers (5.23) puts the tensors of an adapter where `device_map` has the layer: they are
+    dropped if that is the disk, and the adapter keeps its initial values (no upstream issue as of 5.23).
+    """
+    away = {
+        name
+        for name, module in model.named_modules()
+        if check_target_module_exists(config, name)
+        and (offload_hook(module) is not None or any(weight.is_meta for weight in module.parameters()))
+    }
+    if away:
+        raise ValueError(
+            f"transformers (`load_adapter`, or `from_pretrained` with the name of an adapter) can't load an R-LoRA "
+            f"adapter onto layers that accelerate offloads, here {first_few(away)}: the adapter would keep random "
+            "values. Load the base by itself, offload it with `accelerate.cpu_offload` or `accelerate.disk_offload`, "
+            "and load the adapter with `peft.PeftModel.from_pretrained(base, adapter)`."
         )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from testing_utils import TINY_MODELS, perturb, random_ids
 from transformers import AutoModelForCausalLM
 
@@ -116,3 +116,55 @@ def test_a_base_that_peft_can_not_dispatch_again(model_folders, tmp_path):
     )
     with pytest.raises(ValueError, match='layers on "disk".*accelerate.disk_offload'):
         PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+LOADS = {
+    "load_adapter": lambda base, adapter: base.load_adapter(adapter),
+    "load_adapter to train": lambda base, adapter: base.load_adapter(adapter, is_trainable=True),
+    "given configuration": lambda base, adapter: base.load_adapter(
+        adapter, peft_config=PeftConfig.from_pretrained(adapter)
+    ),
+}
+
+
+@pytest.mark.parametrize("load_by", LOADS)
+def test_loading_by_transformers_is_refused(model_folders, offloaded, tmp_path, load_by):
+    """It would leave random values in the adapter, or none."""
+    adapter = str(tmp_path / "adapter")
+    adapt(load(model_folders)).save_pretrained(adapter)
+    with pytest.raises(ValueError, match=r"load_adapter.*model\.layers\..*PeftModel\.from_pretrained\(base"):
+        LOADS[load_by](offloaded, adapter)
+    assert not any("rlora" in name for name, _ in offloaded.named_modules())
+
+
+def test_loading_by_the_name_of_the_adapter_is_refused(model_folders, tmp_path):
+    adapter = str(tmp_path / "adapter")
+    adapt(load(model_folders)).save_pretrained(adapter)
+    with pytest.raises(ValueError, match="accelerate.cpu_offload"):
+        AutoModelForCausalLM.from_pretrained(adapter, device_map={"": "disk"}, offload_folder=str(tmp_path / "disk"))
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_remedy_works_with_a_given_configuration_too(model_folders, tmp_path, offload, trains):
+    model = adapt(load(model_folders), init_weights=False).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    base = OFFLOADED[offload](load(model_folders), str(tmp_path / "offloaded"))
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", config=config, is_trainable=trains).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_transformers_loads_and_adds_where_adapted_layers_are_in_memory(model_folders, tmp_path):
+    model = adapt(load(model_folders), init_weights=False).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    device_map = {**DEVICE_MAP, "model.layers.1": "cpu", "lm_head": "disk"}
+    base = dispatch_model(load(model_folders), device_map, main_device="cpu", offload_dir=str(tmp_path / "disk"))
+    base.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(base), logits(model))
+
+
+def test_transformers_adds_a_new_adapter(model_folders, offloaded):
+    expected = logits(offloaded)
+    offloaded.add_adapter(RLoraConfig(head_dropout=0.0))
+    assert torch.equal(logits(offloaded), expected)

@@ -1,14 +1,15 @@
 """A configuration that names what the model does not have, or asks more than a layer allows: one warning for it."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from safetensors.torch import load_file
 from testing_utils import TINY_MODELS, perturb, random_ids
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rlora_trl import RLoraConfig, export_lora
 from rlora_trl.hub.tensors import check_tensors
@@ -154,3 +155,41 @@ def test_narrow_layers_export(tmp_path):
     exported = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "export").eval()
     with torch.no_grad():
         torch.testing.assert_close(exported(input_ids=random_ids()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("saved_by", ["peft", "transformers"])
+def test_an_adapter_that_others_load_is_not_warned_of_again(tmp_path, recwarn, saved_by, trains):
+    """By way of `PeftConfig.from_pretrained`, which transformers' loading takes."""
+    torch.manual_seed(0)
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    TINY_MODELS["llama"]().save_pretrained(base)
+    config = RLoraConfig(target_modules=["up_proj", "no_such"], r=64, num_heads=1, init_weights=False)
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    if saved_by == "peft":
+        model = get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+    assert len([entry for entry in recwarn if "no_such" in str(entry.message)]) == 1
+    model.save_pretrained(adapter)
+    expected = model.eval()(input_ids=random_ids()).logits
+    recwarn.clear()
+
+    given = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(base),
+        adapter,
+        config=PeftConfig.from_pretrained(adapter),
+        is_trainable=trains,
+    )
+    by_transformers = LlamaForCausalLM.from_pretrained(base)
+    by_transformers.load_adapter(adapter, is_trainable=trains)
+    assert [str(entry.message) for entry in recwarn if entry.category in (UserWarning, RuntimeWarning)] == []
+    for loaded in (given, by_transformers):
+        assert torch.equal(loaded.eval()(input_ids=random_ids()).logits, expected)
+
+
+def test_a_configuration_from_a_dictionary_or_a_copy_is_new():
+    config = RLoraConfig(target_modules=["up_proj", "no_such"])
+    copies = [replace(config), get_peft_config({"peft_type": "RLORA", "target_modules": ["up_proj", "no_such"]})]
+    for copied in copies:
+        assert len(messages_of(TINY_MODELS["llama"](), copied)) == 1
