@@ -4,18 +4,18 @@
 `x_proj` and `out_proj` to a fused kernel in training. An adapter on such a layer is never called, or not on every
 path, and neither PyTorch nor PEFT reports it. PEFT refuses LoRA on `out_proj` in five Mamba architectures, by name
 (`_check_lora_target_modules_mamba`). Here the source of the parent's class decides, which covers other architectures
-and custom modules too: a read of `self.<child>.weight` counts if its value is computed with. Reads of its dtype,
-device or shape don't count, nor do reads on a path that the model's settings switch off (`pretraining_tp` in BLOOM).
+and custom modules too: a read of `self.<child>.weight` counts if code that `forward` reaches computes with its value.
+Reads of its dtype, device or shape don't count, nor do tests, nor reads on a path that the model's settings switch off
+(`pretraining_tp` in BLOOM). What no source shows (`getattr` with a computed name, `parameters()`) is not found.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import operator
 import textwrap
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -24,53 +24,33 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 
+_ANY, _WEIGHT = "*", "weight"
 # Attributes and methods that describe a weight.
 _DESCRIBES = frozenset(
     "dtype device shape ndim size numel dim requires_grad is_cuda is_meta is_contiguous is_floating_point data_ptr "
-    "element_size stride nbytes itemsize layout grad data".split()
+    "element_size stride nbytes itemsize layout grad".split()
 )
-# Functions and methods that take from a weight no more than its type, dtype, device or shape.
+# Functions and methods that take from a weight no more than its type, dtype, device or shape, or print it.
 _ASKS = frozenset(
     "isinstance hasattr getattr setattr type id len to type_as view_as expand_as zeros_like empty_like ones_like "
-    "full_like rand_like randn_like".split()
+    "full_like rand_like randn_like print info debug warning warning_once".split()
 )
-# Methods that no forward pass runs, by how their names begin (without leading underscores).
-_SETUP = (
-    "init",
-    "reset",
-    "post_init",
-    "tie",
-    "resize",
-    "load",
-    "save",
-    "set_",
-    "from_",
-    "extra_repr",
-    "repr",
-    "quantize",
+# Calls whose result has the same elements.
+_ITERATES = frozenset("enumerate reversed list tuple iter values items children next zip".split())
+# Reads that don't count, by class and child: `query_states` is passed to DeBERTa's attention by none of transformers'
+# models (5.23), and RWKV rescales the weights of layers that it calls.
+_UNUSED = frozenset(
+    (
+        ("DisentangledSelfAttention", ("in_proj",)),
+        ("RwkvModel", ("blocks", _ANY, "attention", "output")),
+        ("RwkvModel", ("blocks", _ANY, "feed_forward", "value")),
+    )
 )
-# Reads on a path that no model takes: class and child. `query_states` is passed to DeBERTa's attention by none of
-# transformers' models (5.23).
-_UNUSED = frozenset({("DisentangledSelfAttention", ("in_proj",))})
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
-_ANY = "*"
+# What a test of a module's settings is made of.
+_TEST: tuple[type[ast.AST], ...] = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
+_TEST += (ast.Not, ast.expr_context, ast.cmpop, ast.boolop)
 Path = tuple[str, ...]
-
-
-class _Unknown:
-    """The value of an expression that depends on more than the settings of a module."""
-
-
-_UNKNOWN = _Unknown()
+Known = frozenset[tuple[str, frozenset[Path]]]
 
 
 class _Condition(NamedTuple):
@@ -85,7 +65,7 @@ class _Read(NamedTuple):
     conditions: tuple[_Condition, ...]
 
 
-def bypassed_layers(model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> dict[str, str]:
+def bypassed_layers(model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> dict[str, type]:
     """
     The linear layers of a model that some parent computes with instead of calling.
 
@@ -94,20 +74,20 @@ def bypassed_layers(model: nn.Module, is_linear: Callable[[nn.Module], bool]) ->
         is_linear (`Callable`): Whether a module is a linear layer.
 
     Returns:
-        `dict[str, str]`: The class that reads the weight, by the name of the layer.
+        `dict[str, type]`: The class that reads the weight, by the name of the layer.
     """
     names = {id(module): name for name, module in model.named_modules()}
+    parents = [m for m in model.modules() if not isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    types: list[type] = [type(module) for module in parents]
+    methods = _reachable(types)
     found = {}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            continue
-        cls: type = type(module)
-        for read in _reads_of(cls):
+    for module, cls in zip(parents, types, strict=True):
+        for read in (read for method in methods[cls] for read in _reads_in(cls, method)):
             if not all(_may_hold(condition, module) for condition in read.conditions):
                 continue
             for layer in _resolve(module, read.path):
                 if is_linear(layer) or isinstance(layer, BaseTunerLayer):
-                    found[names[id(layer)]] = type(module).__name__
+                    found[names[id(layer)]] = cls
     return found
 
 
@@ -125,145 +105,276 @@ def _resolve(module: nn.Module, path: Path) -> Iterator[nn.Module]:
             yield from _resolve(child, path[1:])
 
 
+def _reachable(classes: Iterable[type]) -> dict[type, list[FunctionType]]:
+    """The methods of each class that `forward` of any of them may call: those whose names its code has, and so on."""
+    waiting = {cls: list(_methods_of(cls)) for cls in classes}
+    reached: dict[type, list[FunctionType]] = {cls: [] for cls in waiting}
+    names, before = {"forward", "__call__"}, 0
+    while len(names) > before:
+        before = len(names)
+        for cls, methods in waiting.items():
+            new = [method for name, method in methods if name in names]
+            waiting[cls] = [(name, method) for name, method in methods if name not in names]
+            reached[cls] += new
+            for method in new:
+                names |= _names_in(method)
+    return reached
+
+
 @lru_cache(maxsize=4096)
-def _reads_of(cls: type) -> tuple[_Read, ...]:
-    """The reads of weights in the methods that a class runs."""
-    seen: set[str] = set()
-    reads: list[_Read] = []
+def _methods_of(cls: type) -> tuple[tuple[str, FunctionType], ...]:
+    """The functions of a class by name, with those of its parents that they replace and call by `super`."""
+    found: dict[str, list[FunctionType]] = {}
     for base in inspect.getmro(cls):
         if base is nn.Module:
             break
         for name, value in vars(base).items():
-            function = inspect.unwrap(value) if callable(value) else None
-            if not isinstance(function, FunctionType) or name in seen:
-                continue
-            seen.add(name)
-            if not name.lstrip("_").startswith(_SETUP) and _names_weight(function.__code__):
-                reads += [read for read in _reads_in(function) if (base.__name__, read.path) not in _UNUSED]
-    return tuple(reads)
+            function = _function(value)
+            if function is not None and all("super" in _names_in(method) for method in found.get(name, ())):
+                found.setdefault(name, []).append(function)
+    return tuple((name, method) for name, methods in found.items() for method in methods)
 
 
-def _names_weight(code: CodeType) -> bool:
-    """Whether code, or a function in it, has an attribute `weight`: few do, and parsing the source takes long."""
-    return "weight" in code.co_names or any(
-        isinstance(constant, CodeType) and _names_weight(constant) for constant in code.co_consts
-    )
+def _function(value: Any) -> FunctionType | None:
+    """The function behind a method, a property or a decorator."""
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    value = value.func if isinstance(value, cached_property) else value
+    value = inspect.unwrap(value) if callable(value) else value
+    return value if isinstance(value, FunctionType) else None
 
 
-def _reads_in(function: FunctionType) -> list[_Read]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return []  # without its source, a class is taken as one that calls its layers
-    definition = tree.body[0] if tree.body else None
-    if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
-        return []
-
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    known: dict[str, set[Path]] = {definition.args.args[0].arg: {()}}
-    for node in ast.walk(tree):
-        _note_names(node, known)
-    reads = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            paths = _paths_of(node.value, known) - {()}
-            if paths and not _only_describes(node, parents):
-                reads += [_Read(path, tuple(_conditions(node, parents))) for path in paths]
-    return reads
+@lru_cache(maxsize=65536)
+def _names_in(function: FunctionType) -> frozenset[str]:
+    """The names of attributes and globals in a function and in the functions of its module that it calls."""
+    names: set[str] = set()
+    codes = [(function.__code__, function.__globals__)]
+    done: set[CodeType] = set()
+    while codes:
+        code, values = codes.pop()
+        if code in done:
+            continue
+        done.add(code)
+        names.update(code.co_names)
+        codes += [(constant, values) for constant in code.co_consts if isinstance(constant, CodeType)]
+        called = [values[name] for name in code.co_names if isinstance(values.get(name), FunctionType)]
+        codes += [(helper.__code__, helper.__globals__) for helper in called]
+    return frozenset(names)
 
 
-def _note_names(node: ast.AST, known: dict[str, set[Path]]) -> None:
-    """Add a name that stands for a module, maybe one of several: `proj = self.proj`, `for layer in self.layers`."""
-    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-        name, paths = node.targets[0].id, _paths_of(node.value, known)
-    elif isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
-        name, paths = node.target.id, {(*path, _ANY) for path in _paths_of(node.iter, known)}
-    else:
-        return
-    if paths:
-        known.setdefault(name, set()).update(paths)
+@lru_cache(maxsize=16384)
+def _reads_in(cls: type, method: FunctionType) -> tuple[_Read, ...]:
+    """The reads of weights that a method of a class computes with."""
+    # Few methods have any, and parsing the source takes long.
+    followed = [other for name, other in _methods_of(cls) if name in _names_in(method)]
+    if not any(_WEIGHT in _names_in(function) for function in (method, *followed)):
+        return ()
+    reads = _scan(cls, method, frozenset({(_first_of(method), frozenset({()}))})).reads
+    owner = method.__qualname__.split(".")[0]
+    return tuple(read for read in reads if (owner, read.path) not in _UNUSED)
 
 
-def _paths_of(node: ast.expr, known: dict[str, set[Path]]) -> set[Path]:
-    """The paths from the module of `self.a.b[i]`, none for other expressions."""
-    if isinstance(node, ast.Name):
-        return set(known.get(node.id, ()))
-    if isinstance(node, ast.Attribute | ast.Subscript):
-        end = node.attr if isinstance(node, ast.Attribute) else _ANY
-        return {(*path, end) for path in _paths_of(node.value, known)}
-    return set()
+def _first_of(function: FunctionType) -> str:
+    return next(iter(function.__code__.co_varnames), "")
 
 
-def _only_describes(node: ast.expr, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether what is taken from a weight is its type, dtype, device or shape; or it is changed in place."""
-    parent = parents[node]
-    if isinstance(parent, ast.Attribute):
-        return parent.attr in _DESCRIBES or parent.attr.endswith("_")
-    if isinstance(parent, ast.Compare):
-        return all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops)
-    if isinstance(parent, ast.Call) and node is not parent.func:
-        function = parent.func
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
-        return name in _ASKS
-    return isinstance(parent, ast.Expr)
+@lru_cache(maxsize=16384)
+def _scan(cls: type, function: FunctionType, known: Known, callers: tuple[FunctionType, ...] = ()) -> _Scan:
+    return _Scan(cls, function, known, callers)
+
+
+class _Scan:
+    """
+    The reads in a function, and the paths of what it returns.
+
+    A path leads from the module to one below it, or on to the weight of that. What is taken from a weight alone has
+    the path of the weight.
+
+    Args:
+        cls (`type`): Class of the module.
+        function (`FunctionType`): A method, or a function that it calls.
+        known (`frozenset`): Names that stand for modules and weights, with the paths of each.
+        callers (`tuple[FunctionType, ...]`): The functions that it is called by.
+    """
+
+    def __init__(self, cls: type, function: FunctionType, known: Known, callers: tuple[FunctionType, ...]) -> None:
+        self.cls, self.function, self.callers = cls, function, (*callers, function)
+        self.known = {name: set(paths) for name, paths in known}
+        self.reads: list[_Read] = []
+        self.returned: set[Path] = set()
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError, SyntaxError):
+            return  # without its source, a function is taken as one that calls its layers
+        nodes = list(ast.walk(tree))
+        self.parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+        for _ in range(3):  # a name may stand for another one
+            for node in nodes:
+                self._note_names(node)
+        for node in nodes:
+            if isinstance(node, ast.Return) and node.value is not None:
+                self.returned |= self._paths_of(node.value)
+            elif isinstance(node, ast.expr):
+                self.reads += self._reads_at(node)
+
+    def _reads_at(self, node: ast.expr) -> list[_Read]:
+        weights = {path[:-1] for path in self._paths_of(node) if _is_weight(path)} - {()}
+        reads = [_Read(path, ()) for path in weights if self._computes_with(node)]
+        called = self._called(node)
+        conditions = tuple(_conditions(node, self.parents))
+        return [
+            _Read(path, (*conditions, *inner)) for path, inner in [*reads, *(() if called is None else called.reads)]
+        ]
+
+    def _note_names(self, node: ast.AST) -> None:
+        """Add names that stand for modules or weights: `proj = self.proj`, `for layer in self.layers`."""
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                self._bind(target, node.value)
+        elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+            self._bind(node.target, node.value)
+        elif isinstance(node, ast.For | ast.comprehension):
+            self._bind(node.target, node.iter, elements=True)
+
+    def _bind(self, target: ast.expr, value: ast.expr, elements: bool = False) -> None:
+        if isinstance(target, ast.Name):
+            paths = self._elements_of(value) if elements else self._paths_of(value)
+            if paths:
+                self.known.setdefault(target.id, set()).update(paths)
+        elif isinstance(target, ast.Tuple | ast.List):
+            called = _name_of(value.func) if isinstance(value, ast.Call) else ""
+            values = [value] * len(target.elts)
+            if isinstance(value, ast.Call) and elements and called in ("zip", "enumerate"):
+                values = value.args if called == "zip" else value.args[:1] * len(target.elts)
+            elif isinstance(value, ast.Tuple | ast.List) and not elements:
+                values = value.elts
+            each = elements or values[:1] == [value]
+            for name, part in zip(target.elts, values, strict=False):
+                self._bind(name, part, each)
+
+    def _elements_of(self, node: ast.expr) -> set[Path]:
+        if isinstance(node, ast.Tuple | ast.List):
+            return set().union(*map(self._paths_of, node.elts))
+        if isinstance(node, ast.Call) and _name_of(node.func) in _ITERATES:
+            over = node.args or ([node.func.value] if isinstance(node.func, ast.Attribute) else [])
+            return set().union(*map(self._elements_of, over))
+        return {path if _is_weight(path) else (*path, _ANY) for path in self._paths_of(node)}
+
+    def _paths_of(self, node: ast.AST) -> set[Path]:
+        """The paths of `self.a.b[i]`, of its weight and of what is taken from that; none for other expressions."""
+        called = self._called(node)
+        if called is not None:
+            return called.returned
+        match node:
+            case ast.Name(id=name):
+                return self.known.get(name, set())
+            case ast.Attribute(value=value, attr=name):
+                return self._below(value, name)
+            case ast.Call(func=ast.Name(id="getattr"), args=[value, ast.Constant(value=name), *_]):
+                return self._below(value, str(name))
+            case ast.Subscript(value=value, slice=index):
+                return self._paths_of(value) if isinstance(index, ast.Slice) else self._below(value, _ANY)
+            case ast.Call(func=ast.Name(id="next")):
+                return self._elements_of(node)
+            case ast.Call(func=function):
+                return set(filter(_is_weight, self._paths_of(function)))
+            case ast.NamedExpr(value=value):
+                return self._paths_of(value)
+            case ast.IfExp(body=body, orelse=orelse):
+                return self._paths_of(body) | self._paths_of(orelse)
+            case ast.Tuple(elts=elements) | ast.List(elts=elements) | ast.BoolOp(values=elements):
+                return {path for element in elements for path in self._paths_of(element) if _is_weight(path)}
+            case ast.ListComp(elt=element) | ast.GeneratorExp(elt=element):
+                return set(filter(_is_weight, self._paths_of(element)))
+        return set()
+
+    def _below(self, node: ast.expr, name: str) -> set[Path]:
+        paths = self._paths_of(node)
+        taken = set(filter(_is_weight, paths))
+        return {(*path, name) for path in paths - taken} | (taken if name not in _DESCRIBES else set())
+
+    def _called(self, node: ast.AST) -> _Scan | None:
+        """The function that a call or a property runs, where it takes a weight, or a module and reads a weight."""
+        call = node if isinstance(node, ast.Call) else None
+        named = node if call is None else call.func
+        function: FunctionType | None = None
+        given: list[set[Path]] = []
+        if isinstance(named, ast.Attribute) and () in self._paths_of(named.value):
+            value = inspect.getattr_static(self.cls, named.attr, None)
+            if (call is None) != isinstance(value, FunctionType):
+                function, given = _function(value), [{()}]
+        elif isinstance(named, ast.Name) and call is not None:
+            helper = self.function.__globals__.get(named.id)
+            # What a decorator puts in the place of a function (a kernel from the Hub) may do more with a weight.
+            function = helper if isinstance(helper, FunctionType) and not hasattr(helper, "__wrapped__") else None
+        if function is None or function in self.callers or len(self.callers) > 4:
+            return None
+        arguments = call.args if call else []
+        passed = dict(zip(function.__code__.co_varnames, [*given, *map(self._paths_of, arguments)], strict=False))
+        passed |= {str(word.arg): self._paths_of(word.value) for word in (call.keywords if call else ())}
+        known = frozenset((name, frozenset(paths)) for name, paths in passed.items() if paths)
+        reads = _WEIGHT in _names_in(function) or any(_is_weight(path) for _, paths in known for path in paths)
+        return _scan(self.cls, function, known, self.callers) if known and reads else None
+
+    def _computes_with(self, node: ast.AST) -> bool:
+        """Whether a value that is taken from a weight becomes part of another: not if it is described or tested."""
+        parent = self.parents[node]
+        while isinstance(parent, ast.keyword | ast.Starred | ast.Dict):
+            node, parent = parent, self.parents[parent]
+        if self._is_tested(node):
+            return False
+        match parent:
+            case ast.Attribute() | ast.IfExp() | ast.BoolOp() | ast.NamedExpr():
+                return False  # what is taken from it is looked at by itself
+            case ast.Tuple() | ast.List() | ast.ListComp() | ast.GeneratorExp():
+                return False
+            case ast.Subscript(value=value):
+                return node is not value
+            case ast.Call(func=function):
+                name = _name_of(function)
+                passes_on = name in _ASKS | _ITERATES or name.endswith("_") or self._called(parent) is not None
+                return node is not function and not passes_on
+            case ast.Compare(ops=operations):
+                return not all(isinstance(operation, ast.Is | ast.IsNot) for operation in operations)
+            case ast.Assign(targets=targets):
+                return not all(isinstance(target, ast.Name | ast.Tuple | ast.List) for target in targets)
+        return not isinstance(parent, ast.Expr | ast.Return | ast.For | ast.comprehension | ast.AnnAssign)
+
+    def _is_tested(self, node: ast.AST) -> bool:
+        while not isinstance(node, ast.stmt):
+            node, parent = self.parents[node], node
+            if isinstance(node, ast.Assert | ast.FormattedValue) or parent is getattr(node, "test", None):
+                return True
+        return False
+
+
+def _is_weight(path: Path) -> bool:
+    return path[-1:] == (_WEIGHT,)
+
+
+def _name_of(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[_Condition]:
-    """The tests around a node."""
+    """The tests around a node, each part by itself where all of them must hold."""
     while node in parents:
         node, parent = parents[node], node
-        if isinstance(node, ast.If):
-            if parent is not node.test:
-                yield _Condition(node.test, parent in node.body)
-        elif isinstance(node, ast.IfExp) and parent is not node.test:
-            yield _Condition(node.test, parent is node.body)
+        if isinstance(node, ast.If | ast.IfExp) and parent is not node.test:
+            holds = parent is node.body or (isinstance(node, ast.If) and parent in node.body)
+            alone = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And if holds else ast.Or)
+            for part in node.test.values if alone and isinstance(node.test, ast.BoolOp) else [node.test]:
+                yield _Condition(part, holds)
 
 
 def _may_hold(condition: _Condition, module: nn.Module) -> bool:
-    value = _evaluate(condition.test, module)
-    return value is _UNKNOWN or bool(value) == condition.holds
-
-
-def _evaluate(node: ast.expr, module: nn.Module) -> Any:
-    """The value of an expression of a module's settings; `_UNKNOWN` for whatever can change from call to call."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        value = _evaluate(node.operand, module)
-        return _UNKNOWN if value is _UNKNOWN else not value
-    if isinstance(node, ast.BoolOp):
-        return _evaluate_both(node, [_evaluate(value, module) for value in node.values])
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        left, right = _evaluate(node.left, module), _evaluate(node.comparators[0], module)
-        compare = _COMPARE.get(type(node.ops[0]))
-        if left is _UNKNOWN or right is _UNKNOWN or compare is None:
-            return _UNKNOWN
-        try:
-            return compare(left, right)
-        except TypeError:
-            return _UNKNOWN
-    return _setting(node, module)
-
-
-def _evaluate_both(node: ast.BoolOp, values: list[Any]) -> Any:
-    decisive = isinstance(node.op, ast.Or)  # one true value decides an "or", one false value an "and"
-    known = [value for value in values if value is not _UNKNOWN]
-    if any(bool(value) == decisive for value in known):
-        return decisive
-    return not decisive if len(known) == len(values) else _UNKNOWN
-
-
-def _setting(node: ast.expr, module: nn.Module) -> Any:
-    """The value of `self.config.a` or `self.a`, where it is a plain number, text, truth value or `None`."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.insert(0, node.attr)
-        node = node.value
-    if not isinstance(node, ast.Name) or node.id != "self" or not names or names[-1] == "training":
-        return _UNKNOWN
-    value: Any = module
-    for name in names:
-        if not hasattr(value, name):
-            return _UNKNOWN
-        value = getattr(value, name)
-    return value if value is None or isinstance(value, bool | int | float | str) else _UNKNOWN
+    """Whether a condition holds for the settings of a module, or depends on what can change from call to call."""
+    for node in ast.walk(condition.test):
+        named = node.id if isinstance(node, ast.Name) else "self"
+        if not isinstance(node, _TEST) or named != "self" or getattr(node, "attr", None) == "training":
+            return True
+    try:
+        value = eval(compile(ast.Expression(condition.test), "<test>", "eval"), {"__builtins__": {}, "self": module})
+    except (AttributeError, TypeError):
+        return True
+    is_plain = value is None or isinstance(value, bool | int | float | str)
+    return not is_plain or bool(value) == condition.holds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -119,6 +119,10 @@ def _with_names(excluded: Any, names: list[str]) -> Any:
     if isinstance(excluded, str):
         return "|".join([f"(?:{excluded})", *map(re.escape, names)])
     return {*(excluded or ()), *names}
+
+
+def _names_of(classes: Iterable[type]) -> str:
+    return ", ".join(sorted({cls.__name__ for cls in classes}))
 
 
 def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
@@ -249,13 +253,20 @@ class RLoraModel(BaseTuner):
             still = [name for name in readers if check_target_module_exists(peft_config, name)]
             if still:
                 peft_config.exclude_modules = _with_names(peft_config.exclude_modules, still)
-            logger.info(f'"all-linear" leaves out {first_few(readers)}: their parents compute with the weight itself.')
+            known = ("torch.", "transformers.")  # whose classes do what is said
+            unsure = {name: cls for name, cls in readers.items() if not cls.__module__.startswith(known)}
+            if unsure:
+                warn_once(
+                    f'"all-linear" leaves out {first_few(unsure)}: the source of {_names_of(unsure.values())} '
+                    "computes with their weights, and adapters would have no effect there. If they are called all the "
+                    "same, read their weights outside of `forward`; if not, name them in `exclude_modules`."
+                )
             return
 
         selected = {name: reader for name, reader in readers.items() if check_target_module_exists(peft_config, name)}
         if selected:
             raise ValueError(
-                f"`target_modules` selects {first_few(selected)}, and {', '.join(sorted(set(selected.values())))} "
+                f"`target_modules` selects {first_few(selected)}, and {_names_of(selected.values())} "
                 "computes with the weight of that layer instead of calling it: an adapter would have no effect there, "
                 "or not on every path. R-LoRA adapts layers that are called. Take it out of `target_modules`, or name "
                 'it in `exclude_modules`; "all-linear" leaves such layers out.'
