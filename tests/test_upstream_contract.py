@@ -235,6 +235,7 @@ CONTRACT = [Row(*row) for row in (
     (FSDP + "/_fsdp_state.py", "_fsdp_param_group", None, "PyTorch before it had several"),
     ("torch.distributed.fsdp:FSDPModule", "_get_fsdp_state", "", "adapters in float32"),
     ("torch.distributed.fsdp:FSDPModule", "reshard", "", "float32 values before saving"),
+    ("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers", "*, peft_config, model, conversions", "exports that PEFT would put elsewhere are refused"),
     ("torch.distributed.tensor", "DTensor", None, "sharded models are not exported"),
     ("torch/distributed/fsdp/_common_utils.py", "_fsdp_wrapped_module", None, "sharded models are not exported"),
     ("deepspeed/runtime/zero/partition_parameters.py", "ds_id", None, "sharded parameters"),

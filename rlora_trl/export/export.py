@@ -24,7 +24,7 @@ from ..tuner.fixed import adapted_layers, adapter_config, check_weights, core_mo
 from ..tuner.layer import RLoraLayer
 from .bare import bare_base
 from .loading import load_adapted
-from .lora import PREFIX, lora_config, lora_tensors, save_lora_config, target_names
+from .lora import PREFIX, check_targets_kept, lora_config, lora_tensors, save_lora_config, target_names
 from .loss import Loss, measure_loss
 from .merge import check_merged, write_merged
 from .report import MARKER, ExportReport, render_card
@@ -158,12 +158,14 @@ class _Job:
         core = core_model(self.model)
         tensors = lora_tensors(self.layers, self.adapter_name, self.mixture.weights)
         rank = next(iter(tensors.values())).shape[0]
+        transposed = any(layer.fan_in_fan_out for layer in self.layers.values())
         with bare_base(core) as base:
             targets = target_names(self.layers, (name for name, _ in base.named_modules()))
-        transposed = any(layer.fan_in_fan_out for layer in self.layers.values())
+            config = lora_config(self.config, rank, targets, transposed)
+            check_targets_kept(config, base)
         with kept_quantized(core):
             others = other_tensors(self.model, self.adapter_name, self.config)
-        save_lora_config(lora_config(self.config, rank, targets, transposed), stage)
+        save_lora_config(config, stage)
         save_file({**tensors, **others}, stage / "adapter_model.safetensors", metadata={"format": "pt"})
         error = self._verify(stage)
         return self._report(rank, error, _refused_by_engines(self.config, others))

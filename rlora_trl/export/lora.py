@@ -12,6 +12,7 @@ A0_i], B' = s [w_i B_i, w_i B_i - B0_i / N], of rank 2 N r.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,8 +21,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 from torch.nn import functional as F
 
+from ..safe_files import first_few
 from ..tuner import MultiHeadAdapter, RLoraConfig
 from ..tuner.fixed import adapter_of
 from ..tuner.layer import RLoraLayer
@@ -123,6 +127,37 @@ def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: 
         inference_mode=True,
         **options,
     )
+
+
+def check_targets_kept(config: LoraConfig, base: nn.Module) -> None:
+    """
+    Check that PEFT will put the export where the adapter is.
+
+    Where transformers 5 has fused the experts of a mixture, PEFT (0.21) takes `gate_proj`, `up_proj` and `down_proj`
+    for theirs, and leaves dense and shared MLPs of these names out (https://github.com/huggingface/peft/issues/3711).
+
+    Args:
+        config (`LoraConfig`): Configuration of the export.
+        base (`torch.nn.Module`): The base without adapters.
+
+    Raises:
+        ValueError: If PEFT would change the targets.
+    """
+    targets = set(config.target_modules or ())
+    converted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(converted, model=base, conversions=None)
+    except ValueError as error:  # of those that belong together only some are adapted
+        why, lost = f" ({error})", targets
+    else:
+        why, lost = "", targets - set(converted.target_modules or ())
+    if lost:
+        raise ValueError(
+            f"The adapter can't be exported as LoRA: it adapts {first_few(lost)}, and on a "
+            f"{type(base).__name__} PEFT takes such names for the weights of fused experts{why}, which the adapter "
+            "leaves alone. Export a full model with `merge=True`, or leave `gate_proj`, `up_proj` and `down_proj` out "
+            "of `target_modules` when the adapter is trained. Nothing was written."
+        )
 
 
 def save_lora_config(config: LoraConfig, folder: Path) -> None:

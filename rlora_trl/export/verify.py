@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -290,8 +291,9 @@ def _check_deltas(loaded: nn.Module, reference: Reference) -> None:
     if set(found) != set(reference.deltas):
         differing = ", ".join(sorted(set(found) ^ set(reference.deltas))[:3])
         raise ValueError(
-            f"The export does not adapt the layers that the adapter does; with stock PEFT these differ: {differing}. "
-            "Nothing was written; please report it."
+            f"The export does not adapt the layers that the adapter does: stock PEFT {peft.__version__} puts it "
+            f"elsewhere on this base, and these differ: {differing}. Export a full model with `merge=True`, or leave "
+            "these layers out of `target_modules` when the adapter is trained. Nothing was written."
         )
     for name, layer in found.items():
         down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -830,3 +832,49 @@ def test_a_changed_file_does_something_else(model_folders, tmp_path):
     loaded = PeftModel.from_pretrained(load_base(model_folders, "llama"), tmp_path / "out").eval()
     assert error(logits(loaded), logits(model)) > 1e-5
     assert VOCAB == load_base(model_folders, "llama").config.vocab_size
+
+
+def mixture_of_experts(targets):
+    torch.manual_seed(0)
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    base = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            initializer_range=0.2,
+            **sizes,
+            **experts,
+        )
+    )
+    config = RLoraConfig(task_type="CAUSAL_LM", target_modules=targets, router="uniform", init_weights=False)
+    model = get_peft_model(base, config).eval()
+    perturb(model, 0.02)
+    return model
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"], ["gate_proj"]])
+def test_layers_that_peft_takes_for_fused_experts_are_refused(tmp_path, targets):
+    with pytest.raises(ValueError, match=r"gate_proj.*DeepseekV3ForCausalLM PEFT.*fused experts.*`merge=True`"):
+        export_lora(mixture_of_experts(targets), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_beside_fused_experts_other_layers_are_exported_and_all_are_merged(tmp_path):
+    model = mixture_of_experts(["o_proj", "q_b_proj"])
+    expected = logits(model)
+    export_lora(model, tmp_path / "out")
+    with_lora = PeftModel.from_pretrained(model.unload(), tmp_path / "out").eval()
+    assert error(logits(with_lora), expected) < 1e-5
+
+    model = mixture_of_experts(["gate_proj", "up_proj", "down_proj"])
+    expected = logits(model)
+    export_lora(model, tmp_path / "merged", merge=True)
+    assert error(logits(DeepseekV3ForCausalLM.from_pretrained(tmp_path / "merged").eval()), expected) < 1e-5
