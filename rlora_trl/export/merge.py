@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from .bare import bare_base
 from .lora import lora_factors
 from .verify import (
     LOGITS_CEILING,
+    NOISE_DRAWS,
     adapter_logits,
     logits_error,
     logits_tolerance,
@@ -203,12 +204,19 @@ def check_merged(
 
 
 @torch.no_grad()
-def _weight_noise(merged: PreTrainedModel, layers: Iterable[str], logits: list[torch.Tensor]) -> float:
-    """What one more rounding of the merged weights, which it leaves changed, makes of a model's logits."""
-    for seed, name in enumerate(layers):
-        weight = merged.get_submodule(name).weight
-        weight.copy_(rounded_at_random(weight, torch.finfo(weight.dtype).eps, seed))
-    return logits_error(prompt_logits(merged), logits)
+def _weight_noise(merged: PreTrainedModel, layers: Collection[str], logits: list[torch.Tensor]) -> float:
+    """
+    What one more rounding of the merged weights, which it leaves changed, makes of a model's logits: the largest of
+    `NOISE_DRAWS` changes. Each starts from the one before, as a copy of the weights may be as large as the model.
+    """
+    changes = []
+    for draw in range(NOISE_DRAWS):
+        for index, name in enumerate(layers):
+            weight = merged.get_submodule(name).weight
+            weight.copy_(rounded_at_random(weight, torch.finfo(weight.dtype).eps, draw * len(layers) + index))
+        before, logits = logits, prompt_logits(merged)
+        changes.append(logits_error(logits, before))
+    return max(changes)
 
 
 @torch.no_grad()

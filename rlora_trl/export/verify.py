@@ -40,6 +40,8 @@ LOGITS_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.
 NOISE_FACTOR = 4
 # Beyond this, logits are another function's, whatever rounding explains: large weights make it explain everything.
 LOGITS_CEILING = 0.5
+# Of this many roundings the one that changes most: where a model is steep, one in some hundred changes little.
+NOISE_DRAWS = 3
 
 PROMPT_LENGTHS = (3, 11, 32)
 logger = logging.get_logger(__name__)
@@ -184,8 +186,8 @@ def rounding_noise(
     """
     What rounding in an adapter changes of the logits of the fixed prompts.
 
-    Each of its parameters is changed by a rounding, at random upwards or downwards, and put back. So the heads and the
-    anchor no longer cancel to the last bit, as they don't where they are rounded in another order.
+    Each of its parameters is changed by a rounding, at random upwards or downwards, and put back; `NOISE_DRAWS` times.
+    So the heads and the anchor no longer cancel to the last bit, as where they are rounded in another order.
 
     Args:
         model (`torch.nn.Module`), adapter_name (`str`), layers (`Mapping[str, RLoraLayer]`): The adapter, which runs
@@ -194,15 +196,18 @@ def rounding_noise(
         dtype (`torch.dtype`): In which the base computes. An export is rounded to float32 in any case.
 
     Returns:
-        `float`: The change, see [`logits_error`].
+        `float`: The largest change, see [`logits_error`].
     """
     parameters = [p for layer in layers.values() for p in adapter_of(layer, adapter_name).parameters()]
     kept = [parameter.detach().clone() for parameter in parameters]
     eps = max(torch.finfo(kind).eps for kind in (dtype, torch.float32, *(value.dtype for value in kept)))
+    changes = []
     try:
-        for seed, (parameter, value) in enumerate(zip(parameters, kept, strict=True)):
-            parameter.copy_(rounded_at_random(value, eps, seed))
-        return logits_error(prompt_logits(model), logits)
+        for draw in range(NOISE_DRAWS):
+            for index, (parameter, value) in enumerate(zip(parameters, kept, strict=True)):
+                parameter.copy_(rounded_at_random(value, eps, draw * len(parameters) + index))
+            changes.append(logits_error(prompt_logits(model), logits))
+        return max(changes)
     finally:
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
