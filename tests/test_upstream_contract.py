@@ -215,6 +215,7 @@ CONTRACT = [Row(*row) for row in (
     ("peft.utils.quantization_utils:QuantizationBackend", "backend_name", None, "messages"),
     ("peft.utils.quantization_utils:QuantizationBackend", "supports_merge", None, "merging is refused"),
     ("peft.utils:AuxiliaryTrainingWrapper", "_get_available_adapters", "", "run one adapter alone"),
+    ("trl/trainer/utils.py", "weight, bias = lm_head.weight, lm_head.bias", None, "rows of a head that train are refused"),
     ("peft.utils:TrainableTokensWrapper", "token_adapter", None, "trained tokens are merged"),
     ("peft.utils:ModulesToSaveWrapper", "modules_to_save", None, "modules trained in full are merged"),
     ("peft", "get_peft_model_state_dict", "model, state_dict=None, adapter_name='default'", "what is saved of a model, by stand-ins"),

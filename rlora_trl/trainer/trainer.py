@@ -29,6 +29,7 @@ from ..evaluation.data import check_rows
 from ..kernels import RoutingTally, anchor_loss, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from ..tuner.routing import describe_batch
+from ..tuner.target_checks import refuse_token_rows_of_head
 from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .early_stopping import EarlyStopping
@@ -203,6 +204,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        refuse_token_rows_of_head(self.model)
         self._training_data = None
         self._settle_lost_rows()
         self._set_up_checkpoints()

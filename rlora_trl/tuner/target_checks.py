@@ -6,9 +6,11 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from copy import copy
+from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import infer_device
+from peft.utils import TrainableTokensWrapper, infer_device
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -146,6 +148,35 @@ def refuse_offloaded(config: RLoraConfig, model: nn.Module, in_peft_model: bool 
             "adapter, which it can't without a GPU. Load the base without `device_map` and offload it with "
             "`accelerate.disk_offload(base, folder, execution_device=torch.device('cpu'))` first."
         )
+
+
+def refuse_token_rows_of_head(model: nn.Module) -> None:
+    """
+    Refuse rows of an output head that `trainable_token_indices` trains: the head itself, or one that is tied to the
+    embedding.
+
+    TRL (1.16) computes losses with the weight and bias of the head, and PEFT's wrapper has neither the trained weight
+    nor a bias (no upstream issue as of trl 1.16; https://github.com/huggingface/peft/issues/3649 is about the bias).
+
+    Args:
+        model (`torch.nn.Module`): A model with adapters that `SFTTrainer` is to train.
+
+    Raises:
+        ValueError: If the head has such rows.
+    """
+    core: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    head = core.get_output_embeddings() if isinstance(core, PreTrainedModel) else None
+    if not isinstance(head, TrainableTokensWrapper):
+        return
+    ends = [name for name, module in core.named_modules() if module in (core.get_input_embeddings(), head)]
+    names = [name.rpartition(".")[2] for name in ends]
+    raise ValueError(
+        f"`trainable_token_indices` trains rows of the output head {ends[-1]!r} (which a model with tied embeddings "
+        "shares with the input), and TRL computes the loss with the head's weight itself, without these rows. Train "
+        f"both in full with `modules_to_save={names}`, or give the head a weight of its own before the trainer is "
+        "made (`model.config.tie_word_embeddings = False`, and a copy of the weight as its parameter) and train rows "
+        "of the input embedding alone."
+    )
 
 
 def _refuse_loading_by_transformers(config: RLoraConfig, model: nn.Module) -> None:
