@@ -35,6 +35,10 @@ logger = logging.get_logger(__name__)
 
 # Weights of the heads: measured, the same for all layers, or by layer.
 Mixtures: TypeAlias = HeadMixtures | Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
+_NOT_COMPARED = (
+    "The base takes no token ids alone, so logits were not compared; the weights of each layer were. Compare outputs "
+    "on inputs of yours."
+)
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
 
@@ -175,7 +179,7 @@ class _Job:
         job = (self.model, self.adapter_name, self.layers, self.mixture.weights, stage)
         notes = write_merged(*job)
         error = check_merged(*job)
-        if getattr(core_model(self.model), "is_quantized", False):
+        if getattr(core_model(self.model), "is_quantized", False) and error is not None:
             notes += (
                 f"Against the adapter on the quantised base, logits change by up to {error:.2g} of the largest.",
             )
@@ -185,12 +189,12 @@ class _Job:
         rank = next(iter(tensors.values())).shape[0]
         return dataclasses.replace(self._report(rank, error, notes), merged=True)
 
-    def _verify(self, stage: Path) -> float:
+    def _verify(self, stage: Path) -> float | None:
         dtype = compute_dtype(self.model)
         reference = take_reference(self.model, self.adapter_name, self.layers, self.mixture.weights, dtype)
         return check_export(self.model, stage, reference, dtype)
 
-    def _report(self, rank: int, error: float, warnings: tuple[str, ...]) -> ExportReport:
+    def _report(self, rank: int, error: float | None, warnings: tuple[str, ...]) -> ExportReport:
         return ExportReport(
             path="",
             task=self.task,
@@ -199,7 +203,7 @@ class _Job:
             exact=self.mixture.exact,
             max_logit_error=error,
             mixture=self.mixture.origin,
-            warnings=warnings,
+            warnings=warnings if error is not None else (*warnings, _NOT_COMPARED),
         )
 
 

@@ -168,12 +168,12 @@ def check_merged(
     layers: Mapping[str, RLoraLayer],
     mixtures: Mapping[str, torch.Tensor],
     folder: Path,
-) -> float:
+) -> float | None:
     """
     Load a merged model and compare its weights, and its logits, with those of the adapter under the same mixtures.
 
     Returns:
-        `float`: The error of the logits, see [`logits_error`].
+        `float` or `None`: The error of the logits, see [`logits_error`]; `None` where there are none.
 
     Raises:
         ValueError: If a weight differs from base plus delta by more than rounding, or logits do; on a quantized base,
@@ -200,7 +200,7 @@ def check_merged(
             f"The merged model does not do what the adapter does: logits differ by {error:.2g} of the largest, and at "
             f"most {tolerance:.2g} is accepted in {dtype}. Nothing was written; please report it."
         )
-    return error
+    return error if reference else None
 
 
 @torch.no_grad()

@@ -42,9 +42,10 @@ class ExportReport:
         layers (`int`): Number of layers that it changes.
         exact (`bool`): It is the same function as the adapter (for that task), as all tokens get these weights there
             too.
-        max_logit_error (`float`): Largest difference of logits between the export and the adapter under the fixed
-            weights, on fixed prompts, relative to the largest logit. For a merged quantised base, what replacing the
-            quantised weights by 16-bit ones changes.
+        max_logit_error (`float` or `None`):
+            Largest difference of logits between the export and the adapter under the fixed weights, on fixed prompts,
+            relative to the largest logit. For a merged quantised base, what replacing the quantised weights by 16-bit
+            ones changes. `None` where the base takes no token ids alone: the weights of each layer were compared.
         mixture (`str`): Where the weights of the heads are from, in words.
         kl (`float` or `None`): Mean over tokens of KL(adapter || export) of the predicted distributions, in nats, over
             the completions of the given data; `None` without data.
@@ -60,7 +61,7 @@ class ExportReport:
     rank: int
     layers: int
     exact: bool
-    max_logit_error: float
+    max_logit_error: float | None
     mixture: str
     kl: float | None = None
     accuracy_dynamic: float | None = None
@@ -144,11 +145,13 @@ def render_card(
 def _origin(report: ExportReport, config: RLoraConfig, name: str | None) -> str:
     origin = f"the R-LoRA adapter [{name}](https://huggingface.co/{name})" if name else "an R-LoRA adapter"
     task = f" for the task `{report.task}`" if report.task else ""
+    compared = "the weights of each layer agree"
+    if report.max_logit_error is not None:
+        compared = f"logits of fixed prompts differ by at most {report.max_logit_error:.1e} of the largest"
     return (
         f"Exported from {origin} with {config.num_heads} heads of rank {config.r} and `router={config.router!r}`"
         f"{task}. Weights of the heads: {report.mixture}. {'Merged' if report.merged else 'LoRA'} rank {report.rank}, "
-        f"{report.layers} layers. Checked against the adapter under the same weights: logits of fixed prompts differ "
-        f"by at most {report.max_logit_error:.1e} of the largest."
+        f"{report.layers} layers. Checked against the adapter under the same weights: {compared}."
     )
 
 

@@ -17,11 +17,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
+    BartForSequenceClassification,
     BitsAndBytesConfig,
+    CLIPConfig,
+    CLIPModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from rlora_trl import RLoraConfig
@@ -917,3 +922,65 @@ def test_the_noise_is_the_largest_of_several_roundings(model_folders, monkeypatc
     assert noises == [drawn[0], max(drawn[1:])]
     assert drawn[0] == drawn[1] and len(set(drawn[1:])) == 3
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+_SIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+_IMAGES = {**_SIDE, "image_size": 16, "patch_size": 8}
+
+
+def image_model():
+    return ViTForImageClassification(ViTConfig(**_IMAGES, num_labels=3))
+
+
+def image_and_text_model():
+    text = {**_SIDE, "vocab_size": VOCAB, "max_position_embeddings": 40, "eos_token_id": 1}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=_IMAGES, projection_dim=16))
+
+
+def inputs_of(model):
+    pixels = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    return pixels if isinstance(model, ViTForImageClassification) else {"input_ids": random_ids(2), **pixels}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("make", [image_model, image_and_text_model])
+def test_without_prompts_layers_are_compared(tmp_path, make, merge):
+    torch.manual_seed(0)
+    base = make().eval()
+    config = RLoraConfig(target_modules="all-linear", router="uniform", init_weights=False)
+    model = get_peft_model(base, config).eval()
+    perturb(model, 0.02)
+    inputs = inputs_of(base)
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    report = export_lora(model, tmp_path / "out", merge=merge)
+    assert report.max_logit_error is None and "logits were not compared" in report.warnings[-1]
+    assert "the weights of each layer agree" in (tmp_path / "out" / "README.md").read_text()
+    if merge:
+        loaded = type(base).from_pretrained(tmp_path / "out")
+    else:
+        loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "out")
+    with torch.no_grad():
+        assert error(loaded.eval()(**inputs)[0], expected) < 1e-4
+
+
+def test_without_prompts_a_wrong_layer_is_refused(tmp_path, monkeypatch):
+    model = get_peft_model(image_model().eval(), RLoraConfig(target_modules="all-linear", router="uniform")).eval()
+    perturb(model)
+    right = export_module.lora_tensors
+    monkeypatch.setattr(export_module, "lora_tensors", lambda *args: {k: 1.01 * v for k, v in right(*args).items()})
+    with pytest.raises(ValueError, match="its delta differs by"):
+        export_lora(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_prompts_end_where_an_encoder_decoder_classifies(tmp_path):
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "max_position_embeddings": 64, "num_labels": 3}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    base = BartForSequenceClassification(BartConfig(forced_eos_token_id=None, **sizes, **layers, **heads, **tokens))
+    model = get_peft_model(base.eval(), RLoraConfig(router="uniform", init_weights=False)).eval()
+    report = export_lora(model, tmp_path / "out")
+    assert 0 < report.max_logit_error < 1e-4 and not report.warnings
