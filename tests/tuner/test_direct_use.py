@@ -206,7 +206,27 @@ class InForward(Base):
         return self.b(self.a(x))
 
 
+class ByUnclearTest(Base):
+    """What can't be evaluated when the adapter is made may hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = nn.Parameter(torch.ones(2))
+
+    @property
+    def later(self):
+        raise KeyError("later")
+
+    def forward(self, x):
+        if self.later and self.scales:
+            x = x @ self.a.weight
+        if self.scales == 1 and not self.scales:
+            x = x @ self.b.weight
+        return x @ self.c.weight if self.missing > 1 else x
+
+
 READS = {
+    ByUnclearTest: {"a", "b", "c"},
     ByMethod: {"a", "b", "c"},
     ByParent: {"b", "c"},
     ByCallable: {"b"},
