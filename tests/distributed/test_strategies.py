@@ -85,6 +85,15 @@ def ranks(models, tmp_path_factory):
     return launch(folder, {"models": models}, cases, 2, program="strategy_run.py", timeout=TIMEOUT), folder
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As the ranks have it: on some CPUs two threads round products otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def loaded_logits(folder, base, *, autocast=False, rounded=False, in_order=False):
     """
