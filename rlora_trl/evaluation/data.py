@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-# What TRL trains on, in the order in which it looks for it. With the column of plain text as the last.
-_TRAINABLE = (("prompt", "completion"), ("messages",), ("conversations",))
+# The keys of a message, by the column that holds it: as OpenAI and ShareGPT write messages.
+_KEYS = {"conversations": ("from", "value")}
+_OPENAI_KEYS = ("role", "content")
 _ASSISTANTS = ("assistant", "gpt")  # as OpenAI and ShareGPT call the one who answers
 
 
@@ -178,36 +179,78 @@ def _mistake_in_csv(file: Path) -> str | None:
     return None if rows else " has a header and no rows. Give a file with at least one row."
 
 
-def check_format(columns: Iterable[str], where: str, *, text_column: str = "text") -> tuple[str, ...]:
+def find_format(columns: Iterable[str], first: Mapping[str, Any], *, text_column: str = "text") -> tuple[str, ...] | None:
+    """
+    The columns that TRL's preparation trains on. It looks at the first row, not at names of columns alone.
+
+    Args:
+        columns (`Iterable[str]`): Names of all columns.
+        first (`Mapping[str, Any]`): The first row.
+        text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
+
+    Returns:
+        `tuple[str, ...]`, *optional*: `("prompt", "completion")`, `("conversations",)`, `("messages",)` or
+        `(text_column,)`; `None` if there is none of these.
+    """
+    columns = list(columns)
+    if {"prompt", "completion"} <= set(columns):
+        return ("prompt", "completion")
+    chats = [name for name in ("conversations", "messages") if name in columns]
+    usable = [name for name in chats if _is_chat(first.get(name), name)]
+    text = [text_column] if text_column in columns else []
+    # With nothing usable, what is wrong with the messages is of more use than that there is no text.
+    return next(((name,) for name in (*usable, *text, *chats[::-1])), None)
+
+
+def _is_chat(value: Any, name: str) -> bool:
+    if not isinstance(value, list):
+        return False
+    # TRL fails on an empty list, even beside a text.
+    required = _KEYS.get(name, ("role",))
+    return not value or (isinstance(value[0], dict) and all(key in value[0] for key in required))
+
+
+def check_format(
+    columns: Iterable[str], first: Mapping[str, Any], where: str, *, text_column: str = "text"
+) -> tuple[str, ...]:
     """
     The columns that TRL's preparation reads.
 
     Args:
-        columns (`Iterable[str]`): Names of all columns.
+        columns (`Iterable[str]`), first (`Mapping[str, Any]`), text_column (`str`): See [`find_format`].
         where (`str`): What the data are called in messages.
-        text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
 
     Returns:
-        `tuple[str, ...]`: `("prompt", "completion")`, `("messages",)`, `("conversations",)` or `(text_column,)`.
+        `tuple[str, ...]`: See [`find_format`].
 
     Raises:
         ValueError: If there is none of these, or a prompt without a completion.
     """
     columns = list(columns)
-    formats = (*_TRAINABLE, (text_column,))
-    found = next((names for names in formats if set(names) <= set(columns)), None)
+    found = find_format(columns, first, text_column=text_column)
     accepted = f"accepted are 'prompt' with 'completion', {text_column!r}, or 'messages'"
     shown = ", ".join(map(repr, columns)) or "none"
     if found is None:
         separator = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
         remedy = f"Separate them by commas instead of {separator!r}." if separator else "Rename its columns."
         raise ValueError(f"{where} has the columns {shown}; {accepted}. {remedy}")
-    if "prompt" in columns and found[0] != "prompt":  # which TRL takes for half a pair
+    if "prompt" in columns and len(found) == 1:  # which TRL takes for half a pair
+        remedy = "Rename" if found == ("prompt",) else "Remove"
         raise ValueError(
-            f"{where} has the columns {shown}, with a 'prompt' and no 'completion'; {accepted}. Remove the column "
-            f"'prompt' to train on {found[0]!r}, or add the completions."
+            f"{where} has the columns {shown}, with a 'prompt' and no 'completion'; {accepted}. {remedy} the column "
+            f"'prompt' to train on {'it' if found == ('prompt',) else repr(found[0])}, or add the completions."
         )
     return found
+
+
+def as_shown(dataset: Any) -> Any:
+    """A map-style data set without its format: with the columns that the format shows, and with plain values."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return dataset
+    columns = dataset.format["columns"]
+    # Formats make other values of lists, such as arrays, of which TRL's preparation knows nothing.
+    plain = dataset.with_format(None)
+    return plain if len(columns) == len(plain.column_names) else plain.select_columns(columns)
 
 
 def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
@@ -232,15 +275,14 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset  # columns are those of a transform, with which TRL refuses to prepare data
-    # Formats make other values of lists, such as arrays, of which TRL's preparation knows nothing.
-    plain = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
+    plain = as_shown(dataset)
     first = next(iter(plain), None)
     if first is None:
         raise ValueError(f"{where} has no rows. Check the file, split or filter that it comes from.")
-    columns = list(dataset.column_names or first)
+    columns = list(plain.column_names or first)
     if "input_ids" in columns:
         return dataset
-    names = check_format(columns, where, text_column=text_column)
+    names = check_format(columns, first, where, text_column=text_column)
     check = partial(_check_values, where=where, text_column=text_column)
     for name in names:
         for place, value in _suspects(plain, first, name):
@@ -311,7 +353,7 @@ def _remedy(value: Any, what: str) -> str:
 
 
 def _messages_problem(messages: list[Any], name: str) -> str | None:
-    keys = ("from", "value") if name == "conversations" else ("role", "content")
+    keys = _KEYS.get(name, _OPENAI_KEYS)
     listed = " and ".join(map(repr, keys))
     if not messages:
         return f"it is an empty list, and must have messages with {listed}. Fill it in, or remove the row."
@@ -410,7 +452,7 @@ def load_task_rows(
 
 def _check_scorable(dataset: Dataset, where: str, answers: bool) -> None:
     columns = [name for name in dataset.column_names if name != "input_ids"]  # measured by their text
-    names = check_format(columns, where)
+    names = check_format(columns, dataset[0], where)
     if answers and names == ("text",):
         raise ValueError(
             f"{where} has the columns {', '.join(map(repr, columns))}; accepted are 'prompt' with 'completion', or "

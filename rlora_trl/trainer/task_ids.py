@@ -13,6 +13,7 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..evaluation.columns import add_column, by_row, encode, task_namer
+from ..evaluation.data import as_shown
 from .tasks import AnyDataset, has_transform
 
 
@@ -76,7 +77,7 @@ def with_ids(features: Features | None) -> Features | None:
 
 def add_ids(dataset: Dataset, numbers: np.ndarray) -> Dataset:
     """The data set with a column of task ids, which a transform passes on beside what it makes of a row."""
-    numbered = add_column(dataset, TASK_IDS, numbers)
+    numbered = add_column(as_shown(dataset), TASK_IDS, numbers)  # which drops formats
     if not has_transform(dataset):
         return numbered
     transform = dataset.format["format_kwargs"]["transform"]

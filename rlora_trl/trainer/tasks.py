@@ -18,13 +18,12 @@ from datasets import (
 )
 
 from ..evaluation.columns import add_column, can_name_tasks, encode, encode_tasks, seems_to_name_tasks
-from ..evaluation.data import check_rows
+from ..evaluation.data import as_shown, check_rows, find_format
 from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS, task_name
 from .task_features import align_features
 
 
-# The columns that TRL's preparation reads, by format; what else a task carries is dropped when tasks are joined.
-_FORMATS = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), ("text",))
+# What a task carries beside the columns of its format; all else is dropped when tasks are joined.
 _COMPANIONS = (
     *("labels", "completion_mask", "assistant_masks", "seq_lengths"),
     *("tools", "chat_template_kwargs", "images", "image"),
@@ -66,12 +65,13 @@ def _check_not_empty(task: str, dataset: AnyDataset) -> None:
 
 
 def _format_of(task: str, dataset: AnyDataset, text_column: str) -> tuple[str, ...]:
-    columns = set(columns_of(dataset))
-    formats = (*_FORMATS[:-1], (text_column,))
-    for names in formats:
-        if columns.issuperset(names):
-            return names
-    accepted = "; ".join(" and ".join(repr(name) for name in names) for names in formats)
+    columns = columns_of(dataset)
+    if "input_ids" in columns:
+        return ("input_ids",)
+    names = find_format(columns, next(iter(dataset.with_format(None))), text_column=text_column)
+    if names is not None:
+        return names
+    accepted = f"'input_ids'; 'messages'; 'conversations'; 'prompt' and 'completion'; {text_column!r}"
     raise ValueError(
         f"Task {task!r} has columns {', '.join(sorted(columns))}; a task needs one of: {accepted}. Rename its columns."
     )
@@ -142,6 +142,7 @@ def label_tasks(
     refuse_splits(datasets)
     datasets = name_tasks(datasets)
     _check_datasets(datasets)
+    datasets = {task: as_shown(dataset) for task, dataset in datasets.items()}
     if any_format:
         names = tuple(set.intersection(*(set(columns_of(dataset)) for dataset in datasets.values())) - {task_column})
         return _label_all(datasets, sorted(names), task_column)

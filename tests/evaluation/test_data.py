@@ -240,6 +240,8 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         {"messages": TURNS},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversations": [{"role": "user", "content": "a"}], "text": "a"},
+        {"messages": "[json]", "conversations": None, "text": "a"},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"input_ids": [1, 2], "prompt": None},
     ],

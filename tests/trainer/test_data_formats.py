@@ -88,3 +88,41 @@ def test_what_trl_accepts_still_trains(model_folders, tmp_path, option):
 
 def test_tasks_still_train(model_folders, tmp_path):
     assert make_trainer(model_folders, tmp_path, train=task_datasets(), max_steps=1).train().global_step == 1
+
+
+CHAT = [{"role": "user", "content": "w1"}]
+SHAREGPT = [{"from": "user", "value": "w1"}, {"from": "gpt", "value": "w2"}]
+NULL_MESSAGES = Dataset.from_list([{"messages": None, "text": "w1 w2", "prompt": None}] * 4)
+TEXTS = {
+    "other_messages": Dataset.from_list([{"conversations": CHAT, "text": "w1 w2"}] * 4),
+    "conversations_are_text": Dataset.from_list([{"conversations": "w3", "text": "w1 w2"}] * 4),
+    "conversations_are_null": Dataset.from_list([{"conversations": None, "text": "w1 w2"}] * 4),
+    "messages_are_null": NULL_MESSAGES.remove_columns("prompt"),
+    "messages_are_text": Dataset.from_list([{"messages": "[json]", "text": "w1 w2"}] * 4),
+    "not_shown": NULL_MESSAGES.with_format("torch", columns=["text"]),
+}
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["single", "tasks"])
+@pytest.mark.parametrize("data", TEXTS)
+def test_text_is_trained_on_beside_messages_that_are_none(model_folders, tmp_path, data, tasks):
+    """TRL looks at the first row, as the name of a column says little."""
+    dataset = TEXTS[data]
+    trainer = make_trainer(model_folders, tmp_path, train={"a": dataset, "b": dataset} if tasks else dataset)
+    assert [trainer.processing_class.decode(ids) for ids in trainer.train_dataset["input_ids"]] == (
+        ["w1 w2 <eos>"] * (8 if tasks else 4)
+    )
+
+
+def test_messages_are_trained_on_beside_text(model_folders, tmp_path):
+    dataset = Dataset.from_list([{"conversations": SHAREGPT, "messages": CHAT, "text": "w3"}] * 2)
+    for train in (dataset, {"a": dataset}):
+        trainer = make_trainer(model_folders, tmp_path, train=train)
+        assert "w1 <assistant> w2" in trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+
+
+def test_columns_that_a_format_hides_stay_hidden_from_rows_of_tasks(model_folders, tmp_path):
+    rows = [{"prompt": None, "text": "w1 w2", "task": task} for task in ("a", "b")]
+    dataset = Dataset.from_list(rows).with_format("torch", columns=["text", "task"])
+    trainer = make_trainer(model_folders, tmp_path, train=dataset)
+    assert trainer._tasks == ["a", "b"] and len(trainer.train_dataset) == 2
