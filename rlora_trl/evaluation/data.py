@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, LargeList, List, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from trl import maybe_convert_to_chatml
@@ -25,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_EMPTY = " is empty. Give a file with at least one row."
 # The keys of a message, by the column that holds it: as OpenAI and ShareGPT write messages.
 _KEYS = {"conversations": ("from", "value")}
 _OPENAI_KEYS = ("role", "content")
@@ -40,7 +46,8 @@ def load_splits(
 
     Args:
         name (`str`):
-            A JSON-lines, JSON, Parquet or CSV file, a folder of such files, or a data set on the Hub.
+            A JSON-lines (`.jsonl`, `.ndjson`), JSON, Parquet or CSV file, also with `.gz`, a folder of such files, or
+            a data set on the Hub.
         config_name (`str`, *optional*):
             Configuration of a data set on the Hub.
         file_split (`str`, *optional*, defaults to `"train"`):
@@ -55,19 +62,26 @@ def load_splits(
         ValueError: If a file is empty or can't be read; with the line, where it is known.
     """
     path = Path(name)
-    if path.suffix in _FORMATS and path.is_file():
-        with _explained(path):
-            options = {"data_files": {file_split: name}, "streaming": streaming, **_csv_options([path])}
-            return load_dataset(_FORMATS[path.suffix], **options)
-    is_path = path.suffix in _FORMATS or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    kind = _kind(path)
+    if path.is_file():
+        if kind is None:
+            raise ValueError(
+                f"{name} is a file of another kind; accepted are those whose names end in {', '.join(_FORMATS)}, also "
+                "with .gz. Write the rows to one of these, or rename the file if it is one."
+            )
+        options = {"data_files": {file_split: name}, "streaming": streaming, **_csv_options([path])}
+        with explained(path):
+            return load_dataset(kind, **options)
+    is_path = kind is not None or name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if is_path and "://" not in name and not path.exists():
         raise FileNotFoundError(
             f"There is no data at {name}. Give a JSON-lines, Parquet or CSV file, a folder of such files, or the name "
             "of a data set on the Hub."
         )
+    options = _csv_options(_data_files(path))
     try:
-        with _explained(path):
-            return load_dataset(name, config_name, streaming=streaming, **_csv_options(_data_files(path)))
+        with explained(path):
+            return load_dataset(name, config_name, streaming=streaming, **options)
     except (DatasetNotFoundError, ConnectionError) as error:
         if path.exists():
             raise
@@ -80,23 +94,56 @@ def _data_files(path: Path) -> list[Path]:
     """The files of a folder of data, and a file itself."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in _FORMATS and file.is_file())
+    return sorted(file for file in path.rglob("*") if _kind(file) is not None and file.is_file())
 
 
 def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
-    """Options that keep the cells of CSV files text: pandas makes numbers of "007", and nothing of "NA"."""
-    if not files or any(file.suffix != ".csv" for file in files):
+    """
+    Options that keep the cells of CSV files text: pandas makes numbers of "007", and nothing of "NA".
+
+    Raises:
+        ValueError: If rows have more cells than there are columns: pandas takes their first cells for an index.
+    """
+    if not files or any(_kind(file) != "csv" for file in files):
         return {}
-    names = {name for file in files for name in _header(file)}
+    names = set()
+    for file in files:
+        header, *rows = _first_lines(file, 2)
+        names.update(header)
+        if rows and len(rows[0]) > len(header):
+            raise ValueError(f"{file}{_mistake_in_csv(file)}")
     return {"converters": dict.fromkeys(sorted(names), _cell), "na_filter": False} if names else {}
 
 
-def _header(file: Path) -> list[str]:
+def _first_lines(file: Path, number: int) -> list[list[str]]:
+    """The cells of the first lines of a CSV file, and at least one list."""
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            return next(csv.reader(lines), [])
-    except UnicodeDecodeError:
-        return []  # told by `_find_mistake` once reading it has failed
+        with _csv_cells(file) as lines:
+            return list(islice(filter(None, lines), number)) or [[]]
+    except (UnicodeDecodeError, csv.Error):
+        return [[]]  # `_find_mistake` says so once reading the file has failed
+
+
+@contextmanager
+def _csv_cells(file: Path, *, strict: bool = False) -> Iterator[Any]:
+    """A reader of the cells of a CSV file, of any length."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with _open(file, newline="") as lines:
+            yield csv.reader(lines, strict=strict)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _open(file: Path, newline: str | None = None) -> TextIO:
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    return cast(TextIO, opened(file, "rt", encoding="utf-8-sig", newline=newline))
+
+
+def _kind(path: Path) -> str | None:
+    """What `datasets` calls the form of a file, by the end of its name; `None` if it is none of ours."""
+    name = path.name.lower().removesuffix(".gz")
+    return _FORMATS.get(Path(name).suffix)
 
 
 def _cell(text: str) -> str | None:
@@ -104,7 +151,7 @@ def _cell(text: str) -> str | None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Say where a local file is wrong, if reading it fails."""
     try:
         yield
@@ -124,35 +171,55 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _columns(file: Path) -> list[str]:
     """The columns of a CSV or JSON-lines file, of its first row."""
-    if file.suffix == ".csv":
-        return _header(file)
-    if file.suffix != ".jsonl":
+    if _kind(file) == "csv":
+        return _first_lines(file, 1)[0]
+    if _kind(file) != "json":
         return []
-    with open(file, encoding="utf-8") as lines:
-        return list(json.loads(next(line for line in lines if line.strip())))
+    try:
+        with _open(file) as lines:
+            row = json.loads(next(line for line in lines if line.strip()))
+    except json.JSONDecodeError:
+        return []  # one document of many lines
+    return list(row) if isinstance(row, dict) else []
 
 
 def _find_mistake(file: Path) -> str | None:
     """What is wrong with a file that could not be read, and where, as the end of a sentence that its name begins."""
-    if not file.read_bytes().strip():
-        return " is empty. Give a file with at least one row."
-    if file.suffix == ".parquet":
-        return " is no Parquet file, or it was cut off. Write or download it again."
+    if _kind(file) == "parquet":
+        is_empty = not file.stat().st_size
+        return _EMPTY if not file.stat().st_size else " is no Parquet file, or it was cut off. Write or download it again."
     try:
-        return (_mistake_in_csv if file.suffix == ".csv" else _mistake_in_json)(file)
+        with _open(file) as lines:
+            if not any(line.strip() for line in lines):
+                return _EMPTY
+        return (_mistake_in_csv if _kind(file) == "csv" else _mistake_in_json)(file)
     except UnicodeDecodeError as error:
         return f" is not UTF-8 text: {error.reason}, byte {error.object[error.start]:#04x}. Save it in UTF-8."
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return " is no gzip file, or it was cut off. Write or download it again."
+
+
+def _mistake_in_parquet(file: Path) -> str | None:
+    if not file.stat().st_size:
+        return _EMPTY
+    try:
+        pq.read_schema(file)
+    except (pa.ArrowInvalid, OSError):
+        return " is no Parquet file, or it was cut off. Write or download it again."
+    return None
 
 
 def _mistake_in_json(file: Path) -> str | None:
     accepted = 'Each line must be one JSON object, such as {"prompt": "...", "completion": "..."}.'
-    text = file.read_text(encoding="utf-8")
+    with _open(file) as lines:
+        text = lines.read()
     try:
-        json.loads(text)
-        return None  # one document, which is accepted too
+        document = json.loads(text)
     except json.JSONDecodeError:
-        pass
-    for number, line in enumerate(text.splitlines(), start=1):
+        document = None
+    if document is not None:  # one document, which is accepted too
+        return None if document else " has no rows. Give a file with at least one row."
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -165,18 +232,30 @@ def _mistake_in_json(file: Path) -> str | None:
 
 
 def _mistake_in_csv(file: Path) -> str | None:
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
+    with _csv_cells(file, strict=True) as reader:
         header = next(reader)
-        rows = 0
-        for cells in reader:
-            rows += bool(cells)
+        separator = _other_separator(header)
+        if separator is not None:
+            return f" names its columns {header[0]!r}. Separate cells by commas instead of {separator!r}."
+        rows, begin = 0, reader.line_num + 1
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                return f", line {begin}: {error}. Close each double quote, and write one inside a cell as two."
+            if cells is None:
+                return None if rows else " has a header and no rows. Give a file with at least one row."
             if len(cells) > len(header):
                 return (
                     f", line {reader.line_num}: {len(cells)} cells, and the first line names {len(header)} columns. "
                     "Put cells that contain commas into double quotes."
                 )
-    return None if rows else " has a header and no rows. Give a file with at least one row."
+            rows, begin = rows + bool(cells), reader.line_num + 1
+
+
+def _other_separator(columns: Sequence[str]) -> str | None:
+    """What separates the names in a header that was not separated by commas."""
+    return next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
 
 
 def find_format(columns: Iterable[str], first: Mapping[str, Any], *, text_column: str = "text") -> tuple[str, ...] | None:
@@ -231,7 +310,7 @@ def check_format(
     accepted = f"accepted are 'prompt' with 'completion', {text_column!r}, or 'messages'"
     shown = ", ".join(map(repr, columns)) or "none"
     if found is None:
-        separator = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+        separator = _other_separator(columns)
         remedy = f"Separate them by commas instead of {separator!r}." if separator else "Rename its columns."
         raise ValueError(f"{where} has the columns {shown}; {accepted}. {remedy}")
     if "prompt" in columns and len(found) == 1:  # which TRL takes for half a pair

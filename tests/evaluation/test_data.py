@@ -1,6 +1,7 @@
 """Data sets by file, folder and split, and their rows by task."""
 
 import base64
+import gzip
 import json
 import re
 from unittest import mock
@@ -143,6 +144,17 @@ UNREADABLE = {
     ),
     "latin.csv": (b"prompt,completion\ncaf\xe9,b\n", " is not UTF-8 text: .* byte 0xe9. Save it in UTF-8."),
     "ragged.csv": ("prompt,completion\na,b\nc,d,e\n", ", line 3: 3 cells, and the first line names 2 columns. Put"),
+    "longer.csv": ("prompt,completion\n1,a,b\n2,c,d\n", ", line 2: 3 cells, and the first line names 2 columns. Put"),
+    "trailing.csv": ("prompt,completion\na,b,\nc,d,\n", ", line 2: 3 cells, and the first line names 2 columns"),
+    "commas.csv": ("prompt;completion\na, b, c;d\ne;f\n", " names its columns 'prompt;completion'. Separate .* ';'"),
+    "quote.csv": ('prompt,completion\na,b\nc,"d\ne,f\n', ", line 3: unexpected end of data. Close each double quote"),
+    "long.csv": (f"prompt,completion\n{'a' * 200_000},b\nc,d,e\n", ", line 3: 3 cells"),
+    "no_rows.json": ("[]", " has no rows. Give a file with at least one row"),
+    "no_fields.json": ("{}", " has no rows. Give a file with at least one row"),
+    "rows.tsv": ("prompt\tcompletion\na\tb\n", " is a file of another kind; accepted are .* .jsonl, .ndjson, .* Write"),
+    "rows.txt": ("a\n", " is a file of another kind"),
+    "rows": ("a\n", " is a file of another kind"),
+    "x.jsonl.gz": ("a", " is no gzip file, or it was cut off. Write or download"),
     "x.parquet": ("a,b\n", " is no Parquet file, or it was cut off"),
 }
 NOT_TRAINABLE = {
@@ -202,6 +214,22 @@ def test_files_that_can_not_be_read(tmp_path, name):
     content, message = UNREADABLE[name]
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}{message}"):
         load_splits(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["x.JSONL", "x.ndjson", "x.jsonl.gz", "x.CSV", "x.csv.gz", "x.Json"])
+def test_names_of_files_end_in_other_ways(tmp_path, name, streaming):
+    text = "prompt,completion\na,b\n" if "csv" in name.lower() else json.dumps(PAIR)
+    content = gzip.compress(text.encode()) if name.endswith(".gz") else text
+    assert list(load_splits(write(tmp_path / name, content), streaming=streaming)["train"]) == [PAIR]
+
+
+def test_cells_that_begin_with_a_quote_are_read_as_before(tmp_path):
+    path = write(tmp_path / "x.csv", 'prompt,completion\n"a",""\n"b ""c""",d\n')
+    assert load_splits(path)["train"].to_list() == [
+        {"prompt": "a", "completion": None},
+        {"prompt": 'b "c"', "completion": "d"},
+    ]
 
 
 def test_a_broken_file_of_a_folder_is_named(folder):
