@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Json, Value
 
-from ..tuner.task_names import task_name
+from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS, task_name
 
 
 _TEXTS = ("string", "large_string")
 _NAMES = (*_TEXTS, "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+# From here on a column of mostly different values is not taken to name tasks, unless it is asked for.
+_FEW_ROWS = 20
 
 # The whole stored table is computed on, and gets a column, where at least one in so many of its rows is used.
 _STORED_ROWS_PER_ROW = 4
@@ -147,12 +150,63 @@ def can_name_tasks(feature: Any) -> bool:
     return isinstance(feature, ClassLabel) or getattr(feature, "dtype", None) in _NAMES
 
 
-def seems_to_name_tasks(dataset: Dataset, column: str) -> bool:
-    """Whether a column happens to be called like the default: lists, structs and empty columns name no tasks."""
-    feature = dataset.features[column]
-    if isinstance(feature, ClassLabel):
+def tells_tasks(dataset: Dataset | IterableDataset, column: str) -> bool:
+    """
+    Whether rows can be looked up by the names of tasks in a column: one that is there, of a type that names some. Of a
+    stream without features, which tell the type, each row is looked at.
+    """
+    if isinstance(dataset, IterableDataset) and dataset.features is None:
         return True
-    return isinstance(feature, Value) and not all(map(is_missing, encode(dataset, column)[0]))
+    feature = (dataset.features or {}).get(column)
+    if feature is None or not can_name_tasks(feature):
+        return False
+    return isinstance(dataset, IterableDataset) or not all(map(is_missing, _texts(dataset, column)[0]))
+
+
+def why_no_tasks(dataset: Dataset, column: str) -> str | None:
+    """
+    Why a column that happens to be called like the default names no tasks.
+
+    Args:
+        dataset (`Dataset`): The data set.
+        column (`str`): One of its columns.
+
+    Returns:
+        `str`, *optional*: The reason, as the end of a sentence that the column begins; "" where it can't surprise, as
+        of lists, structs and columns of nulls; `None` if the column names tasks.
+    """
+    feature = dataset.features[column]
+    if not can_name_tasks(feature):
+        is_plain = isinstance(feature, Value) and feature.dtype != "null"
+        if isinstance(feature, Json):
+            values = (value for batch in dataset.select_columns([column]).iter(1000) for value in batch[column])
+            is_plain = not isinstance(next((value for value in values if value is not None), []), list | dict)
+        return f"has values of the type {feature}" if is_plain else ""
+    texts, values = _texts(dataset, column)
+    if values and all(map(is_missing, texts)):
+        return "" if values == [None] else "has no name in any row"
+    counts = f"has {len(values)} different values in {len(dataset)} rows"
+    if len(dataset) >= _FEW_ROWS and len(values) > len(dataset) / 2:
+        return counts
+    if any(len(str(value)) > MAX_TASK_NAME for value in values):
+        return f"{counts}, some longer than {MAX_TASK_NAME} characters"
+    if len(values) > MAX_TASKS:
+        return f"{counts}, and an adapter has at most {MAX_TASKS} tasks"
+    return None
+
+
+def describe_no_tasks(column: str, reason: str) -> str:
+    """A warning with the reason of [`why_no_tasks`]."""
+    return (
+        f"Column {column!r} {reason}: they don't seem to be names of tasks, and are not taken for such. Set "
+        "`task_column` to the column that names them, or rename this one to be rid of this warning."
+    )
+
+
+def _texts(dataset: Dataset, column: str) -> tuple[list[Any], list[Any]]:
+    """What the different values of a column say, and the values."""
+    values, _ = encode(dataset, column)
+    return list(map(_text_of(dataset, column), values)), values
 
 
 def encode_tasks(dataset: Dataset, task_column: str) -> tuple[list[str], np.ndarray]:
@@ -176,6 +230,9 @@ def encode_tasks(dataset: Dataset, task_column: str) -> tuple[list[str], np.ndar
     except (ValueError, TypeError) as error:
         raise ValueError(f"Column {task_column!r} has a value that can't be used. {error}") from error
     if missing:
-        rows = int(np.isin(numbers, list(missing)).sum())
-        raise ValueError(f"{rows} rows have no task in column {task_column!r}. Fill it in, or filter them out.")
+        rows = np.flatnonzero(np.isin(numbers, list(missing)))
+        raise ValueError(
+            f"{len(rows)} rows have no task in column {task_column!r}, the first is row {rows[0] + 1}. Fill it in, or "
+            "filter them out."
+        )
     return names, numbers

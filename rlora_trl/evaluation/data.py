@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, LargeList, List, Value, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pandas.errors import ParserError
 from trl import maybe_convert_to_chatml
 
-from .columns import by_row, encode_tasks, seems_to_name_tasks
+from .columns import by_row, describe_no_tasks, encode_tasks, is_text, why_no_tasks
 
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 
 _FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# What fails where rows are read after loading: those of a stream, and texts that are no UTF-8.
+READING_ERRORS = (UnicodeDecodeError, json.JSONDecodeError, pa.ArrowInvalid, ParserError, DatasetGenerationError)
+
 _EMPTY = " is empty. Give a file with at least one row."
 # The keys of a message, by the column that holds it: as OpenAI and ShareGPT write messages.
 _KEYS = {"conversations": ("from", "value")}
@@ -151,11 +156,11 @@ def _cell(text: str) -> str | None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Say where a local file is wrong, if reading it fails."""
+def explained(path: Path, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Say where a local file is wrong, if reading it fails with one of these errors."""
     try:
         yield
-    except Exception as error:
+    except errors as error:
         files = _data_files(path)
         for file in files:
             mistake = _find_mistake(file)
@@ -186,8 +191,7 @@ def _columns(file: Path) -> list[str]:
 def _find_mistake(file: Path) -> str | None:
     """What is wrong with a file that could not be read, and where, as the end of a sentence that its name begins."""
     if _kind(file) == "parquet":
-        is_empty = not file.stat().st_size
-        return _EMPTY if not file.stat().st_size else " is no Parquet file, or it was cut off. Write or download it again."
+        return _mistake_in_parquet(file)
     try:
         with _open(file) as lines:
             if not any(line.strip() for line in lines):
@@ -258,7 +262,9 @@ def _other_separator(columns: Sequence[str]) -> str | None:
     return next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
 
 
-def find_format(columns: Iterable[str], first: Mapping[str, Any], *, text_column: str = "text") -> tuple[str, ...] | None:
+def find_format(
+    columns: Iterable[str], first: Mapping[str, Any], *, text_column: str = "text"
+) -> tuple[str, ...] | None:
     """
     The columns that TRL's preparation trains on. It looks at the first row, not at names of columns alone.
 
@@ -449,7 +455,9 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def rows_by_task(dataset: Any, task_column: str, limit: int | None = None) -> dict[str, list[dict]]:
+def rows_by_task(
+    dataset: Any, task_column: str, limit: int | None = None, *, scored_as: str | None = None
+) -> dict[str, list[dict]]:
     """
     The rows of each task, in the order in which tasks first occur.
 
@@ -457,24 +465,45 @@ def rows_by_task(dataset: Any, task_column: str, limit: int | None = None) -> di
         dataset (`Dataset`): A data set with a column that names the task.
         task_column (`str`): That column, of strings, integers or classes.
         limit (`int`, *optional*): Only the first rows of each task.
+        scored_as (`str`, *optional*):
+            What the data are called in messages, if their prompts, completions and options are to be scored.
 
     Raises:
-        ValueError: If the column is of another type, or has rows without a task or with a value that can't name one.
+        ValueError: If the column is of another type, or has rows without a task or with a value that can't name one;
+            if rows can't be scored, with the row, counted from 1, and the column.
     """
     names, numbers = encode_tasks(dataset, task_column)
     places = [np.flatnonzero(numbers == number)[:limit] for number in range(len(names))]
     kept = np.sort(np.concatenate(places))
     rows: dict[str, list[dict]] = {name: [] for name in names}
-    for row, number in zip(dataset.select(kept), numbers[kept], strict=True):
-        rows[names[number]].append(row)
+    for place, row in zip(kept.tolist(), dataset.select(kept), strict=True):
+        checked = row if scored_as is None else _scorable_row(row, place, scored_as)
+        rows[names[numbers[place]]].append(checked)
     return rows
+
+
+def _scorable_row(row: dict[str, Any], place: int, where: str) -> dict[str, Any]:
+    _check_values(row, place, names=("prompt", "completion"), where=where, text_column="completion")
+    return {**row, "options": _options(row.get("options"), f"{where}, row {place + 1}")}
 
 
 def is_scorable(dataset: Any) -> bool:
     """Whether rows have a prompt and a completion, both plain text."""
-    if isinstance(dataset, IterableDataset) or not {"prompt", "completion"} <= set(dataset.column_names or ()):
+    columns = ("prompt", "completion")
+    if isinstance(dataset, IterableDataset) or not set(columns) <= set(dataset.column_names or ()):
         return False
-    return len(dataset) > 0 and all(isinstance(dataset[0][column], str) for column in ("prompt", "completion"))
+    first = dataset[0] if len(dataset) else {}
+    return bool(first) and all(is_text(dataset.features[name]) or isinstance(first[name], str) for name in columns)
+
+
+def default_tasks(dataset: Dataset, column: str, where: str) -> bool:
+    """Whether a column that happens to be called like the default names tasks; warns where that may surprise."""
+    if column not in dataset.column_names:
+        return False
+    reason = why_no_tasks(dataset, column)
+    if reason:
+        warnings.warn(f"{where}: {describe_no_tasks(column, reason)}", stacklevel=3)
+    return reason is None
 
 
 def load_task_rows(
@@ -496,7 +525,7 @@ def load_task_rows(
             Defaults to "test" where there is one, else to the only one.
         task_column (`str`, *optional*):
             Column that names the task. Defaults to "task"; all rows are of one task where there is no such column, or
-            it is empty or holds lists.
+            its values don't seem to be names of tasks.
         limit (`int`, *optional*):
             Only the first rows of each task.
         default_task (`str`, *optional*):
@@ -521,11 +550,15 @@ def load_task_rows(
         raise ValueError(
             f"{name} has no column {task_column!r} to name tasks; it has {', '.join(dataset.column_names)}."
         )
-    _check_scorable(dataset, name if len(splits) == 1 else f"{name}, split {chosen!r}", answers)
+    with explained(Path(name), READING_ERRORS):
+        _check_scorable(dataset, name if len(splits) == 1 else f"{name}, split {chosen!r}", answers)
     if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
         dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
-    if task_column is not None or (column in dataset.column_names and seems_to_name_tasks(dataset, column)):
-        return rows_by_task(dataset, column, limit)
+    if task_column is not None or default_tasks(dataset, column, name):
+        try:
+            return rows_by_task(dataset, column, limit)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     return {default_task or Path(name).stem: dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()}
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from trl import ScriptArguments, TrlParser, get_quantization_config
 
 from ..evaluation import TaskScore, score_tasks
-from ..evaluation.columns import seems_to_name_tasks
-from ..evaluation.data import check_rows, is_scorable, load_splits, rows_by_task
+from ..evaluation.columns import why_no_tasks
+from ..evaluation.data import READING_ERRORS, check_rows, explained, is_scorable, load_splits, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
 from .trainer import RLoraSFTTrainer
@@ -60,11 +61,13 @@ class TrainingData:
         train: What [`RLoraSFTTrainer`] takes as `train_dataset`.
         evaluation (*optional*): What it takes as `eval_dataset`.
         scored (`Mapping[str, Sequence[Mapping]]`, *optional*): Rows by task to score before and after training.
+        source (`str`, *optional*): Where they are from, for messages about files that can't be read.
     """
 
     train: Any
     evaluation: Any = None
     scored: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    source: str | None = None
 
 
 @dataclass
@@ -127,24 +130,34 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
             f"`--dataset_train_split {args.dataset_train_split}` is not a split of {args.dataset_name}, which has "
             f"{', '.join(splits)}."
         )
+    data = TrainingData(splits[args.dataset_train_split], source=args.dataset_name)
     test = splits.get(args.dataset_test_split)
-    if not (training_args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        used = {args.dataset_train_split: splits[args.dataset_train_split]}
-        used |= {args.dataset_test_split: test} if test is not None and training_args.eval_strategy != "no" else {}
-        for name, split in used.items():
-            where = args.dataset_name if len(splits) == 1 else f"{args.dataset_name}, split {name!r}"
-            check_rows(split, where, text_column=training_args.dataset_text_field)
-    column = training_args.task_column
-    scored = {}
-    if args.score_rows > 0 and test is not None and is_scorable(test) and column in test.column_names:
-        # As in training, a column that happens to be called like the default need not name tasks.
-        if column != "task" or seems_to_name_tasks(test, column):
-            scored = rows_by_task(test, column, args.score_rows)
-    return TrainingData(
-        train=splits[args.dataset_train_split],
-        evaluation=test if training_args.eval_strategy != "no" else None,
-        scored=scored,
-    )
+    if training_args.eval_strategy != "no":
+        data.evaluation = test
+    with explained(Path(args.dataset_name), READING_ERRORS):
+        if not (training_args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            used = {args.dataset_train_split: data.train, args.dataset_test_split: data.evaluation}
+            for name, split in used.items():
+                if split is not None:
+                    check_rows(split, _call(args, splits, name), text_column=training_args.dataset_text_field)
+        if args.score_rows > 0 and test is not None and is_scorable(test):
+            where = _call(args, splits, args.dataset_test_split)
+            data.scored = _rows_to_score(test, training_args.task_column, args.score_rows, where)
+    return data
+
+
+def _call(args: RLoraScriptArguments, splits: Mapping[str, Any], split: str) -> str:
+    return args.dataset_name if len(splits) == 1 else f"{args.dataset_name}, split {split!r}"
+
+
+def _rows_to_score(test: Any, column: str, limit: int, where: str) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    # As in training, a column that happens to be called like the default need not name tasks.
+    if column not in test.column_names or (column == "task" and why_no_tasks(test, column) is not None):
+        return {}
+    try:
+        return rows_by_task(test, column, limit, scored_as=where)
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
 
 
 def train(
@@ -163,6 +176,13 @@ def train(
         training_args ([`RLoraSFTConfig`]), model_args ([`RLoraModelConfig`]), rlora_args ([`RLoraArguments`]): As
             parsed.
     """
+    with nullcontext() if data.source is None else explained(Path(data.source), READING_ERRORS):
+        return _train(model, data, training_args, model_args, rlora_args)
+
+
+def _train(
+    model: str, data: TrainingData, training_args: RLoraSFTConfig, model_args: RLoraModelConfig, rlora_args: Any
+) -> TrainingResult:
     use_all_cores()
     transformers_logging.set_verbosity_warning()
     training_args.model_init_kwargs = {

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import score_tasks
-from ..evaluation.columns import by_row, encode_tasks, is_text, task_namer
+from ..evaluation.columns import by_row, encode_tasks, is_text, task_namer, tells_tasks
 from ..tuner import Routing
 from .tasks import has_transform, name_tasks, tasks_in
 
@@ -100,7 +100,7 @@ def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> d
         dataset = dataset.with_format(None)
         key = "_".join(part for part in (prefix, str(name)) if part)
         if _is_scorable(dataset, str(name)):
-            tells = task_column in columns
+            tells = task_column in columns and tells_tasks(dataset, task_column)
             kept = dataset.select_columns([*_SCORED, task_column] if tells else list(_SCORED))
             found[key] = OptionRows(kept, str(name), task_column if tells else None)
     return found

@@ -17,9 +17,9 @@ from datasets import (
     interleave_datasets,
 )
 
-from ..evaluation.columns import add_column, can_name_tasks, encode, encode_tasks, seems_to_name_tasks
+from ..evaluation.columns import add_column, describe_no_tasks, encode_tasks, why_no_tasks
 from ..evaluation.data import as_shown, check_rows, find_format
-from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS, task_name
+from ..tuner.task_names import MAX_TASKS, task_name
 from .task_features import align_features
 
 
@@ -28,9 +28,6 @@ _COMPANIONS = (
     *("labels", "completion_mask", "assistant_masks", "seq_lengths"),
     *("tools", "chat_template_kwargs", "images", "image"),
 )
-
-# From here on a column of mostly different values is not taken to name tasks, unless it is asked for.
-_FEW_ROWS = 20
 
 logger = get_logger(__name__)
 
@@ -251,23 +248,10 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
         return None
     if isinstance(dataset, IterableDataset):
         return None
-    feature = dataset.features[task_column]
-    if not can_name_tasks(feature):
-        # Lists, structs and empty columns happen to be called like the default.
-        if not required and not seems_to_name_tasks(dataset, task_column):
-            return None
-        encode_tasks(dataset, task_column)  # refuses it
-    values, _ = encode(dataset, task_column)
-    if not required and values == [None]:
-        return None
-    many = len(dataset) >= _FEW_ROWS and len(values) > len(dataset) / 2
-    if not required and (many or any(len(str(value)) > MAX_TASK_NAME for value in values)):
-        logger.warning(
-            f"Column {task_column!r} has {len(values)} different values in {len(dataset)} rows"
-            f"{'' if many else f', some longer than {MAX_TASK_NAME} characters'}: they don't seem to be names of "
-            "tasks, and are not taken for such. Set `task_column` to the column that names them, or rename this one "
-            "to be rid of this warning."
-        )
+    reason = None if required else why_no_tasks(dataset, task_column)
+    if reason is not None:
+        if reason:
+            logger.warning(describe_no_tasks(task_column, reason))
         return None
     names = sorted(set(encode_tasks(dataset, task_column)[0]))
     if len(names) > MAX_TASKS:

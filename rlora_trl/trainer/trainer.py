@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from trl import pack_dataset
 
+from ..evaluation.columns import tells_tasks
 from ..evaluation.data import check_rows
 from ..kernels import RoutingTally, anchor_loss, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
@@ -321,7 +322,7 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     def _with_task_ids(self, dataset: Any, *, required: bool) -> Any:
         """The training data with the place of each row's task among the adapter's, where it tells the task."""
-        told = isinstance(dataset, Dataset | IterableDataset) and self._task_column in columns_of(dataset)
+        told = self._tells_tasks(dataset)
         if self._tasks and told:
             # Only the stream of another router may have tasks that are not known: all others were asked for theirs.
             return number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=not required)
@@ -333,6 +334,10 @@ class RLoraSFTTrainer(PublishingTrainer):
             )
         return dataset
 
+    def _tells_tasks(self, dataset: Any) -> bool:
+        is_data = isinstance(dataset, Dataset | IterableDataset)
+        return is_data and self._task_column in columns_of(dataset) and tells_tasks(dataset, self._task_column)
+
     def _number_eval(self, dataset: Any) -> Any:
         """Evaluation data with the tasks of their rows, where they tell them: by a column, or by their key."""
         if isinstance(dataset, Mapping):
@@ -342,7 +347,7 @@ class RLoraSFTTrainer(PublishingTrainer):
     def _number_one(self, dataset: Any, name: str) -> Any:
         if not self._tasks or not isinstance(dataset, Dataset | IterableDataset) or TASK_IDS in columns_of(dataset):
             return dataset
-        if self._task_column in columns_of(dataset):
+        if self._tells_tasks(dataset):
             return number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=True)
         return number_alike(dataset, self._tasks.index(name)) if name in self._tasks else dataset
 

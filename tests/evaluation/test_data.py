@@ -77,25 +77,48 @@ def test_rows_by_task_reads_only_the_rows_that_it_returns():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (["a", None, " "], "2 rows have no task in column 'task'. Fill it in, or filter them out."),
-        (["a", "x" * 600], "Column 'task' has a value that can't be used. A text of 600 characters"),
-        ([1.5, 2.0], "`task_column='task'` holds Value.'float64'., which can't name tasks"),
+        (
+            ["a", None, " "],
+            "2 rows have no task in column 'task', the first is row 2. Fill it in, or filter them out.",
+        ),
+        (["a", "b", ""], "1 rows have no task in column 'task', the first is row 3"),
     ],
 )
 def test_rows_without_a_name_of_a_task_are_refused_as_in_training(tmp_path, values, message):
     rows = [{**PAIR, "task": value} for value in values]
     with pytest.raises(ValueError, match=message):
         rows_by_task(Dataset.from_list(rows), "task")
-    with pytest.raises(ValueError, match=message):
-        load_task_rows(write(tmp_path / "rows.jsonl", rows))
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        load_task_rows(path)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [None, ["a"], {"a": "b"}])
 def test_a_column_that_is_called_task_need_not_name_tasks(tmp_path, value):
     path = write(tmp_path / "rows.jsonl", [{**PAIR, "task": value}] * 2)
     assert {task: len(rows) for task, rows in load_task_rows(path).items()} == {"rows": 2}
     with pytest.raises(ValueError, match="can't name tasks|2 rows have no task"):
         load_task_rows(path, task_column="task")
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ([1.5, 2.0], "has values of the type Value.'float64'."),
+        ([True, False], "has values of the type Value.'bool'."),
+        ([1, "a"], "has values of the type Json.*"),
+        (["", " "], "has no name in any row"),
+        ([f"Solve {number}" for number in range(20)], "has 20 different values in 20 rows"),
+    ],
+)
+def test_a_column_that_seems_to_name_no_tasks_is_left_with_a_warning(tmp_path, values, reason):
+    path = write(tmp_path / "rows.jsonl", [{**PAIR, "task": value} for value in values])
+    with pytest.warns(UserWarning, match=f"rows.jsonl: Column 'task' {reason}: they don't seem to be names of tasks"):
+        assert {task: len(rows) for task, rows in load_task_rows(path).items()} == {"rows": len(values)}
+    if len(values) == 2:
+        with pytest.raises(ValueError, match="can't name tasks|2 rows have no task"):
+            load_task_rows(path, task_column="task")
 
 
 def test_rows_without_a_task_are_of_one(tmp_path):
@@ -120,6 +143,7 @@ PICTURE = base64.b64decode(  # one pixel, as PNG
 
 def test_what_can_be_scored():
     assert is_scorable(Dataset.from_list(ROWS))
+    assert is_scorable(Dataset.from_list([{"prompt": "a", "completion": None}, ROWS[0]]))
     assert not is_scorable(Dataset.from_list([{"text": "a"}]))
     assert not is_scorable(Dataset.from_list([{"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}]))
     assert not is_scorable(Dataset.from_list(ROWS).to_iterable_dataset())
@@ -151,7 +175,10 @@ UNREADABLE = {
     "long.csv": (f"prompt,completion\n{'a' * 200_000},b\nc,d,e\n", ", line 3: 3 cells"),
     "no_rows.json": ("[]", " has no rows. Give a file with at least one row"),
     "no_fields.json": ("{}", " has no rows. Give a file with at least one row"),
-    "rows.tsv": ("prompt\tcompletion\na\tb\n", " is a file of another kind; accepted are .* .jsonl, .ndjson, .* Write"),
+    "rows.tsv": (
+        "prompt\tcompletion\na\tb\n",
+        " is a file of another kind; accepted .* .ndjson, .* Write",
+    ),
     "rows.txt": ("a\n", " is a file of another kind"),
     "rows": ("a\n", " is a file of another kind"),
     "x.jsonl.gz": ("a", " is no gzip file, or it was cut off. Write or download"),

@@ -44,13 +44,48 @@ def test_data_are_checked_before_a_model_is_loaded(tmp_path):
 
 def test_rows_to_score_are_those_of_named_tasks(tmp_path):
     """By the rule of training: a column that happens to be called like the default need not name tasks."""
-    for number, value in enumerate((None, ["a"], "a")):
+    for number, value in enumerate((None, ["a"], 1.5, "a")):
         folder = tmp_path / str(number)
         folder.mkdir()
         rows = [{**ROW, "task": value}] * 2
         assert list(load(folder, {"train": rows, "test": rows}).scored) == (["a"] if value == "a" else [])
-    with pytest.raises(ValueError, match="1 rows have no task in column 'task'"):
+    with pytest.raises(ValueError, match=f"^{folder}, split 'test': 1 rows have no task in column 'task', .* row 3"):
         load(folder, {"train": rows, "test": [*rows, {**ROW, "task": None}]})
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"completion": None}, "column 'completion': it is missing or null, and must be text"),
+        ({"options": ["b", None]}, "column 'options': it is .'b', None., and must be a list of texts"),
+        ({"options": "b, c"}, "column 'options': it is 'b, c', and must be a list of texts"),
+    ],
+)
+def test_rows_to_score_are_checked(tmp_path, row, message):
+    """Also without evaluation while training."""
+    good = {**ROW, "task": "a", "options": ["b", "c"]}
+    if isinstance(row.get("options"), str):
+        good["options"] = '["b", "c"]'
+    assert load(tmp_path, {"train": [good], "test": [good]}).scored["a"][0]["options"] == ["b", "c"]
+    with pytest.raises(ValueError, match=f"^{tmp_path}, split 'test', row 2, {message}"):
+        load(tmp_path, {"train": [good], "test": [good, {**good, **row}]})
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"prompt": "caf\xe9", "completion": "b"}', " is not UTF-8 text: .* byte 0xe9. Save it in UTF-8."),
+        (b'{"prompt": "a" "completion": "b"}', ", line 4: Expecting ',' delimiter at column 16"),
+    ],
+)
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(ROW).encode()] * 3 + [line]))
+    arguments = script.RLoraScriptArguments(dataset_name=str(path), dataset_streaming=True)
+    monkeypatch.setattr(script, "_train", lambda model, data, *others: list(data.train))
+    with pytest.raises(ValueError, match=f"^{path}{message}"):
+        data = script.load_data(arguments, RLoraSFTConfig(str(tmp_path / "out")))
+        script.train("m", data, None, None, None)
 
 
 def test_cores_are_those_of_the_process(monkeypatch, tmp_path):

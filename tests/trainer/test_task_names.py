@@ -1,11 +1,13 @@
 """What may name a task: the same in dictionaries, columns, configurations and task ids. Splits are no tasks."""
 
 import enum
+import re
+from datetime import datetime
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json, Value
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from test_trainer import make_trainer
 from testing_utils import TINY_MODELS, random_ids, task_datasets, task_rows
@@ -13,6 +15,7 @@ from testing_utils import TINY_MODELS, random_ids, task_datasets, task_rows
 from rlora_trl import RLoraConfig, mix_tasks
 from rlora_trl.hub.checks import check_adapter
 from rlora_trl.trainer.task_evaluation import split_by_task
+from rlora_trl.trainer.task_ids import TASK_IDS
 from rlora_trl.trainer.tasks import collect_tasks, join_tasks, label_tasks, tasks_in
 from rlora_trl.tuner.task_names import MAX_TASK_NAME, task_name
 
@@ -104,23 +107,70 @@ def test_what_trains_loads_again(model_folders, tmp_path):
         loaded.set_task(name)
 
 
-@pytest.mark.parametrize(
-    ("values", "feature", "message"),
-    [
-        ([True, False], None, "holds Value\\('bool'\\), which can't name tasks.*rename it"),
-        ([1.0, float("nan")], None, "holds Value\\('float64'\\), which can't name tasks"),
-        (["a", None], None, "1 rows have no task in column 'task'"),
-        (["a", " "], None, "1 rows have no task"),
-        ([0, -1], ClassLabel(names=["a", "b"]), "1 rows have no task"),
-    ],
-)
-def test_columns_that_name_no_tasks(values, feature, message):
+def with_tasks(values, feature=None):
     features = Features({"text": Value("string"), "task": feature}) if feature else None
-    dataset = Dataset.from_dict({"text": ["x", "y"], "task": values}, features=features)
-    with pytest.raises(ValueError, match=message):
-        collect(dataset)
-    with pytest.raises(ValueError, match=message):
-        split_by_task(dataset, "task")
+    return Dataset.from_dict({"text": ["x"] * len(values), "task": values}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("values", "feature"), [(["a", None], None), (["a", " "], None), ([0, -1], ClassLabel(names=["a", "b"]))]
+)
+def test_rows_without_a_task_among_others_that_have_one(values, feature):
+    dataset = with_tasks(values, feature)
+    for use in (collect, lambda data: split_by_task(data, "task")):
+        with pytest.raises(ValueError, match="1 rows have no task in column 'task', the first is row 2"):
+            use(dataset)
+
+
+NO_TASKS = {
+    "truth": ([True, False], None, "has values of the type Value\\('bool'\\)"),
+    "float": ([1.0, float("nan")], None, "has values of the type Value\\('float64'\\)"),
+    "time": ([datetime(2020, 1, 1)] * 2, None, "has values of the type Value\\('timestamp"),
+    "bytes": ([b"a", b"b"], None, "has values of the type Value\\('binary'\\)"),
+    "mixed": ([1, "a"], Json(), "has values of the type Json"),
+    "blank": (["", " "], None, "has no name in any row"),
+    "unlabeled": ([-1, -1], ClassLabel(names=["a", "b"]), "has no name in any row"),
+    "many": ([f"n{i // 2}" for i in range(20_002)], None, "has 10001 different values in 20002 rows, and an adapter"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TASKS)
+def test_columns_that_name_no_tasks(case, caplog):
+    """By chance called like the default: `SFTTrainer` trains on them. One that is asked for must name tasks."""
+    caplog.set_level("WARNING")
+    values, feature, reason = NO_TASKS[case]
+    dataset = with_tasks(values, feature)
+    assert collect(dataset) == (dataset, None)
+    assert re.search(f"Column 'task' {reason}.*: they don't seem to be names of tasks.* rename this one", caplog.text)
+    assert split_by_task(dataset, "task") is dataset
+    with pytest.raises(ValueError, match="which can't name tasks|rows have no task|names 10001 tasks"):
+        collect(dataset.rename_column("task", "kind"), task_column="kind")
+
+
+@pytest.mark.parametrize("values", [[None, None], [["a"], ["b"]], [{"a": 1}, {"a": 2}]])
+def test_lists_structs_and_nulls_are_left_without_a_word(values, caplog):
+    caplog.set_level("WARNING")
+    dataset = with_tasks(values)
+    assert collect(dataset) == (dataset, None) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "value", [1.5, float("nan"), ["x"], {"x": 1}, True, "", None, datetime(2020, 1, 1)], ids=lambda value: str(value)
+)
+def test_odd_columns_of_evaluation_data_are_those_of_their_key(model_folders, tmp_path, value):
+    """Training has tasks, and a column of evaluation data happens to be called like theirs."""
+    odd = Dataset.from_list([{**row, "options": [row["completion"], "w9"], "task": value} for row in rows(2)])
+    trainer = make_trainer(model_folders, tmp_path, evaluate={"same": odd, "new": odd}, max_steps=1)
+    assert [trainer.eval_dataset[name][TASK_IDS][:] for name in ("same",)] == [[trainer._tasks.index("same")] * 2]
+    assert TASK_IDS not in trainer.eval_dataset["new"].column_names
+    assert {"eval_same_loss", "eval_same_accuracy"} <= set(trainer.evaluate())
+    assert "eval_loss" in trainer.evaluate(odd)
+
+
+def test_training_data_with_an_odd_column_go_on_with_an_adapter_of_tasks(model_folders, tmp_path):
+    odd = Dataset.from_list([{**row, "task": 0.5} for row in rows(4)])
+    trainer = make_trainer(model_folders, tmp_path, train=odd, peft_config=RLoraConfig(tasks=["a"]), max_steps=1)
+    assert trainer.train().global_step == 1
 
 
 def test_long_texts_of_a_column_do_not_name_tasks(caplog):
