@@ -179,8 +179,8 @@ def why_no_tasks(dataset: Dataset, column: str) -> str | None:
     if not can_name_tasks(feature):
         is_plain = isinstance(feature, Value) and feature.dtype != "null"
         if isinstance(feature, Json):
-            values = (value for batch in dataset.select_columns([column]).iter(1000) for value in batch[column])
-            is_plain = not isinstance(next((value for value in values if value is not None), []), list | dict)
+            stored = (value for batch in dataset.select_columns([column]).iter(1000) for value in batch[column])
+            is_plain = not isinstance(next((value for value in stored if value is not None), []), list | dict)
         return f"has values of the type {feature}" if is_plain else ""
     texts, values = _texts(dataset, column)
     if values and all(map(is_missing, texts)):

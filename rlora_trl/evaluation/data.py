@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, IterableDataset, LargeList, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pandas.errors import ParserError
 from trl import maybe_convert_to_chatml
 
-from .columns import by_row, describe_no_tasks, encode_tasks, is_text, why_no_tasks
+from .columns import by_row, describe_no_tasks, encode, encode_tasks, is_text, why_no_tasks
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ _EMPTY = " is empty. Give a file with at least one row."
 # The keys of a message, by the column that holds it: as OpenAI and ShareGPT write messages.
 _KEYS = {"conversations": ("from", "value")}
 _OPENAI_KEYS = ("role", "content")
+_PAIR = ("prompt", "completion")
+# What preparation reads beside text or messages.
+COMPANIONS_OF_TEXT = ("tools", "chat_template_kwargs")
+_OTHER_KINDS = {
+    "tools": "null, a list of tools, or such a list in JSON",
+    "chat_template_kwargs": "a dictionary, empty for none",
+    "input_ids": "a list of the numbers of tokens",
+}
 _ASSISTANTS = ("assistant", "gpt")  # as OpenAI and ShareGPT call the one who answers
 
 
@@ -278,8 +286,8 @@ def find_format(
         `(text_column,)`; `None` if there is none of these.
     """
     columns = list(columns)
-    if {"prompt", "completion"} <= set(columns):
-        return ("prompt", "completion")
+    if set(_PAIR) <= set(columns):
+        return _PAIR
     chats = [name for name in ("conversations", "messages") if name in columns]
     usable = [name for name in chats if _is_chat(first.get(name), name)]
     text = [text_column] if text_column in columns else []
@@ -340,20 +348,20 @@ def as_shown(dataset: Any) -> Any:
 
 def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
     """
-    Refuse data that TRL's preparation fails on: other columns, missing values, or values that are no text.
+    Refuse data that TRL's preparation fails on: other columns, missing values, or values of another kind.
 
-    Of map-style data all rows are checked for missing values and empty lists, and for values of other types where a
-    column has several; the fields of messages are checked in the first row, or in all where a column is JSON. Of a
-    stream each row is checked in full as it is read.
+    All rows of map-style data are checked: by Arrow where the type of a column leaves little to go wrong, and one by
+    one where a column is JSON, which holds anything. Each row of a stream is checked as it is read.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): The data. With a column `input_ids` it is tokenized, and not checked.
+        dataset (`Dataset` or `IterableDataset`): The data. With a column `input_ids` it is tokenized; a stream of such
+            is checked by its first row.
         where (`str`): What the data are called in messages.
         text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
 
     Returns:
-        `Dataset` or `IterableDataset`: The data, without a format; a stream, which keeps its own, checks its rows as
-        they are read.
+        `Dataset` or `IterableDataset`: The data, without a format unless it is tokenized; a stream, which keeps its
+        own, checks its rows as they are read.
 
     Raises:
         ValueError: With the row, counted from 1, and the column.
@@ -365,59 +373,106 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
     if first is None:
         raise ValueError(f"{where} has no rows. Check the file, split or filter that it comes from.")
     columns = list(plain.column_names or first)
-    if "input_ids" in columns:
+    is_tokenized = "input_ids" in columns
+    names = ("input_ids",) if is_tokenized else check_format(columns, first, where, text_column=text_column)
+    checked = [*names, *(_read_beside(names, first, text_column) if not is_tokenized else ())]
+    check = partial(_check_values, names=checked, where=where, text_column=text_column, first=first)
+    for place, row in _suspects(plain, first, [name for name in checked if name in columns]):
+        check(row, place)
+    if is_tokenized:
         return dataset
-    names = check_format(columns, first, where, text_column=text_column)
-    check = partial(_check_values, where=where, text_column=text_column)
-    for name in names:
-        for place, value in _suspects(plain, first, name):
-            check({name: value}, place, names=(name,))
-    if len(names) == 2 and isinstance(first["prompt"], str) != isinstance(first["completion"], str):
-        raise ValueError(
-            f"{where}, row 1: of 'prompt' and 'completion' one is text and the other a list of messages. Give both as "
-            "text, or both as lists of messages."
-        )
     if isinstance(dataset, IterableDataset):
-        return dataset.map(partial(check, names=names), with_indices=True, features=dataset.features)
+        return dataset.map(check, with_indices=True, features=dataset.features)
     return plain
 
 
+def _read_beside(names: tuple[str, ...], first: Mapping[str, Any], text_column: str) -> list[str]:
+    """What TRL's preparation reads beside the columns that it trains on, of those that the data have."""
+    # It ends a text even where it trains on prompts and completions.
+    ends_text = len(names) == 2 and isinstance(first.get(names[0]), str)
+    beside = [*COMPANIONS_OF_TEXT, *([text_column] if ends_text else [])]
+    return [name for name in beside if name in first and name not in names]
+
+
 def _check_values(
-    row: Mapping[str, Any], place: int, *, names: Iterable[str], where: str, text_column: str
+    row: Mapping[str, Any],
+    place: int,
+    *,
+    names: Sequence[str],
+    where: str,
+    text_column: str,
+    first: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Any]:
-    """The row at a place, counted from 0, if the values of these columns are what they must be."""
+    """The row at a place, counted from 0, if these columns have what they must have, with such a first row."""
     for name in names:
-        problem = _value_problem(row.get(name), name, is_text=name == text_column)
+        if name in COMPANIONS_OF_TEXT and name not in row:
+            continue
+        value = row.get(name)
+        problem = _value_problem(value, name, is_text=name == text_column)
+        if problem is None and name in _PAIR and isinstance(value, list) and isinstance((first or {}).get(name), str):
+            problem = "it is a list, and row 1 has text. Give all rows as text, or all as lists of messages."
         if problem is not None:
             raise ValueError(f"{where}, row {place + 1}, column {name!r}: {problem}")
+    if set(_PAIR) <= set(names) and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+        raise ValueError(
+            f"{where}, row {place + 1}: of 'prompt' and 'completion' one is text and the other a list of messages. "
+            "Give both as text, or both as lists of messages."
+        )
     return row
 
 
-def _suspects(dataset: Any, first: Mapping[str, Any], name: str) -> Iterator[tuple[int, Any]]:
-    """With places: the first value of a column, the first that is missing or empty, and all where types are mixed."""
-    yield 0, first.get(name)
+def _suspects(dataset: Any, first: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """With their places: the first row, the first of each column that Arrow finds fault with, and all of JSON."""
+    yield 0, first
     if not isinstance(dataset, Dataset):
         return
-    column = dataset.select_columns([name])
-    if column.data.column(name).null_count or not isinstance(dataset.features[name], Value):
-        for place in np.flatnonzero(by_row(column, [name], _are_lacking))[:1].tolist():
-            yield place, column[place][name]
-    if not isinstance(dataset.features[name], Value | List | LargeList):  # JSON of several types
-        values = (value for batch in column.iter(batch_size=1000) for value in batch[name])
-        yield from enumerate(values)
+    read = dataset.select_columns(list(names))
+    if "Json(" in repr(read.features):
+        batches = (batch for batch in read.iter(batch_size=1000))
+        rows = ({name: batch[name][i] for name in names} for batch in batches for i in range(len(batch[names[0]])))
+        yield from enumerate(rows)
+        return
+    places: set[int] = set()
+    for name in names:
+        if name == "tools":
+            places.update(_unreadable_tools(read))
+        elif read.data.column(name).null_count or not isinstance(read.features[name], Value):
+            places.update(np.flatnonzero(by_row(read, [name], partial(_are_faulty, name)))[:1].tolist())
+    for place in sorted(places - {0}):
+        yield place, read[place]
 
 
-def _are_lacking(values: pa.Array) -> pa.Array:
-    """Which values are null, or lists without an element."""
-    lacking = pc.is_null(values)
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        lacking = pc.or_(lacking, pc.fill_null(pc.equal(pc.list_value_length(values), 0), True))
-    return lacking
+def _unreadable_tools(dataset: Dataset) -> list[int]:
+    """The first row whose tools, written as JSON, can't be read."""
+    if not is_text(dataset.features["tools"]):
+        return []
+    values, numbers = encode(dataset, "tools")
+    broken = [number for number, value in enumerate(values) if _value_problem(value, "tools", is_text=False)]
+    return np.flatnonzero(np.isin(numbers, broken))[:1].tolist()
+
+
+def _are_faulty(name: str, values: pa.Array) -> pa.Array:
+    """Which values of a column are null or, of messages, empty lists or with one that is null or without a role."""
+    faulty = pc.is_null(values)
+    is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+    if not is_list or name in (*COMPANIONS_OF_TEXT, "input_ids"):
+        return faulty
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
+    messages = pc.list_flatten(values)
+    roles = messages
+    key = _KEYS.get(name, _OPENAI_KEYS)[0]
+    if pa.types.is_struct(messages.type) and messages.type.get_field_index(key) >= 0:
+        roles = pc.struct_field(messages, key)
+    found = lengths == 0
+    found[np.repeat(np.arange(len(values)), lengths)[pc.is_null(roles).to_numpy(zero_copy_only=False)]] = True
+    return pc.or_(faulty, pa.array(found))
 
 
 def _value_problem(value: Any, name: str, *, is_text: bool) -> str | None:
     """Why a value can't be trained on, and what to do; `None` if it can."""
-    what = "text" if is_text else "a list of messages" if name in ("messages", "conversations") else "text"
+    if name in _OTHER_KINDS:
+        return _other_problem(value, name)
+    what = "text" if is_text or name not in ("messages", "conversations") else "a list of messages"
     if value is None:
         return f"it is missing or null, and must be {what}. Fill it in, or remove the row."
     if isinstance(value, str):
@@ -425,6 +480,21 @@ def _value_problem(value: Any, name: str, *, is_text: bool) -> str | None:
     if isinstance(value, list) and not is_text:
         return _messages_problem(value, name)
     return f"it is {_shorten(value)}, of type {type(value).__name__}, and must be {what}. {_remedy(value, what)}"
+
+
+def _other_problem(value: Any, name: str) -> str | None:
+    """As [`_value_problem`], of columns that are neither text nor messages."""
+    if name == "tools":
+        try:
+            is_good = not isinstance(value, str) or json.loads(value) is not ...
+        except json.JSONDecodeError:
+            is_good = False
+    elif name == "chat_template_kwargs":
+        is_good = isinstance(value, Mapping)
+    else:
+        is_good = hasattr(value, "__len__") and not isinstance(value, str | bytes)
+    shown = "missing or null" if value is None else _shorten(value)
+    return None if is_good else f"it is {shown}, and must be {_OTHER_KINDS[name]}. Fill it in, or remove the row."
 
 
 def _remedy(value: Any, what: str) -> str:
@@ -442,12 +512,18 @@ def _messages_problem(messages: list[Any], name: str) -> str | None:
     listed = " and ".join(map(repr, keys))
     if not messages:
         return f"it is an empty list, and must have messages with {listed}. Fill it in, or remove the row."
-    # A message that calls a tool may have no content, but each has a role.
-    wrong = next((message for message in messages if not (isinstance(message, dict) and keys[0] in message)), None)
-    if wrong is None:
-        return None
-    hint = "Rename the column to 'messages'." if isinstance(wrong, dict) and "role" in wrong else "Correct it."
-    return f"it has {_shorten(wrong)}, and messages must have {listed}. {hint}"
+    # A message that calls a tool may have no content, but each has a role. TRL converts those that have both.
+    required = keys if name in _KEYS else keys[:1]
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or message.get(keys[0]) is None
+            or not all(key in message for key in required)
+        ):
+            is_other = isinstance(message, dict) and message.get("role") is not None and name in _KEYS
+            hint = "Rename the column to 'messages'." if is_other else "Correct it."
+            return f"it has {_shorten(message)}, and messages must have {listed}. {hint}"
+    return None
 
 
 def _shorten(value: Any) -> str:
@@ -483,17 +559,17 @@ def rows_by_task(
 
 
 def _scorable_row(row: dict[str, Any], place: int, where: str) -> dict[str, Any]:
-    _check_values(row, place, names=("prompt", "completion"), where=where, text_column="completion")
+    texts = dict.fromkeys(_PAIR, "")
+    _check_values(row, place, names=_PAIR, where=where, text_column="completion", first=texts)
     return {**row, "options": _options(row.get("options"), f"{where}, row {place + 1}")}
 
 
 def is_scorable(dataset: Any) -> bool:
     """Whether rows have a prompt and a completion, both plain text."""
-    columns = ("prompt", "completion")
-    if isinstance(dataset, IterableDataset) or not set(columns) <= set(dataset.column_names or ()):
+    if isinstance(dataset, IterableDataset) or not set(_PAIR) <= set(dataset.column_names or ()):
         return False
     first = dataset[0] if len(dataset) else {}
-    return bool(first) and all(is_text(dataset.features[name]) or isinstance(first[name], str) for name in columns)
+    return bool(first) and all(is_text(dataset.features[name]) or isinstance(first[name], str) for name in _PAIR)
 
 
 def default_tasks(dataset: Dataset, column: str, where: str) -> bool:
@@ -570,7 +646,8 @@ def _check_scorable(dataset: Dataset, where: str, answers: bool) -> None:
             f"{where} has the columns {', '.join(map(repr, columns))}; accepted are 'prompt' with 'completion', or "
             "'messages' that end with an answer, as plain text has no answer to score. Rename its columns."
         )
-    check_rows(dataset.select_columns(list(names)), where)
+    read = [name for name in dataset.column_names if name in (*names, *COMPANIONS_OF_TEXT)]
+    check_rows(dataset.select_columns(read), where)
 
 
 def text_rows(tasks: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from datasets import (
 )
 
 from ..evaluation.columns import add_column, describe_no_tasks, encode_tasks, why_no_tasks
-from ..evaluation.data import as_shown, check_rows, find_format
+from ..evaluation.data import COMPANIONS_OF_TEXT, as_shown, check_rows, find_format
 from ..tuner.task_names import MAX_TASKS, task_name
 from .task_features import align_features
 
@@ -161,9 +161,8 @@ def _check_rows(datasets: Mapping[str, AnyDataset], names: tuple[str, ...], text
     """Refuse rows that can't be trained on while their task and their place are known; streams are checked as read."""
     for task, dataset in datasets.items():
         if isinstance(dataset, Dataset):
-            check_rows(
-                dataset.with_format(None).select_columns(list(names)), f"Task {task!r}", text_column=text_column
-            )
+            read = [name for name in dataset.column_names if name in (*names, *COMPANIONS_OF_TEXT)]
+            check_rows(dataset.select_columns(read), f"Task {task!r}", text_column=text_column)
 
 
 def _label_all(datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str) -> dict[str, AnyDataset]:

@@ -350,6 +350,116 @@ def test_messages_beyond_the_first_row(kind, lacking, problem):
     check_rows(dataset.select([3, 1, 0]), "It")
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": []}
+TEXT_CONTENT = {"role": "user", "content": "a"}
+GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+# Rows, the second of which must be refused; what the message must say.
+LATER_ROWS = {
+    "empty": ([{"messages": TURNS}, {"messages": []}], "column 'messages': it is an empty list"),
+    "null_message": ([{"messages": TURNS}, {"messages": [TURNS[0], None]}], "column 'messages': it has None"),
+    "no_role": (
+        [{"messages": TURNS}, {"messages": [{"content": "a"}]}],
+        "column 'messages': it has .*, and messages must have 'role' and 'content'",
+    ),
+    "sharegpt_among_openai": (
+        [{"messages": TURNS}, {"messages": GPT}],
+        "column 'messages': it has .* must have 'role'",
+    ),
+    "openai_among_sharegpt": (
+        [{"conversations": GPT}, {"conversations": TURNS}],
+        "column 'conversations': it has .* must have 'from' and 'value'",
+    ),
+    "empty_prompt": (
+        [{"prompt": TURNS[:1], "completion": TURNS[1:]}, {"prompt": [], "completion": TURNS[1:]}],
+        "column 'prompt': it is an empty list",
+    ),
+    "list_among_texts": (
+        [PAIR, {"prompt": TURNS[:1], "completion": TURNS[1:]}],
+        "column 'prompt': it is a list, and row 1 has text",
+    ),
+    "mixed_pair": (
+        [{"prompt": TURNS[:1], "completion": TURNS[1:]}, {"prompt": "a", "completion": TURNS[1:]}],
+        "of 'prompt' and 'completion' one is text",
+    ),
+    "json_fields": (
+        [{"messages": [TEXT_CONTENT]}, {"messages": [{"content": [{"type": "text"}]}]}],
+        "column 'messages': it has .* must have 'role'",
+    ),
+    "template": (
+        [{**PAIR, "chat_template_kwargs": {"a": 1}}, {**PAIR, "chat_template_kwargs": None}],
+        "column 'chat_template_kwargs': it is missing or null, and must be a dictionary, empty for none",
+    ),
+    "tools": (
+        [{"messages": TURNS, "tools": "[]"}, {"messages": TURNS, "tools": "not json"}],
+        "column 'tools': it is 'not json', and must be null, a list of tools, or such a list in JSON",
+    ),
+    "text_beside_a_pair": ([{**PAIR, "text": "a"}, {**PAIR, "text": None}], "column 'text': it is missing or null"),
+    "null_tokens": (
+        [{"input_ids": [1]}, {"input_ids": None}],
+        "column 'input_ids': it is missing or null, and must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ["stored", "shuffled", "slice"])
+@pytest.mark.parametrize("case", LATER_ROWS)
+def test_rows_beyond_the_first(case, order):
+    (good, bad), message = LATER_ROWS[case]
+    dataset = Dataset.from_list([bad, good, good, good, good, bad, bad], on_mixed_types="use_json")
+    rows = {"stored": range(1, 7), "shuffled": [2, 1, 3, 4, 5], "slice": range(2, 6)}[order]
+    place = list(rows).index(5) + 1
+    with pytest.raises(ValueError, match=f"^It, row {place}[,:] {message}"):
+        check_rows(dataset.select(rows), "It")
+    check_rows(dataset.select(range(1, 5)), "It")
+    if case != "null_tokens" and order == "stored":  # streams of tokens are not read
+        stream = dataset.select(rows).to_iterable_dataset()
+        with pytest.raises(ValueError, match=f"^It, row {place}[,:] {message}"):
+            list(check_rows(stream, "It"))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"messages": [*TURNS, CALL]}, {"messages": TURNS}],
+        [{"prompt": TURNS[:1], "completion": TURNS[1:], "text": None}] * 2,
+        [{"messages": TURNS, "tools": None}, {"messages": TURNS, "tools": '[{"name": "f"}]'}],
+        [{"prompt": TURNS[:1], "completion": TURNS[1:]}, PAIR],
+        [{"input_ids": []}, {"input_ids": [1]}],
+        [{"conversations": [{**turn, "weight": None} for turn in GPT]}, {"conversations": GPT}],
+    ],
+)
+def test_rows_that_differ_and_can_be_trained_on(rows):
+    dataset = Dataset.from_list(rows, on_mixed_types="use_json")
+    assert list(check_rows(dataset, "It")) == list(dataset)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"conversations": [{"from": "human"}]},
+            "column 'conversations': it has .*, and messages must have 'from' and",
+        ),
+        ({"input_ids": "1 2"}, "column 'input_ids': it is '1 2', and must be a list of the numbers of tokens"),
+        (
+            {**PAIR, "chat_template_kwargs": "{}"},
+            "column 'chat_template_kwargs': it is '{}', and must be a dictionary",
+        ),
+    ],
+)
+def test_first_rows_of_another_kind(row, message):
+    with pytest.raises(ValueError, match=f"^It, row 1, {message}"):
+        check_rows(Dataset.from_list([row]), "It")
+
+
+def test_half_a_pair_that_is_called_text():
+    with pytest.raises(
+        ValueError, match="It has the columns 'prompt', .*no 'completion'; .* Rename the column 'prompt'"
+    ):
+        check_rows(Dataset.from_list([{"prompt": "a"}]), "It", text_column="prompt")
+    check_rows(Dataset.from_list([{"completion": "a"}]), "It", text_column="completion")
+
+
 @pytest.mark.parametrize("name", ["numpy", "torch", "pandas", "arrow"])
 def test_formats_do_not_change_what_is_checked(name):
     dataset = Dataset.from_list([{"messages": TURNS}] * 2).with_format(name)
