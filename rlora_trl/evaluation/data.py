@@ -322,7 +322,7 @@ def check_format(
     columns = list(columns)
     found = find_format(columns, first, text_column=text_column)
     accepted = f"accepted are 'prompt' with 'completion', {text_column!r}, or 'messages'"
-    shown = ", ".join(map(repr, columns)) or "none"
+    shown = _list_columns(columns)
     if found is None:
         separator = _other_separator(columns)
         remedy = f"Separate them by commas instead of {separator!r}." if separator else "Rename its columns."
@@ -334,6 +334,38 @@ def check_format(
             f"'prompt' to train on {'it' if found == ('prompt',) else repr(found[0])}, or add the completions."
         )
     return found
+
+
+def _list_columns(columns: Iterable[str]) -> str:
+    """Names of columns for messages, without those that the trainer adds."""
+    return ", ".join(repr(name) for name in columns if not name.startswith("rlora_")) or "none"
+
+
+def check_pictures(dataset: Any, where: str, *, text_column: str | None) -> None:
+    """
+    As [`check_rows`], of rows with pictures, which TRL's collator makes batches of without preparation.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The data.
+        where (`str`): What they are called in messages.
+        text_column (`str`, *optional*): Column of plain text, if it reaches the collator.
+
+    Raises:
+        ValueError: If it finds no text, or values that it fails on; of streams and transforms the first row is looked
+            at.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        return
+    text = [] if text_column is None else [(text_column,)]
+    names = next((names for names in (("messages",), *text, _PAIR) if set(names) <= set(first)), None)
+    if names is None:
+        raise ValueError(
+            f"{where} has the columns {_list_columns(first)}; accepted beside pictures are 'messages', "
+            f"{'' if text_column is None else f'{text_column!r}, '}or 'prompt' with 'completion'. Rename its columns."
+        )
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        check_rows(as_shown(dataset).select_columns(list(names)), where, text_column=text_column or "text")
 
 
 def as_shown(dataset: Any) -> Any:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import pack_dataset
 
 from ..evaluation.columns import tells_tasks
-from ..evaluation.data import check_rows
+from ..evaluation.data import check_pictures, check_rows
 from ..kernels import RoutingTally, anchor_loss, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from ..tuner.routing import describe_batch
@@ -205,6 +205,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         )
         refuse_token_rows_of_head(self.model)
         self._training_data = None
+        if self._is_vision_dataset and data_collator is None:
+            self._check_pictures()
         self._settle_lost_rows()
         self._set_up_checkpoints()
         self._undo_bf16_cast(loaded)
@@ -381,6 +383,16 @@ class RLoraSFTTrainer(PublishingTrainer):
         cut_at = args.max_length if args.packing_strategy == "bfd" else None
         dataset = self._drop_lost_rows(dataset, given, dataset_name, is_training, cut_at)
         return self._pack(dataset, args, dataset_name, is_training)
+
+    def _check_pictures(self) -> None:
+        """Check data with pictures, which are not prepared."""
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
+        text = self.args.dataset_text_field
+        self._set_signature_columns_if_needed()
+        is_removed = self.args.remove_unused_columns and text not in self._signature_columns  # type: ignore[has-type]
+        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
+            if dataset is not None:
+                check_pictures(dataset, f"The data set {name!r}", text_column=None if is_removed else text)
 
     def _drop_lost_rows(
         self, dataset: AnyDataset, given: Any, dataset_name: str, is_training: bool, cut_at: int | None = None

@@ -179,6 +179,37 @@ def test_one_data_set_of_pictures_without_tasks(processor, tmp_path):
     assert trainer.tasks_seen() == {} and np.isfinite(trainer.state.log_history[0]["loss"])
 
 
+QUESTIONS = [{"image": picture("red"), "question": "<image> w1", "answer": "w2"}] * 4
+NO_COMPLETION = [*rows("red", 3), {"image": picture("red"), "prompt": "<image> w1", "completion": None}]
+
+
+@pytest.mark.parametrize(
+    "listed, settings, message",
+    [
+        (QUESTIONS, {}, "has the columns 'image', 'question', 'answer'; accepted beside pictures are 'messages', or"),
+        (
+            QUESTIONS,
+            {"remove_unused_columns": False},
+            "'answer'; accepted beside pictures are 'messages', 'text', or 'prompt' with 'completion'. Rename",
+        ),
+        ([{"image": picture("red"), "text": "<image> w1"}], {}, "has the columns 'image', 'text'; accepted"),
+        (NO_COMPLETION, {}, ", row 4, column 'completion': it is missing or null, and must be text"),
+    ],
+)
+@pytest.mark.parametrize("place", ["train", "eval"])
+def test_other_columns_are_refused_before_the_first_step(processor, tmp_path, listed, settings, message, place):
+    good, other = datasets()["red"], Dataset.from_list(listed)
+    data = {"train": other} if place == "train" else {"train": good, "evaluate": other}
+    with pytest.raises(ValueError, match=f"The data set {place!r}.*{message}"):
+        make_trainer(processor, tmp_path, router="softmax", **data, **settings)
+
+
+def test_plain_text_beside_pictures(processor, tmp_path):
+    dataset = Dataset.from_list([{"image": picture("red"), "text": "<image> w1", "prompt": None}] * 4)
+    options = {"router": "softmax", "remove_unused_columns": False, "max_steps": 1}
+    assert make_trainer(processor, tmp_path, dataset, **options).train().global_step == 1
+
+
 def test_pictures_of_one_task_only(processor, tmp_path):
     text = Dataset.from_list(task_rows("first", 4))
     with pytest.raises(ValueError, match="Task 'red' has a column 'image' and task 'text' has not"):
