@@ -389,6 +389,7 @@ def mix_tasks(
     epoch: int = 0,
     task_column: str = "task",
     text_column: str = "text",
+    any_format: bool = False,
 ) -> AnyDataset:
     """
     Mix the data sets of several tasks into one, with the shares of T5 (https://arxiv.org/abs/1910.10683, 3.5.2).
@@ -418,6 +419,9 @@ def mix_tasks(
         epoch (`int`, *optional*, defaults to `0`): Epoch to draw; of a stream, the one to start with.
         task_column (`str`, *optional*, defaults to `"task"`): Name of the new column.
         text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
+        any_format (`bool`, *optional*, defaults to `False`):
+            Columns are of no known format, as a `formatting_func` makes text of them: those that all tasks have are
+            kept, where their types can be brought together.
 
     Returns:
         `Dataset` or `IterableDataset`: With the columns of the common format and the task column.
@@ -431,7 +435,7 @@ def mix_tasks(
     refuse_splits(datasets)
     datasets = name_tasks(datasets)
     plan = partial(Mixture, mixing=mixing, temperature=temperature, cap=cap, unit=unit)
-    labelled = label_tasks(datasets, task_column=task_column, text_column=text_column)
+    labelled = label_tasks(datasets, task_column=task_column, text_column=text_column, any_format=any_format)
     if isinstance(next(iter(labelled.values())), Dataset):
         if sizes is not None:
             raise ValueError("`sizes` is for streams; the rows of these data sets are counted. Leave `sizes` unset.")
@@ -452,13 +456,14 @@ def mix_tasks(
     return mixed
 
 
-def mix_streams(train_dataset: Any, args: Any) -> Any:
+def mix_streams(train_dataset: Any, args: Any, *, any_format: bool = False) -> Any:
     """
     Training data with streams by task mixed; everything else is returned as it is, and mixed when it is sampled.
 
     Args:
         train_dataset: What `RLoraSFTTrainer` takes.
         args ([`RLoraSFTConfig`]): Has the options.
+        any_format (`bool`, *optional*, defaults to `False`): See [`mix_tasks`].
 
     Raises:
         ValueError: If one stream is to be mixed, whose tasks can't be told apart; and see [`mix_tasks`].
@@ -483,6 +488,7 @@ def mix_streams(train_dataset: Any, args: Any) -> Any:
         seed=args.seed,
         task_column=args.task_column,
         text_column=args.dataset_text_field,
+        any_format=any_format,
     )
 
 

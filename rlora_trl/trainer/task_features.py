@@ -11,14 +11,18 @@ written with. (It rounds floats in such structs to ten decimals.) `datasets` ali
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Json, LargeList, List, Value
+from accelerate.logging import get_logger
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Json, LargeList, List, Value
 from datasets.table import table_cast
+
+from ..evaluation.columns import is_text
 
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -28,29 +32,47 @@ _FIRST_ROWS = 5
 # What JSON has as well.
 _PLAIN = (*_INTEGERS, *_FLOATS, *_TEXTS, "bool", "null")
 
+logger = get_logger(__name__)
+
 
 class _DifferentTypes(Exception):
     """Two features have no type in common."""
 
 
-def align_features(datasets: Mapping[str, Dataset | IterableDataset]) -> dict[str, Any]:
+def align_features(datasets: Mapping[str, Dataset | IterableDataset], *, may_drop: bool = False) -> dict[str, Any]:
     """
     The data sets of several tasks with the same features, whatever their order.
 
     - Columns of nulls take the type that other tasks give them; integers, floats, texts and lists the wider type.
     - Structs that differ in their fields become `Json`, so that a row reads as in the data set of its task alone.
       (Where they hold what JSON does not, such as pictures, they become one struct, with nulls for what is absent.)
+    - Pictures take the mode that one of them gives. Tools that are JSON in one task become JSON in all.
     - Class labels whose names differ become integers, as which they are read; beside texts they become their names.
 
     Args:
         datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all with the same columns.
+        may_drop (`bool`, *optional*, defaults to `False`):
+            Columns whose types can't be brought together are dropped, with a warning, as long as others are left.
 
     Raises:
         ValueError: If a column has types that can't be brought together, such as texts and lists of messages.
     """
     given = {task: _features_of(dataset) for task, dataset in datasets.items()}
-    columns = next(iter(given.values()))
-    common = Features({column: _common_column(column, given) for column in columns})
+    common, problems = Features(), {}
+    for column in next(iter(given.values())):
+        try:
+            common[column] = _common_column(column, given)
+        except ValueError as error:
+            problems[column] = error
+    if problems and not (may_drop and common):
+        raise next(iter(problems.values()))
+    if problems:
+        logger.warning(
+            f"Columns {', '.join(map(repr, problems))} are dropped, and `formatting_func` does not get them: "
+            + " ".join(map(str, problems.values()))
+        )
+        datasets = {task: dataset.select_columns(list(common)) for task, dataset in datasets.items()}
+        given = {task: Features({column: features[column] for column in common}) for task, features in given.items()}
     return {task: _cast(dataset, given[task], common) for task, dataset in datasets.items()}
 
 
@@ -74,8 +96,10 @@ def _common_column(column: str, given: Mapping[str, Features]) -> Any:
     features = {task: features[column] for task, features in given.items()}
     if any(isinstance(feature, ClassLabel) for feature in features.values()):
         others = [f for f in features.values() if not isinstance(f, ClassLabel) and not _is_null(f)]
-        if others and all(isinstance(f, Value) and f.dtype in _TEXTS for f in others):
+        if others and all(map(is_text, others)):
             return reduce(_common, others)
+    if column == "tools" and any(map(is_text, features.values())) and all(map(_is_text_or_json, features.values())):
+        return Value("large_string")  # TRL reads tools from JSON too
     first_task, first = next(iter(features.items()))
     common = first
     for task, feature in features.items():
@@ -103,6 +127,9 @@ def _common(one: Any, other: Any) -> Any:
         return kind(_common(one.feature, other.feature))
     if isinstance(one, ClassLabel) or isinstance(other, ClassLabel):
         one, other = (Value("int64") if isinstance(feature, ClassLabel) else feature for feature in (one, other))
+    if isinstance(one, Image) and isinstance(other, Image) and one.decode == other.decode:
+        if None in (one.mode, other.mode):
+            return one if other.mode is None else other
     if isinstance(one, Value) and isinstance(other, Value):
         return Value(_common_dtype(one.dtype, other.dtype))
     raise _DifferentTypes
@@ -138,6 +165,10 @@ def _common_struct(one: Any, other: Any) -> Any:
     return {name: _common(one.get(name, Value("null")), other.get(name, Value("null"))) for name in names}
 
 
+def _is_text_or_json(feature: Any) -> bool:
+    return is_text(feature) or _is_null(feature) or (not isinstance(feature, Value) and _fits_json(feature))
+
+
 def _is_null(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype == "null"
 
@@ -157,6 +188,10 @@ def _cast(dataset: Dataset | IterableDataset, given: Features, common: Features)
             given = Features({**given, column: common[column]})
             named = {"column": column, "labels": feature}
             dataset = dataset.map(_name_classes, fn_kwargs=named, features=given)
+    tools = given.get("tools")
+    if is_text(common.get("tools")) and not is_text(tools) and not _is_null(tools):
+        given = Features({**given, "tools": common["tools"]})
+        dataset = dataset.map(_write_tools, features=given)
     # A stream without features has to be given those that read more than its first rows.
     if repr(given) == repr(common) and (dataset.features is not None or "Json" not in repr(common)):
         return dataset
@@ -177,6 +212,11 @@ def _cast_batch(batch: pa.Table, schema: pa.Schema) -> pa.Table:
     No upstream issue as of datasets 5.2.
     """
     return table_cast(batch.take(np.arange(len(batch))), schema)
+
+
+def _write_tools(row: dict[str, Any]) -> dict[str, Any]:
+    tools = row["tools"]
+    return {"tools": None if tools is None else json.dumps(tools, ensure_ascii=False)}
 
 
 def _name_classes(row: dict[str, Any], column: str, labels: ClassLabel) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def label_tasks(
         text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
         any_format (`bool`, *optional*, defaults to `False`):
             Columns are of no known format, as a function of the user's makes text of them: those that all tasks have
-            are kept.
+            are kept, where their types can be brought together.
 
     Returns:
         `dict[str, Dataset | IterableDataset]`: With the columns of the common format and the task column.
@@ -141,8 +141,7 @@ def label_tasks(
     _check_datasets(datasets)
     datasets = {task: as_shown(dataset) for task, dataset in datasets.items()}
     if any_format:
-        names = tuple(set.intersection(*(set(columns_of(dataset)) for dataset in datasets.values())) - {task_column})
-        return _label_all(datasets, sorted(names), task_column)
+        return _label_all(datasets, _shared_columns(datasets, task_column), task_column, may_drop=True)
     formats = {task: _format_of(task, dataset, text_column) for task, dataset in datasets.items()}
     if len(set(formats.values())) > 1:
         listed = "; ".join(f"{task}: {' and '.join(names)}" for task, names in formats.items())
@@ -157,6 +156,15 @@ def label_tasks(
     return _label_all(datasets, [*names, *_companions(datasets, names)], task_column)
 
 
+def _shared_columns(datasets: Mapping[str, AnyDataset], task_column: str) -> list[str]:
+    columns = {task: set(columns_of(dataset)) for task, dataset in datasets.items()}
+    shared = set.intersection(*columns.values()) - {task_column}
+    if not shared:
+        listed = "; ".join(f"{task}: {', '.join(sorted(own))}" for task, own in columns.items())
+        raise ValueError(f"Tasks have no column in common ({listed}). Give a column of one name to all of them.")
+    return sorted(shared)
+
+
 def _check_rows(datasets: Mapping[str, AnyDataset], names: tuple[str, ...], text_column: str) -> None:
     """Refuse rows that can't be trained on while their task and their place are known; streams are checked as read."""
     for task, dataset in datasets.items():
@@ -165,10 +173,12 @@ def _check_rows(datasets: Mapping[str, AnyDataset], names: tuple[str, ...], text
             check_rows(dataset.select_columns(read), f"Task {task!r}", text_column=text_column)
 
 
-def _label_all(datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str) -> dict[str, AnyDataset]:
+def _label_all(
+    datasets: Mapping[str, AnyDataset], kept: list[str], task_column: str, *, may_drop: bool = False
+) -> dict[str, AnyDataset]:
     # Formats of tensors are dropped: TRL's preparation reads texts and lists, and joined rows have one format.
     plain = {task: dataset.with_format(None).select_columns(kept) for task, dataset in datasets.items()}
-    aligned = align_features(plain)
+    aligned = align_features(plain, may_drop=may_drop)
     return {task: _label(dataset, task, task_column) for task, dataset in aligned.items()}
 
 

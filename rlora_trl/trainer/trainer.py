@@ -152,7 +152,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         self._rows_are_checked = isinstance(train_dataset, Mapping) and not any(
             isinstance(dataset, IterableDataset) for dataset in train_dataset.values()
         )
-        mixed = mix_streams(train_dataset, args)
+        any_format = kwargs.get("formatting_func") is not None
+        mixed = mix_streams(train_dataset, args, any_format=any_format)
         if mixed is not train_dataset:
             train_dataset, tasks = mixed, task_names(train_dataset)
         else:
@@ -161,7 +162,7 @@ class RLoraSFTTrainer(PublishingTrainer):
                 task_column=args.task_column,
                 text_column=args.dataset_text_field,
                 seed=args.seed,
-                any_format=kwargs.get("formatting_func") is not None,
+                any_format=any_format,
             )
         config = peft_config if peft_config is not None else active_config(model)
         _check_balance(args, config)
@@ -389,7 +390,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
         text = self.args.dataset_text_field
         self._set_signature_columns_if_needed()
-        is_removed = self.args.remove_unused_columns and text not in self._signature_columns  # type: ignore[has-type]
+        is_removed = self.args.remove_unused_columns and text not in self._signature_columns
         for name, dataset in {"train": self.train_dataset, **evaluation}.items():
             if dataset is not None:
                 check_pictures(dataset, f"The data set {name!r}", text_column=None if is_removed else text)

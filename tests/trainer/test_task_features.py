@@ -1,10 +1,11 @@
 """Tasks whose columns have other types, in either order; and data sets with transforms and formats."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Json, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Json, LargeList, List, Value
 from datasets.table import table_cast
 from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_datasets, task_rows
@@ -399,3 +400,48 @@ def test_spread_rows_of_each_task(model_folders, tmp_path):
     trainer = make_trainer(model_folders, tmp_path, train=task_datasets(9))
     ids = trainer._rows_by_task(3)[TASK_IDS][:]
     assert sorted(ids) == [0] * 3 + [1] * 3 + [2] * 3
+
+
+TOOLS = [{"type": "function", "function": {"name": "é", "parameters": None}}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tools_as_text_and_as_lists(streaming):
+    """TRL reads both; each row has the tools that it has in the data of its task."""
+    train = {
+        "text": Dataset.from_list(
+            [{"messages": [USER], "tools": json.dumps(TOOLS[:1])}, {"messages": [USER], "tools": None}]
+        ),
+        "list": Dataset.from_list([{"messages": [USER], "tools": TOOLS}, {"messages": [USER], "tools": None}]),
+        "none": Dataset.from_list([{"messages": [USER], "tools": None}]),
+    }
+    if streaming:
+        train = {task: dataset.to_iterable_dataset() for task, dataset in train.items()}
+    read = {"text": [], "list": [], "none": []}
+    for row in join_tasks(train):
+        read[row["task"]].append(None if row["tools"] is None else json.loads(row["tools"]))
+    assert {task: [tools for tools in listed if tools] for task, listed in read.items()} == {
+        "text": [TOOLS],
+        "list": [TOOLS],
+        "none": [],
+    }
+    assert sum(map(len, read.values())) == 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_of_one_mode_beside_others(streaming):
+    pytest.importorskip("PIL.Image")
+    from PIL import Image as pictures
+
+    picture = pictures.new("RGBA", (2, 2), "red")
+    train = {}
+    for task, feature in (("any", Image()), ("rgb", Image(mode="RGB"))):
+        features = Features({"text": Value("string"), "image": feature})
+        train[task] = Dataset.from_dict({"text": ["w1"], "image": [picture]}, features=features)
+    if streaming:
+        train = {task: dataset.to_iterable_dataset() for task, dataset in train.items()}
+    for tasks in (train, dict(reversed(train.items()))):
+        assert {row["task"]: row["image"].mode for row in join_tasks(tasks)} == {"any": "RGB", "rgb": "RGB"}
+    gray = train["rgb"].cast_column("image", Image(mode="L"))
+    with pytest.raises(ValueError, match="can't be joined: their column 'image' has the types"):
+        join_tasks({"rgb": train["rgb"], "gray": gray})

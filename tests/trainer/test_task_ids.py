@@ -18,6 +18,7 @@ from transformers import (
 
 from rlora_trl import HeadUsageCallback, MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer
 from rlora_trl.trainer.task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, number_tasks
+from rlora_trl.trainer.tasks import join_tasks
 
 
 TASKS = ["first", "colour", "same"]
@@ -182,6 +183,34 @@ def test_rows_packed_by_the_user_keep_their_lengths(model_folders, tmp_path):
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["position_ids"].max() == 1
+
+
+@pytest.mark.parametrize("kind", ["map", "stream", "mixed_stream", "mixed_map"])
+def test_formatting_functions_do_without_columns_of_other_types(model_folders, tmp_path, kind, caplog):
+    caplog.set_level("WARNING")
+    train = {
+        "a": Dataset.from_list([{"question": "w1", "answer": "w2", "meta": "x", "own": 1}] * 4),
+        "b": Dataset.from_list([{"question": "w3", "answer": "w4", "meta": [1]}] * 4),
+    }
+    if "stream" in kind:
+        train = {task: dataset.to_iterable_dataset() for task, dataset in train.items()}
+    trainer = RLoraSFTTrainer(
+        model_folders["llama"],
+        arguments(tmp_path, max_steps=2, mixing="equal" if "mixed" in kind else "proportional"),
+        train_dataset=train,
+        processing_class=build_tokenizer(),
+        formatting_func=lambda row: f"{row['question']} {row['answer']}",
+    )
+    assert "Columns 'meta' are dropped, and `formatting_func` does not get them: Tasks 'a' and 'b'" in caplog.text
+    rows = [trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset]
+    assert set(rows) == {"w1 w2 <eos>", "w3 w4 <eos>"}
+    assert trainer.train().global_step == 2
+
+
+def test_formatting_functions_need_a_column(model_folders, tmp_path):
+    train = {"a": Dataset.from_list([{"x": "w1"}]), "b": Dataset.from_list([{"y": "w1"}])}
+    with pytest.raises(ValueError, match="Tasks have no column in common .a: x; b: y.. Give a column of one name"):
+        join_tasks(train, any_format=True)
 
 
 def test_formatting_functions_with_tasks(model_folders, tmp_path):
