@@ -6,6 +6,7 @@ a model imports `rlora_trl.tuner`, which registers.
 """
 
 import os
+import sys
 
 
 # Read by `rlora_trl/__init__.py`.
@@ -25,7 +26,17 @@ def main() -> None:
     finally:
         imports_commands = False
 
-    run()
+    try:
+        run()
+    finally:
+        _forget_unregistered()
+
+
+def _forget_unregistered() -> None:
+    """Have a later `import rlora_trl` in this process register, where the command needed no model."""
+    if "rlora_trl.tuner" not in sys.modules:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rlora_trl"]:
+            del sys.modules[name]
 
 
 def wait_passively() -> None:

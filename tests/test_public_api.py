@@ -59,3 +59,21 @@ def test_readme_snippet_runs_as_written(model_folders, tmp_path, monkeypatch, ca
 def test_readme_names_both_commands():
     text = (ROOT / "README.md").read_text()
     assert "make quickstart" in text and "make test" in text
+
+
+def test_importing_registers_after_the_command_ran_in_the_same_process():
+    """As in a notebook."""
+    code = (
+        "import sys, rlora_cli\n"
+        "for words in (['--version'], ['--help'], ['no-such-command'], ['env']):\n"
+        "    sys.argv = ['rlora', *words]\n"
+        "    try: rlora_cli.main()\n"
+        "    except SystemExit: pass\n"
+        "import rlora_trl\n"
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\n"
+        "assert m['RLORA'] is rlora_trl.RLoraConfig\n"
+        "import rlora_trl.cli\n"
+        "assert rlora_trl.cli.app is not None\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
