@@ -17,11 +17,9 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 from ..evaluation.columns import arrow_batches
-from .task_ids import TASK_IDS, add_ids, ids_of, with_ids
+from .task_ids import _IGNORED, TASK_IDS, add_ids, ids_of, with_ids
 from .tasks import columns_of
 
-
-_IGNORED = -100  # the label of a token without a loss
 
 logger = get_logger(__name__)
 

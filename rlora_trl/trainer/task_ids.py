@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 # Added to the id of the first token of a row, so that packing carries both in one column.
 _START = 1 << 30
+_IGNORED = -100  # the label of a token without a loss
 
 
 def number_tasks(
@@ -176,6 +177,10 @@ class TaskCollator:
         rows = ids.numpy(force=True)
         joined = self._joined(rows, tokens, batch)
         pieces = self._by_row(rows, mask, tokens) if joined is None else joined
+        packed = np.ndim(given[0]) > 0
+        if mask is None and not packed and any(piece is not None and piece.fit == 0 for piece in pieces):
+            places = _places_beside_padding(rows, [len(each) for each in tokens], batch.get("labels"))
+            pieces = pieces if places is None else [_Piece(row, own, fit=0) for row, own in enumerate(places)]
         if mask is None:
             _add_masks(batch, rows, pieces)
         if given[0] is not None:
@@ -341,6 +346,35 @@ def _find_beside_padding(row: np.ndarray, tokens: np.ndarray, example: int) -> _
             # What is beside the tokens is padding, all of one value.
             if len(np.unique(np.delete(row, places))) <= 1:
                 return _Piece(example, places, first, fit=2 if kept == length else 1)
+    return None
+
+
+def _places_beside_padding(rows: np.ndarray, lengths: Sequence[int], labels: Any) -> list[np.ndarray] | None:
+    """
+    Places of tokens in rows of one example each, whose tokens were changed, such as by a beginning added to all.
+
+    Rows of shorter examples have that much more padding than that of the longest: on one side, of one value, without a
+    loss.
+
+    Args:
+        rows (`np.ndarray` of shape `[B, S]`): Tokens.
+        lengths (`Sequence[int]`): Tokens that the examples had.
+        labels (`torch.Tensor` of shape `[B, S]`, *optional*): Labels of the tokens.
+
+    Returns:
+        `list[np.ndarray]`, *optional*: Places by row; `None` where no such padding is found.
+    """
+    if not isinstance(labels, torch.Tensor) or labels.shape != rows.shape or min(lengths) == max(lengths):
+        return None
+    width, ignored = rows.shape[1], labels.numpy(force=True) == _IGNORED
+    short, longest = int(np.argmin(lengths)), int(np.argmax(lengths))
+    for step in (-1, 1):  # padding on the right, on the left
+        turned = rows[:, ::step]
+        is_padding = (turned == turned[short, 0]) & ignored[:, ::step]
+        runs = np.where(is_padding.all(1), width, np.argmin(is_padding, axis=1))
+        padding = max(lengths) - np.asarray(lengths) + runs[longest]
+        if (runs >= padding).all() and (padding < width).all():
+            return [np.arange(width - own) if step == -1 else np.arange(own, width) for own in padding.tolist()]
     return None
 
 

@@ -97,6 +97,40 @@ def test_each_row_keeps_its_task(name):
     assert "attention_mask" in batch or "position_ids" in batch  # which `SFTTrainer` asks for
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("padding", [0, 1], ids=["pad", "eos"])
+@pytest.mark.parametrize("more", [0, 3])
+@pytest.mark.parametrize("tasks", [True, False])
+def test_padding_beside_an_added_beginning_does_not_count(side, padding, more, tasks):
+    examples = examples_of([0, 1, 2, 0])
+    added = [{"input_ids": [4, *example["input_ids"]]} for example in examples]
+
+    def collate(_):
+        batch = pad(added, side, width=max(len(own["input_ids"]) for own in added) + more)
+        own = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        for row, example in enumerate(added):
+            length = len(example["input_ids"])
+            own[row, slice(length) if side == "right" else slice(-length, None)] = True
+        batch["input_ids"][~own] = padding
+        # A prompt without a loss, as of completions alone.
+        batch["labels"][:, :2] = -100
+        return batch
+
+    given = examples if tasks else [{"input_ids": example["input_ids"]} for example in examples]
+    batch = TaskCollator(collate, required=tasks)(given)
+    assert batch["attention_mask"].sum(1).tolist() == [len(own["input_ids"]) for own in added]
+    assert (batch["input_ids"][batch["attention_mask"] == 1] == 4).sum() == 4
+    assert not tasks or batch[TASK_IDS].tolist() == [0, 1, 2, 0]
+
+
+def test_tokens_that_were_changed_count_where_padding_is_not_known():
+    examples = examples_of([0, 1])
+    for made in ([[9, 9, 9, 9], [8, 8, 8, 8]], [[4, 9, 9, 9, 9], [4, 8, 8, 8, 8]]):
+        ids = torch.tensor(made)
+        batch = TaskCollator(lambda rows, ids=ids: {"input_ids": ids, "labels": ids.clone()})(examples)
+        assert batch["attention_mask"].all() and batch[TASK_IDS].tolist() == [0, 1]
+
+
 def test_joined_rows_of_other_collators():
     examples = examples_of([0, 1, 2])
     for own in examples:
