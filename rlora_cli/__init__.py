@@ -7,6 +7,7 @@ a model imports `rlora_trl.tuner`, which registers.
 
 import os
 import sys
+from importlib import import_module
 
 
 # Read by `rlora_trl/__init__.py`.
@@ -29,14 +30,21 @@ def main() -> None:
     try:
         run()
     finally:
-        _forget_unregistered()
+        _register_later()
 
 
-def _forget_unregistered() -> None:
-    """Have a later `import rlora_trl` in this process register, where the command needed no model."""
-    if "rlora_trl.tuner" not in sys.modules:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "rlora_trl"]:
-            del sys.modules[name]
+def _register_later() -> None:
+    """Have `import rlora_trl` register in a process that goes on, such as a notebook, if the command did not."""
+    if "rlora_trl.tuner" in sys.modules:
+        return
+    if "rlora_trl.kernels" in sys.modules:  # PyTorch knows their operators, which can't be defined a second time
+        try:
+            import_module("rlora_trl.tuner")
+            return
+        except ImportError:
+            pass  # of a broken installation, which `rlora env` describes: what is imported later says so
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rlora_trl"]:
+        del sys.modules[name]  # so that importing it runs it again
 
 
 def wait_passively() -> None:
