@@ -229,8 +229,10 @@ def _mistake_in_json(file: Path) -> str | None:
         document = json.loads(text)
     except json.JSONDecodeError:
         document = None
-    if document is not None:  # one document, which is accepted too
-        return None if document else " has no rows. Give a file with at least one row."
+    if document in ([], {}):
+        return " has no rows. Give a file with at least one row."
+    if document is not None:
+        return None  # one document, which is accepted too
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
