@@ -233,6 +233,7 @@ def _mistake_in_json(file: Path) -> str | None:
         return " has no rows. Give a file with at least one row."
     if document is not None:
         return None  # one document, which is accepted too
+    has_fields = False
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -242,7 +243,8 @@ def _mistake_in_json(file: Path) -> str | None:
             return f", line {number}: {error.msg} at column {error.colno}. {accepted}"
         if not isinstance(row, dict):
             return f", line {number}: the line is a {type(row).__name__}. {accepted}"
-    return None
+        has_fields |= bool(row)
+    return None if has_fields else " has no rows with a field. Give a file with at least one row."
 
 
 def _mistake_in_csv(file: Path) -> str | None:

@@ -175,6 +175,7 @@ UNREADABLE = {
     "long.csv": (f"prompt,completion\n{'a' * 200_000},b\nc,d,e\n", ", line 3: 3 cells"),
     "no_rows.json": ("[]", " has no rows. Give a file with at least one row"),
     "no_fields.json": ("{}", " has no rows. Give a file with at least one row"),
+    "no_fields.jsonl": ("{}\n{}\n", " has no rows with a field. Give a file"),
     "rows.tsv": (
         "prompt\tcompletion\na\tb\n",
         " is a file of another kind; accepted .* .ndjson, .* Write",
