@@ -663,8 +663,10 @@ def load_task_rows(
             f"{name} has no column {task_column!r} to name tasks; it has {', '.join(dataset.column_names)}."
         )
     with explained(Path(name), READING_ERRORS):
-        _check_scorable(dataset, name if len(splits) == 1 else f"{name}, split {chosen!r}", answers)
-    if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
+        names = _check_scorable(dataset, name if len(splits) == 1 else f"{name}, split {chosen!r}", answers)
+    if names == ("text",):
+        dataset = dataset.remove_columns([chat for chat in ("messages", *_KEYS) if chat in dataset.column_names])
+    if names == ("conversations",):
         dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
     if task_column is not None or default_tasks(dataset, column, name):
         try:
@@ -674,7 +676,7 @@ def load_task_rows(
     return {default_task or Path(name).stem: dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()}
 
 
-def _check_scorable(dataset: Dataset, where: str, answers: bool) -> None:
+def _check_scorable(dataset: Dataset, where: str, answers: bool) -> tuple[str, ...]:
     columns = [name for name in dataset.column_names if name != "input_ids"]  # measured by their text
     names = check_format(columns, dataset[0], where)
     if answers and names == ("text",):
@@ -684,6 +686,7 @@ def _check_scorable(dataset: Dataset, where: str, answers: bool) -> None:
         )
     read = [name for name in dataset.column_names if name in (*names, *COMPANIONS_OF_TEXT)]
     check_rows(dataset.select_columns(read), where)
+    return names
 
 
 def text_rows(tasks: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -555,5 +555,7 @@ def test_rows_to_score_have_an_answer(tmp_path):
         ValueError, match="rows.jsonl has the columns 'text'; .* no answer to score. Rename its columns"
     ):
         load_task_rows(path, answers=True)
+    path = write(tmp_path / "both.jsonl", [{"conversations": "x", "text": "a"}])
+    assert load_task_rows(path) == {"both": [{"text": "a"}]}
     path = write(tmp_path / "chat.jsonl", [{"conversations": [{"from": "human", "value": "a"}]}])
     assert load_task_rows(path, answers=True) == {"chat": [{"messages": [{"role": "human", "content": "a"}]}]}
