@@ -30,21 +30,16 @@ def main() -> None:
     try:
         run()
     finally:
-        _register_later()
+        _register()
 
 
-def _register_later() -> None:
-    """Have `import rlora_trl` register in a process that goes on, such as a notebook, if the command did not."""
-    if "rlora_trl.tuner" in sys.modules:
-        return
-    if "rlora_trl.kernels" in sys.modules:  # PyTorch knows their operators, which can't be defined a second time
+def _register() -> None:
+    """Register in a process that goes on and has PyTorch already, such as a notebook: that takes no time there."""
+    if "torch" in sys.modules:
         try:
             import_module("rlora_trl.tuner")
-            return
         except ImportError:
             pass  # of a broken installation, which `rlora env` describes: what is imported later says so
-    for name in [name for name in sys.modules if name.partition(".")[0] == "rlora_trl"]:
-        del sys.modules[name]  # so that importing it runs it again
 
 
 def wait_passively() -> None:

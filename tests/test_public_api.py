@@ -64,7 +64,7 @@ def test_readme_names_both_commands():
 def test_importing_registers_after_the_command_ran_in_the_same_process():
     """As in a notebook."""
     code = (
-        "import sys, rlora_cli\n"
+        "import sys, rlora_cli, torch\n"
         "for words in (['--version'], ['--help'], ['no-such-command'], ['env']):\n"
         "    sys.argv = ['rlora', *words]\n"
         "    try: rlora_cli.main()\n"
