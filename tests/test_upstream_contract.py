@@ -81,6 +81,7 @@ CONTRACT = [Row(*row) for row in (
     (TRAINER, "train_dataset", None, "prepared data without tasks that lost all rows"),
     (TRAINER, "eval_dataset", None, "the same of evaluation data"),
     (SFT, "_skip_prepare_dataset", None, "data that come prepared"),
+    (SFT, "_is_vision_dataset", None, "data with pictures, which nothing prepares"),
     (SFT, "_total_train_tokens", None, "tokens of attempts that were given up"),
     ("accelerate.utils", "is_compiled_module", "module", "compiled models are refused"),
     (TRAINER, "_get_eval_sampler", "eval_dataset", "rows to measure heads on"),
