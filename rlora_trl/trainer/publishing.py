@@ -178,7 +178,8 @@ class PublishingTrainer(CheckpointTrainer):
     def _base_commit(self, config: RLoraConfig) -> str | None:
         """The commit of the base model, where it is known which one was loaded."""
         if self._loads_base or config.revision is not None:
-            return _loaded_commit(config.base_model_name_or_path, config.revision)
+            cache_dir = (self.args.model_init_kwargs or {}).get("cache_dir") if self._loads_base else None
+            return _loaded_commit(config.base_model_name_or_path, config.revision, cache_dir)
         return None  # a model does not say which revision it was loaded from
 
     def _hyperparameters(self) -> dict[str, Scalar]:
@@ -516,11 +517,11 @@ def describe_quantization(config: Any) -> str | None:
     return f"{method} {bits}-bit" if bits else method
 
 
-def _loaded_commit(name: str | None, revision: str | None) -> str | None:
+def _loaded_commit(name: str | None, revision: str | None, cache_dir: str | None = None) -> str | None:
     """The commit that a model of the Hub was loaded from, which is where the cache has it."""
     if not name or os.path.exists(name):
         return None
-    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    path = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
     return Path(path).parent.name if isinstance(path, str) else None
 
 

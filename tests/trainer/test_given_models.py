@@ -8,6 +8,7 @@ from testing_utils import random_ids
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig
+from rlora_trl.trainer.publishing import _loaded_commit
 
 
 def base_model(model_folders):
@@ -234,3 +235,15 @@ def test_other_modules_of_a_compiled_model_are_refused(model_folders):
     for options in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}):
         with pytest.raises(ValueError, match="can't be used on a model that was compiled.*`model._orig_mod`"):
             get_peft_model(compiled, RLoraConfig(target_modules=["up_proj"], **options))
+
+
+def test_the_commit_of_a_base_is_that_of_its_own_cache(tmp_path):
+    """`model_init_kwargs` may name another cache, which may have another commit."""
+    for folder, commit in (("default", "a" * 40), ("own", "c" * 40)):
+        repository = tmp_path / folder / "models--user--base"
+        for path, text in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
+            (repository / path).parent.mkdir(parents=True, exist_ok=True)
+            (repository / path).write_text(text)
+        assert _loaded_commit("user/base", None, str(tmp_path / folder)) == commit
+    assert _loaded_commit("user/base", "v2", str(tmp_path / "own")) is None
+    assert _loaded_commit(str(tmp_path), None, str(tmp_path / "own")) is None  # a folder has no commit
