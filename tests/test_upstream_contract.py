@@ -265,7 +265,8 @@ CONTRACT = [Row(*row) for row in (
     ("torch._C", "_autograd", None, "the one that follows"),
     ("torch.autograd:Variable", "_execution_engine", None, "a call when a backward pass ends (`queue_callback`)"),
     ("torch._C._autograd", "_get_sequence_nr", None, "number of the next node, when the context of a batch is set"),
-    ("torch.autograd.graph:Node", "_sequence_nr", None, "number of a node, which says when its pass ran"),
+    # Torch 2.6 has it in the classes of nodes, not yet in their common class.
+    ("torch.autograd.function:BackwardCFunction", "_sequence_nr", None, "number of a node, which says when its pass ran"),
     ("torch.nn:Module", "_non_persistent_buffers_set", None, "buffers that are not saved"),
     ("accelerate/hooks.py", "_hf_hook", None, "device of layers that are offloaded"),
     ("collections/__init__.py", "_replace", None, "named tuples with other values"),

@@ -205,7 +205,19 @@ def test_compiled_layers(model_folders, tmp_path):
     assert not any("_orig_mod" in name for name, _ in trainer.model.named_parameters())
 
 
-@pytest.mark.parametrize("part", ["model", "layers", "PeftModel"])
+WHOLE_MODELS_COMPILE = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 can't compile a whole model of transformers 5 (NameError)"
+)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param("model", marks=WHOLE_MODELS_COMPILE),
+        "layers",
+        pytest.param("PeftModel", marks=WHOLE_MODELS_COMPILE),
+    ],
+)
 def test_adapters_of_compiled_models_load_on_the_model_itself(model_folders, tmp_path, part):
     """And the other way round."""
     ids = random_ids()
