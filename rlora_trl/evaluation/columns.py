@@ -19,8 +19,9 @@ from datasets import ClassLabel, Dataset, IterableDataset, Json, Value
 from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS, task_name
 
 
-_TEXTS = ("string", "large_string")
-_NAMES = (*_TEXTS, "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+# Names of types, as `datasets` has them.
+TEXT_TYPES = ("string", "large_string")
+INTEGER_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 # From here on a column of mostly different values is not taken to name tasks, unless it is asked for.
 _FEW_ROWS = 20
@@ -142,12 +143,12 @@ def task_namer(dataset: Dataset | IterableDataset, task_column: str) -> Callable
 
 def is_text(feature: Any) -> bool:
     """Whether this is the type of a column of texts."""
-    return isinstance(feature, Value) and feature.dtype in _TEXTS
+    return isinstance(feature, Value) and feature.dtype in TEXT_TYPES
 
 
 def can_name_tasks(feature: Any) -> bool:
     """Whether columns of this type can name tasks: classes, texts and integers."""
-    return isinstance(feature, ClassLabel) or getattr(feature, "dtype", None) in _NAMES
+    return isinstance(feature, ClassLabel) or getattr(feature, "dtype", None) in (*TEXT_TYPES, *INTEGER_TYPES)
 
 
 def tells_tasks(dataset: Dataset | IterableDataset, column: str) -> bool:

@@ -10,12 +10,10 @@ import torch
 from accelerate.logging import get_logger
 from torch.nn import functional as F
 
-from .task_ids import ROW_STARTS, TASK_IDS, token_mask_of
+from .task_ids import IGNORED_LABEL, ROW_STARTS, TASK_IDS, token_mask_of
 
 
 logger = get_logger(__name__)
-
-_IGNORED = -100  # the label of a token without a loss
 
 
 class TaskLedger:
@@ -182,7 +180,7 @@ def label_log_probs(outputs: Any, batch: Mapping[str, Any]) -> tuple[torch.Tenso
 
     log_probs = getattr(outputs, "log_probs", None)
     if log_probs is not None and log_probs.shape == targets.shape:
-        return log_probs, targets != _IGNORED
+        return log_probs, targets != IGNORED_LABEL
 
     logits = getattr(outputs, "logits", None)
     if logits is None or logits.ndim != 3 or logits.shape[0] != targets.shape[0]:
@@ -191,10 +189,12 @@ def label_log_probs(outputs: Any, batch: Mapping[str, Any]) -> tuple[torch.Tenso
         return None
     # Row by row, as a float32 copy of all logits may be gigabytes.
     rows = [
-        F.cross_entropy(row[: target.shape[0]].float(), target.to(row.device), reduction="none", ignore_index=_IGNORED)
+        F.cross_entropy(
+            row[: target.shape[0]].float(), target.to(row.device), reduction="none", ignore_index=IGNORED_LABEL
+        )
         for row, target in zip(logits, targets, strict=True)
     ]
-    return -torch.stack(rows), targets != _IGNORED
+    return -torch.stack(rows), targets != IGNORED_LABEL
 
 
 def _explain_missing(outputs: Any) -> str:

@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 from ..evaluation.columns import arrow_batches
-from .task_ids import _IGNORED, TASK_IDS, add_ids, ids_of, with_ids
+from .task_ids import IGNORED_LABEL, TASK_IDS, add_ids, ids_of, with_ids
 from .tasks import columns_of
 
 
@@ -69,7 +69,7 @@ def _have_loss(labels: pa.ChunkedArray, max_length: int | None) -> np.ndarray:
     ends = np.cumsum(lengths)
     places = np.arange(values.size) - np.repeat(ends - lengths, lengths)
     # The first token of a row is predicted from nothing, and has no loss whatever its label.
-    counted = (values != _IGNORED) & (places > 0)
+    counted = (values != IGNORED_LABEL) & (places > 0)
     if max_length is not None:
         counted &= places < max_length
     have = np.zeros(lengths.size, dtype=bool)

@@ -22,15 +22,13 @@ from accelerate.logging import get_logger
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Json, LargeList, List, Value
 from datasets.table import table_cast
 
-from ..evaluation.columns import is_text
+from ..evaluation.columns import INTEGER_TYPES, TEXT_TYPES, is_text
 
 
-_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FLOATS = ("float16", "float32", "float64")
-_TEXTS = ("string", "large_string")
 _FIRST_ROWS = 5
 # What JSON has as well.
-_PLAIN = (*_INTEGERS, *_FLOATS, *_TEXTS, "bool", "null")
+_PLAIN = (*INTEGER_TYPES, *_FLOATS, *TEXT_TYPES, "bool", "null")
 
 logger = get_logger(__name__)
 
@@ -136,9 +134,9 @@ def _common(one: Any, other: Any) -> Any:
 
 
 def _common_dtype(one: str, other: str) -> str:
-    if one in _TEXTS and other in _TEXTS:
+    if one in TEXT_TYPES and other in TEXT_TYPES:
         return "large_string" if "large_string" in (one, other) else "string"
-    for kind in (_INTEGERS, _FLOATS):
+    for kind in (INTEGER_TYPES, _FLOATS):
         if one in kind and other in kind:
             wider = str(np.promote_types(one, other))
             if wider in kind:
@@ -184,7 +182,7 @@ def _fits_json(feature: Any) -> bool:
 def _cast(dataset: Dataset | IterableDataset, given: Features, common: Features) -> Dataset | IterableDataset:
     common = Features({column: common[column] for column in given})  # in the order of the data set's own columns
     for column, feature in given.items():
-        if isinstance(feature, ClassLabel) and getattr(common[column], "dtype", None) in _TEXTS:
+        if isinstance(feature, ClassLabel) and getattr(common[column], "dtype", None) in TEXT_TYPES:
             given = Features({**given, column: common[column]})
             named = {"column": column, "labels": feature}
             dataset = dataset.map(_name_classes, fn_kwargs=named, features=given)

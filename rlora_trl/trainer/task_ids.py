@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 # Added to the id of the first token of a row, so that packing carries both in one column.
 _START = 1 << 30
-_IGNORED = -100  # the label of a token without a loss
+IGNORED_LABEL = -100  # the label of a token without a loss
 
 
 def number_tasks(
@@ -366,7 +366,7 @@ def _places_beside_padding(rows: np.ndarray, lengths: Sequence[int], labels: Any
     """
     if not isinstance(labels, torch.Tensor) or labels.shape != rows.shape or min(lengths) == max(lengths):
         return None
-    width, ignored = rows.shape[1], labels.numpy(force=True) == _IGNORED
+    width, ignored = rows.shape[1], labels.numpy(force=True) == IGNORED_LABEL
     short, longest = int(np.argmin(lengths)), int(np.argmax(lengths))
     for step in (-1, 1):  # padding on the right, on the left
         turned = rows[:, ::step]
