@@ -18,7 +18,7 @@ from report import HERE, ROOT
 
 
 BEGIN, END = "<!-- balance:begin -->", "<!-- balance:end -->"
-# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, which color-blind readers can tell apart.
 COLOURS = dict(zip(COEFS, ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
 LABELS = {"none": "no balance loss", "switch": "switch", "importance": "importance", "z": "z"}
 LABELS |= {"mutual_information": "mutual information"}

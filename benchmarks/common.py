@@ -64,7 +64,7 @@ class Variant:
         wide = self.family == "lora"
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=wide)
         if not wide:
-            # PEFT leaves adapters of quantised layers in float32; TRL casts them to bfloat16.
+            # PEFT leaves adapters of quantized layers in float32; TRL casts them to bfloat16.
             dtype = getattr(model, "dtype", next(model.parameters()).dtype)
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:

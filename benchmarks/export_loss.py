@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 import rlora_trl
 from rlora_trl import RLoraConfig, RLoraSFTTrainer, export_lora
-from rlora_trl.analysis import measure_mixtures
-from rlora_trl.export.loss import measure_loss
+from rlora_trl.analysis import measure_head_weights
+from rlora_trl.export.gap import measure_export_gap
 
 
 MEASURED = ("accuracy", "export_accuracy", "equal_accuracy", "export_kl", "equal_kl")
@@ -64,7 +64,7 @@ def measure(run: Run, args: argparse.Namespace) -> Iterator[dict]:
     # Without the autocast that `accelerate` put around its forward.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     tokenizer = trainer.processing_class
-    mixtures = measure_mixtures(model, tokenizer, rows, max_rows=args.mixture_rows)
+    mixtures = measure_head_weights(model, tokenizer, rows, max_rows=args.mixture_rows)
     equal = dict.fromkeys(mixtures.layers, torch.full((run.num_heads,), 1 / run.num_heads))
     with tempfile.TemporaryDirectory() as folder:
         for task in run.tasks:
@@ -72,7 +72,7 @@ def measure(run: Run, args: argparse.Namespace) -> Iterator[dict]:
             report = export_lora(
                 model, f"{folder}/export", task=task, routing=mixtures, data=data, tokenizer=tokenizer
             )
-            even = measure_loss(model, tokenizer, "default", data, equal)
+            even = measure_export_gap(model, tokenizer, "default", data, equal)
             yield {
                 "task": task,
                 "rows": report.rows,

@@ -1,8 +1,8 @@
 """Models of the shapes of real ones with random weights, made where they are used: in bfloat16, or in 4 bits.
 
 A model is laid out without memory (`meta` device) and filled tensor by tensor, so a 4-bit one never exists in 16 bits:
-each weight is drawn, quantised by bitsandbytes, and the 16-bit values are dropped. What comes out is what
-`from_pretrained(quantization_config=...)` gives: the same classes, quantisation states and attributes.
+each weight is drawn, quantized by bitsandbytes, and the 16-bit values are dropped. What comes out is what
+`from_pretrained(quantization_config=...)` gives: the same classes, quantization states and attributes.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def build_model(
 
     Args:
         shape (`Shape`): Its sizes.
-        base (`str`): `"bf16"`, or `"nf4"`: NF4 with double quantisation and bfloat16 products; embeddings, norms and
+        base (`str`): `"bf16"`, or `"nf4"`: NF4 with double quantization and bfloat16 products; embeddings, norms and
             the language model's head stay in bfloat16, as `from_pretrained` leaves them.
         device (`torch.device`): Where it is made.
         length (`int`): Longest row, in tokens.

@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of one layer's linear modules, which are what is quantised."""
+        """Weights of one layer's linear modules, which are what is quantized."""
         key_value = self.kv_heads * (self.hidden // self.heads)
         return self.hidden * (2 * self.hidden + 2 * key_value) + 3 * self.hidden * self.mlp
 

@@ -1,4 +1,4 @@
-"""Adapters trained on one base and run on another: bfloat16, 4 bits (NF4 with double quantisation), 8 bits.
+"""Adapters trained on one base and run on another: bfloat16, 4 bits (NF4 with double quantization), 8 bits.
 
     python benchmarks/quantized_exchange.py --model SmolLM2-135M-Instruct --data multitask --seeds 0 \\
         --out benchmarks/results/quantized_exchange.jsonl

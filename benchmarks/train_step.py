@@ -57,7 +57,7 @@ def build_model(shape: str, dtype: torch.dtype, layers: int | None, four_bit: bo
 
 
 def quantize(model: torch.nn.Module) -> None:
-    """Replace linear layers but the head by bitsandbytes' NF4 with double quantisation, as QLoRA does."""
+    """Replace linear layers but the head by bitsandbytes' NF4 with double quantization, as QLoRA does."""
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):

@@ -62,7 +62,7 @@ def _expand(source: Path, gguf_file: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
-    # As loaded, the model counts as quantised and can't be saved.
+    # As loaded, the model counts as quantized and can't be saved.
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig(**values))

@@ -23,7 +23,7 @@ def main() -> None:
     wait_passively()
     imports_commands = True
     try:
-        from rlora_trl.cli.app import main as run
+        from .app import main as run
     finally:
         imports_commands = False
 

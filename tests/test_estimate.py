@@ -334,14 +334,14 @@ def test_wrong_arguments(model_folders, arguments, message):
         estimate_memory(model_folders["llama"], **arguments)
 
 
-def test_a_model_that_is_stored_quantised(model_folders):
+def test_a_model_that_is_stored_quantized(model_folders):
     config = small(LlamaConfig)
     options = {"per_device_train_batch_size": 1, "max_length": 4}
     expected = estimate_memory(config, load_in_4bit=True, **options)
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     assert estimate_memory(config, **options) == expected
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match="stored quantised with 'gptq'; only bitsandbytes'"):
+    with pytest.raises(ValueError, match="stored quantized with 'gptq'; only bitsandbytes'"):
         estimate_memory(config, **options)
 
 

@@ -51,7 +51,7 @@ def test_counts_agree_with_the_model_and_the_adapter(name):
 @pytest.mark.parametrize("family", ["LlamaConfig", "Qwen2Config", "MistralConfig"])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_four_bit_model_is_what_transformers_loads(tmp_path, storage, family):
-    """Filled weight by weight, it equals the same 16-bit weights quantised by `from_pretrained`, bit for bit."""
+    """Filled weight by weight, it equals the same 16-bit weights quantized by `from_pretrained`, bit for bit."""
     pytest.importorskip("bitsandbytes")
     shape = replace(TINY, family=family)
     build_model(shape, "bf16", CPU, 64).save_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_four_bit_model_is_what_transformers_loads(tmp_path, storage, family):
     assert type(made.hf_quantizer) is type(loaded.hf_quantizer)
     assert made.config.quantization_config.to_dict() == loaded.config.quantization_config.to_dict()
     weight, expected = (m.model.layers[0].mlp.gate_proj.weight for m in (made, loaded))
-    # States are compared above, tensor by tensor; the last is a mark that initialisation leaves.
+    # States are compared above, tensor by tensor; the last is a mark that initialization leaves.
     skipped = {"quant_state", "module", "_is_hf_initialized"}
     assert {k: v for k, v in weight.__dict__.items() if k not in skipped} == {
         k: v for k, v in expected.__dict__.items() if k not in skipped
@@ -147,20 +147,20 @@ STUB = """
     folder, rank = Path(sys.argv[2]), int(os.environ.get("RANK", 0))
     for line in sys.stdin:
         job = json.loads(line)
-        behaviour = job["behaviour"][rank]
-        print("rank", rank, "was told", behaviour, flush=True)
-        if behaviour == "die":
+        behavior = job["behavior"][rank]
+        print("rank", rank, "was told", behavior, flush=True)
+        if behavior == "die":
             sys.exit(3)
-        if behaviour == "hang":
+        if behavior == "hang":
             time.sleep(100)
         row = {"times_ms": [10.0 + rank, 20.0 + rank, 12.0 + rank], "peak_gib": 1.0 + rank, "peak_with_start_gib": 3.0,
                "reserved_gib": 2.0, "loss": 6.0, "build_s": 0, "wall_s": 1, "engine": os.environ.get("WORLD_SIZE", "")}
         errors = {"error": "it broke", "memory": "out of memory", "memory left": "out of memory"}
-        if behaviour == "fill":
+        if behavior == "fill":
             row |= {"gpu_gib": 79.2, "reserved_gib": 4.0 + 0.7 * job["layers"]}
-            behaviour = "memory" if row["reserved_gib"] > 78.4 else "work"
-        given = {"error": errors[behaviour]} if behaviour in errors else {"row": row}
-        given["left_gib"] = 1.0 if behaviour in ("leave", "memory left") else 0.0
+            behavior = "memory" if row["reserved_gib"] > 78.4 else "work"
+        given = {"error": errors[behavior]} if behavior in errors else {"row": row}
+        given["left_gib"] = 1.0 if behavior in ("leave", "memory left") else 0.0
         given["environment"] = {"device": "stub", "date": "today"}
         path = folder / f"{job['id']}.{rank}.json"
         path.with_suffix(".draft").write_text(json.dumps(given))
@@ -187,7 +187,7 @@ def stub(tmp_path, monkeypatch):
 def test_rows_take_the_slowest_process_and_the_largest_memory(stub):
     workers = stub()
     for _ in range(2):  # the same processes do one job after the other
-        answers = workers.run({**job(processes=2), "behaviour": ["work", "work"]}, 20)
+        answers = workers.run({**job(processes=2), "behavior": ["work", "work"]}, 20)
         row = large.merge(job(processes=2), answers, "large.py")
         assert row["median_ms"] == 13.0 and row["peak_gib"] == 2.0 and row["engine"] == "2"
         assert row["tokens_per_second"] == pytest.approx(1e3 * 2 * 32 * 2 / 13.0, abs=0.1)
@@ -198,36 +198,36 @@ def test_rows_take_the_slowest_process_and_the_largest_memory(stub):
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "limit", "error"),
+    ("behavior", "limit", "error"),
     [
         (["error", "hang"], 20, "it broke"),
         (["work", "die"], 20, "a process died"),
         (["hang", "work"], 1.5, "no answer within 2 s"),
     ],
 )
-def test_a_failing_process_ends_the_others(stub, behaviour, limit, error):
+def test_a_failing_process_ends_the_others(stub, behavior, limit, error):
     workers = stub()
-    answers = workers.run({**job(processes=2), "behaviour": behaviour}, limit)
+    answers = workers.run({**job(processes=2), "behavior": behavior}, limit)
     row = large.merge(job(processes=2), answers, "large.py")
     assert row["error"] == error and row["median_ms"] is None and row["parameters"] == TINY.parameters
-    assert not workers.alive and f"was told {behaviour[0]}" in workers.log_tail()
+    assert not workers.alive and f"was told {behavior[0]}" in workers.log_tail()
     assert error in large.line_of(row)
 
 
 def test_processes_that_keep_memory_are_replaced(stub):
     workers = stub(1)
-    answers = workers.run({**job(), "behaviour": ["leave"]}, 20)
+    answers = workers.run({**job(), "behavior": ["leave"]}, 20)
     assert "error" not in answers[0] and not workers.alive
 
 
 def test_a_process_that_ran_out_of_memory_goes_on_if_it_has_freed_it(stub):
     workers = stub(1)
-    for behaviour, alive in (("memory", True), ("work", True), ("memory left", False)):
-        answers = workers.run({**job(), "behaviour": [behaviour]}, 20)
-        assert answers[0].get("error") == (None if behaviour == "work" else large.OUT_OF_MEMORY)
+    for behavior, alive in (("memory", True), ("work", True), ("memory left", False)):
+        answers = workers.run({**job(), "behavior": [behavior]}, 20)
+        assert answers[0].get("error") == (None if behavior == "work" else large.OUT_OF_MEMORY)
         assert workers.alive == alive
     several = stub(2)
-    several.run({**job(processes=2), "behaviour": ["memory", "memory"]}, 20)
+    several.run({**job(processes=2), "behavior": ["memory", "memory"]}, 20)
     assert not several.alive  # whose collectives may be out of step
 
 
@@ -244,11 +244,11 @@ def test_all_cases_run_or_tell_why(stub, tmp_path, monkeypatch, capsys):
     """Two lanes share the cases of one process; a case of two that fails leaves a row, and the next ones run."""
     make_job = large.make_job
 
-    def with_behaviour(args, name, method, processes, **changes):
-        behaviour = "die" if (name, method, processes) == ("bf16-zero2", "ours", 2) else "work"
-        return make_job(args, name, method, processes, **changes, behaviour=[behaviour] * processes)
+    def with_behavior(args, name, method, processes, **changes):
+        behavior = "die" if (name, method, processes) == ("bf16-zero2", "ours", 2) else "work"
+        return make_job(args, name, method, processes, **changes, behavior=[behavior] * processes)
 
-    monkeypatch.setattr(large, "make_job", with_behaviour)
+    monkeypatch.setattr(large, "make_job", with_behavior)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     out = tmp_path / "rows" / "large.jsonl"
     args = large.parse(["--tiny", "--processes", "2", "1", "--lanes", "2", "--cases", "nf4", "bf16-zero2", "bf16"])
@@ -306,11 +306,11 @@ def test_largest_model_is_found_for_each_method(stub, tmp_path, monkeypatch):
     """Where an allocator's setting is at fault, it is left out; then 106 layers fill 78.4 GiB."""
     make_job = large.make_job
 
-    def with_behaviour(*given, **changes):
-        behaviour = "fill" if large.ALLOCATOR not in os.environ else "error"
-        return make_job(*given, **changes, behaviour=[behaviour])
+    def with_behavior(*given, **changes):
+        behavior = "fill" if large.ALLOCATOR not in os.environ else "error"
+        return make_job(*given, **changes, behavior=[behavior])
 
-    monkeypatch.setattr(large, "make_job", with_behaviour)
+    monkeypatch.setattr(large, "make_job", with_behavior)
     monkeypatch.setenv(large.ALLOCATOR, "")  # so that it is put back
     monkeypatch.delenv(large.ALLOCATOR)
     recorder = large.Recorder(None, "large.py")

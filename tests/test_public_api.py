@@ -72,8 +72,8 @@ def test_importing_registers_after_the_command_ran_in_the_same_process():
         "import rlora_trl\n"
         "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m\n"
         "assert m['RLORA'] is rlora_trl.RLoraConfig\n"
-        "import rlora_trl.cli\n"
-        "assert rlora_trl.cli.app is not None\n"
+        "import rlora_cli\n"
+        "assert rlora_cli.app is not None\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)

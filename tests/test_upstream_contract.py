@@ -27,7 +27,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 import rlora_trl
 from rlora_trl import RLoraSFTConfig, RLoraSFTTrainer
-from rlora_trl.hub import record
+from rlora_trl.files import record
 
 
 ROOT = Path(__file__).parent.parent

@@ -2,14 +2,14 @@
 
 from .figures import plot_head_similarity, plot_routing
 from .heads import head_similarities, mean_similarity
-from .mixtures import HeadMixtures, measure_mixtures
+from .measuring import HeadWeights, measure_head_weights
 
 
 __all__ = [
-    "HeadMixtures",
+    "HeadWeights",
     "head_similarities",
     "mean_similarity",
-    "measure_mixtures",
+    "measure_head_weights",
     "plot_head_similarity",
     "plot_routing",
 ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .heads import check_similarities, mean_between
-from .mixtures import HeadMixtures
+from .measuring import HeadWeights
 
 
 if TYPE_CHECKING:
@@ -32,19 +32,19 @@ _LONGEST_NAME = 26
 _MARGIN = 0.62  # inches above, between and below panels, for titles and labels
 _SMALLEST_SPAN = 0.05  # weights that differ by less look alike
 # A few strong weights would leave all others pale: where the largest are this much larger than those of this share of
-# the cells, colours end there.
+# the cells, colors end there.
 _SHOWN_SHARE, _CLIPPED_FROM = 0.95, 1.5
 _SMALLEST_RANGE = 0.1  # of an axis of cosines, whose noise would fill the panel
 
 
-def plot_routing(mixtures: HeadMixtures, path: str | Path) -> Path:
+def plot_routing(mixtures: HeadWeights, path: str | Path) -> Path:
     """
     Draw the mean weights of the heads: a panel for each kind of layer, a row for each task, a column for each head of
     each layer, from the first layer to the last. White is an equal share, red more, blue less. Where a few weights are
-    far from all others, the colours end before them, and the scale says so.
+    far from all others, the colors end before them, and the scale says so.
 
     Args:
-        mixtures ([`HeadMixtures`]): What to draw.
+        mixtures ([`HeadWeights`]): What to draw.
         path (`str` or `Path`): The PNG file to write.
 
     Returns:
@@ -55,7 +55,7 @@ def plot_routing(mixtures: HeadMixtures, path: str | Path) -> Path:
         ImportError: If matplotlib is not installed.
     """
     if not mixtures.weights or not mixtures.layers:
-        raise ValueError("There are no mixtures to draw. Measure at least one task with `measure_mixtures`.")
+        raise ValueError("There are no mixtures to draw. Measure at least one task with `measure_head_weights`.")
     tasks = list(mixtures.weights)
     table = torch.stack([mixtures.weights[task].detach().float().cpu() for task in tasks])  # [tasks, L, N]
     groups = _group_layers(mixtures.layers)
@@ -74,7 +74,7 @@ def plot_routing(mixtures: HeadMixtures, path: str | Path) -> Path:
             _label_layers(axes, [depth for depth, _ in places], table.shape[-1])
             axes.set_title(kind, fontsize=10, loc="left", parse_math=False)
         axes.set_xlabel(f"layer; within it heads 1 to {table.shape[-1]}", fontsize=9)
-        _add_colour_bar(figure, image, panels, table)
+        _add_color_bar(figure, image, panels, table)
         return _save(figure, path)
 
 
@@ -158,7 +158,7 @@ def _save(figure: Figure, path: str | Path) -> Path:
 
 
 def _weight_norm(table: torch.Tensor) -> Any:
-    """Colours by the distance from an equal share, above as below it; small differences stay pale."""
+    """Colors by the distance from an equal share, above as below it; small differences stay pale."""
     from matplotlib.colors import Normalize
 
     equal = 1.0 / table.shape[-1]
@@ -188,7 +188,7 @@ def _label_layers(axes: Axes, depths: Sequence[str], heads: int) -> None:
     axes.tick_params(axis="x", length=2)
 
 
-def _add_colour_bar(figure: Figure, image: Any, panels: Sequence[Axes], table: torch.Tensor) -> None:
+def _add_color_bar(figure: Figure, image: Any, panels: Sequence[Axes], table: torch.Tensor) -> None:
     top, bottom = panels[0].get_position().y1, panels[-1].get_position().y0
     height = min(2.6 / figure.get_figheight(), top - bottom)
     bar = figure.colorbar(image, cax=figure.add_axes((1 - 1.25 / _WIDTH, top - height, 0.018, height)))
@@ -199,7 +199,7 @@ def _add_colour_bar(figure: Figure, image: Any, panels: Sequence[Axes], table: t
     label = f"mean weight (equal share: {1 / table.shape[-1]:.3g})"
     rounding = 1e-6
     if float(table.max()) > high + rounding or float(table.min()) < low - rounding:
-        label += f"; colours end where {_SHOWN_SHARE:.0%} of the cells lie"
+        label += f"; colors end where {_SHOWN_SHARE:.0%} of the cells lie"
         labels = [f"≤ {labels[0]}" if low > 0 else labels[0], labels[1], f"≥ {labels[2]}"]
     bar.set_ticks(ticks, labels=labels)
     bar.ax.set_ylim(low, high)
@@ -223,8 +223,8 @@ def _draw_cosines(axes: Axes, mean: torch.Tensor) -> None:
         for j in range(heads):
             value = float(mean[i, j])
             text = f"{value:.2f}".replace("-0.00", "0.00")
-            colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=min(9.0, 60.0 / heads))
+            color = "white" if abs(value) > 0.6 else "black"
+            axes.text(j, i, text, ha="center", va="center", color=color, fontsize=min(9.0, 60.0 / heads))
 
 
 def _draw_by_depth(axes: Axes, similarities: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..tuner.config import SAFETENSORS_NAME
-from ..tuner.fixed import adapted_layers, adapter_config
+from ..tuner.selection import adapted_layers, adapter_config
 
 
 HeadSource: TypeAlias = nn.Module | Mapping[str, torch.Tensor] | str | Path

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..tuner import RLoraConfig
-from .shapes import QuantisedLinear, build_model, load_config, quantised_bytes, stored_bits
+from .shapes import QuantizedLinear, build_model, load_config, quantized_bytes, stored_bits
 from .step import StepMemory, decoder_layers, trace_step
 
 
@@ -42,7 +42,7 @@ class MemoryEstimate:
         strategy (`str`): One of `STRATEGIES`.
         num_gpus (`int`): GPUs of the run.
         parameters (`int`), trainable (`int`): Numbers of the base's weights, and of weights that train.
-        base (`int`): Weights of the base, with the scales of quantised ones.
+        base (`int`): Weights of the base, with the scales of quantized ones.
         adapter (`int`): Weights of the adapter, its anchor included, and copies of modules that train.
         gradients (`int`): Gradients of what trains.
         optimizer (`int`): States of the optimizer, and DeepSpeed's float32 copy of what trains.
@@ -117,9 +117,9 @@ def estimate_memory(
             Of training (`bf16=True`, TRL's default); `None` for none. A base in float32 without it, whose queries are
             grouped, takes more than is estimated: PyTorch has no fused attention for it on a GPU.
         load_in_4bit (`bool`, *optional*, defaults to `False`), load_in_8bit (`bool`, *optional*, defaults to `False`):
-            Quantise the base with bitsandbytes.
+            Quantize the base with bitsandbytes.
         double_quant (`bool`, *optional*, defaults to `False`):
-            Quantise the scales of 4-bit weights too (`bnb_4bit_use_double_quant`).
+            Quantize the scales of 4-bit weights too (`bnb_4bit_use_double_quant`).
         per_device_train_batch_size (`int`, *optional*, defaults to `8`), max_length (`int`, *optional*, defaults to
             `1024`): Rows of a micro-batch, and tokens of a row.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
@@ -351,7 +351,7 @@ class _Shape:
         return sum(weight.size for weight in self.weights.values() if weight.floating)
 
     def _itemsize(self) -> int:
-        """Bytes of an element of the base that is not quantised."""
+        """Bytes of an element of the base that is not quantized."""
         return max((w.size // w.numel for w in self.weights.values() if w.floating), default=0)
 
     def _cast_bytes(self) -> int:
@@ -372,14 +372,14 @@ def _adapted(model: Any, config: PeftConfig | None) -> Any:
 
 def _weights(model: nn.Module, double_quant: bool) -> list[tuple[nn.Parameter, _Weight]]:
     """Each weight of the base once, however many modules share it."""
-    quantised = {module.weight: module for module in model.modules() if isinstance(module, QuantisedLinear)}
+    quantized = {module.weight: module for module in model.modules() if isinstance(module, QuantizedLinear)}
     entries = []
     for parameter in model.parameters():
         numel = parameter.numel()
-        if parameter not in quantised:
+        if parameter not in quantized:
             entries.append((parameter, _Weight(numel, numel * parameter.element_size(), 0, True)))
             continue
-        bits, rows = quantised[parameter].bits, parameter.shape[0]
-        size, scales = quantised_bytes(numel, rows, bits=bits, double_quant=double_quant)
+        bits, rows = quantized[parameter].bits, parameter.shape[0]
+        size, scales = quantized_bytes(numel, rows, bits=bits, double_quant=double_quant)
         entries.append((parameter, _Weight(numel, size, scales, False)))
     return entries

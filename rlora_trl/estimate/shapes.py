@@ -13,15 +13,15 @@ from transformers.pytorch_utils import Conv1D
 from .attention import ATTENTION
 
 
-# bitsandbytes' defaults: values that share a scale, and scales that share one with double quantisation.
+# bitsandbytes' defaults: values that share a scale, and scales that share one with double quantization.
 BLOCK = 64
 NESTED_BLOCK = 256
-# A table of 16 float32 values for each matrix; with double quantisation one of 256, and an offset.
+# A table of 16 float32 values for each matrix; with double quantization one of 256, and an offset.
 CODE_BYTES = 16 * 4
 NESTED_BYTES = 256 * 4 + 4
 
 
-class _QuantisedProduct(torch.autograd.Function):
+class _QuantizedProduct(torch.autograd.Function):
     """A product with a weight that is there in 16 bits only while it is multiplied."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class _QuantisedProduct(torch.autograd.Function):
         return dy @ ctx.weight.new_empty(ctx.weight.shape, dtype=dy.dtype), None, None
 
 
-class QuantisedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """
     Stands for bitsandbytes' layers: its product takes as much memory as theirs. Not an `nn.Linear` by its exact type,
     so that R-LoRA treats it as it treats those.
@@ -52,21 +52,21 @@ class QuantisedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # 4-bit layers compute in their own dtype, 8-bit ones in that of the input, which they keep.
         wide = x.to(self.compute_dtype) if self.bits == 4 else x
-        y = _QuantisedProduct.apply(wide, self.weight, self.bits == 8)
+        y = _QuantizedProduct.apply(wide, self.weight, self.bits == 8)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)
 
 
-def quantised_bytes(numel: int, rows: int, *, bits: int, double_quant: bool) -> tuple[int, int]:
+def quantized_bytes(numel: int, rows: int, *, bits: int, double_quant: bool) -> tuple[int, int]:
     """
-    Bytes of a quantised matrix: its values, and its scales, which DeepSpeed and FSDP do not divide.
+    Bytes of a quantized matrix: its values, and its scales, which DeepSpeed and FSDP do not divide.
 
     Args:
         numel (`int`): Elements.
         rows (`int`): Rows; in 8 bits each has a scale.
         bits (`int`): 4 or 8.
-        double_quant (`bool`): Whether the scales are quantised as well.
+        double_quant (`bool`): Whether the scales are quantized as well.
     """
     if bits == 8:
         return numel, 4 * rows
@@ -92,10 +92,10 @@ def load_config(model: str | os.PathLike[str] | PretrainedConfig) -> PretrainedC
 
 def stored_bits(config: PretrainedConfig) -> int | None:
     """
-    Bits of a model whose checkpoint is quantised with bitsandbytes already; `None` if it is not quantised.
+    Bits of a model whose checkpoint is quantized with bitsandbytes already; `None` if it is not quantized.
 
     Raises:
-        ValueError: If it is quantised otherwise.
+        ValueError: If it is quantized otherwise.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -104,18 +104,18 @@ def stored_bits(config: PretrainedConfig) -> int | None:
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
         return 4 if values.get("load_in_4bit") else 8
     raise ValueError(
-        f"The model is stored quantised with {values.get('quant_method')!r}; only bitsandbytes' 4 and 8 bits are "
+        f"The model is stored quantized with {values.get('quant_method')!r}; only bitsandbytes' 4 and 8 bits are "
         "estimated. Estimate the model that it was made from, with `load_in_4bit` or `load_in_8bit`."
     )
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype, bits: int | None, compute_dtype: torch.dtype) -> Any:
     """
-    The model on the meta device, with stand-ins for what bitsandbytes would quantise.
+    The model on the meta device, with stand-ins for what bitsandbytes would quantize.
 
     Args:
         config (`PretrainedConfig`): Its configuration.
-        dtype (`torch.dtype`): Dtype of what is not quantised.
+        dtype (`torch.dtype`): Dtype of what is not quantized.
         bits (`int`, *optional*): 4 or 8.
         compute_dtype (`torch.dtype`): Dtype of the products with 4-bit weights.
     """
@@ -129,15 +129,15 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, bits: int | None, 
                 raise
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if bits is not None:
-        _quantise(model, bits, compute_dtype)
+        _quantize(model, bits, compute_dtype)
     return model.requires_grad_(False)
 
 
-def _quantise(model: Any, bits: int, compute_dtype: torch.dtype) -> None:
+def _quantize(model: Any, bits: int, compute_dtype: torch.dtype) -> None:
     # As transformers does: all but the head, and what shares its weight.
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if module is head or not (type(module) is nn.Linear or isinstance(module, Conv1D)):
             continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantisedLinear(module, bits=bits, compute_dtype=compute_dtype))
+        setattr(model.get_submodule(parent), child, QuantizedLinear(module, bits=bits, compute_dtype=compute_dtype))

@@ -41,7 +41,7 @@ class TaskScore:
 
 @dataclass
 class _Candidate:
-    """One prompt with one possible completion, tokenised."""
+    """One prompt with one possible completion, tokenized."""
 
     row: int
     option: int

@@ -1,6 +1,6 @@
 """The base model by itself for a while, without a copy: what adapters put around its layers is taken off and put back.
 
-Stock PEFT can then be tried on the very base that an adapter belongs to, however large or quantised.
+Stock PEFT can then be tried on the very base that an adapter belongs to, however large or quantized.
 """
 
 from __future__ import annotations

@@ -18,14 +18,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..analysis.mixtures import HeadMixtures, fixed_weights, measure_mixtures
+from ..analysis.measuring import HeadWeights, fixed_weights, measure_head_weights
 from ..tuner import RLoraConfig
-from ..tuner.fixed import adapted_layers, adapter_config, check_weights, core_model, kept_quantized
 from ..tuner.layer import RLoraLayer
+from ..tuner.selection import adapted_layers, adapter_config, check_weights, core_model, kept_quantized
 from .bare import bare_base
+from .gap import ExportGap, measure_export_gap
 from .loading import load_adapted
 from .lora import PREFIX, check_targets_kept, lora_config, lora_tensors, save_lora_config, target_names
-from .loss import Loss, measure_loss
 from .merge import check_merged, write_merged
 from .report import MARKER, ExportReport, render_card
 from .verify import LOGITS_TOLERANCE, check_export, take_reference
@@ -34,7 +34,7 @@ from .verify import LOGITS_TOLERANCE, check_export, take_reference
 logger = logging.get_logger(__name__)
 
 # Weights of the heads: measured, the same for all layers, or by layer.
-Mixtures: TypeAlias = HeadMixtures | Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
+Mixtures: TypeAlias = HeadWeights | Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
 _NOT_COMPARED = (
     "The base takes no token ids alone, so logits were not compared; the weights of each layer were. Compare outputs "
     "on inputs of yours."
@@ -84,8 +84,9 @@ def export_lora(
             The adapter to export; `None` for the only one, or the active one.
         task (`str`, *optional*):
             The task to export it for. `router="task"` needs it. An adapter that knows its tasks takes these only.
-        routing ([`HeadMixtures`], weights, or weights by layer, *optional*):
-            Weights of the heads: measured by [`measure_mixtures`], N numbers for all layers, or such numbers by layer.
+        routing ([`HeadWeights`], weights, or weights by layer, *optional*):
+            Weights of the heads: measured by [`measure_head_weights`], N numbers for all layers, or such numbers by
+            layer.
             By default the adapter's own, those of `task` recorded with the adapter, or measured on `data`. What was
             measured on an adapter with `router="uniform"` or "task" are its own.
         data (`Mapping[str, Sequence[Mapping]]`, *optional*):
@@ -95,7 +96,7 @@ def export_lora(
             `model` is a name.
         merge (`bool`, *optional*, defaults to `False`):
             Write the full model with the adapter merged into it, in the dtype of the base, or where the base is
-            quantised, in 16 bits.
+            quantized, in 16 bits.
         revision (`str`, *optional*):
             Branch, tag or commit of the adapter, where `model` is a name on the Hub.
         token (`str` or `bool`, *optional*):
@@ -135,7 +136,7 @@ def export_lora(
             report = job.write_merged(stage, tokenizer) if merge else job.write_adapter(stage)
             if rows:
                 assert tokenizer is not None
-                loss = measure_loss(model, tokenizer, adapter_name, rows, mixture.weights, known_task=task)
+                loss = measure_export_gap(model, tokenizer, adapter_name, rows, mixture.weights, known_task=task)
                 report = _with_loss(report, loss)
             report = dataclasses.replace(report, path=str(output_dir))
             repo_id, subfolder = published_as or (None, None)
@@ -181,7 +182,7 @@ class _Job:
         error = check_merged(*job)
         if getattr(core_model(self.model), "is_quantized", False) and error is not None:
             notes += (
-                f"Against the adapter on the quantised base, logits change by up to {error:.2g} of the largest.",
+                f"Against the adapter on the quantized base, logits change by up to {error:.2g} of the largest.",
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
@@ -207,7 +208,7 @@ class _Job:
         )
 
 
-def _with_loss(report: ExportReport, loss: Loss) -> ExportReport:
+def _with_loss(report: ExportReport, loss: ExportGap) -> ExportReport:
     return dataclasses.replace(
         report,
         kl=loss.kl,
@@ -218,7 +219,7 @@ def _with_loss(report: ExportReport, loss: Loss) -> ExportReport:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The least precise floating-point dtype among a base's parameters and its quantised layers' products."""
+    """The least precise floating-point dtype among a base's parameters and its quantized layers' products."""
     core = core_model(model)
     names = {name: parameter.dtype for name, parameter in core.named_parameters() if ".rlora_adapters." not in name}
     dtypes = {dtype for dtype in names.values() if dtype in LOGITS_TOLERANCE}
@@ -296,7 +297,7 @@ def _choose_mixture(
     heads = config.num_heads
     own = heads == 1 or config.router == "uniform"
     # Measured weights of such adapters are their own, rounded.
-    measured_own = isinstance(routing, HeadMixtures) and (own or (config.router == "task" and task is not None))
+    measured_own = isinstance(routing, HeadWeights) and (own or (config.router == "task" and task is not None))
     if routing is not None and not measured_own:
         return _given_mixture(routing, layers, heads, task)
     if own:
@@ -311,14 +312,14 @@ def _choose_mixture(
         return _measured_mixture(recorded, task, "measured in training and recorded with the adapter")
     if rows:
         assert tokenizer is not None
-        measured = measure_mixtures(model, tokenizer, rows, adapter_name=adapter_name)
+        measured = measure_head_weights(model, tokenizer, rows, adapter_name=adapter_name)
         return _measured_mixture(measured, task, "measured on the data that the loss is measured on")
     known = f"recorded with it are mixtures of {', '.join(map(repr, recorded.weights))}" if recorded else "none"
     raise ValueError(
         f"The adapter has `router={config.router!r}`, which weighs its heads anew for each token, and no mean weights "
         f"are known{f' for task {task!r}' if task else ''} ({known}). Pass "
         "`data={task: rows}` and `tokenizer` to measure them, or `routing`, for example "
-        "`routing=measure_mixtures(model, tokenizer, {task: rows})`."
+        "`routing=measure_head_weights(model, tokenizer, {task: rows})`."
     )
 
 
@@ -351,7 +352,7 @@ def _known_task(config: RLoraConfig, task: str | None) -> str:
 
 
 def _given_mixture(routing: Mixtures, layers: Mapping[str, RLoraLayer], num_heads: int, task: str | None) -> _Mixture:
-    if isinstance(routing, HeadMixtures):
+    if isinstance(routing, HeadWeights):
         return _measured_mixture(routing, task, "measured")
     if isinstance(routing, Mapping):
         weights = {name: check_weights(_exact(given), num_heads, f" of {name}") for name, given in routing.items()}
@@ -365,7 +366,7 @@ def _exact(weights: Sequence[float] | torch.Tensor) -> torch.Tensor:
     return weights if isinstance(weights, torch.Tensor) else torch.tensor(list(weights), dtype=torch.float64)
 
 
-def _measured_mixture(mixtures: HeadMixtures, task: str | None, origin: str) -> _Mixture:
+def _measured_mixture(mixtures: HeadWeights, task: str | None, origin: str) -> _Mixture:
     if task is not None:
         return _Mixture(mixtures.for_task(task), False, f"the mean over the tokens of the task, {origin}")
     tasks = ", ".join(f"`{name}`" for name in mixtures.weights)
@@ -389,10 +390,10 @@ def _checked_mixture(mixture: _Mixture, layers: Mapping[str, RLoraLayer], adapte
     return dataclasses.replace(mixture, weights=weights)
 
 
-def _recorded_mixtures(config: RLoraConfig, token: str | bool | None) -> HeadMixtures | None:
+def _recorded_mixtures(config: RLoraConfig, token: str | bool | None) -> HeadWeights | None:
     if config.source is None:
         return None
-    from ..hub.record import find_record
+    from ..files.record import find_record
 
     record = find_record(config, token)
     return None if record is None else record.mixtures

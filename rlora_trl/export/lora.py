@@ -25,10 +25,10 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from torch.nn import functional as F
 
-from ..safe_files import first_few
+from ..files.reading import first_few
 from ..tuner import MultiHeadAdapter, RLoraConfig
-from ..tuner.fixed import adapter_of
 from ..tuner.layer import RLoraLayer
+from ..tuner.selection import adapter_of
 
 
 PREFIX = "base_model.model."

@@ -12,10 +12,10 @@ from peft.utils import TrainableTokensWrapper, resolve_quantization_backend
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..analysis.mixtures import input_device
+from ..analysis.measuring import input_device
 from ..tuner import MultiHeadAdapter
-from ..tuner.fixed import adapter_of, core_model, fixed_mixtures, kept_quantized, only_adapter
 from ..tuner.layer import RLoraLayer, undo_cpu_order
+from ..tuner.selection import adapter_of, core_model, fixed_head_weights, kept_quantized, only_adapter
 from .bare import bare_base
 from .lora import lora_factors
 from .verify import (
@@ -59,7 +59,7 @@ def write_merged(
         `tuple[str, ...]`: What was done to the base besides, in words.
 
     Raises:
-        ValueError: If the base is quantised in a way that can't be undone.
+        ValueError: If the base is quantized in a way that can't be undone.
     """
     core = core_model(model)
     quantized = bool(getattr(core, "is_quantized", False))
@@ -74,7 +74,7 @@ def write_merged(
             state[f"{name}.weight"] = merged.to(dtype if quantized else weight.dtype)
     notes = []
     if quantized:
-        notes.append(f"The base is quantised. Its weights were dequantised to {dtype} and the adapter added to them.")
+        notes.append(f"The base is quantized. Its weights were dequantized to {dtype} and the adapter added to them.")
     merged_model, untied = _assemble(core, state, dtype)
     if untied:
         notes.append("Input and output embeddings share their weight in the base, and are two in the merged model.")
@@ -83,14 +83,14 @@ def write_merged(
 
 
 def merged_dtype(core: PreTrainedModel) -> torch.dtype:
-    """The dtype of the merged model: the base's, or where that is quantised 16 bits."""
+    """The dtype of the merged model: the base's, or where that is quantized 16 bits."""
     if not getattr(core, "is_quantized", False):
         return core.dtype
     return core.dtype if core.dtype in _SIXTEEN_BITS else torch.bfloat16
 
 
 def _base_state(core: PreTrainedModel, adapter_name: str, cast: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """State dict of the base with what the adapter trained in full, dequantised and cast if `cast` is given."""
+    """State dict of the base with what the adapter trained in full, dequantized and cast if `cast` is given."""
     rows_of_embeddings = {
         f"{name}.weight": module.token_adapter.get_merged_weights([adapter_name]).detach()
         for name, module in core.named_modules()
@@ -111,7 +111,7 @@ def _base_state(core: PreTrainedModel, adapter_name: str, cast: torch.dtype | No
 
 
 def _dequantized(base: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of the quantised layers by name."""
+    """Weights of the quantized layers by name."""
     weights = {}
     for name, module in base.named_modules():
         backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
@@ -119,7 +119,7 @@ def _dequantized(base: nn.Module) -> dict[str, torch.Tensor]:
             continue
         if not backend.supports_merge:
             raise ValueError(
-                f"The base is quantised with {backend.backend_name}, whose weights PEFT can't dequantise. Load the "
+                f"The base is quantized with {backend.backend_name}, whose weights PEFT can't dequantize. Load the "
                 "adapter on a base of 16 bits and merge there."
             )
         undo_cpu_order(module)
@@ -183,7 +183,7 @@ def check_merged(
     device_map = getattr(core, "hf_device_map", None) or {"": input_device(core)}
     loaded = type(core).from_pretrained(str(folder), dtype="auto", device_map=device_map).eval()
     dtype = merged_dtype(core)
-    with only_adapter(model, adapter_name), fixed_mixtures(model, adapter_name, mixtures):
+    with only_adapter(model, adapter_name), fixed_head_weights(model, adapter_name, mixtures):
         with kept_quantized(core):
             for name, layer in layers.items():
                 adapter = wide_copy(adapter_of(layer, adapter_name), mixtures[name])

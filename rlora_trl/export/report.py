@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
-from ..hub.record import hub_name
+from ..files.record import hub_name
 from ..tuner import RLoraConfig
 
 
@@ -44,7 +44,7 @@ class ExportReport:
             too.
         max_logit_error (`float` or `None`):
             Largest difference of logits between the export and the adapter under the fixed weights, on fixed prompts,
-            relative to the largest logit. For a merged quantised base, what replacing the quantised weights by 16-bit
+            relative to the largest logit. For a merged quantized base, what replacing the quantized weights by 16-bit
             ones changes. `None` where the base takes no token ids alone: the weights of each layer were compared.
         mixture (`str`): Where the weights of the heads are from, in words.
         kl (`float` or `None`): Mean over tokens of KL(adapter || export) of the predicted distributions, in nats, over

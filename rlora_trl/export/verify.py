@@ -25,10 +25,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..analysis.mixtures import input_device
+from ..analysis.measuring import input_device
 from ..tuner import MultiHeadAdapter
-from ..tuner.fixed import adapter_of, core_model, fixed_mixtures, kept_quantized, only_adapter
 from ..tuner.layer import RLoraLayer
+from ..tuner.selection import adapter_of, core_model, fixed_head_weights, kept_quantized, only_adapter
 from .bare import bare_base
 
 
@@ -169,7 +169,7 @@ def take_reference(
         deltas[name] = adapter(inputs).cpu()
         down, up = term_factors(adapter, mixtures[name])
         rounding[name] = summed_rounding(adapter) * (inputs.abs() @ down.T @ up.T).cpu()
-    with only_adapter(model, adapter_name), fixed_mixtures(model, adapter_name, mixtures):
+    with only_adapter(model, adapter_name), fixed_head_weights(model, adapter_name, mixtures):
         logits = adapter_logits(model, dtype)
         noise = rounding_noise(model, adapter_name, layers, logits, dtype)
     return Reference(logits, noise, deltas, rounding)

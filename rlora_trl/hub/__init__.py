@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
+    from ..files.checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
+    from ..files.record import AdapterRecord, TaskRecord
     from .pull import pull_adapter
     from .push import push_adapter
-    from .record import AdapterRecord, TaskRecord
 
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
 
 # Loaded on first use: file names and records are wanted where PyTorch is not.
 _MODULES = {
-    **dict.fromkeys(("AdapterCheckError", "CheckedAdapter", "adapter_digest", "check_adapter"), ".checks"),
-    **dict.fromkeys(("AdapterRecord", "TaskRecord"), ".record"),
+    **dict.fromkeys(("AdapterCheckError", "CheckedAdapter", "adapter_digest", "check_adapter"), "..files.checks"),
+    **dict.fromkeys(("AdapterRecord", "TaskRecord"), "..files.record"),
     "pull_adapter": ".pull",
     "push_adapter": ".push",
 }

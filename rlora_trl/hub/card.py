@@ -22,8 +22,8 @@ from urllib.parse import quote
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from .layout import EXPORTS, task_slug
-from .record import BASE_ACCURACY, AdapterRecord, TaskRecord, hub_name, is_plain
+from ..files.layout import EXPORTS, task_slug
+from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, hub_name, is_plain
 
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _AUTOMATIC = (
     "This model card has been generated automatically",
 )
 # Metadata of such cards that is wrong for an adapter, or the name of a folder.
-_AUTOMATIC_KEYS = ("licence", "model_name", "base_model", "library_name", "pipeline_tag", "eval_results", "metrics")
+_AUTOMATIC_KEYS = ("license", "model_name", "base_model", "library_name", "pipeline_tag", "eval_results", "metrics")
 _TAGS = ("rlora", "multi-task", "lora")
 _TASK_TAG = "task:"
 _TASK_TYPE = "text-generation"
@@ -154,7 +154,7 @@ def render_card(
         exports (`Sequence[str]`, *optional*):
             Tasks whose plain-LoRA export is in the repository, besides those of `record.exports`.
         license (`str`, *optional*), datasets (`Sequence[str]`, *optional*), tags (`Sequence[str]`, *optional*):
-            Metadata of the Hub. Lists are united with what the card has; a licence replaces that of the card.
+            Metadata of the Hub. Lists are united with what the card has; a license replaces that of the card.
         existing (`str`, *optional*):
             Text of the present card. A card that Trainer or PEFT wrote is replaced; other text without markers is
             kept below the generated one.
@@ -594,7 +594,7 @@ def _adapter_table(facts: _Facts) -> str:
     rows = {
         "base model": _hub_link(facts.base_model) + revision,
         "its dtype in training": _escape(record.base_dtype),
-        "its quantisation in training": _escape(record.quantization),
+        "its quantization in training": _escape(record.quantization),
         "heads": f"{config.num_heads}" + ("" if config.share_a else ", an A for each"),
         "rank of each": f"{config.r}" + _patterns(config.rank_pattern),
         "scaling": scaling + _patterns(config.alpha_pattern),

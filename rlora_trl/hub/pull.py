@@ -14,10 +14,10 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile, RepoSibling
 from transformers.utils import logging
 
+from ..files.card_text import check_card
+from ..files.checks import AdapterCheckError, CheckedAdapter, check_adapter, check_listing
+from ..files.layout import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, FileKind, classify
 from .card import read_card_info
-from .card_check import check_card
-from .checks import AdapterCheckError, CheckedAdapter, check_adapter, check_listing
-from .layout import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, FileKind, classify
 
 
 logger = logging.get_logger(__name__)

@@ -23,11 +23,9 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from ..analysis import head_similarities, plot_head_similarity, plot_routing
-from ..tuner.fixed import kept_quantized
-from .card import hand_written, read_card, render_card
-from .card_check import check_card, check_card_text
-from .checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
-from .layout import (
+from ..files.card_text import check_card, check_card_text
+from ..files.checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
+from ..files.layout import (
     CARD_NAME,
     CONFIG_NAME,
     EXPORTS,
@@ -41,8 +39,10 @@ from .layout import (
     published_files,
     task_slug,
 )
+from ..files.record import AdapterRecord, TaskRecord, find_record, hub_name
+from ..tuner.selection import kept_quantized
+from .card import hand_written, read_card, render_card
 from .pull import is_same_file
-from .record import AdapterRecord, TaskRecord, find_record, hub_name
 from .tokenizers import changed_tokenizer_files
 
 
@@ -92,7 +92,7 @@ def push_adapter(
         adapter (`PeftModel` or `str`):
             A model with an R-LoRA adapter, or a folder that `save_pretrained` or the trainer wrote.
         repo_id (`str`):
-            `"user/name"` or `"organisation/name"`; made if it is not there.
+            `"user/name"` or `"organization/name"`; made if it is not there.
         tasks (`Sequence[str]`, *optional*):
             Names of the tasks, for an adapter that does not know them.
         metrics (`Mapping[str, Mapping[str, float]]`, *optional*):
@@ -234,7 +234,7 @@ def _name_base_model(folder: Path, base_model: str | None) -> None:
         what = f"the local folder {name!r}, which nobody else can load" if name else "not named in its configuration"
         raise ValueError(
             f"The adapter's base model is {what}. Give its name on the "
-            "Hub as `base_model`, for example `organisation/name`."
+            "Hub as `base_model`, for example `organization/name`."
         )
     if name != config.get("base_model_name_or_path"):
         config |= {"base_model_name_or_path": name, "revision": None}
@@ -350,7 +350,7 @@ def _stage_figures(folder: Path, checked: CheckedAdapter) -> None:
 
 
 def _look_up_licenses(api: HfApi, record: AdapterRecord) -> AdapterRecord:
-    """The record with the licences that the Hub tells of the base model and of the data."""
+    """The record with the licenses that the Hub tells of the base model and of the data."""
 
     def license_of(look_up: Callable[[str], Any], name: str | None) -> str | None:
         if name is None:
@@ -358,7 +358,7 @@ def _look_up_licenses(api: HfApi, record: AdapterRecord) -> AdapterRecord:
         try:
             card = look_up(name).card_data
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            logger.info(f"The licence of {name} is not known: {error}")
+            logger.info(f"The license of {name} is not known: {error}")
             return None
         told = card.get("license") if card is not None else None
         return told if isinstance(told, str) else None

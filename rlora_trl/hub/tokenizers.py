@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from .layout import FileKind, classify, published_files
+from ..files.layout import FileKind, classify, published_files
 
 
 logger = logging.get_logger(__name__)

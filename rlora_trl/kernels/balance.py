@@ -94,7 +94,7 @@ class RoutingTally:
             that this rank has not seen.
         upstream (`torch.Tensor`, *optional*):
             The gradient that the loss of the micro-batch receives, with any loss scaling in it. Set by
-            [`anchor_loss`]; until then layers add no gradient.
+            [`capture_loss_grad`]; until then layers add no gradient.
 
     Attributes:
         ticket (`torch.Tensor`): A scalar on the CPU by which [`tally_of`] finds the tally, while it lives.
@@ -149,7 +149,7 @@ class LayerProbe(NamedTuple):
         """Add the sums of a layer to the record; the slope of its balance loss, or `None` without one."""
         tally = self.tally
         active = tally.kind != "none" and tally.upstream is not None
-        return ops.summarise(
+        return ops.finalize_routing_stats(
             partials,
             tally.record[self.row],
             tally.prior[self.row] if tally.prior is not None and tally.whole_step else None,
@@ -162,7 +162,7 @@ class LayerProbe(NamedTuple):
         )
 
 
-class _AnchoredLoss(torch.autograd.Function):
+class _CaptureLossGrad(torch.autograd.Function):
     """The identity; its backward pass, which comes before that of all layers, notes the gradient of the loss."""
 
     @staticmethod
@@ -177,9 +177,9 @@ class _AnchoredLoss(torch.autograd.Function):
         return grad, None
 
 
-def anchor_loss(loss: torch.Tensor, tally: RoutingTally) -> torch.Tensor:
+def capture_loss_grad(loss: torch.Tensor, tally: RoutingTally) -> torch.Tensor:
     """The loss of a micro-batch, through which its layers learn by what gradients are scaled (fp16, DeepSpeed)."""
-    return _AnchoredLoss.apply(loss, tally)
+    return _CaptureLossGrad.apply(loss, tally)
 
 
 def report(P: torch.Tensor, dP: torch.Tensor, layout: Layout, probe: LayerProbe) -> torch.Tensor:

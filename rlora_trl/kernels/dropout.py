@@ -31,7 +31,7 @@ def _mix32(value: torch.Tensor) -> torch.Tensor:
 
 def mask_parameters(seed: int, p: float) -> tuple[int, int, int]:
     """
-    What a mask is made of: two 32-bit keys that each depend on all bits of the seed (the finaliser of SplitMix64), and
+    What a mask is made of: two 32-bit keys that each depend on all bits of the seed (the finalizer of SplitMix64), and
     the 32-bit threshold that the bits of an element that is kept reach.
     """
     value = (seed + _GOLDEN) & _MASK64

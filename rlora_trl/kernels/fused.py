@@ -110,7 +110,7 @@ def mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b).float()
 
 
-class Packed(NamedTuple):
+class ConcatWeights(NamedTuple):
     """
     The weights of an adapter side by side, in the dtype of the products.
 
@@ -133,7 +133,7 @@ class Packed(NamedTuple):
     initial_A: bool = False
 
 
-def pack_weights(
+def concat_weights(
     A: torch.Tensor,
     B: torch.Tensor,
     router: torch.Tensor | None,
@@ -141,7 +141,7 @@ def pack_weights(
     anchor_B: torch.Tensor | None,
     spec: DeltaSpec,
     dtype: torch.dtype,
-) -> Packed:
+) -> ConcatWeights:
     """The weights of one adapter, packed for products in `dtype`."""
     layout, ops = spec.layout, backend(A.device, dtype)
     k, z = widths(layout, A.device)
@@ -153,27 +153,27 @@ def pack_weights(
         up_columns=z,
     )
     width = padded(layout.num_heads * layout.r, A.device)
-    return Packed(down, up, down.T, up.T, ops, width, layout, rank_space.has_initial_A(down, layout))
+    return ConcatWeights(down, up, down.T, up.T, ops, width, layout, rank_space.has_initial_A(down, layout))
 
 
-def pack_layers(
+def concat_layers(
     layers: list[AdapterTensors], addresses: torch.Tensor | None, spec: DeltaSpec, dtype: torch.dtype
-) -> list[Packed]:
+) -> list[ConcatWeights]:
     """
-    [`pack_weights`] for adapters whose tensors have the same shapes and dtypes, are contiguous and on one device.
+    [`concat_weights`] for adapters whose tensors have the same shapes and dtypes, are contiguous and on one device.
 
     `addresses` are those of the back end's `addresses_of` the layers.
     """
     layout, device = spec.layout, layers[0][0].device
     ops = backend(device, dtype)
     k, z = widths(layout, device)
-    downs, ups = ops.pack_layers(
+    downs, ups = ops.concat_layers(
         *(layers, addresses, layout), scaling=spec.scaling, dtype=dtype, down_rows=k, up_columns=z
     )
     # All views of a kind by one call, which costs the host less than one for each.
     views = zip(downs.unbind(), ups.unbind(), downs.mT.unbind(), ups.mT.unbind(), strict=True)
     width = padded(layout.num_heads * layout.r, device)
-    return [Packed(*four, ops, width, layout, rank_space.has_initial_A(four[0], layout)) for four in views]
+    return [ConcatWeights(*four, ops, width, layout, rank_space.has_initial_A(four[0], layout)) for four in views]
 
 
 def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -196,7 +196,7 @@ class _Call:
         spec: DeltaSpec,
         weight: torch.Tensor | None,
         anchors: tuple[torch.Tensor | None, torch.Tensor | None],
-        packed: Packed | None,
+        packed: ConcatWeights | None,
     ) -> None:
         self.spec, self.weight, self.anchors, self.packed = spec, weight, anchors, packed
         self.write_later = packed is None
@@ -244,7 +244,7 @@ class _MultiHeadDelta(torch.autograd.Function):
     ) -> torch.Tensor:
         spec, packed = call.spec, call.packed
         if packed is None:
-            packed = call.packed = pack_weights(A, B, router, *call.anchors, spec, x.dtype)
+            packed = call.packed = concat_weights(A, B, router, *call.anchors, spec, x.dtype)
         down, up, down_t, _, ops, heads_width, layout, initial_A = packed
         probe = spec.probe
         shape = x.shape
@@ -344,12 +344,12 @@ def fused_delta(
     base: torch.Tensor | None,
     weight: torch.Tensor | None,
     spec: DeltaSpec,
-    packed: Packed | None = None,
+    packed: ConcatWeights | None = None,
 ) -> torch.Tensor:
     """
     [`fused_multihead`] for those who have made a [`DeltaSpec`]; `spec.inplace` needs a contiguous `base`.
 
-    `packed` is what [`pack_weights`] makes of the parameters, where that is known.
+    `packed` is what [`concat_weights`] makes of the parameters, where that is known.
     """
     call = _Call(spec, weight, (anchor_A, anchor_B), packed)
     y = _MultiHeadDelta.apply(base, x, A, B, router, logits, call)
@@ -359,15 +359,15 @@ def fused_delta(
     return y
 
 
-class PackedAdapter:
+class InferenceDelta:
     """
     An adapter for inference: no gradients, no dropout.
 
     Args:
-        packed ([`Packed`]): Its weights.
+        packed ([`ConcatWeights`]): Its weights.
     """
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: ConcatWeights) -> None:
         self.down, up, self.down_t, self.up_t, self.ops, _, self.layout, self.initial_A = packed
         self.z_width = up.shape[1]
         self.d_in, self.d_out = self.down.shape[1], up.shape[0]
@@ -468,7 +468,7 @@ def fused_multihead(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.compiler.is_compiling():
-        from .library import compiled_multihead  # which is built on this module
+        from .compiled import compiled_multihead  # which is built on this module
 
         return compiled_multihead(
             *(x, A, B, router, anchor_A, anchor_B),

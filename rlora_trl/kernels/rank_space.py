@@ -201,7 +201,7 @@ def statistics(P: torch.Tensor, layout: Layout, token_mask: torch.Tensor | None)
     return table.sum(0)
 
 
-def summarise(
+def finalize_routing_stats(
     partials: torch.Tensor,
     record: torch.Tensor,
     prior: torch.Tensor | None,
@@ -444,7 +444,7 @@ def addresses_of(layers: list[AdapterTensors]) -> torch.Tensor | None:
     return None
 
 
-def pack_layers(
+def concat_layers(
     layers: list[AdapterTensors],
     addresses: torch.Tensor | None,
     layout: Layout,

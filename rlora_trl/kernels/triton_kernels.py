@@ -305,7 +305,7 @@ def _column_sums(partials_ptr, rows, columns, used, STRIDE: tl.constexpr, BLOCK:
 
 
 @triton.jit(do_not_specialize=["rows", "factor", "expected"])
-def summarise_kernel(
+def finalize_routing_stats_kernel(
     partials_ptr,
     record_ptr,
     prior_ptr,
@@ -433,7 +433,7 @@ def project_mix_kernel(
 
 
 @triton.jit(do_not_specialize=["scaling"])
-def pack_kernel(
+def concat_kernel(
     addresses_ptr,
     a_ptr,
     b_ptr,

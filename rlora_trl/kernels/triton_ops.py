@@ -89,7 +89,7 @@ class _Variant:
     Triton's launches see the first one only.)
 
     Args:
-        kernel: The jitted function, whose parameters are tensors, then numbers that it is not specialised on, then
+        kernel: The jitted function, whose parameters are tensors, then numbers that it is not specialized on, then
             constants.
         constants (`tuple`): The latter.
     """
@@ -110,7 +110,7 @@ class _Variant:
             tensors (`tuple[torch.Tensor, ...]`), numbers (`tuple`): Arguments in order, of the same dtypes in all
                 launches.
             aligned (`bool`): Whether all tensors are known to start at multiples of 16 bytes, which Triton
-                specialises on.
+                specializes on.
         """
         device = tensors[0].get_device()  # -1 for the CPU
         if device >= 0 and device != torch.cuda.current_device():
@@ -163,7 +163,7 @@ def _seed_kind(dropout: float, seed: int | torch.Tensor | None) -> tuple[bool, b
 
 
 class _PackSizes(NamedTuple):
-    """What `pack_kernel` is compiled for: sizes, the layout, whether there is a router or are many layers, dtypes."""
+    """What `concat_kernel` is compiled for: sizes, layout, whether there is a router or many layers, dtypes."""
 
     d_in: int
     d_out: int
@@ -183,7 +183,7 @@ def _pack_variant(sizes: _PackSizes) -> tuple[int, _Variant]:
     blocks = triton.cdiv(d_in, _BLOCK_D)
     own = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, _padding(columns, layout.z_columns))
     constants = (*own, routed, router, anchored, shared, _BLOCK_D, _BLOCK_W, layers)
-    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), _Variant(kernels.pack_kernel, constants)
+    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), _Variant(kernels.concat_kernel, constants)
 
 
 @lru_cache(maxsize=1024)
@@ -294,12 +294,12 @@ def pack(
 
 
 def addresses_of(layers: list[AdapterTensors]) -> torch.Tensor:
-    """Where the tensors of layers are, for [`pack_layers`], which needs it anew when they have moved."""
+    """Where the tensors of layers are, for [`concat_layers`], which needs it anew when they have moved."""
     rows = [[tensor.data_ptr() for tensor in _places(*tensors)] for tensors in layers]
     return torch.tensor(rows, dtype=torch.int64, device=layers[0][0].device)
 
 
-def pack_layers(
+def concat_layers(
     layers: list[AdapterTensors],
     addresses: torch.Tensor | None,
     layout: Layout,
@@ -309,7 +309,7 @@ def pack_layers(
     down_rows: int,
     up_columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `rank_space.pack_layers`: one launch for all layers, which have tensors of the same dtypes."""
+    """See `rank_space.concat_layers`: one launch for all layers, which have tensors of the same dtypes."""
     if addresses is None:
         addresses = addresses_of(layers)
     A, B, router, *_ = layers[0]
@@ -386,10 +386,10 @@ def _summarise_variant(
     num_heads: int, kind: int, whole_step: bool, prior: bool, slope: bool, *dtypes: torch.dtype
 ) -> _Variant:
     constants = (num_heads, triton.next_power_of_2(num_heads), kind, whole_step, prior, slope, _BLOCK_S)
-    return _Variant(kernels.summarise_kernel, constants)
+    return _Variant(kernels.finalize_routing_stats_kernel, constants)
 
 
-def summarise(
+def finalize_routing_stats(
     partials: torch.Tensor,
     record: torch.Tensor,
     prior: torch.Tensor | None,
@@ -401,7 +401,7 @@ def summarise(
     expected_tokens: float,
     upstream: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """See `rank_space.summarise`."""
+    """See `rank_space.finalize_routing_stats`."""
     _check_device(partials, record=record, prior=prior, upstream=upstream)
     num_heads = layout.num_heads
     slope = None

@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
-from ..hub.layout import WEIGHTS_NAME
+from ..files.layout import WEIGHTS_NAME
 from ..tuner import MultiHeadAdapter
-from ..tuner.fixed import kept_quantized
+from ..tuner.selection import kept_quantized
 from .resuming import (
     INSTEAD,
     PROBE_FILE,

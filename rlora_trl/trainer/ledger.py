@@ -93,14 +93,14 @@ class TaskLedger:
             target.index_add_(0, tasks.flatten(), mask.flatten().to(target))
 
     @torch.no_grad()
-    def add_losses(self, task_ids: torch.Tensor, log_probs: torch.Tensor, labelled: torch.Tensor) -> None:
+    def add_losses(self, task_ids: torch.Tensor, log_probs: torch.Tensor, labeled: torch.Tensor) -> None:
         """
         Add the losses of a micro-batch, whose labels are those of all tokens but the first, or of each token the next.
 
         Args:
             task_ids (`torch.Tensor` of shape `[B]` or `[B, S]`): Tasks, -1 for none.
             log_probs (`torch.Tensor` of shape `[B, S - 1]` or `[B, S]`): Log-probabilities of the labels.
-            labelled (`torch.Tensor` of the same shape): Tokens with a loss.
+            labeled (`torch.Tensor` of the same shape): Tokens with a loss.
         """
         if task_ids.ndim == 2:
             task_ids = task_ids[:, -log_probs.shape[1] :]
@@ -109,9 +109,9 @@ class TaskLedger:
         # One batch that is not finite, which may be left out of training, shall not hide the loss of all others.
         log_probs = log_probs.detach().to(self.losses)
         finite = torch.isfinite(log_probs)
-        labelled = labelled.to(finite.device) & finite
-        self.losses[0].index_add_(0, tasks, labelled.flatten().to(self.losses))
-        self.losses[1].index_add_(0, tasks, -log_probs.where(labelled, 0.0).flatten())
+        labeled = labeled.to(finite.device) & finite
+        self.losses[0].index_add_(0, tasks, labeled.flatten().to(self.losses))
+        self.losses[1].index_add_(0, tasks, -log_probs.where(labeled, 0.0).flatten())
 
     def _task_of_tokens(self, task_ids: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The task of each token `[B, S]`; those of no task count in the last column."""

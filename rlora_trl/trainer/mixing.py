@@ -8,7 +8,7 @@ The rates are those of T5 (Exploring the Limits of Transfer Learning with a Unif
     equal           1
     temperature     min(n_i, K) ^ (1/T)
 
-`Mixture` turns sizes into shares and into whole rows for each epoch, `MixtureSampler` chooses the rows, and
+`TaskMixture` turns sizes into shares and into whole rows for each epoch, `MixtureSampler` chooses the rows, and
 `mix_tasks` applies both to data sets.
 """
 
@@ -39,7 +39,7 @@ _ROWS, _ORDER = 0, 1
 
 
 @dataclass(frozen=True)
-class Mixture:
+class TaskMixture:
     """
     How much of each task an epoch draws.
 
@@ -160,10 +160,10 @@ def _drawn(share: float, draws: int, repeats: float) -> list[str]:
 
 def check_options(mixing: Any, temperature: Any, cap: Any, unit: Any, *, prefix: str = "") -> None:
     """
-    Check the options of a [`Mixture`].
+    Check the options of a [`TaskMixture`].
 
     Args:
-        mixing, temperature, cap, unit: See [`Mixture`].
+        mixing, temperature, cap, unit: See [`TaskMixture`].
         prefix (`str`, *optional*): What the user's names of all but the first have before them.
 
     Raises:
@@ -178,7 +178,7 @@ def check_options(mixing: Any, temperature: Any, cap: Any, unit: Any, *, prefix:
     if isinstance(temperature, bool) or not isinstance(temperature, Real) or not float(temperature) >= 1:
         raise ValueError(
             f"`{name}` must be a number of at least 1, got {temperature!r}. 1 mixes in proportion to the sizes, 2 is "
-            "a common choice to favour small tasks."
+            "a common choice to favor small tasks."
         )
     if temperature != 1 and mixing != "temperature":
         raise ValueError(
@@ -329,7 +329,7 @@ class PartSampler(Sampler[int]):
 
 def count_tasks(dataset: Dataset, num_tasks: int, column: str = "task_ids") -> tuple[list[int], list[int]]:
     """
-    Rows and tokens of each task in a tokenised data set that names tasks by number.
+    Rows and tokens of each task in a tokenized data set that names tasks by number.
 
     Args:
         dataset (`Dataset`): With a column `input_ids`.
@@ -346,7 +346,7 @@ def count_tasks(dataset: Dataset, num_tasks: int, column: str = "task_ids") -> t
         if name not in dataset.column_names:
             raise ValueError(
                 f"Counting tasks needs a column {name!r}; the data set has {', '.join(dataset.column_names)}. "
-                "Tokenise it, and number its tasks, before."
+                "Tokenize it, and number its tasks, before."
             )
     rows = np.zeros(num_tasks, dtype=np.int64)
     tokens = np.zeros(num_tasks, dtype=np.int64)
@@ -394,12 +394,12 @@ def mix_tasks(
     """
     Mix the data sets of several tasks into one, with the shares of T5 (https://arxiv.org/abs/1910.10683, 3.5.2).
 
-    Map-style data sets give the rows that one epoch draws; see [`Mixture`] for their number and [`MixtureSampler`]
+    Map-style data sets give the rows that one epoch draws; see [`TaskMixture`] for their number and [`MixtureSampler`]
     for which. Streams give a stream, whose `set_epoch` draws anew:
 
     - In proportion to all rows, tasks take turns until each row was seen once.
     - `"equal"` without `sizes` draws tasks with equal chances until each has ended once; one that ends starts again.
-    - Otherwise tasks are drawn with the chances of a [`Mixture`] of their sizes, until as many rows as it draws.
+    - Otherwise tasks are drawn with the chances of a [`TaskMixture`] of their sizes, until as many rows as it draws.
 
     > [!NOTE]
     > Each epoch reads every stream from its start, in the order of its shards. Of a task whose stream is longer than
@@ -427,19 +427,19 @@ def mix_tasks(
         `Dataset` or `IterableDataset`: With the columns of the common format and the task column.
 
     Raises:
-        ValueError: See [`Mixture`] and [`join_tasks`]; and if sizes are unknown, or given and of no use.
+        ValueError: See [`TaskMixture`] and [`join_tasks`]; and if sizes are unknown, or given and of no use.
         TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
     """
     check_options(mixing, temperature, cap, unit)
     _check_draw(seed, epoch)
     refuse_splits(datasets)
     datasets = name_tasks(datasets)
-    plan = partial(Mixture, mixing=mixing, temperature=temperature, cap=cap, unit=unit)
-    labelled = label_tasks(datasets, task_column=task_column, text_column=text_column, any_format=any_format)
-    if isinstance(next(iter(labelled.values())), Dataset):
+    plan = partial(TaskMixture, mixing=mixing, temperature=temperature, cap=cap, unit=unit)
+    labeled = label_tasks(datasets, task_column=task_column, text_column=text_column, any_format=any_format)
+    if isinstance(next(iter(labeled.values())), Dataset):
         if sizes is not None:
             raise ValueError("`sizes` is for streams; the rows of these data sets are counted. Leave `sizes` unset.")
-        return _mix_rows(labelled, plan, unit, seed, epoch)
+        return _mix_rows(labeled, plan, unit, seed, epoch)
     if unit == "tokens":
         raise ValueError(
             '`unit="tokens"` needs data sets whose tokens can be counted, got streams. Use `unit="rows"`, or load '
@@ -447,11 +447,11 @@ def mix_tasks(
         )
     if mixing != "equal" and temperature == 1 and cap is None:
         # As `join_tasks`, which would open each stream a second time.
-        mixed = interleave_datasets(list(labelled.values()), stopping_strategy="all_exhausted_without_replacement")
+        mixed = interleave_datasets(list(labeled.values()), stopping_strategy="all_exhausted_without_replacement")
     elif mixing == "equal" and sizes is None:
-        mixed = _mix_equally(list(labelled.values()), seed)
+        mixed = _mix_equally(list(labeled.values()), seed)
     else:
-        mixed = _mix_streams(labelled, plan(_rows_of_streams(datasets, sizes)), seed)
+        mixed = _mix_streams(labeled, plan(_rows_of_streams(datasets, sizes)), seed)
     mixed.set_epoch(epoch)
     return mixed
 
@@ -493,22 +493,22 @@ def mix_streams(train_dataset: Any, args: Any, *, any_format: bool = False) -> A
 
 
 def _mix_rows(
-    labelled: Mapping[str, Dataset], plan: Callable[..., Mixture], unit: Unit, seed: int, epoch: int
+    labeled: Mapping[str, Dataset], plan: Callable[..., TaskMixture], unit: Unit, seed: int, epoch: int
 ) -> Dataset:
-    rows = {task: len(dataset) for task, dataset in labelled.items()}
-    tokens = {task: _tokens(task, dataset) for task, dataset in labelled.items()} if unit == "tokens" else None
+    rows = {task: len(dataset) for task, dataset in labeled.items()}
+    tokens = {task: _tokens(task, dataset) for task, dataset in labeled.items()} if unit == "tokens" else None
     mixture = plan(rows, tokens=tokens)
     task_of_row = np.repeat(np.arange(len(rows)), list(rows.values()))
     sampler = MixtureSampler(task_of_row, list(mixture.draws.values()), seed)
     sampler.set_epoch(epoch)
-    return concatenate_datasets(list(labelled.values())).select(list(sampler))
+    return concatenate_datasets(list(labeled.values())).select(list(sampler))
 
 
 def _tokens(task: str, dataset: Dataset) -> int:
     if "input_ids" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(
-            f"`unit='tokens'` counts the column 'input_ids', and task {task!r} has {columns}. Tokenise the data sets "
+            f"`unit='tokens'` counts the column 'input_ids', and task {task!r} has {columns}. Tokenize the data sets "
             "before, or use `unit='rows'`."
         )
     return sum(int(_lengths(batch).sum()) for batch in arrow_batches(dataset.select_columns(["input_ids"])))
@@ -522,7 +522,7 @@ def _mix_equally(streams: list[IterableDataset], seed: int) -> IterableDataset:
     return mixed.skip(0)
 
 
-def _mix_streams(streams: Mapping[str, IterableDataset], mixture: Mixture, seed: int) -> IterableDataset:
+def _mix_streams(streams: Mapping[str, IterableDataset], mixture: TaskMixture, seed: int) -> IterableDataset:
     endless = [stream.repeat(None) for stream in streams.values()]
     chances = [mixture.shares[task] for task in streams]
     # `take` also makes later epochs draw from the seed and the epoch; see `_mix_equally`.

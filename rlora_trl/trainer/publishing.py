@@ -22,12 +22,10 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from ..analysis.mixtures import HeadMixtures
+from ..analysis.measuring import HeadWeights
 from ..evaluation.columns import encode, task_namer
-from ..hub import push_adapter
-from ..hub.card import read_card, render_card
-from ..hub.layout import CARD_NAME, published_files
-from ..hub.record import (
+from ..files.layout import CARD_NAME, published_files
+from ..files.record import (
     AdapterRecord,
     Scalar,
     TaskRecord,
@@ -36,8 +34,10 @@ from ..hub.record import (
     hub_name,
     select_hyperparameters,
 )
+from ..hub import push_adapter
+from ..hub.card import read_card, render_card
 from ..tuner import MultiHeadAdapter, RLoraConfig
-from ..tuner.fixed import kept_quantized
+from ..tuner.selection import kept_quantized
 from .callbacks import HeadUsageCallback
 from .checkpoints import CheckpointTrainer
 from .saving import STAGING, adapter_folder
@@ -130,7 +130,7 @@ class PublishingTrainer(CheckpointTrainer):
         self._seen: dict[str, dict[str, int]] = {}
         self._task_metrics: dict[str, dict[str, float]] = {}
         self._metric_rows: dict[str, int] = {}
-        self._mixtures: HeadMixtures | None = None
+        self._mixtures: HeadWeights | None = None
 
     # What is recorded
 
@@ -209,7 +209,7 @@ class PublishingTrainer(CheckpointTrainer):
     def _adapter_config(self) -> RLoraConfig:
         return self.model.peft_config[self.model.active_adapter]
 
-    def measure_mixtures(self, rows: int | None = None) -> HeadMixtures | None:
+    def measure_head_weights(self, rows: int | None = None) -> HeadWeights | None:
         """
         The mean weights of the heads by task, over rows of the training data. To be called on all ranks.
 
@@ -219,7 +219,7 @@ class PublishingTrainer(CheckpointTrainer):
             rows (`int`, *optional*): Rows of each task (packed: of the data). Defaults to `args.mixture_rows`.
 
         Returns:
-            `HeadMixtures`, or `None` for an adapter without a router, or data that do not tell their tasks.
+            `HeadWeights`, or `None` for an adapter without a router, or data that do not tell their tasks.
         """
         rows = self.args.mixture_rows if rows is None else rows
         data = self._rows_by_task(rows)
@@ -240,7 +240,7 @@ class PublishingTrainer(CheckpointTrainer):
         named = {task: weights for task, weights in usage.items() if task != counter.unknown}
         if named and all(bool(torch.isfinite(weights).all()) for weights in named.values()):
             layers = tuple(name.removeprefix("base_model.model.") for name in counter.layers)
-            self._mixtures = HeadMixtures(layers, named, {task: tokens[task] for task in named})
+            self._mixtures = HeadWeights(layers, named, {task: tokens[task] for task in named})
         return self._mixtures
 
     def _rows_by_task(self, rows: int) -> Dataset | None:
@@ -260,7 +260,7 @@ class PublishingTrainer(CheckpointTrainer):
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None:
             self._take_metrics_of(best)
-        self.measure_mixtures()
+        self.measure_head_weights()
         return output
 
     def tasks_seen(self) -> dict[str, dict[str, int]]:
@@ -503,13 +503,13 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def describe_quantization(config: Any) -> str | None:
-    """A base model's quantisation in words, such as "bitsandbytes 4-bit nf4, double quantisation"."""
+    """A base model's quantization in words, such as "bitsandbytes 4-bit nf4, double quantization"."""
     if config is None:
         return None
     settings = config if isinstance(config, Mapping) else config.to_dict()
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
     if settings.get("load_in_4bit"):
-        double = ", double quantisation" if settings.get("bnb_4bit_use_double_quant") else ""
+        double = ", double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
         return f"bitsandbytes 4-bit {settings.get('bnb_4bit_quant_type')}{double}"
     if settings.get("load_in_8bit"):
         return "bitsandbytes 8-bit"

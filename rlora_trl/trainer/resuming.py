@@ -13,9 +13,9 @@ from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..hub.layout import CONFIG_NAME, WEIGHTS_NAME
-from ..hub.tensors import file_digest
-from ..safe_files import read_safetensors_header, shorten
+from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
+from ..files.reading import read_safetensors_header, shorten
+from ..files.tensors import file_digest
 from ..tuner import RLoraConfig
 from .saving import adapter_folder
 

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset
 
-from ..hub.record import Scalar, is_plain, select_hyperparameters
-from ..safe_files import shorten
+from ..files.reading import shorten
+from ..files.record import Scalar, is_plain, select_hyperparameters
 from .resuming import INSTEAD, read_state, step_of
 from .task_ids import TASK_IDS
 

@@ -14,9 +14,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..hub.layout import CONFIG_NAME, WEIGHTS_NAME
-from ..hub.tensors import file_digest
-from ..safe_files import AdapterCheckError, first_few, read_safetensors_header
+from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
+from ..files.reading import AdapterCheckError, first_few, read_safetensors_header
+from ..files.tensors import file_digest
 
 
 # Where saves are written before they replace anything, within the folder that they are for.

@@ -104,10 +104,10 @@ def join_tasks(
         TypeError: If a task is not a data set or its key can't name one, or streamed and map-style ones are mixed.
     """
     options = {"task_column": task_column, "text_column": text_column}
-    labelled = list(label_tasks(datasets, **options, any_format=any_format).values())
-    if isinstance(labelled[0], IterableDataset):
-        return interleave_datasets(labelled, stopping_strategy="all_exhausted_without_replacement")
-    return concatenate_datasets(labelled).shuffle(seed=seed)
+    labeled = list(label_tasks(datasets, **options, any_format=any_format).values())
+    if isinstance(labeled[0], IterableDataset):
+        return interleave_datasets(labeled, stopping_strategy="all_exhausted_without_replacement")
+    return concatenate_datasets(labeled).shuffle(seed=seed)
 
 
 def label_tasks(

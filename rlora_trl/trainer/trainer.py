@@ -24,7 +24,7 @@ from trl import pack_dataset
 
 from ..evaluation.columns import tells_tasks
 from ..evaluation.data import check_pictures, check_rows
-from ..kernels import RoutingTally, anchor_loss, draw_seed
+from ..kernels import RoutingTally, capture_loss_grad, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from ..tuner.routing import describe_batch
 from ..tuner.target_checks import refuse_token_rows_of_head
@@ -35,7 +35,7 @@ from .given_model import active_config, choose_peft_config, how_to_train, name_r
 from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
 from .lost_rows import LostRows, rows_of_tasks, warn_of_unseen_tasks
-from .mixing import Mixture, MixtureSampler, PartSampler, count_tasks, mix_streams
+from .mixing import MixtureSampler, PartSampler, TaskMixture, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
 from .nan_policy import NanGuard, check_deepspeed_settings
 from .optimizer import set_learning_rates
@@ -80,7 +80,7 @@ class RLoraSFTTrainer(PublishingTrainer):
       `grad_norm_A`, `grad_norm_B`, `grad_norm_router`, and for each task `<task>_loss`.
     - Evaluation by task gives `eval_<task>_loss`, and `eval_<task>_accuracy` where rows have `options` (the completion
       must be the most likely of them), with their means over tasks as `eval_loss` and `eval_accuracy`.
-    - Adapters train in float32 on a quantised base too, where `SFTTrainer` casts what trains to bfloat16: the
+    - Adapters train in float32 on a quantized base too, where `SFTTrainer` casts what trains to bfloat16: the
       update of a weight can be smaller than bfloat16 resolves, and R-LoRA's anchor must agree with its initial
       weights. (`modules_to_save` and other trained parameters are left as `SFTTrainer` casts them.)
 
@@ -96,7 +96,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         eval_dataset (`Dataset`, `IterableDataset` or `dict[str, Dataset | IterableDataset]`, *optional*):
             Evaluation data. A dictionary, or a data set with the task column, gives metrics for each task.
         quantization_config (`BitsAndBytesConfig`, *optional*):
-            As in `SFTTrainer`: how to quantise a model given by name.
+            As in `SFTTrainer`: how to quantize a model given by name.
         peft_config ([`RLoraConfig`], *optional*):
             The adapter, for a `model` that has none. It is copied, not changed.
         kwargs:
@@ -174,7 +174,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             self._tell_adapters_their_tasks(model)
         self._is_new_adapter = peft_config is not None
         self._task_column = args.task_column
-        self.mixture: Mixture | None = None
+        self.mixture: TaskMixture | None = None
         self._mixture_sampler: MixtureSampler | PartSampler | None = None
         eval_dataset = split_by_task(eval_dataset, args.task_column)
         _check_eval_tasks(eval_dataset, tasks)
@@ -285,7 +285,7 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     def _undo_bf16_cast(self, loaded: dict[nn.Parameter, torch.Tensor]) -> None:
         """
-        Give adapters on a quantised base the float32 values back that `SFTTrainer.__init__` rounded to bfloat16.
+        Give adapters on a quantized base the float32 values back that `SFTTrainer.__init__` rounded to bfloat16.
 
         Values that were there before come from `loaded`; an adapter created in between is drawn anew from the seed, on
         the CPU, so that it is the same one under every strategy.
@@ -472,7 +472,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
         return MixtureSampler(ids_of(dataset), draws, args.seed)
 
-    def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> Mixture:
+    def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> TaskMixture:
         args = self.args if args is None else args
         if "input_ids" in dataset.column_names:
             rows, tokens = count_tasks(dataset, len(self._tasks), TASK_IDS)
@@ -485,7 +485,7 @@ class RLoraSFTTrainer(PublishingTrainer):
         else:
             rows, tokens = rows_of_tasks(dataset, len(self._tasks))[:-1].tolist(), None
         present = [place for place, count in enumerate(rows) if count]
-        return Mixture(
+        return TaskMixture(
             {self._tasks[place]: rows[place] for place in present},
             tokens=None if tokens is None else {self._tasks[place]: tokens[place] for place in present},
             mixing=args.mixing,
@@ -692,8 +692,8 @@ class RLoraSFTTrainer(PublishingTrainer):
         if tally is None:
             return result
         if return_outputs:
-            return anchor_loss(result[0], tally), result[1]
-        return anchor_loss(result, tally)
+            return capture_loss_grad(result[0], tally), result[1]
+        return capture_loss_grad(result, tally)
 
     def _note_tasks(self, inputs: dict[str, Any], is_training: bool) -> None:
         if is_training and self._ledger is not None and TASK_IDS in inputs:

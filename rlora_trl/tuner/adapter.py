@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
-from ..kernels.fused import DeltaSpec, Packed, PackedAdapter, fused_delta, pack_weights
+from ..kernels.fused import ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
 from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
 from .routing import Routing
@@ -19,17 +19,17 @@ _TINY = 1e-300
 _SPREAD = 0x2545F4914F6CDD1D
 
 
-class PackedAhead(NamedTuple):
+class PrefetchedWeights(NamedTuple):
     """Weights of an adapter that were packed before it was called, and what they were made from."""
 
-    packed: Packed
+    packed: ConcatWeights
     layout: Layout
     scaling: float
     tensors: AdapterTensors
     versions: list[int | None]
 
     @classmethod
-    def of(cls, packed: Packed, spec: DeltaSpec, tensors: AdapterTensors) -> "PackedAhead":
+    def of(cls, packed: ConcatWeights, spec: DeltaSpec, tensors: AdapterTensors) -> "PrefetchedWeights":
         """The weights `packed` just now from `tensors`."""
         return cls(packed, spec.layout, spec.scaling, tensors, _versions(tensors))
 
@@ -61,7 +61,7 @@ class MultiHeadAdapter(nn.Module):
         delta(x) = scaling * (sum_i w_i B_i (m_i . h) / (1 - p)  -  B0 (A0 x))
 
     `A0` and `B0` are the initial `A` and the mean over heads of the initial `B`. The paper subtracts `B0 A0` from the
-    frozen weight; kept here instead, the base layer is never touched, whatever its dtype or quantisation. With an A
+    frozen weight; kept here instead, the base layer is never touched, whatever its dtype or quantization. With an A
     for each head (`share_a=False`) h is A_i x, `A0` and `B0` are the initial `A` and `B`, and what is subtracted is
     the mean over heads of B0_i (A0_i x).
 
@@ -126,7 +126,7 @@ class MultiHeadAdapter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self._cache: tuple[list, PackedAdapter] | None = None  # see `_packed`
+        self._cache: tuple[list, InferenceDelta] | None = None  # see `_packed`
         # That of the last products for which the weights were not packed ahead.
         self.product_dtype: torch.dtype | None = None
         self.in_features, self.out_features = in_features, out_features
@@ -143,7 +143,7 @@ class MultiHeadAdapter(nn.Module):
         # This layer's rows in the records of a trainer, and of evaluation.
         self.routing_row: int | None = None
         self.usage_row: int | None = None
-        # Logits `[N]` of the weights that all tokens get, in place of the router; see `fixed_mixtures`.
+        # Logits `[N]` of the weights that all tokens get, in place of the router; see `fixed_head_weights`.
         self.fixed_logits: torch.Tensor | None = None
 
         self.A = nn.Parameter(torch.empty((r, in_features) if share_a else (num_heads, r, in_features), dtype=dtype))
@@ -254,7 +254,7 @@ class MultiHeadAdapter(nn.Module):
         if not training and not torch.is_grad_enabled() and weight is None:
             return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
         tensors, layout = self.kernel_tensors(), self._layout()
-        packed = self._packed_ahead(tensors, layout, x)
+        packed = self._prefetched(tensors, layout, x)
         spec = DeltaSpec(
             layout,
             self.scaling,
@@ -295,11 +295,11 @@ class MultiHeadAdapter(nn.Module):
         routed = self.router_kind != "uniform" or self.fixed_logits is not None
         return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, self._top_k())
 
-    def packing_spec(self) -> DeltaSpec:
-        """What [`pack_weights`] needs to know of this adapter, besides its tensors."""
+    def delta_spec(self) -> DeltaSpec:
+        """What [`concat_weights`] needs to know of this adapter, besides its tensors."""
         return DeltaSpec(self._layout(), self.scaling)
 
-    def _packed_ahead(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> Packed | None:
+    def _prefetched(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> ConcatWeights | None:
         """The weights that were packed for this forward pass of the model, where they hold."""
         ahead = self.routing.packed.get(self.layer_number)
         if ahead is not None and ahead.holds_for(tensors, layout, self.scaling, x):
@@ -356,14 +356,14 @@ class MultiHeadAdapter(nn.Module):
             probe=self._probe(x),
         )
 
-    def _packed(self, x: torch.Tensor) -> PackedAdapter:
+    def _packed(self, x: torch.Tensor) -> InferenceDelta:
         """The weights side by side in the dtype of `x`, made once for inference, and again when one has changed."""
         parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
         key = [x.dtype, torch.is_inference_mode_enabled(), self.fixed_logits is None, self.scaling]
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
-            packed = pack_weights(*self.kernel_tensors(), self.packing_spec(), x.dtype)
-            self._cache = (key, PackedAdapter(packed))
+            packed = concat_weights(*self.kernel_tensors(), self.delta_spec(), x.dtype)
+            self._cache = (key, InferenceDelta(packed))
         return self._cache[1]
 
     def task_mixtures(self) -> torch.Tensor:

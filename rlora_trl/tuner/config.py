@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from typing_extensions import override
 
-from ..safe_files import read_safetensors_header
+from ..files.reading import read_safetensors_header
 from .initialization import INIT_SCHEMES, ROUTER_INITS
 from .task_names import MAX_TASKS, task_name
 

@@ -36,7 +36,7 @@ def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     The weight of a layer whose product may be computed together with the delta: frozen, whole, in the products' dtype.
 
     Only in training on a GPU, where it saves memory traffic. `None` where the layer must be called: it has a bias or
-    hooks, is quantised, sharded (DeepSpeed ZeRO-3; what FSDP2 has gathered is whole) or trained, or `torch.compile` is
+    hooks, is quantized, sharded (DeepSpeed ZeRO-3; what FSDP2 has gathered is whole) or trained, or `torch.compile` is
     at work.
     """
     if type(layer) is not nn.Linear or not x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -52,10 +52,10 @@ def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 def undo_cpu_order(layer: nn.Module) -> None:
     """
-    Put 4-bit weights back in the order that dequantisation and the backward pass know.
+    Put 4-bit weights back in the order that dequantization and the backward pass know.
 
     On some CPUs bitsandbytes (0.50) brings them into another order for inference, and puts them back only where the
-    state dict is read: with scales rounded anew, or without double quantisation left in the other order. Scales that
+    state dict is read: with scales rounded anew, or without double quantization left in the other order. Scales that
     [`guard_cpu_order`] kept come back as they were. (Since bitsandbytes#1804; no upstream issue as of 0.50.2, where
     bitsandbytes#2078 is about the same order in `to`.)
     """
@@ -236,7 +236,7 @@ class RLoraLayer(BaseTunerLayer):
         return [adapters[name] for name in active if name in adapters]
 
     def get_base_weight(self) -> torch.Tensor:
-        """The weight of the base layer, dequantised where it is quantised."""
+        """The weight of the base layer, dequantized where it is quantized."""
         undo_cpu_order(self.get_base_layer())
         return super().get_base_weight()
 
@@ -265,7 +265,7 @@ class RLoraLayer(BaseTunerLayer):
 
 
 class RLoraLinear(nn.Module, RLoraLayer):
-    """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantised) with R-LoRA adapters."""
+    """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantized) with R-LoRA adapters."""
 
     def __init__(
         self,
@@ -307,9 +307,9 @@ class RLoraLinear(nn.Module, RLoraLayer):
         if x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
             name = self.quantization_backend.backend_name
             raise RuntimeError(
-                f"No gradient flows through this base, which is quantised with {name}: the layers below would be "
-                "trained on a wrong one. Kernels that quantise activations too, and some made for inference, are so. "
-                "Load the base with only its weights quantised, for example with torchao's `Int8WeightOnlyConfig`; "
+                f"No gradient flows through this base, which is quantized with {name}: the layers below would be "
+                "trained on a wrong one. Kernels that quantize activations too, and some made for inference, are so. "
+                "Load the base with only its weights quantized, for example with torchao's `Int8WeightOnlyConfig`; "
                 "for inference run the model under `torch.no_grad()`."
             )
 

@@ -27,13 +27,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from typing_extensions import override
 
-from ..safe_files import first_few
+from ..files.reading import first_few
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .direct_use import bypassed_layers
 from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
+from .prefetch import WeightPrefetch
 from .routing import GivenBatch, Routing, TaskIds, check_task_ids, describe_batch, find_routings, set_task
-from .step_packing import StepPacking
 from .target_checks import ignored_indices, ignored_names, narrow_layers, refuse_offloaded, warn_once
 
 
@@ -161,7 +161,7 @@ class RLoraModel(BaseTuner):
         super().__init__(model, peft_config, *args, **kwargs)
         # Task ids of a call of the `PeftModel`, and its batch.
         self._given_tasks: tuple[TaskIds, GivenBatch | None] | None = None
-        self._step_packing = StepPacking()
+        self._prefetch = WeightPrefetch()
         _OnRegistration(self)
 
     @override
@@ -307,7 +307,7 @@ class RLoraModel(BaseTuner):
         if not _is_linear(base):
             raise TypeError(
                 f"`target_modules` matches {current_key!r}, a {type(base).__name__}; R-LoRA adapts linear layers "
-                "(torch.nn.Linear, transformers' Conv1D, or quantised). Name it in `exclude_modules`."
+                "(torch.nn.Linear, transformers' Conv1D, or quantized). Name it in `exclude_modules`."
             )
         new_module = RLoraLinear(target, adapter_name, peft_config, **options, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
@@ -355,13 +355,13 @@ class RLoraModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names)
         unloaded = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
-        self._adapted, self._step_packing = [], StepPacking()  # which hold layers and tensors
+        self._adapted, self._prefetch = [], WeightPrefetch()  # which hold layers and tensors
         return unloaded
 
     @override
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._step_packing = StepPacking()  # which holds tensors
+        self._prefetch = WeightPrefetch()  # which holds tensors
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not available for R-LoRA: the error says what to do instead."""
@@ -398,7 +398,7 @@ class RLoraModel(BaseTuner):
             backend = getattr(layer, "quantization_backend", None) if isinstance(layer, RLoraLayer) else None
             if backend is not None and not backend.supports_merge:
                 raise ValueError(
-                    f"Adapters can't be merged into this base, which is quantised with {backend.backend_name}: PEFT "
+                    f"Adapters can't be merged into this base, which is quantized with {backend.backend_name}: PEFT "
                     "can't write to its weights. Load the base in 16 bits and merge there."
                 )
 
@@ -441,12 +441,12 @@ class RLoraModel(BaseTuner):
         with (
             self._with_tasks(task_ids, batch, generates),
             self._mixed_adapters(*args, **kwargs),
-            self._packed_weights(),
+            self._prefetched_weights(),
         ):
             yield
 
     @contextmanager
-    def _packed_weights(self) -> Generator[None, None, None]:
+    def _prefetched_weights(self) -> Generator[None, None, None]:
         """Lay the weights of all adapters side by side for a forward pass of training."""
         # A compiler packs where that suits it; without gradients layers keep what they have packed; and a captured
         # graph would read addresses that a later pass may free.
@@ -456,7 +456,7 @@ class RLoraModel(BaseTuner):
             return
         adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
         try:
-            self._step_packing.pack(adapters)
+            self._prefetch.pack(adapters)
             yield
         finally:
             for adapter in adapters:

@@ -16,7 +16,7 @@ from .recomputation import ContextHistory, in_backward
 
 
 if TYPE_CHECKING:
-    from .adapter import PackedAhead
+    from .adapter import PrefetchedWeights
 
 
 logger = logging.get_logger(__name__)
@@ -125,8 +125,8 @@ class Routing:
         self.kind = kind
         self._batch = BatchContext()
         self._history: ContextHistory[BatchContext] = ContextHistory(_REMEMBERED)
-        # The weights that `StepPacking` laid side by side for a forward pass, by the number of the layer.
-        self.packed: dict[int, PackedAhead] = {}
+        # The weights that `WeightPrefetch` laid side by side for a forward pass, by the number of the layer.
+        self.packed: dict[int, PrefetchedWeights] = {}
         self._layers = 0
         self._warned: set[str] = set()
 

@@ -14,7 +14,7 @@ from peft.utils import TrainableTokensWrapper, infer_device
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..safe_files import first_few
+from ..files.reading import first_few
 from .config import RLoraConfig
 from .layer import RLoraLayer, offload_hook
 

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ..hub.checks import CheckedAdapter
+from ..files.checks import CheckedAdapter
+from ..files.record import hub_name
 from ..hub.pull import pull_checked
-from ..hub.record import hub_name
 from ..tuner import RLoraLayer
 from .names import adapter_name, split_revision
 

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 
-from ..hub.checks import AdapterCheckError
+from ..files.checks import AdapterCheckError
+from ..files.record import hub_name
 from ..hub.pull import pull_checked
-from ..hub.record import hub_name
 from .names import adapter_name, is_adapter_name, split_revision
 
 

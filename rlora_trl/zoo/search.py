@@ -98,7 +98,7 @@ def search(
     Args:
         base_model (`str`, *optional*): Those of this base model.
         task (`str`, *optional*): Those trained on a task of this name.
-        author (`str`, *optional*): Those of this user or organisation.
+        author (`str`, *optional*): Those of this user or organization.
         limit (`int`, *optional*): How many at most. Defaults to all.
         sort (`str`, *optional*, defaults to `"downloads"`): Which come first: those most downloaded, `"updated"`:
             changed last, or `"accuracy"`: those whose cards tell the highest mean, of whatever tasks they have.

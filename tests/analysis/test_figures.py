@@ -8,7 +8,7 @@ import zlib
 import pytest
 import torch
 
-from rlora_trl.analysis import HeadMixtures, figures, plot_head_similarity, plot_routing
+from rlora_trl.analysis import HeadWeights, figures, plot_head_similarity, plot_routing
 
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -24,7 +24,7 @@ def mixtures(tasks=3, depth=2, kinds=MLP, heads=3, names=None):
     layers = tuple(f"model.layers.{i}.{kind}" for i in range(depth) for kind in kinds)
     names = names or [f"task_{i}" for i in range(tasks)]
     weights = {name: torch.randn(len(layers), heads, generator=generator).softmax(-1) for name in names}
-    return HeadMixtures(layers, weights, dict.fromkeys(names, 100))
+    return HeadWeights(layers, weights, dict.fromkeys(names, 100))
 
 
 def similarities(depth=2, kinds=MLP, heads=3):
@@ -80,7 +80,7 @@ def test_the_picture_shows_the_weights(tmp_path):
     even = mixtures()
     for weights in even.weights.values():
         weights.fill_(1 / 3)
-    one = HeadMixtures(even.layers, {task: w.clone() for task, w in even.weights.items()}, even.tokens)
+    one = HeadWeights(even.layers, {task: w.clone() for task, w in even.weights.items()}, even.tokens)
     one.weights["task_0"][0] = torch.tensor([1.0, 0.0, 0.0])
     first, second = plot_routing(even, tmp_path / "even.png"), plot_routing(one, tmp_path / "one.png")
     assert first.read_bytes() != second.read_bytes()
@@ -134,7 +134,7 @@ def test_names_that_mean_something_to_matplotlib(tmp_path):
 def test_layers_without_a_depth_and_experts(tmp_path):
     layers = ("lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj")
     weights = torch.full((3, 2), 0.5)
-    assert plot_routing(HeadMixtures(layers, {"a": weights}, {"a": 1}), tmp_path / "routing.png").is_file()
+    assert plot_routing(HeadWeights(layers, {"a": weights}, {"a": 1}), tmp_path / "routing.png").is_file()
     found = dict(zip(layers, similarities(heads=2).values(), strict=False))
     assert plot_head_similarity(found, tmp_path / "similarity.png").is_file()
 
@@ -173,7 +173,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 def test_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="no mixtures to draw"):
-        plot_routing(HeadMixtures(("a",), {}, {}), tmp_path / "routing.png")
+        plot_routing(HeadWeights(("a",), {}, {}), tmp_path / "routing.png")
     with pytest.raises(ValueError, match="one head has none"):
         plot_head_similarity({"a": torch.ones(1, 1)}, tmp_path / "similarity.png")
     assert not list(tmp_path.iterdir())

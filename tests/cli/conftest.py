@@ -8,8 +8,8 @@ from testing_utils import perturb, task_rows
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from rlora_cli.app import app
 from rlora_trl import RLoraConfig
-from rlora_trl.cli import app
 
 
 OPTIONS = {"same": [" yes", " no"], "colour": [" red", " blue", " green"], "first": []}

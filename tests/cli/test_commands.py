@@ -9,14 +9,14 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from testing_utils import build_tokenizer, task_rows
 from transformers import AutoModelForCausalLM
 
+from rlora_cli.loading import chosen_tasks, load_adapter, local_record
 from rlora_trl import RLoraConfig, set_task
 from rlora_trl.analysis import head_similarities
-from rlora_trl.cli.loading import chosen_tasks, load_adapter, local_record
 from rlora_trl.evaluation import score_tasks
 from rlora_trl.evaluation.data import load_task_rows
-from rlora_trl.hub.checks import check_adapter
-from rlora_trl.hub.layout import task_slug
-from rlora_trl.hub.record import AdapterRecord
+from rlora_trl.files.checks import check_adapter
+from rlora_trl.files.layout import task_slug
+from rlora_trl.files.record import AdapterRecord
 from rlora_trl.tuner.routing import find_routings
 
 
@@ -330,7 +330,7 @@ def test_pull_tells_repository_and_commit(rlora, make_adapter, tmp_path):
     assert [line.split() for line in lines[:2]] == [["Repository", "user/some--words"], ["Commit", "a" * 40]]
 
 
-def test_dtype_and_quantisation_of_the_base(make_adapter, model_folders, tmp_path):
+def test_dtype_and_quantization_of_the_base(make_adapter, model_folders, tmp_path):
     assert load_adapter(check_adapter(make_adapter()), dtype="bfloat16").model.dtype == torch.bfloat16
     pytest.importorskip("bitsandbytes")
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama64"])

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from huggingface_hub import CommitInfo
 
-import rlora_trl.cli.push
+import rlora_cli.push
 import rlora_trl.hub.push
 import rlora_trl.zoo
 from rlora_trl.zoo import AdapterInfo, Comparison, Manifest, PinnedAdapter
@@ -46,7 +46,7 @@ def pushed(monkeypatch):
         return CommitInfo(commit_url=URL, commit_message="", commit_description="", oid="1" * 40)
 
     monkeypatch.setattr(rlora_trl.hub.push, "push_adapter", push)
-    monkeypatch.setattr(rlora_trl.cli.push, "head_of", lambda repo, revision: None)
+    monkeypatch.setattr(rlora_cli.push, "head_of", lambda repo, revision: None)
     return calls
 
 
@@ -90,7 +90,7 @@ def test_push_tells_the_whole_name(rlora, pushed, make_adapter):
 
 
 def test_push_of_what_is_there(rlora, pushed, make_adapter, monkeypatch):
-    monkeypatch.setattr(rlora_trl.cli.push, "head_of", lambda repo, revision: "1" * 40)
+    monkeypatch.setattr(rlora_cli.push, "head_of", lambda repo, revision: "1" * 40)
     result = rlora("push", make_adapter(), "user/x")
     assert result.stdout.splitlines()[0] == f"Unchanged  user/x, already at {'1' * 40}"
     assert json.loads(rlora("push", make_adapter("again"), "user/x", "--json").stdout)["unchanged"] is True

@@ -15,11 +15,11 @@ from cli_program import PROGRAM
 from huggingface_hub import errors as hub_errors
 from typer.testing import CliRunner
 
+from rlora_cli.app import ReportingGroup
+from rlora_cli.errors import quieten_libraries
+from rlora_cli.output import plain, print_facts, print_json, print_table, results_only
 from rlora_trl import __version__
-from rlora_trl.cli.app import ReportingGroup
-from rlora_trl.cli.errors import quieten_libraries
-from rlora_trl.cli.output import plain, print_facts, print_json, print_table, results_only
-from rlora_trl.safe_files import AdapterCheckError
+from rlora_trl.files.reading import AdapterCheckError
 
 
 COMMANDS = (

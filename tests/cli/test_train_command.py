@@ -8,9 +8,9 @@ import pytest
 import typer
 from cli_program import PROGRAM
 
-from rlora_trl.cli import train_process
-from rlora_trl.cli.train import split_arguments, training_parser, with_defaults
-from rlora_trl.hub.record import AdapterRecord
+from rlora_cli import train_process
+from rlora_cli.train import split_arguments, training_parser, with_defaults
+from rlora_trl.files.record import AdapterRecord
 
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]

@@ -30,13 +30,13 @@ from transformers import (
 )
 
 from rlora_trl import RLoraConfig
-from rlora_trl.analysis.mixtures import measure_mixtures
+from rlora_trl.analysis.measuring import measure_head_weights
 from rlora_trl.export import export as export_module
 from rlora_trl.export import export_lora, verify
 from rlora_trl.export.lora import lora_factors, target_names
-from rlora_trl.hub.record import AdapterRecord
+from rlora_trl.files.record import AdapterRecord
 from rlora_trl.kernels.reference import multihead_delta_reference
-from rlora_trl.tuner.fixed import adapted_layers, fixed_mixtures, kept_quantized
+from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights, kept_quantized
 
 
 TASKS = ["first", "same"]
@@ -114,7 +114,7 @@ def test_given_weights_are_exact(model_folders, tmp_path, option):
     same_state(model, before)
     layers = adapted_layers(model, "default")
     weights = WEIGHTS if model_heads(model) == 3 else [0.2] * 5
-    with fixed_mixtures(model, "default", dict.fromkeys(layers, weights)):
+    with fixed_head_weights(model, "default", dict.fromkeys(layers, weights)):
         expected = logits(model)
         generated = model.generate(random_ids(2), max_new_tokens=6, do_sample=False) if name != "bert" else None
     loaded = PeftModel.from_pretrained(load_base(model_folders, name), tmp_path / "out").eval()
@@ -170,8 +170,8 @@ def test_measured_mixture_of_a_task(model_folders, tmp_path, tokenizer, router):
     before = state_of(model)
     report = export_lora(model, tmp_path / "out", task="same", data=DATA, tokenizer=tokenizer)
     same_state(model, before)
-    mixtures = measure_mixtures(model, tokenizer, {"same": DATA["same"]})
-    with fixed_mixtures(model, "default", mixtures.for_task("same")):
+    mixtures = measure_head_weights(model, tokenizer, {"same": DATA["same"]})
+    with fixed_head_weights(model, "default", mixtures.for_task("same")):
         expected = logits(model)
     loaded = PeftModel.from_pretrained(load_base(model_folders, "llama"), tmp_path / "out").eval()
     assert error(logits(loaded), expected) <= 1e-5
@@ -186,7 +186,7 @@ def test_measured_mixture_of_a_task(model_folders, tmp_path, tokenizer, router):
         count += len(p)
     assert report.kl == pytest.approx(total / count, rel=1e-3)
     assert report.rows == 8
-    # Given as `HeadMixtures`, and for all tasks.
+    # Given as `HeadWeights`, and for all tasks.
     again = export_lora(model, tmp_path / "again", task="same", routing=mixtures)
     assert "mean over the tokens of the task" in again.mixture
     pair = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("out", "again")]
@@ -202,11 +202,11 @@ def test_recorded_mixture(model_folders, tmp_path, tokenizer):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"no mean weights are known for task 'same' \(none\).*`routing=measure"):
         export_lora(str(tmp_path / "adapter"), tmp_path / "out", task="same")
-    mixtures = measure_mixtures(model, tokenizer, DATA)
+    mixtures = measure_head_weights(model, tokenizer, DATA)
     AdapterRecord(mixtures=mixtures).save(tmp_path / "adapter")
     report = export_lora(tmp_path / "adapter", tmp_path / "out", task="same")
     assert "recorded with the adapter" in report.mixture
-    with fixed_mixtures(model, "default", mixtures.for_task("same")):
+    with fixed_head_weights(model, "default", mixtures.for_task("same")):
         expected = logits(model)
     loaded = PeftModel.from_pretrained(load_base(model_folders, "llama"), tmp_path / "out").eval()
     assert error(logits(loaded), expected) <= 1e-5
@@ -486,7 +486,7 @@ def test_merge(model_folders, tmp_path, tokenizer, kind):
     before = state_of(model)
     report = export_lora(model, tmp_path / "out", routing=WEIGHTS, tokenizer=tokenizer, merge=True)
     same_state(model, before)
-    with fixed_mixtures(model, "default", dict.fromkeys(adapted_layers(model, "default"), WEIGHTS)):
+    with fixed_head_weights(model, "default", dict.fromkeys(adapted_layers(model, "default"), WEIGHTS)):
         expected = logits(model)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert report.merged and merged.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
@@ -645,8 +645,8 @@ def test_four_bit_base(model_folders, tmp_path, tokenizer):
     report = export_lora(model, tmp_path / "out", task="same", data=DATA, tokenizer=tokenizer)
     merged_report = export_lora(model, tmp_path / "merged", routing=WEIGHTS, merge=True)
     same_state(model, before)
-    mixtures = measure_mixtures(model, tokenizer, {"same": DATA["same"]})
-    with fixed_mixtures(model, "default", mixtures.for_task("same")):
+    mixtures = measure_head_weights(model, tokenizer, {"same": DATA["same"]})
+    with fixed_head_weights(model, "default", mixtures.for_task("same")):
         expected = logits(model)
     loaded = PeftModel.from_pretrained(load_for(model_folders, "4bit"), tmp_path / "out").eval()
     assert error(logits(loaded), expected) <= 0.03
@@ -654,17 +654,17 @@ def test_four_bit_base(model_folders, tmp_path, tokenizer):
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.dtype == torch.bfloat16 and not hasattr(merged.config, "quantization_config")
-    with fixed_mixtures(model, "default", dict.fromkeys(adapted_layers(model, "default"), WEIGHTS)):
+    with fixed_head_weights(model, "default", dict.fromkeys(adapted_layers(model, "default"), WEIGHTS)):
         expected = logits(model)
     # No weight is rounded to 4 bits again, so only activations and 16-bit weights differ.
     assert error(logits(merged), expected) <= 0.05
     assert 0 < merged_report.max_logit_error <= 0.05
-    assert "dequantised to torch.bfloat16" in merged_report.warnings[0]
+    assert "dequantized to torch.bfloat16" in merged_report.warnings[0]
     assert f"{merged_report.max_logit_error:.2g}" in merged_report.warnings[1]
 
 
 def test_four_bit_weights_survive_inference(model_folders):
-    """bitsandbytes reorders them on some CPUs, and its way back is wrong without double quantisation."""
+    """bitsandbytes reorders them on some CPUs, and its way back is wrong without double quantization."""
     model = get_peft_model(load_for(model_folders, "4bit"), RLoraConfig(task_type="CAUSAL_LM")).eval()
     layers = adapted_layers(model, "default")
     before = {name: layer.get_base_weight().float() for name, layer in layers.items()}

@@ -7,9 +7,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
-from rlora_trl.analysis.mixtures import measure_mixtures
+from rlora_trl.analysis.measuring import measure_head_weights
 from rlora_trl.export import export_lora
-from rlora_trl.export.loss import measure_loss
+from rlora_trl.export.gap import measure_export_gap
 
 
 TASKS = ("sentiment_grade", "commonsense_outcome")
@@ -49,7 +49,7 @@ def test_measured_loss_on_a_real_model(smollm2, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     train = load_tiny_flan("train", seed=0, rows_per_task=12)
     test = load_tiny_flan("test", seed=0, rows_per_task=12)
-    mixtures = measure_mixtures(model, tokenizer, {task: train[task] for task in TASKS})
+    mixtures = measure_head_weights(model, tokenizer, {task: train[task] for task in TASKS})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "rlora_adapters" in name}
 
     # One task is measured with its own mixture and, as a lower bar, with equal weights.
@@ -57,7 +57,7 @@ def test_measured_loss_on_a_real_model(smollm2, tmp_path):
     data = {task: test[task]}
     report = export_lora(model, tmp_path / "export", task=task, routing=mixtures, data=data, tokenizer=tokenizer)
     equal = dict.fromkeys(mixtures.layers, torch.full((3,), 1 / 3))
-    lower_bar = measure_loss(model, tokenizer, "default", data, equal)
+    lower_bar = measure_export_gap(model, tokenizer, "default", data, equal)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert (report.rank, report.layers, report.exact) == (8, 90, False)
     # 1.5e-6 was seen.

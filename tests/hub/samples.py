@@ -7,8 +7,8 @@ from peft import get_peft_model
 from testing_utils import TINY_MODELS, build_tokenizer, perturb
 
 from rlora_trl import RLoraConfig
-from rlora_trl.analysis.mixtures import HeadMixtures
-from rlora_trl.hub.record import AdapterRecord, TaskRecord
+from rlora_trl.analysis.measuring import HeadWeights
+from rlora_trl.files.record import AdapterRecord, TaskRecord
 
 
 BASE = "user/tiny-llama"
@@ -48,7 +48,7 @@ def tiny_record(base: str | None = BASE, layers: int = 2, heads: int = 3) -> Ada
         ],
         hyperparameters={"learning_rate": 2e-4},
         versions={"rlora_trl": "0.1.0"},
-        mixtures=HeadMixtures(names, weights, dict.fromkeys(TASKS, 100)),
+        mixtures=HeadWeights(names, weights, dict.fromkeys(TASKS, 100)),
     )
 
 

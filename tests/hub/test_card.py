@@ -11,10 +11,10 @@ from samples import BASE as TINY_BASE
 from samples import save_base, tiny_adapter
 
 from rlora_trl import RLoraConfig
+from rlora_trl.files.card_text import check_card_text
+from rlora_trl.files.layout import task_slug
+from rlora_trl.files.record import AdapterRecord, TaskRecord
 from rlora_trl.hub.card import BEGIN, END, hand_written, read_card_info, render_card
-from rlora_trl.hub.card_check import check_card_text
-from rlora_trl.hub.layout import task_slug
-from rlora_trl.hub.record import AdapterRecord, TaskRecord
 
 
 BASE = "Qwen/Qwen2.5-0.5B"
@@ -116,14 +116,14 @@ def test_facts_of_the_adapter_and_of_training():
     assert facts["balance loss"] == "switch, coefficient 0.01"
     assert facts["target modules"] == "down_proj, up_proj" and facts["trainable parameters"] == "5,898,240"
     assert facts["its dtype in training"] == "bfloat16"
-    assert "060db6499f32" in facts["base model"] and facts["its quantisation in training"] == "bitsandbytes nf4"
+    assert "060db6499f32" in facts["base model"] and facts["its quantization in training"] == "bitsandbytes nf4"
     assert facts["digest of the tensors"] == f"`{DIGEST}`"
     assert dict(training[1:]) == {"`learning_rate`": "0.0002", "`bf16`": "True", "`seed`": "42"}
     assert "Versions: rlora_trl 0.1.0, peft 0.21.2." in text
     assert "![Mean weight of each head by task and layer](figures/routing.png)" in text
     assert "(figures/routing.png)\n\nWhite: an equal share;" in text
     assert "![Cosine similarity between the heads](figures/head_similarity.png)\n\n1: copies of" in text
-    licenses = text[text.index("## Licences") : text.index("## Citation")]
+    licenses = text[text.index("## Licenses") : text.index("## Citation")]
     assert "- This adapter: mit" in licenses and f"({'https://huggingface.co/' + BASE}): apache-2.0" in licenses
     assert "datasets/nyu-mll/glue): other" in licenses
     assert "@article{liu2025rlora" in text and "arXiv:2502.15455" in text
@@ -430,7 +430,7 @@ AUTOMATIC = {
 @pytest.mark.parametrize("body", AUTOMATIC.values(), ids=AUTOMATIC)
 def test_cards_that_nobody_wrote_are_replaced(body):
     metadata = (
-        "---\nbase_model: /root/models/x\nlibrary_name: transformers\nmodel_name: out\nlicence: license\n"
+        "---\nbase_model: /root/models/x\nlibrary_name: transformers\nmodel_name: out\nlicense: license\n"
         "license: mit\nlanguage: fr\ntags: [trl, sft, 'base_model:adapter:/root/models/x']\n"
         "datasets: [/root/data, a/b]\n---\n"
     )
@@ -440,7 +440,7 @@ def test_cards_that_nobody_wrote_are_replaced(body):
     data = card.data.to_dict()
     assert data["license"] == "mit" and data["language"] == "fr" and data["base_model"] == BASE
     assert data["tags"][-2:] == ["trl", "sft"] and "a/b" in data["datasets"]
-    assert not {"licence", "model_name"} & set(data)
+    assert not {"license", "model_name"} & set(data)
 
 
 def test_metadata_of_others_is_kept():

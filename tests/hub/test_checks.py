@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from testing_utils import TINY_MODELS, perturb
 
 from rlora_trl import RLoraConfig
-from rlora_trl.hub.checks import AdapterCheckError, adapter_digest, check_adapter, check_listing, read_json
-from rlora_trl.hub.layout import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME
-from rlora_trl.hub.patterns import check_pattern
+from rlora_trl.files.checks import AdapterCheckError, adapter_digest, check_adapter, check_listing, read_json
+from rlora_trl.files.layout import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME
+from rlora_trl.files.patterns import check_pattern
 
 
 BASE = "example/tiny-llama"

@@ -122,11 +122,11 @@ def _export_works_without_this_package(hub, worker, inputs):
     fixed = """
         import rlora_trl, torch
         from peft import AutoPeftModelForCausalLM
-        from rlora_trl.hub.record import find_record
-        from rlora_trl.tuner.fixed import fixed_mixtures
+        from rlora_trl.files.record import find_record
+        from rlora_trl.tuner.selection import fixed_head_weights
         model = AutoPeftModelForCausalLM.from_pretrained(repo).eval()
         mixtures = find_record(model.peft_config["default"]).mixtures
-        with torch.no_grad(), fixed_mixtures(model, "default", mixtures.for_task("colour")):
+        with torch.no_grad(), fixed_head_weights(model, "default", mixtures.for_task("colour")):
             result = model(input_ids=torch.tensor(ids)).logits.tolist()
     """
     expected = torch.tensor(worker.run(fixed, **inputs))

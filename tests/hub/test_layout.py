@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from rlora_trl.hub.checks import AdapterCheckError
-from rlora_trl.hub.layout import FileKind, classify, published_files, task_slug
+from rlora_trl.files.checks import AdapterCheckError
+from rlora_trl.files.layout import FileKind, classify, published_files, task_slug
 
 
 KINDS = {

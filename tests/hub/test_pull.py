@@ -7,8 +7,8 @@ import pytest
 from samples import BASE, save_adapter
 from worker import WorkerError
 
+from rlora_trl.files.layout import published_files
 from rlora_trl.hub import adapter_digest
-from rlora_trl.hub.layout import published_files
 
 
 REPO = "user/words"

@@ -89,7 +89,7 @@ def test_card(hub, push, folder):
     assert [r.status for r in hub.requests if r.path == "/api/validate-yaml"] == [200]
 
 
-def test_licence_of_the_base_is_looked_up(hub, push, folder):
+def test_license_of_the_base_is_looked_up(hub, push, folder):
     assert "cc-by-4.0" not in hub.files(BASE).get("README.md", b"").decode()
     hub.commit(BASE, {"README.md": "---\nlicense: cc-by-4.0\n---\nA base model"})
     push(folder)

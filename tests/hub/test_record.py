@@ -11,9 +11,9 @@ from samples import BASE, save_base, tiny_adapter, tiny_record
 from worker import WorkerError
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, __version__
-from rlora_trl.analysis import HeadMixtures
-from rlora_trl.hub.layout import RECORD_NAME
-from rlora_trl.hub.record import (
+from rlora_trl.analysis import HeadWeights
+from rlora_trl.files.layout import RECORD_NAME
+from rlora_trl.files.record import (
     _HYPERPARAMETERS,
     AdapterRecord,
     TaskRecord,
@@ -41,7 +41,7 @@ def full_record() -> AdapterRecord:
         ],
         hyperparameters={"learning_rate": 2e-4, "packing": False, "optim": "adamw_torch", "seed": 42},
         versions={"peft": "0.21.2"},
-        mixtures=HeadMixtures(layers, {"sst2": weights}, {"sst2": 100}),
+        mixtures=HeadWeights(layers, {"sst2": weights}, {"sst2": 100}),
         balance_loss="switch",
         balance_coef=0.01,
         exports=[{"task": "sst2", "path": "exports/sst2", "rank": 8, "kl": 0.01, "exact": False}],
@@ -134,7 +134,7 @@ def test_an_adapter_that_goes_on_training():
     older, before = full_record(), full_record().to_dict()
     older.tasks.append(TaskRecord("cola", rows=2000, tokens=10, metrics={"base_accuracy": 0.5, "accuracy": 0.7}))
     older.mixtures.weights["cola"], older.mixtures.tokens["cola"] = older.mixtures.weights["sst2"].clone(), 7
-    mixtures = HeadMixtures(older.mixtures.layers, {"cola": torch.full((2, 3), 1 / 3)}, {"cola": 9})
+    mixtures = HeadWeights(older.mixtures.layers, {"cola": torch.full((2, 3), 1 / 3)}, {"cola": 9})
     newer = AdapterRecord(
         base_model="Qwen/Qwen2.5-0.5B",
         base_dtype="float16",
@@ -173,12 +173,12 @@ def test_an_adapter_that_goes_on_training():
 
 def test_what_does_not_fit_is_not_kept():
     older = full_record()
-    other_layers = HeadMixtures(("a",), {"rte": torch.full((1, 3), 1 / 3)}, {"rte": 1})
-    other_heads = HeadMixtures(older.mixtures.layers, {"rte": torch.full((2, 2), 0.5)}, {"rte": 1})
+    other_layers = HeadWeights(("a",), {"rte": torch.full((1, 3), 1 / 3)}, {"rte": 1})
+    other_heads = HeadWeights(older.mixtures.layers, {"rte": torch.full((2, 2), 0.5)}, {"rte": 1})
     for mixtures in (other_layers, other_heads):
         assert AdapterRecord(mixtures=mixtures).merged_with(older).mixtures is mixtures
     assert AdapterRecord().merged_with(older).mixtures is older.mixtures
-    # Another base has neither its commit nor its licence.
+    # Another base has neither its commit nor its license.
     merged = AdapterRecord(base_model="a/b").merged_with(older)
     assert (merged.base_model, merged.base_model_revision, merged.base_model_license) == ("a/b", None, None)
     # Weights that went on training have not the old score, and nothing is counted where nothing is known.
@@ -270,7 +270,7 @@ def test_record_beside_a_folder(tmp_path):
 
 FIND = """
 from rlora_trl import RLoraConfig
-from rlora_trl.hub.record import find_record
+from rlora_trl.files.record import find_record
 from rlora_trl.tuner.config import AdapterSource
 
 config = RLoraConfig()

@@ -5,8 +5,8 @@ from testing_utils import random_ids
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from rlora_cli.app import app
 from rlora_trl import zoo
-from rlora_trl.cli import app
 from rlora_trl.tuner import RLoraLayer
 
 

@@ -9,8 +9,8 @@ from rlora_trl.kernels import (
     BALANCE_LOSSES,
     LayerProbe,
     RoutingTally,
-    anchor_loss,
     balance_loss,
+    capture_loss_grad,
     fused,
     fused_multihead,
     multihead_delta,
@@ -41,7 +41,7 @@ def probe_for(kind, tokens, num_heads, dtype, mask=None, coefficient=0.7, **kwar
 
 def gradients(form, tensors, probe, upstream, scale=1.0, **kwargs):
     loss = (form(**tensors, probe=probe, **kwargs) * upstream).sum()
-    return torch.autograd.grad(scale * anchor_loss(loss, probe.tally), list(tensors.values()))
+    return torch.autograd.grad(scale * capture_loss_grad(loss, probe.tally), list(tensors.values()))
 
 
 def error(a, b):
@@ -164,8 +164,8 @@ def test_shares_of_the_whole_step(kind, has_prior):
     options = {"kind": kind, "factor": 2.0, "whole_step": True, "expected_tokens": 400.0}
     options["upstream"] = torch.tensor(0.5, device=DEVICE)
     ops = fused.backend(record.device, torch.float32)
-    ops.summarise(sums1, record, prior, layout, **options)
-    slope = ops.summarise(sums2, record, prior, layout, **options)
+    ops.finalize_routing_stats(sums1, record, prior, layout, **options)
+    slope = ops.finalize_routing_stats(sums2, record, prior, layout, **options)
     p = torch.cat([first, second]).softmax(-1)
     f = torch.nn.functional.one_hot(p.argmax(-1), num_heads).float().mean(0)
     P = p.mean(0)
@@ -188,7 +188,9 @@ def test_a_step_of_one_micro_batch_is_the_same_in_both_scopes():
         prior = torch.rand(6, device=DEVICE)
         ops = fused.backend(sums.device, torch.float32)
         slopes = [
-            ops.summarise(sums, new_record(1, 3, DEVICE)[0], prior, Layout(3, 1), whole_step=whole, **options)
+            ops.finalize_routing_stats(
+                sums, new_record(1, 3, DEVICE)[0], prior, Layout(3, 1), whole_step=whole, **options
+            )
             for whole in (False, True)
         ]
         torch.testing.assert_close(slopes[0], slopes[1])

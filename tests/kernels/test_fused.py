@@ -246,7 +246,7 @@ def test_inference_of_the_other_kinds(shared, top_k, given_logits, tokens):
     x, logits = weights.pop("x"), weights.pop("logits", None)
     spec = fused.DeltaSpec(Layout(3, 4, shared=shared, top_k=top_k), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    packed = fused.PackedAdapter(fused.pack_weights(*map(weights.get, names), spec, torch.float32))
+    packed = fused.InferenceDelta(fused.concat_weights(*map(weights.get, names), spec, torch.float32))
     expected = fused_multihead(x, **weights, scaling=1.7, logits=logits, top_k=top_k)
     torch.testing.assert_close(packed.apply(x, logits=logits), expected)
 
@@ -259,10 +259,10 @@ def test_inference_with_packed_weights(anchored, routed, tokens):
     x, weights = tensors.pop("x"), tensors
     spec = fused.DeltaSpec(Layout(3, 4, routed, anchored), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    weights_packed = fused.pack_weights(*[weights.get(name) for name in names], spec, torch.float32)
+    weights_packed = fused.concat_weights(*[weights.get(name) for name in names], spec, torch.float32)
     expected = fused_multihead(x, **weights, scaling=1.7)
     base = torch.randn(tokens, 17, device=DEVICE)
-    packed = fused.PackedAdapter(weights_packed)
+    packed = fused.InferenceDelta(weights_packed)
     torch.testing.assert_close(packed.apply(x), expected)
     torch.testing.assert_close(packed.apply(x, base), base + expected)
     written = base.clone()
@@ -282,9 +282,9 @@ def test_layers_packed_together_are_those_packed_one_by_one(routed, anchored, sh
         tensors = make((3, 4, 13, 170, 1), dtype, routed, anchored, shared)
         layers.append(tuple(tensors[name].detach() if name in tensors else None for name in names))
     spec = fused.DeltaSpec(Layout(3, 4, routed, anchored, shared), 1.7)
-    expected = [fused.pack_weights(*tensors, spec, dtype) for tensors in layers]
+    expected = [fused.concat_weights(*tensors, spec, dtype) for tensors in layers]
     for addresses in (None, expected[0].ops.addresses_of(layers)):
-        for found, wanted in zip(fused.pack_layers(layers, addresses, spec, dtype), expected, strict=True):
+        for found, wanted in zip(fused.concat_layers(layers, addresses, spec, dtype), expected, strict=True):
             assert found[4:] == wanted[4:]
             for tensor, one_by_one in zip(found[:4], wanted[:4], strict=True):
                 assert torch.equal(tensor, one_by_one) and tensor.stride() == one_by_one.stride()
@@ -410,7 +410,7 @@ def test_triton_in_its_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
     tests = Path(__file__).parents[1]
-    files = [__file__, str(tests / "kernels" / "test_balance.py"), str(tests / "tuner" / "test_step_packing.py")]
+    files = [__file__, str(tests / "kernels" / "test_balance.py"), str(tests / "tuner" / "test_prefetch.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
         env=environment,

@@ -174,15 +174,15 @@ def test_log_probs_of_logits():
     logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     labels[0, :3] = -100
     expected = -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view(2, 4)
-    found, labelled = label_log_probs(SimpleNamespace(logits=logits), {"labels": labels})
+    found, labeled = label_log_probs(SimpleNamespace(logits=logits), {"labels": labels})
     torch.testing.assert_close(found, expected)
-    assert torch.equal(labelled, labels[:, 1:] != -100)
+    assert torch.equal(labeled, labels[:, 1:] != -100)
 
     # Where the sequence is divided among processes, each label stands at the token before it.
-    found, labelled = label_log_probs(SimpleNamespace(logits=logits), {"shift_labels": labels})
+    found, labeled = label_log_probs(SimpleNamespace(logits=logits), {"shift_labels": labels})
     expected = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 5)
     torch.testing.assert_close(found, expected)
-    assert labelled.shape == (2, 5)
+    assert labeled.shape == (2, 5)
 
 
 def test_outputs_that_do_not_fit():

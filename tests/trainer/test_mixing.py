@@ -14,7 +14,7 @@ from datasets.arrow_dataset import Column
 from testing_utils import task_datasets
 from torch.utils.data import DataLoader
 
-from rlora_trl.trainer.mixing import Mixture, MixtureSampler, count_tasks, mix_tasks
+from rlora_trl.trainer.mixing import MixtureSampler, TaskMixture, count_tasks, mix_tasks
 
 
 ROWS = {"small": 10, "middle": 100, "large": 1000}
@@ -31,7 +31,7 @@ def streams(**rows):
     return {name: text(name, number).to_iterable_dataset() for name, number in rows.items()}
 
 
-def tokenised(lengths):
+def tokenized(lengths):
     return Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
 
 
@@ -66,7 +66,7 @@ def order(sampler, epoch):
     ],
 )
 def test_formulas(options, weights, draws):
-    mixture = Mixture(ROWS, **options)
+    mixture = TaskMixture(ROWS, **options)
     shares = [weight / sum(weights) for weight in weights]
     assert list(mixture.shares) == list(mixture.draws) == list(ROWS)
     assert list(mixture.shares.values()) == pytest.approx(shares, rel=1e-12)
@@ -87,22 +87,22 @@ def test_formulas(options, weights, draws):
 )
 def test_tokens_as_unit(options, shares, draws):
     # Rows of 10 and of 300 tokens.
-    mixture = Mixture({"short": 100, "long": 10}, tokens={"long": 3000, "short": 1000}, unit="tokens", **options)
+    mixture = TaskMixture({"short": 100, "long": 10}, tokens={"long": 3000, "short": 1000}, unit="tokens", **options)
     assert list(mixture.shares.values()) == pytest.approx(shares)
     assert mixture.draws == dict(zip(("short", "long"), draws, strict=True))
 
 
 def test_tokens_are_not_used_where_rows_are_the_unit():
-    assert Mixture(ROWS, tokens={"other": 1}).draws == ROWS
+    assert TaskMixture(ROWS, tokens={"other": 1}).draws == ROWS
 
 
 def test_proportional_draws_are_exact_however_large():
     rows = {str(i): 3**i + 7 for i in range(18)}
-    assert Mixture(rows).draws == rows
+    assert TaskMixture(rows).draws == rows
 
 
 def test_table_of_rows():
-    mixture = Mixture({"a": 3, "longer name": 1200}, mixing="temperature", temperature=2)
+    mixture = TaskMixture({"a": 3, "longer name": 1200}, mixing="temperature", temperature=2)
     assert mixture.table().splitlines() == [
         "task          rows     share  rows per epoch  repeats",
         "a                3    4.76 %              57   19.00x",
@@ -112,7 +112,7 @@ def test_table_of_rows():
 
 
 def test_table_of_tokens():
-    mixture = Mixture({"short": 100, "long": 10}, tokens={"short": 1000, "long": 3000}, unit="tokens", cap=2000)
+    mixture = TaskMixture({"short": 100, "long": 10}, tokens={"short": 1000, "long": 3000}, unit="tokens", cap=2000)
     assert mixture.table().splitlines() == [
         "task   rows  tokens     share  rows per epoch  repeats",
         "short   100   1,000   33.33 %             100    1.00x",
@@ -143,7 +143,7 @@ def test_table_of_tokens():
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        Mixture(ROWS, **options)
+        TaskMixture(ROWS, **options)
     if "tokens" not in options and options != {"unit": "tokens"}:
         with pytest.raises(ValueError, match=message):
             mix_tasks(task_datasets(3), **options)
@@ -151,21 +151,21 @@ def test_options_are_checked(options, message):
 
 def test_sizes_are_checked():
     with pytest.raises(ValueError, match="`rows` names no task.*{task: number}"):
-        Mixture({})
+        TaskMixture({})
     with pytest.raises(ValueError, match="`rows\\['b'\\]` must be a whole number of at least 1, got 0. Remove"):
-        Mixture({"a": 1, "b": 0})
+        TaskMixture({"a": 1, "b": 0})
     with pytest.raises(ValueError, match="`rows\\['a'\\]` must be .* got 1.5"):
-        Mixture({"a": 1.5})
+        TaskMixture({"a": 1.5})
 
 
 def test_task_without_a_row():
     """Rows longer than the task's part of an epoch."""
     sizes = {"a": 1, "b": 1000}
     with pytest.raises(ValueError, match="Task 'a' would have no row.*50 % is 20 tokens.*500 on average.*raise `cap`"):
-        Mixture(sizes, tokens={"a": 500, "b": 9000}, unit="tokens", cap=20)
+        TaskMixture(sizes, tokens={"a": 500, "b": 9000}, unit="tokens", cap=20)
     tokens = {"a": 500, **dict.fromkeys("bcde", 1)}
     with pytest.raises(ValueError, match="Task 'a' would have no row.*20 % is 100.8 tokens.*Remove.*`unit=\"rows\"`"):
-        Mixture(dict.fromkeys("abcde", 1), tokens=tokens, unit="tokens", mixing="equal")
+        TaskMixture(dict.fromkeys("abcde", 1), tokens=tokens, unit="tokens", mixing="equal")
 
 
 # The sampler
@@ -193,7 +193,7 @@ def test_rows_are_used_evenly_over_epochs():
 
 
 def test_tasks_are_shuffled_among_each_other():
-    """Runs of one task are as short as in a random order, in which half of all neighbours differ."""
+    """Runs of one task are as short as in a random order, in which half of all neighbors differ."""
     drawn = order(MixtureSampler([0] * 500 + [1] * 500, [500, 500], seed=0), 0)
     changes = sum((a < 500) != (b < 500) for a, b in zip(drawn, drawn[1:], strict=False))
     assert 420 < changes < 580  # 5 standard deviations
@@ -302,7 +302,7 @@ def test_processes_share_an_epoch():
 
 def test_count_tasks():
     lengths = [3, 1, 4, 1, 5, 9]
-    dataset = tokenised(lengths).add_column("task_ids", [2, 0, 2, 0, 0, 2])
+    dataset = tokenized(lengths).add_column("task_ids", [2, 0, 2, 0, 0, 2])
     assert count_tasks(dataset, 4) == ([3, 0, 3, 0], [7, 0, 16, 0])
     # The rows that are seen, not those that are stored.
     chosen = dataset.rename_column("task_ids", "cluster").select([5, 0, 0])
@@ -311,15 +311,15 @@ def test_count_tasks():
 
 def test_count_tasks_over_batches():
     lengths, tasks = np.arange(25_000) % 7, np.arange(25_000) % 3
-    dataset = tokenised(lengths.tolist()).add_column("task_ids", tasks.tolist())
+    dataset = tokenized(lengths.tolist()).add_column("task_ids", tasks.tolist())
     rows, tokens = count_tasks(dataset, 3)
     assert rows == np.bincount(tasks).tolist()
     assert tokens == np.bincount(tasks, weights=lengths).astype(int).tolist()
 
 
 def test_count_tasks_checks_its_columns():
-    dataset = tokenised([1, 2])
-    with pytest.raises(ValueError, match="needs a column 'task_ids'; the data set has input_ids. Tokenise"):
+    dataset = tokenized([1, 2])
+    with pytest.raises(ValueError, match="needs a column 'task_ids'; the data set has input_ids. Tokenize"):
         count_tasks(dataset, 2)
     with pytest.raises(ValueError, match="needs a column 'input_ids'; the data set has text, task_ids"):
         count_tasks(text("a", 1).add_column("task_ids", [0]), 1)
@@ -342,7 +342,7 @@ def test_data_sets_are_mixed():
     mixed = mix_tasks(tasks, **options)
     assert isinstance(mixed, Dataset)
     assert mixed.column_names == ["text", "task"]
-    assert Counter(mixed["task"]) == Mixture({"a": 4, "b": 36}, **options).draws == {"a": 10, "b": 30}
+    assert Counter(mixed["task"]) == TaskMixture({"a": 4, "b": 36}, **options).draws == {"a": 10, "b": 30}
     assert all(row["text"].split()[0] == row["task"] for row in mixed)
     assert mix_tasks(tasks, **options)["text"] == mixed["text"]
     assert mix_tasks(tasks, **options, seed=1)["text"] != mixed["text"]
@@ -361,10 +361,10 @@ def test_data_sets_in_proportion_are_all_of_their_rows():
 
 
 def test_data_sets_are_mixed_by_tokens():
-    tasks = {"short": tokenised([10] * 100), "long": tokenised([100, 500] * 5)}
+    tasks = {"short": tokenized([10] * 100), "long": tokenized([100, 500] * 5)}
     mixed = mix_tasks(tasks, unit="tokens", mixing="equal")
     assert Counter(mixed["task"]) == {"short": 200, "long": 7}  # 2000 tokens each: see test_tokens_as_unit
-    with pytest.raises(ValueError, match="counts the column 'input_ids', and task 'a' has text, task. Tokenise"):
+    with pytest.raises(ValueError, match="counts the column 'input_ids', and task 'a' has text, task. Tokenize"):
         mix_tasks({"a": text("a", 3)}, unit="tokens")
 
 
@@ -380,7 +380,7 @@ def test_what_can_not_be_mixed():
     with pytest.raises(TypeError, match="mix streamed and map-style"):
         mix_tasks({"a": text("a", 3), **streams(b=3)})
     with pytest.raises(ValueError, match='`unit="tokens"` needs data sets whose tokens can be counted, got streams'):
-        mix_tasks({"a": tokenised([1]).to_iterable_dataset()}, unit="tokens")
+        mix_tasks({"a": tokenized([1]).to_iterable_dataset()}, unit="tokens")
 
 
 # Streams
@@ -402,7 +402,7 @@ def test_streams_in_proportion_are_all_of_their_rows(options):
 def test_streams_are_drawn_with_their_shares(options, size):
     rows = {"a": 400, "b": 1600}
     mixed = mix_tasks(streams(**rows), sizes=dict(reversed(rows.items())), **options)
-    mixture = Mixture(rows, **options)
+    mixture = TaskMixture(rows, **options)
     seen = Counter(row["task"] for row in mixed)
     assert seen.total() == mixture.total == size
     share = mixture.shares["a"]
@@ -449,7 +449,7 @@ def test_equal_streams_of_unknown_length():
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_resume_of_a_stream(epoch):
     def build():
-        tasks = {"a": tokenised(range(6)), "b": tokenised(range(6, 46))}  # each row of its own length
+        tasks = {"a": tokenized(range(6)), "b": tokenized(range(6, 46))}  # each row of its own length
         parts = {name: dataset.to_iterable_dataset() for name, dataset in tasks.items()}
         return mix_tasks(parts, mixing="temperature", temperature=2, sizes={"a": 6, "b": 40}, epoch=epoch)
 

@@ -10,7 +10,7 @@ from testing_utils import _DECODER, VOCAB, perturb, random_ids, task_datasets
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlora_trl import RLoraConfig
-from rlora_trl.hub.checks import check_adapter
+from rlora_trl.files.checks import check_adapter
 from rlora_trl.trainer.saving import FullTensors, check_saved
 
 

@@ -634,8 +634,8 @@ def test_accuracy_is_that_of_the_task_whatever_the_data_are_called(model_folders
 def test_accuracy_is_never_that_of_other_data(model_folders, tmp_path):
     trainer = make_trainer(model_folders, tmp_path, max_steps=1)
     assert "eval_accuracy" in trainer.evaluate(scored_rows("same", 6))
-    tokenised = trainer.train_dataset.select(range(4))
-    assert "eval_accuracy" not in trainer.evaluate(tokenised)
+    tokenized = trainer.train_dataset.select(range(4))
+    assert "eval_accuracy" not in trainer.evaluate(tokenized)
 
 
 def test_options_without_the_completion_are_told_and_passed_over(model_folders, tmp_path, caplog):

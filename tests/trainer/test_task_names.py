@@ -13,7 +13,7 @@ from test_trainer import make_trainer
 from testing_utils import TINY_MODELS, random_ids, task_datasets, task_rows
 
 from rlora_trl import RLoraConfig, mix_tasks
-from rlora_trl.hub.checks import check_adapter
+from rlora_trl.files.checks import check_adapter
 from rlora_trl.trainer.task_evaluation import split_by_task
 from rlora_trl.trainer.task_ids import TASK_IDS
 from rlora_trl.trainer.tasks import collect_tasks, join_tasks, label_tasks, tasks_in

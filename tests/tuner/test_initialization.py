@@ -51,7 +51,7 @@ def test_zero_schemes_need_no_anchor(scheme):
     assert torch.count_nonzero(adapter(torch.randn(5, 16))) == 0
 
 
-def test_router_initialisation():
+def test_router_initialization():
     assert torch.count_nonzero(MultiHeadAdapter(16, 24, 4, 3, 1.0).router) == 0
     router = MultiHeadAdapter(16, 24, 4, 3, 1.0, router_init="kaiming_uniform").router
     assert torch.count_nonzero(router) == router.numel()

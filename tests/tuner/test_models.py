@@ -1,4 +1,4 @@
-"""The matrix: tiny models and options, through every behaviour that PEFT promises of a method."""
+"""The matrix: tiny models and options, through every behavior that PEFT promises of a method."""
 
 import copy
 import pickle

@@ -1,5 +1,5 @@
 """
-Bases quantised with other libraries than bitsandbytes, on CPU; each library's tests are skipped where it is missing.
+Bases quantized with other libraries than bitsandbytes, on CPU; each library's tests are skipped where it is missing.
 
 What the layers compute is checked against plain linear layers with the weights that they stand for, which the unit
 vectors show.
@@ -159,7 +159,7 @@ def meant_weight(layer):
 
 
 def dequantized(model):
-    """A copy with plain linear layers of the weights that the quantised ones stand for."""
+    """A copy with plain linear layers of the weights that the quantized ones stand for."""
     plain = copy.deepcopy(model)
     for module in list(plain.modules()):
         if isinstance(module, RLoraLinear):
@@ -181,7 +181,7 @@ def test_step_zero_and_disabling_give_the_quantized_base(model_folders, kind):
     base = load(model_folders, kind)
     expected = logits(base)
     full = AutoModelForCausalLM.from_pretrained(model_folders["llama64"], dtype=DTYPES[kind])
-    assert not torch.equal(expected, logits(full))  # it is quantised
+    assert not torch.equal(expected, logits(full))  # it is quantized
     model = adapted(model_folders, kind)
     layers = [module for module in model.modules() if isinstance(module, RLoraLinear)]
     assert len(layers) == 14
@@ -229,7 +229,7 @@ def test_training_leaves_the_base_alone_and_the_adapter_can_be_saved(model_folde
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(model_folders, kind), tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
-    # The same adapter runs on the base that is not quantised.
+    # The same adapter runs on the base that is not quantized.
     full = AutoModelForCausalLM.from_pretrained(model_folders["llama64"], dtype=DTYPES[kind])
     base_error = (logits(full) - logits(load(model_folders, kind))).norm()
     exchanged = PeftModel.from_pretrained(full, tmp_path).eval()
@@ -250,7 +250,7 @@ def test_merging_works_where_the_weights_can_be_written_and_is_refused_elsewhere
     perturb(model, 0.1)
     expected = logits(model)
     if kind not in MERGING:
-        with pytest.raises(ValueError, match="can't be merged into this base, which is quantised with"):
+        with pytest.raises(ValueError, match="can't be merged into this base, which is quantized with"):
             model.merge_and_unload()
         assert torch.equal(logits(model), expected)
         return
@@ -334,7 +334,7 @@ def test_base_that_cuts_the_gradient_runs_but_does_not_train(model_folders):
         RLoraConfig(task_type="CAUSAL_LM"),
     )
     assert torch.isfinite(logits(model.eval())).all()
-    with pytest.raises(RuntimeError, match="No gradient flows through this base, which is quantised with torchao"):
+    with pytest.raises(RuntimeError, match="No gradient flows through this base, which is quantized with torchao"):
         model.train()(input_ids=random_ids(), labels=random_ids())
 
 

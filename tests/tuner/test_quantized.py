@@ -1,4 +1,4 @@
-"""4-bit and 8-bit bases, on CPU: the base is never modified, and step 0 is the quantised base."""
+"""4-bit and 8-bit bases, on CPU: the base is never modified, and step 0 is the quantized base."""
 
 import re
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_save_load_and_exchange_with_a_full_precision_base(model_folders, tmp_pa
     full = AutoModelForCausalLM.from_pretrained(model_folders["llama64"]).eval()
     base_error = (logits(full) - logits(load(model_folders, bits))).norm()
     exchanged = PeftModel.from_pretrained(full, tmp_path).eval()
-    # About the error that quantising the base makes by itself.
+    # About the error that quantizing the base makes by itself.
     assert (logits(exchanged) - expected).norm() < 2 * base_error
 
 
@@ -122,7 +122,7 @@ def test_adapter_of_a_bfloat16_base_runs_on_a_quantized_one(model_folders, tmp_p
     model.save_pretrained(tmp_path)
     expected_there = logits(PeftModel.from_pretrained(load(model_folders, bits), tmp_path).eval())
     assert torch.equal(logits_of(tmp_path, model_folders, bits), expected_there)
-    # About the error that quantising the base makes by itself.
+    # About the error that quantizing the base makes by itself.
     assert (expected_there - expected).norm() < 2 * base_error
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rlora_trl import RLoraConfig, export_lora
-from rlora_trl.hub.tensors import check_tensors
-from rlora_trl.safe_files import read_safetensors_header
+from rlora_trl.files.reading import read_safetensors_header
+from rlora_trl.files.tensors import check_tensors
 
 
 def messages_of(model, config):

@@ -28,12 +28,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .._version import __version__
-from ..safe_files import read_json, shorten
 from .layout import RECORD_NAME
+from .reading import read_json, shorten
 
 
 if TYPE_CHECKING:
-    from ..analysis.mixtures import HeadMixtures
+    from ..analysis.measuring import HeadWeights
     from ..tuner.config import RLoraConfig
 
 
@@ -77,7 +77,7 @@ class TaskRecord:
         name (`str`): Its name, as in `RLoraConfig.tasks`.
         cluster (`str`, *optional*): Kind of task, for example `"sentiment"`.
         dataset (`str`, *optional*): Name on the Hub of the data set.
-        license (`str`, *optional*): Licence of the data.
+        license (`str`, *optional*): License of the data.
         rows (`int`, *optional*), tokens (`int`, *optional*): What training has seen of it, repetitions counted.
         share (`float`, *optional*): Share in the mixture, a ratio in `[0, 1]`.
         metrics (`dict[str, float]`, *optional*): Values by name: `"accuracy"`, a ratio in `[0, 1]`;
@@ -161,13 +161,13 @@ class AdapterRecord:
 
     Args:
         base_model (`str`, *optional*), base_model_revision (`str`, *optional*): Name on the Hub, and commit.
-        base_model_license (`str`, *optional*): Its licence.
+        base_model_license (`str`, *optional*): Its license.
         base_dtype (`str`, *optional*): In which dtype it ran in training, for example `"bfloat16"`.
-        quantization (`str`, *optional*): How the base was quantised in training, for example `"bitsandbytes nf4"`.
+        quantization (`str`, *optional*): How the base was quantized in training, for example `"bitsandbytes nf4"`.
         tasks (`list[TaskRecord]`, *optional*): The tasks.
         hyperparameters (`dict`, *optional*): Numbers and short texts, see [`select_hyperparameters`].
         versions (`dict[str, str]`, *optional*): Versions by package, see [`collect_versions`].
-        mixtures ([`HeadMixtures`], *optional*): Mean weights of the heads by task and layer.
+        mixtures ([`HeadWeights`], *optional*): Mean weights of the heads by task and layer.
         balance_loss (`str`, *optional*), balance_coef (`float`, *optional*): Balance loss and its coefficient.
         exports (`list[dict]`, *optional*): Plain-LoRA exports: `task`, `path`, `rank`, and where they were measured
             `kl`, `accuracy` and `accuracy_dynamic`, and the `rows` measured on.
@@ -181,7 +181,7 @@ class AdapterRecord:
     tasks: list[TaskRecord] = field(default_factory=list)
     hyperparameters: dict[str, Scalar] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    mixtures: HeadMixtures | None = None
+    mixtures: HeadWeights | None = None
     balance_loss: str | None = None
     balance_coef: float | None = None
     exports: list[dict[str, Any]] = field(default_factory=list)
@@ -381,7 +381,7 @@ def _sum_of_known(*counts: int | None) -> int | None:
     return sum(known) if known else None
 
 
-def _merge_mixtures(newer: HeadMixtures | None, older: HeadMixtures | None) -> HeadMixtures | None:
+def _merge_mixtures(newer: HeadWeights | None, older: HeadWeights | None) -> HeadWeights | None:
     """Mixtures of the tasks of both, if they are of the same layers and number of heads; else the newer ones."""
     if newer is None or older is None:
         return newer or older
@@ -417,14 +417,14 @@ def _check_format(read: _Reader) -> None:
         )
 
 
-def _read_mixtures(read: _Reader) -> HeadMixtures | None:
+def _read_mixtures(read: _Reader) -> HeadWeights | None:
     if read.data.get("mixtures") is None:
         return None
     # Imported where it is needed: most readers of a record want its tasks.
-    from ..analysis.mixtures import HeadMixtures
+    from ..analysis.measuring import HeadWeights
 
     try:
-        return HeadMixtures.from_dict(read.data["mixtures"])
+        return HeadWeights.from_dict(read.data["mixtures"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"`mixtures` can't be read: {error}") from error
 

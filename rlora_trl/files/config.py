@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..safe_files import MIB, AdapterCheckError, read_json, shorten
 from ..tuner.config import RLoraConfig
 from .patterns import check_pattern
+from .reading import MIB, AdapterCheckError, read_json, shorten
 
 
 CONFIG_LIMIT = MIB

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig
-from rlora_trl.kernels.fused import pack_weights
-from rlora_trl.tuner.adapter import PackedAhead
-from rlora_trl.tuner.step_packing import StepPacking
+from rlora_trl.kernels.fused import concat_weights
+from rlora_trl.tuner.adapter import PrefetchedWeights
+from rlora_trl.tuner.prefetch import WeightPrefetch
 
 
 class Blocks(nn.Module):
@@ -60,14 +60,14 @@ def packed_alone(monkeypatch):
     from rlora_trl.kernels import fused
 
     calls = []
-    real = fused.pack_weights
-    monkeypatch.setattr(fused, "pack_weights", lambda *args: calls.append(1) or real(*args))
+    real = fused.concat_weights
+    monkeypatch.setattr(fused, "concat_weights", lambda *args: calls.append(1) or real(*args))
     return calls
 
 
 def without_packing(model, x, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(StepPacking, "pack", lambda self, adapters: None)
+        patch.setattr(WeightPrefetch, "pack", lambda self, adapters: None)
         return step(model, x)
 
 
@@ -306,9 +306,9 @@ def test_weights_that_a_hook_changes_within_a_pass():
 
 def test_packed_weights_hold_for_one_kind_of_product():
     adapter, x = adapters_of(adapted())[0], torch.randn(5, 12)
-    spec, tensors = adapter.packing_spec(), adapter.kernel_tensors()
+    spec, tensors = adapter.delta_spec(), adapter.kernel_tensors()
     with torch.no_grad():
-        ahead = PackedAhead.of(pack_weights(*tensors, spec, torch.float32), spec, tensors)
+        ahead = PrefetchedWeights.of(concat_weights(*tensors, spec, torch.float32), spec, tensors)
     assert ahead.holds_for(tensors, spec.layout, spec.scaling, x)
     # Layers may be brought to the device of the input after weights were packed where they rest.
     assert not ahead.holds_for(tensors, spec.layout, spec.scaling, x.to("meta"))
@@ -329,9 +329,9 @@ def test_packing_is_no_part_of_a_graph(monkeypatch):
     model, x = adapted(), torch.randn(5, 12)
     step(model, x)
     found = []
-    real = MultiHeadAdapter._packed_ahead
+    real = MultiHeadAdapter._prefetched
     monkeypatch.setattr(
-        MultiHeadAdapter, "_packed_ahead", lambda self, *args: found.append(real(self, *args)) or found[-1]
+        MultiHeadAdapter, "_prefetched", lambda self, *args: found.append(real(self, *args)) or found[-1]
     )
     model(x)
     assert len(found) == 3
@@ -395,7 +395,7 @@ def test_copies_have_their_own():
     wanted = step(model, x)
     step(model, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not other.base_model._step_packing._groups
+        assert not other.base_model._prefetch._groups
         assert_same(step(other, x), wanted)
         with torch.no_grad():
             for p in other.parameters():
@@ -408,7 +408,7 @@ def test_inference_is_not_touched(packed_alone, monkeypatch):
     model, x = adapted(), torch.randn(5, 12)
     step(model, x)
     calls = []
-    monkeypatch.setattr(StepPacking, "pack", lambda self, adapters: calls.append(1))
+    monkeypatch.setattr(WeightPrefetch, "pack", lambda self, adapters: calls.append(1))
     with torch.no_grad():
         model(x)
     model.eval()

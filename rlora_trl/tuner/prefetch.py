@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels.fused import DeltaSpec, backend, pack_layers
+from ..kernels.fused import DeltaSpec, backend, concat_layers
 from ..kernels.rank_space import AdapterTensors
-from .adapter import MultiHeadAdapter, PackedAhead
+from .adapter import MultiHeadAdapter, PrefetchedWeights
 
 
 class _Kind(NamedTuple):
@@ -23,12 +23,12 @@ class _Kind(NamedTuple):
 
 class _Group(NamedTuple):
     kind: _Kind
-    targets: list[tuple[dict[int, PackedAhead], int]]  # where the weights of each go
+    targets: list[tuple[dict[int, PrefetchedWeights], int]]  # where the weights of each go
     tensors: list[AdapterTensors]
     addresses: torch.Tensor | None
 
 
-class StepPacking:
+class WeightPrefetch:
     """
     Packs the weights of many adapters with one launch for all that are of one kind, rather than one for each.
 
@@ -53,13 +53,13 @@ class StepPacking:
         # What a plan depends on: where all parameters are, whole ones and shards, and what is made of them.
         parameters = [parameter for adapter in adapters for parameter in adapter._parameters.values()]
         key: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]
-        key += [(adapter.product_dtype, adapter.packing_spec()) for adapter in adapters]
+        key += [(adapter.product_dtype, adapter.delta_spec()) for adapter in adapters]
         if key != self._key:
             self._key, self._groups = key, _plan(adapters)
         for (spec, dtype, _), targets, layers, addresses in self._groups:
-            packed = pack_layers(layers, addresses, spec, dtype)
+            packed = concat_layers(layers, addresses, spec, dtype)
             for (weights_of, number), tensors, weights in zip(targets, layers, packed, strict=True):
-                weights_of[number] = PackedAhead.of(weights, spec, tensors)
+                weights_of[number] = PrefetchedWeights.of(weights, spec, tensors)
 
 
 def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
@@ -92,4 +92,4 @@ def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
     sizes = tuple(
         None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in adapter.kernel_tensors()
     )
-    return _Kind(adapter.packing_spec(), adapter.product_dtype, sizes)
+    return _Kind(adapter.delta_spec(), adapter.product_dtype, sizes)

@@ -16,9 +16,9 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 
-from ..safe_files import ITEM_SIZES, AdapterCheckError, TensorEntry, shorten
 from ..tuner.adapter import MultiHeadAdapter
 from ..tuner.config import RLoraConfig
+from .reading import ITEM_SIZES, AdapterCheckError, TensorEntry, shorten
 
 
 PREFIX = "base_model.model."

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.scoring import position_limit
-from ..safe_files import shorten
+from ..files.reading import shorten
 from ..tuner import HeadUsage
-from ..tuner.fixed import (
+from ..tuner.layer import RLoraLayer
+from ..tuner.selection import (
     SUM_TOLERANCE,
     adapted_layers,
     adapter_config,
@@ -24,11 +25,10 @@ from ..tuner.fixed import (
     kept_quantized,
     only_adapter,
 )
-from ..tuner.layer import RLoraLayer
 
 
 @dataclass(frozen=True)
-class HeadMixtures:
+class HeadWeights:
     """
     Mean weights of the heads by task.
 
@@ -94,9 +94,9 @@ class HeadMixtures:
         return {"layers": list(self.layers), "weights": weights, "tokens": dict(self.tokens)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HeadMixtures:
+    def from_dict(cls, values: Mapping[str, Any]) -> HeadWeights:
         """
-        The inverse of [`HeadMixtures.to_dict`], for content that may come from strangers.
+        The inverse of [`HeadWeights.to_dict`], for content that may come from strangers.
 
         Raises:
             ValueError: If a key is missing, or a value is of another kind or size.
@@ -128,7 +128,7 @@ def _rows(task: str, rows: Any) -> list[list[float]]:
     return rows
 
 
-def measure_mixtures(
+def measure_head_weights(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -137,7 +137,7 @@ def measure_mixtures(
     batch_size: int = 16,
     max_rows: int | None = 64,
     max_length: int = 2048,
-) -> HeadMixtures:
+) -> HeadWeights:
     """
     Measure the mean weight of each head of an adapter, by task and layer, in eval mode.
 
@@ -156,7 +156,7 @@ def measure_mixtures(
             model has positions.
 
     Returns:
-        [`HeadMixtures`]: With the tasks in the order of `tasks`.
+        [`HeadWeights`]: With the tasks in the order of `tasks`.
 
     Raises:
         ValueError: If a task has no rows, a row is of an unknown format, the adapter is not known, or a task is not
@@ -172,14 +172,14 @@ def measure_mixtures(
     tokens = {task: sum(map(len, rows)) for task, rows in sequences.items()}
     if config.router in ("task", "uniform"):
         weights = {task: fixed_weights(layers, adapter_name, task) for task in tasks}
-        return HeadMixtures(tuple(layers), weights, tokens)
+        return HeadWeights(tuple(layers), weights, tokens)
     weights = {}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with only_adapter(model, adapter_name), kept_quantized(model):
         for task, rows in sequences.items():
             batches = _padded_batches(rows, batch_size, pad_id)
             weights[task] = _measure(model, layers, adapter_name, batches)
-    return HeadMixtures(tuple(layers), weights, tokens)
+    return HeadWeights(tuple(layers), weights, tokens)
 
 
 def fixed_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, task: str | None) -> torch.Tensor:

@@ -36,9 +36,9 @@ from .output import note, percent, print_json, print_table, results_only
 
 
 if TYPE_CHECKING:
-    from ..evaluation import TaskScore
-    from ..hub.checks import CheckedAdapter
-    from ..hub.record import AdapterRecord
+    from rlora_trl.evaluation import TaskScore
+    from rlora_trl.files.checks import CheckedAdapter
+    from rlora_trl.files.record import AdapterRecord
 
 
 def register(app: typer.Typer) -> None:
@@ -73,7 +73,7 @@ def evaluate(
     A row with options counts if its completion is the most likely of them; one without, if greedy decoding writes it.
     """
     with results_only():
-        from ..evaluation.data import text_rows
+        from rlora_trl.evaluation.data import text_rows
 
         checked = find_adapter(adapter, revision)
         record = local_record(checked, adapter) if save else None
@@ -98,7 +98,7 @@ def evaluate(
 
 
 def _score(loaded: LoadedAdapter, tasks: dict[str, Any], batch_size: int, description: str) -> dict[str, TaskScore]:
-    from ..evaluation import score_tasks
+    from rlora_trl.evaluation import score_tasks
 
     scores: dict[str, TaskScore] = {}
     shown = description if sys.stderr.isatty() else None
@@ -127,7 +127,7 @@ def _with_scores(
     checked: CheckedAdapter,
 ) -> AdapterRecord:
     """The record with the scores of the adapter's tasks: it does not learn others by being tested on them."""
-    from ..hub.record import TaskRecord
+    from rlora_trl.files.record import TaskRecord
 
     known = {name: TaskRecord(name) for name in checked.config.tasks or scores}
     known |= {task.name: task for task in record.tasks}

@@ -45,7 +45,7 @@ def _facts() -> dict[str, Any]:
     import platform
     from importlib import metadata
 
-    from .._version import __version__
+    from rlora_trl._version import __version__
 
     def version(package: str) -> str | None:
         try:
@@ -78,7 +78,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _kernels(device: Any, dtype: Any) -> str:
-    from ..kernels.fused import KERNELS_VARIABLE, backend
+    from rlora_trl.kernels.fused import KERNELS_VARIABLE, backend
 
     try:
         name = "Triton" if backend(device, dtype).__name__.endswith("triton_ops") else "PyTorch"

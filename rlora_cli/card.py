@@ -15,7 +15,7 @@ from .output import note, print_json, print_text, results_only
 
 
 if TYPE_CHECKING:
-    from ..hub.checks import CheckedAdapter
+    from rlora_trl.files.checks import CheckedAdapter
 
 
 def register(app: typer.Typer) -> None:
@@ -36,10 +36,10 @@ def show_card(
     What was written into the card by hand stays.
     """
     with results_only():
-        from ..hub.card import render_card
-        from ..hub.checks import check_adapter
-        from ..hub.layout import CARD_NAME, FileKind, classify, published_files
-        from ..hub.record import AdapterRecord
+        from rlora_trl.files.checks import check_adapter
+        from rlora_trl.files.layout import CARD_NAME, FileKind, classify, published_files
+        from rlora_trl.files.record import AdapterRecord
+        from rlora_trl.hub.card import render_card
 
         if not Path(folder).is_dir():
             refuse_missing_folder("./" + folder)
@@ -75,7 +75,7 @@ def _exports_in(files: Sequence[str], checked: CheckedAdapter) -> list[dict[str,
         checked ([`CheckedAdapter`]): The adapter. What its record has of an export that is not in the folder, as after
             a download without exports, is left out.
     """
-    from ..hub.layout import CONFIG_NAME, EXPORTS, WEIGHTS_NAME, task_slug
+    from rlora_trl.files.layout import CONFIG_NAME, EXPORTS, WEIGHTS_NAME, task_slug
 
     recorded = {} if checked.record is None else {str(export["path"]): export for export in checked.record.exports}
     names = [*(checked.config.tasks or ()), *(task.name for task in (checked.record.tasks if checked.record else ()))]

@@ -17,10 +17,10 @@ from rlora_trl import RLoraConfig
 from rlora_trl.kernels import (
     LayerProbe,
     RoutingTally,
-    anchor_loss,
+    capture_loss_grad,
+    compiled,
     compiled_multihead,
     fused_multihead,
-    library,
     multihead_delta,
     rank_space,
 )
@@ -62,15 +62,15 @@ def test_operators_are_sound(name):
     P = torch.randn(T, layout.p_columns)
     dZ, seed = torch.randn(T, layout.z_columns), torch.tensor(5)
     calls = [
-        (library.mix, (P.clone().requires_grad_(True), seed, 0.3, layout.z_columns, *layout)),
-        (library.mix_backward, (P, dZ, seed, 0.3, 2.0, N * R + 1, *layout)),
+        (compiled.mix, (P.clone().requires_grad_(True), seed, 0.3, layout.z_columns, *layout)),
+        (compiled.mix_backward, (P, dZ, seed, 0.3, 2.0, N * R + 1, *layout)),
     ]
     tally, mask = new_tally(), some_mask(T)
     partials = rank_space.statistics(P, layout, mask).unsqueeze(0)
     calls += [
-        (library.mix_recorded, (P, mask, seed, 0.3, layout.z_columns, *layout)),
-        (library.mix_backward_recorded, (P, dZ, partials, mask, tally.ticket, 0, seed, 0.3, 2.0, 0, *layout)),
-        (library.record, (P, torch.randn_like(P), None, tally.ticket, 0, *layout)),
+        (compiled.mix_recorded, (P, mask, seed, 0.3, layout.z_columns, *layout)),
+        (compiled.mix_backward_recorded, (P, dZ, partials, mask, tally.ticket, 0, seed, 0.3, 2.0, 0, *layout)),
+        (compiled.record, (P, torch.randn_like(P), None, tally.ticket, 0, *layout)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)
@@ -104,7 +104,7 @@ def results(form, tensors, upstream, tally=None, mask=None, **options):
     """The output and all gradients."""
     y = form(**tensors, probe=None if tally is None else LayerProbe(tally, 0, mask), **options)
     loss = (y * upstream).sum()
-    loss = loss if tally is None else anchor_loss(3.0 * loss, tally)
+    loss = loss if tally is None else capture_loss_grad(3.0 * loss, tally)
     return [y.detach(), *torch.autograd.grad(loss, list(tensors.values()))]
 
 
@@ -229,7 +229,7 @@ def step(net, forward, routing, x, mask, task_ids):
     tally = new_tally(2)
     routing.update(tally=tally, token_mask=mask, task_ids=task_ids)
     net.zero_grad()
-    anchor_loss(forward(x).square().sum(), tally).backward()
+    capture_loss_grad(forward(x).square().sum(), tally).backward()
     routing.forget_batch()
     return [p.grad for p in net.parameters() if p.grad is not None], tally.record
 
@@ -272,7 +272,7 @@ def test_operators_take_any_strides():
     layout = Layout(3, 4, anchored=False)
     P = torch.randn(5, 9)[:, 1:-1].requires_grad_(True)  # 4 + 3 columns
     whole = P.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
-    outputs = [library.mix(p, None, 0.0, 12, *layout) for p in (P, whole)]
+    outputs = [compiled.mix(p, None, 0.0, 12, *layout) for p in (P, whole)]
     assert torch.equal(*outputs)
     gradients = [torch.autograd.grad(y.sum(), p)[0] for y, p in zip(outputs, (P, whole), strict=True)]
     expected = torch.autograd.grad((rank_space.mix(whole, 12, layout) * torch.ones(5, 12)).sum(), whole)[0]
@@ -336,7 +336,7 @@ def test_autocast():
         routing.update(tally=new_tally(2))
         with torch.autocast("cpu", torch.bfloat16):
             y = forward(x)
-        anchor_loss(y.float().square().sum(), routing.batch.tally).backward()
+        capture_loss_grad(y.float().square().sum(), routing.batch.tally).backward()
         grads.append([adapter.B.grad for adapter in adapters] + [adapter.router.grad for adapter in adapters])
     for a, b in zip(*grads, strict=True):
         assert a.dtype == torch.float32

@@ -23,7 +23,7 @@ def search(
         str | None, typer.Option("--task", help="Only adapters trained on this task.", show_default=False)
     ] = None,
     author: Annotated[
-        str | None, typer.Option("--author", help="Only those of this user or organisation.", show_default=False)
+        str | None, typer.Option("--author", help="Only those of this user or organization.", show_default=False)
     ] = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 20,
     sort: Annotated[
@@ -34,7 +34,7 @@ def search(
 ) -> None:
     """Search the Hub for R-LoRA adapters."""
     with results_only():
-        from ..zoo import search as search_zoo
+        from rlora_trl.zoo import search as search_zoo
 
         found = search_zoo(base_model=base_model, task=task, author=author, limit=limit, sort=sort)
     if as_json:
@@ -67,7 +67,7 @@ def compare(
 ) -> None:
     """Compare published adapters by task, from what their cards say."""
     with results_only():
-        from ..zoo import compare as compare_zoo
+        from rlora_trl.zoo import compare as compare_zoo
 
         comparison = compare_zoo(repos, metric=metric)
     if as_json:
@@ -84,7 +84,7 @@ def show(
 ) -> None:
     """Show what the card of an adapter says."""
     with results_only():
-        from ..zoo import show as show_adapter
+        from rlora_trl.zoo import show as show_adapter
 
         info = show_adapter(repo, revision=revision)
     if as_json:
@@ -109,7 +109,7 @@ def show(
 
 
 def _show_metrics(info: Any) -> None:
-    from ..zoo.compare import BASE_METRIC, Comparison, format_metric
+    from rlora_trl.zoo.compare import BASE_METRIC, Comparison, format_metric
 
     names = list(dict.fromkeys(name for values in info.metrics.values() for name in values))
     comparison = Comparison((info,), info.tasks)
@@ -135,7 +135,7 @@ def pin(
 ) -> None:
     """Write a manifest of adapters as they are now: each is fetched, checked, and pinned to its commit."""
     with results_only():
-        from ..zoo import Manifest
+        from rlora_trl.zoo import Manifest
 
         manifest = Manifest.pin(repos, base_model=base_model)
         manifest.save(output)
@@ -157,7 +157,7 @@ def install(
 ) -> None:
     """Fetch and check all adapters that a manifest pins."""
     with results_only():
-        from ..zoo import Manifest
+        from rlora_trl.zoo import Manifest
 
         folders = Manifest.load(manifest).install(local_files_only=offline)
     if as_json:

@@ -75,8 +75,8 @@ def export(
     if routing is not None and task is not None:
         raise typer.BadParameter("`--task` and `--weights` both say how to mix the heads. Give one of them.")
     with results_only():
-        from ..evaluation.data import text_rows
-        from ..export import export_lora
+        from rlora_trl.evaluation.data import text_rows
+        from rlora_trl.export import export_lora
 
         checked = find_adapter(adapter, revision)
         if task is not None:
@@ -129,7 +129,7 @@ def _facts(values: dict[str, Any]) -> dict[str, Any]:
         "Kind": "merged model" if values.get("merged") else f"plain LoRA of rank {values.get('rank')}",
         "Layers": values.get("layers"),
         "Weights": values.get("mixture"),
-        "Loss": "none: the same function" if values.get("exact") else None,
+        "ExportGap": "none: the same function" if values.get("exact") else None,
         "Checked": None if error is None else f"logits differ by at most {error:.1e} of the largest",
         "KL to routing": None if loss is None else f"{loss:.4f} nats a token",
         "Accuracy": None if None in accuracies else f"{accuracies[0]} %, with routing by token {accuracies[1]} %",

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .._version import __version__
+from rlora_trl._version import __version__
+
 from . import analyze, card, env, estimate, evaluate, export, pull, push, train, zoo
 from .errors import quieten_libraries, report
 from .options import Group

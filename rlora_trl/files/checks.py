@@ -15,18 +15,9 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..safe_files import (
-    MIB,
-    AdapterCheckError,
-    check_regular_file,
-    read_bytes,
-    read_json,
-    read_safetensors_header,
-    shorten,
-)
 from ..tuner.config import RLoraConfig
-from .card_check import CARD_LIMIT, check_card
-from .config_check import CONFIG_LIMIT, read_config, read_lora_config
+from .card_text import CARD_LIMIT, check_card
+from .config import CONFIG_LIMIT, read_config, read_lora_config
 from .layout import (
     CARD_NAME,
     CONFIG_NAME,
@@ -37,6 +28,15 @@ from .layout import (
     adapter_files,
     classify,
     is_training_leftover,
+)
+from .reading import (
+    MIB,
+    AdapterCheckError,
+    check_regular_file,
+    read_bytes,
+    read_json,
+    read_safetensors_header,
+    shorten,
 )
 from .record import AdapterRecord
 from .tensors import check_lora_tensors, check_tensors, count_parameters, file_digest, state_dict_digest

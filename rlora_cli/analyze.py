@@ -29,7 +29,7 @@ from .output import note, print_json, print_table, print_text, results_only
 if TYPE_CHECKING:
     import torch
 
-    from ..analysis.mixtures import HeadMixtures
+    from rlora_trl.analysis.measuring import HeadWeights
 
 
 def register(app: typer.Typer) -> None:
@@ -78,16 +78,18 @@ def analyze(
     if save and data is None:
         raise typer.BadParameter("`--save` records mixtures, which are measured on data. Add `--data`.")
     with results_only():
-        from ..analysis.heads import head_similarities
+        from rlora_trl.analysis.heads import head_similarities
 
         checked, mixtures = find_adapter(adapter, revision), None
         record = local_record(checked, adapter) if save else None
         if data is not None:
-            from ..analysis.mixtures import measure_mixtures
+            from rlora_trl.analysis.measuring import measure_head_weights
 
             rows = load_rows(checked, data, split, task_column)
             loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
-            mixtures = measure_mixtures(loaded.model, loaded.tokenizer, rows, batch_size=batch_size, max_rows=limit)
+            mixtures = measure_head_weights(
+                loaded.model, loaded.tokenizer, rows, batch_size=batch_size, max_rows=limit
+            )
         similarities = head_similarities(checked.folder) if checked.config.num_heads > 1 else {}
         if record is not None:
             say_saved(replace(record, mixtures=mixtures).save(checked.folder))
@@ -109,8 +111,8 @@ def analyze(
     )
 
 
-def _draw(output: Path, similarities: dict[str, torch.Tensor], mixtures: HeadMixtures | None) -> list[str]:
-    from ..analysis.figures import plot_head_similarity, plot_routing
+def _draw(output: Path, similarities: dict[str, torch.Tensor], mixtures: HeadWeights | None) -> list[str]:
+    from rlora_trl.analysis.figures import plot_head_similarity, plot_routing
 
     folder = output / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def _overall(similarities: dict[str, torch.Tensor]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _show(similarities: dict[str, torch.Tensor], mixtures: HeadMixtures | None) -> None:
+def _show(similarities: dict[str, torch.Tensor], mixtures: HeadWeights | None) -> None:
     if not similarities:
         print_text("The adapter has one head: there is nothing to compare.")
     else:
@@ -157,7 +159,7 @@ def _show(similarities: dict[str, torch.Tensor], mixtures: HeadMixtures | None) 
         _show_mixtures(mixtures)
 
 
-def _show_mixtures(mixtures: HeadMixtures) -> None:
+def _show_mixtures(mixtures: HeadWeights) -> None:
     heads = len(next(iter(mixtures.weights.values()))[0])
     rows: list[list[Any]] = []
     for task, weights in mixtures.weights.items():

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ..safe_files import MIB, AdapterCheckError, read_bytes, shorten
+from .reading import MIB, AdapterCheckError, read_bytes, shorten
 
 
 CARD_LIMIT = MIB

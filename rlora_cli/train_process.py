@@ -1,4 +1,4 @@
-"""One process of `rlora train`, started by accelerate: `python -m rlora_trl.cli.train_process`."""
+"""One process of `rlora train`, started by accelerate: `python -m rlora_cli.train_process`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .train import training_parser
 
 def run(arguments: list[str]) -> None:
     """Train as the arguments say, and tell the scores."""
-    from ..trainer import script
+    from rlora_trl.trainer import script
 
     # What the file has for the launcher is not ours to refuse: `rlora train` has checked it.
     parsed = training_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)

@@ -11,7 +11,7 @@ from .output import print_facts, print_json, print_table, print_text, results_on
 
 
 if TYPE_CHECKING:
-    from ..estimate import MemoryEstimate
+    from rlora_trl.estimate import MemoryEstimate
 
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
@@ -56,13 +56,13 @@ def estimate(
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        typer.Option("--dtype", metavar="DTYPE", help="As which the base is loaded, if it is not quantised."),
+        typer.Option("--dtype", metavar="DTYPE", help="As which the base is loaded, if it is not quantized."),
     ] = "bfloat16",
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="A 4-bit base.")] = False,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="An 8-bit base.")] = False,
     double_quant: Annotated[
         bool,
-        typer.Option("--double-quant", "--use-bnb-nested-quant", help="Quantise the scales of 4-bit weights too."),
+        typer.Option("--double-quant", "--use-bnb-nested-quant", help="Quantize the scales of 4-bit weights too."),
     ] = False,
     batch_size: Annotated[
         int, typer.Option("--per-device-train-batch-size", metavar="N", min=1, help="Rows of a micro-batch.")
@@ -90,9 +90,9 @@ def estimate(
     be as long as `--max-length`. The table has all strategies for so many GPUs.
     """
     with results_only():
-        from ..estimate import CUDA_CONTEXT
-        from ..estimate.memory import estimate_strategies
-        from ..tuner import RLoraConfig
+        from rlora_trl.estimate import CUDA_CONTEXT
+        from rlora_trl.estimate.memory import estimate_strategies
+        from rlora_trl.tuner import RLoraConfig
 
         targets = _targets(target_modules)
         config = RLoraConfig(task_type="CAUSAL_LM", r=r, num_heads=num_heads, target_modules=targets)
@@ -131,7 +131,7 @@ def _targets(typed: list[str] | None) -> list[str] | str | None:
 
 def _strategies(num_gpus: int) -> list[str]:
     """What there is to choose from: one GPU has nothing to divide, but may put weights on its host."""
-    from ..estimate import STRATEGIES
+    from rlora_trl.estimate import STRATEGIES
 
     return ["single", "zero3-offload"] if num_gpus == 1 else [name for name in STRATEGIES if name != "single"]
 

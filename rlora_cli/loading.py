@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from ..hub.checks import CheckedAdapter
-    from ..hub.record import AdapterRecord
+    from rlora_trl.files.checks import CheckedAdapter
+    from rlora_trl.files.record import AdapterRecord
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LoadedAdapter:
 
 def find_adapter(name: str, revision: str | None = None) -> CheckedAdapter:
     """Check the adapter of a folder, or one from the Hub after a download."""
-    from ..hub.pull import pull_checked
+    from rlora_trl.hub.pull import pull_checked
 
     refuse_missing_folder(name)
     return pull_checked(name, revision=revision)
@@ -73,7 +73,7 @@ def load_adapter(
         checked ([`CheckedAdapter`]): The adapter.
         base (`str`, *optional*): Base model. Defaults to the adapter's own.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the base model's weights.
-        load_in_4bit (`bool`, *optional*, defaults to `False`): Quantise the base model as in training.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): Quantize the base model as in training.
 
     Raises:
         ValueError: If the adapter names no base model, and none is given.
@@ -129,7 +129,7 @@ def load_rows(
 
     Rows with `answers` are to be scored; those of conversations become text with [`text_rows`].
     """
-    from ..evaluation.data import load_task_rows
+    from rlora_trl.evaluation.data import load_task_rows
 
     hide_progress_in_logs()
     tasks = checked.config.tasks or ()
@@ -150,7 +150,7 @@ def chosen_tasks(loaded: LoadedAdapter, tasks: dict[str, Any]) -> Iterator[dict[
     if loaded.checked.config.router != "task":
         yield tasks
         return
-    from ..tuner import set_task
+    from rlora_trl.tuner import set_task
 
     known = loaded.checked.config.tasks or ()
     for task, rows in tasks.items():
@@ -166,7 +166,7 @@ def local_record(checked: CheckedAdapter, name: str) -> AdapterRecord:
     Raises:
         ValueError: If the adapter lies in the cache of the Hub, whose files must stay as they were published.
     """
-    from ..hub.record import AdapterRecord
+    from rlora_trl.files.record import AdapterRecord
 
     if not Path(name).is_dir():
         raise ValueError(

@@ -9,7 +9,7 @@ import unicodedata
 from enum import StrEnum
 from pathlib import Path
 
-from ..safe_files import AdapterCheckError, shorten
+from .reading import AdapterCheckError, shorten
 
 
 RECORD_NAME = "rlora_record.json"

@@ -20,7 +20,7 @@ def push(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of an adapter.", show_default=False)],
     repo: Annotated[
         str,
-        typer.Argument(metavar="REPO", help="user/name or organisation/name; made if not there.", show_default=False),
+        typer.Argument(metavar="REPO", help="user/name or organization/name; made if not there.", show_default=False),
     ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
@@ -43,7 +43,7 @@ def push(
         ),
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="Licence of the adapter, e.g. apache-2.0.", show_default=False)
+        str | None, typer.Option("--license", help="License of the adapter, e.g. apache-2.0.", show_default=False)
     ] = None,
     dataset: Annotated[
         list[str] | None,
@@ -62,7 +62,7 @@ def push(
     Nothing else in the folder is uploaded. After an interruption run it again: what has arrived is not sent twice.
     """
     with results_only():
-        from ..hub.push import push_adapter
+        from rlora_trl.hub.push import push_adapter
 
         refuse_missing_folder(folder if "/" in folder else f"./{folder}")
         head = None if create_pr else head_of(repo, revision)

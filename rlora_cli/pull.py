@@ -13,7 +13,7 @@ from .output import note, print_facts, print_json, results_only
 
 
 if TYPE_CHECKING:
-    from ..hub.checks import CheckedAdapter
+    from rlora_trl.files.checks import CheckedAdapter
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def pull(
     Prints the folder, which PEFT and transformers load. Add `--output` to have it in a place of your own.
     """
     with results_only():
-        from ..hub.pull import pull_checked
+        from rlora_trl.hub.pull import pull_checked
 
         refuse_missing_folder(repo)
         checked = pull_checked(
@@ -109,7 +109,7 @@ def _copy(checked: CheckedAdapter, target: Path, exports: bool) -> Path:
     """
     import shutil
 
-    from ..hub.layout import FileKind, classify, published_files
+    from rlora_trl.files.layout import FileKind, classify, published_files
 
     source = checked.folder
     names = [name for name in published_files(source) if exports or classify(name) is not FileKind.EXPORT]
@@ -130,8 +130,8 @@ def _has_adapter(folder: Path, checked: CheckedAdapter, names: list[str]) -> boo
     """Whether a folder has all files of an adapter, with the same configuration and tensors."""
     import filecmp
 
-    from ..hub.checks import adapter_digest
-    from ..hub.layout import CONFIG_NAME, WEIGHTS_NAME
+    from rlora_trl.files.checks import adapter_digest
+    from rlora_trl.files.layout import CONFIG_NAME, WEIGHTS_NAME
 
     if not all((folder / name).is_file() for name in names):
         return False

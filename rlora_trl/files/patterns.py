@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..safe_files import AdapterCheckError, shorten
+from .reading import AdapterCheckError, shorten
 
 
 MAX_PATTERN = 1000

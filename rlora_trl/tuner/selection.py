@@ -123,7 +123,7 @@ def kept_quantized(model: nn.Module) -> Generator[None, None, None]:
     Put 4-bit weights back as they are now, in the end.
 
     On some CPUs bitsandbytes (0.50) reorders them for inference, and back when anything reads the state dict, as PEFT
-    does; what comes back is rounded, and without double quantisation wrong (see `undo_cpu_order`).
+    does; what comes back is rounded, and without double quantization wrong (see `undo_cpu_order`).
     """
     kept = []
     for module in model.modules():
@@ -161,7 +161,7 @@ def check_weights(weights: torch.Tensor | Sequence[float], num_heads: int, where
 
 
 @contextmanager
-def fixed_mixtures(
+def fixed_head_weights(
     model: nn.Module, adapter_name: str, mixtures: Mapping[str, torch.Tensor | Sequence[float]]
 ) -> Generator[None, None, None]:
     """

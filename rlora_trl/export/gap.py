@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.mixtures import input_device
+from ..analysis.measuring import input_device
 from ..evaluation.scoring import TokenLimits, encode_row, position_limit, score_tasks
-from ..tuner.fixed import core_model, fixed_mixtures, only_adapter
 from ..tuner.routing import find_routings
+from ..tuner.selection import core_model, fixed_head_weights, only_adapter
 
 
 _BATCH_SIZE = 16
@@ -23,7 +23,7 @@ _POSITIONS = 1024
 
 
 @dataclass(frozen=True)
-class Loss:
+class ExportGap:
     """Of a fixed mixture against dynamic routing; means over tasks."""
 
     kl: float
@@ -32,7 +32,7 @@ class Loss:
     rows: int
 
 
-def measure_loss(
+def measure_export_gap(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     adapter_name: str,
@@ -40,7 +40,7 @@ def measure_loss(
     mixtures: Mapping[str, torch.Tensor],
     *,
     known_task: str | None = None,
-) -> Loss:
+) -> ExportGap:
     """
     Compare an adapter under a fixed mixture, which is what its export does, with the adapter as it is.
 
@@ -52,17 +52,17 @@ def measure_loss(
             none of theirs.
 
     Returns:
-        [`Loss`]: Plain means over tasks. The KL divergence is a mean over the tokens of a task's completions.
+        [`ExportGap`]: Plain means over tasks. The KL divergence is a mean over the tokens of a task's completions.
     """
     kls, dynamic, fixed = [], [], []
     for task, rows in tasks.items():
         with only_adapter(model, adapter_name), _told(model, adapter_name, task, known_task):
             dynamic.append(score_tasks(model, tokenizer, {task: rows})[task].accuracy)
             kls.append(_mean_kl(model, tokenizer, adapter_name, rows, mixtures))
-            with fixed_mixtures(model, adapter_name, mixtures):
+            with fixed_head_weights(model, adapter_name, mixtures):
                 fixed.append(score_tasks(model, tokenizer, {task: rows})[task].accuracy)
     total = sum(len(rows) for rows in tasks.values())
-    return Loss(_mean(kls), _mean(dynamic), _mean(fixed), total)
+    return ExportGap(_mean(kls), _mean(dynamic), _mean(fixed), total)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -106,7 +106,7 @@ def _mean_kl(
             counted[place, begin - 1 : len(row_ids)] = True
         inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": kept}
         p = model(**inputs).logits[counted[:, first:]]
-        with fixed_mixtures(model, adapter_name, mixtures):
+        with fixed_head_weights(model, adapter_name, mixtures):
             q = model(**inputs).logits[counted[:, first:]]
         for p_part, q_part in zip(p.split(_POSITIONS), q.split(_POSITIONS), strict=True):
             log_p, log_q = p_part.double().log_softmax(-1), q_part.double().log_softmax(-1)

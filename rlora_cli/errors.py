@@ -90,7 +90,7 @@ def _show_traceback(error: BaseException, wanted: bool) -> None:
 def explain(error: BaseException) -> str | None:
     """The message for an error that users or the Hub cause; `None` for what is a bug."""
     name = type(error).__name__
-    if name == "OutOfMemoryError":  # torch's, which need not be imported to be recognised
+    if name == "OutOfMemoryError":  # torch's, which need not be imported to be recognized
         return "The device has too little memory. Lower `--batch-size`, or add `--load-in-4bit`."
     message = _explain_hub(error)
     if message is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 USAGE = "rlora train [--config FILE] --model_name_or_path MODEL --dataset_name DATA [--NAME VALUE ...]"
-PROCESS = "rlora_trl.cli.train_process"
+PROCESS = "rlora_cli.train_process"
 
 
 def register(app: typer.Typer) -> None:
@@ -72,7 +72,7 @@ def train(
 
 def training_parser() -> Any:
     """TRL's parser of the training program's arguments, which must be written in full."""
-    from ..trainer.script import make_parser
+    from rlora_trl.trainer.script import make_parser
 
     # An option of the launcher may be how one of ours begins.
     return make_parser(prog="rlora train", usage=USAGE, allow_abbrev=False)

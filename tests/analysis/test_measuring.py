@@ -9,9 +9,9 @@ from peft import get_peft_model
 from testing_utils import TINY_MODELS, perturb, random_ids, task_rows
 
 from rlora_trl import RLoraConfig
-from rlora_trl.analysis.mixtures import HeadMixtures, measure_mixtures
+from rlora_trl.analysis.measuring import HeadWeights, measure_head_weights
 from rlora_trl.tuner import find_routings
-from rlora_trl.tuner.fixed import adapted_layers, fixed_mixtures
+from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights
 
 
 ROUTERS = {
@@ -65,7 +65,7 @@ def by_hand(model, tokenizer, rows):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_means_over_all_tokens_but_padding(tokenizer, router, name):
     model = adapted(name, **ROUTERS[router])
-    mixtures = measure_mixtures(model, tokenizer, TASKS, batch_size=5)
+    mixtures = measure_head_weights(model, tokenizer, TASKS, batch_size=5)
     assert mixtures.layers == tuple(adapted_layers(model, "default"))
     assert all(layer.startswith(("model.layers.", "transformer.h.")) for layer in mixtures.layers)
     for task, rows in TASKS.items():
@@ -80,14 +80,14 @@ def test_means_over_all_tokens_but_padding(tokenizer, router, name):
 
 def test_learned_mixtures_are_given_as_they_are(tokenizer):
     model = adapted(**ROUTERS["task"])
-    mixtures = measure_mixtures(model, tokenizer, TASKS)
+    mixtures = measure_head_weights(model, tokenizer, TASKS)
     for place, task in enumerate(("first", "same")):
         for layer, weights in mixtures.for_task(task).items():
             router = adapted_layers(model, "default")[layer].rlora_adapters["default"].router
             assert torch.allclose(weights, router[place].softmax(-1))
     with pytest.raises(ValueError, match="'colour' is unknown.*first.*same"):
-        measure_mixtures(model, tokenizer, {"colour": task_rows("colour", 3)})
-    uniform = measure_mixtures(adapted(**ROUTERS["uniform"]), tokenizer, TASKS)
+        measure_head_weights(model, tokenizer, {"colour": task_rows("colour", 3)})
+    uniform = measure_head_weights(adapted(**ROUTERS["uniform"]), tokenizer, TASKS)
     assert all(torch.equal(weights, torch.full((6, 3), 1 / 3)) for weights in uniform.weights.values())
 
 
@@ -95,31 +95,31 @@ def test_formats_and_choice_of_rows(tokenizer):
     model = adapted()
     pairs = TASKS["first"]
     texts = [{"text": row["prompt"] + row["completion"]} for row in pairs]
-    expected = measure_mixtures(model, tokenizer, {"t": pairs})
-    assert torch.equal(measure_mixtures(model, tokenizer, {"t": texts}).weights["t"], expected.weights["t"])
+    expected = measure_head_weights(model, tokenizer, {"t": pairs})
+    assert torch.equal(measure_head_weights(model, tokenizer, {"t": texts}).weights["t"], expected.weights["t"])
     turns = [("user", "prompt"), ("assistant", "completion")]
     chats = [{"messages": [{"role": role, "content": row[key]} for role, key in turns]} for row in pairs]
     split = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in chats]
-    chat = measure_mixtures(model, tokenizer, {"t": chats})
+    chat = measure_head_weights(model, tokenizer, {"t": chats})
     assert chat.tokens["t"] > expected.tokens["t"]  # with the words of the template
-    assert torch.equal(measure_mixtures(model, tokenizer, {"t": split}).weights["t"], chat.weights["t"])
+    assert torch.equal(measure_head_weights(model, tokenizer, {"t": split}).weights["t"], chat.weights["t"])
 
     # Evenly over all rows, which may be sorted.
-    some = measure_mixtures(model, tokenizer, {"t": pairs}, max_rows=4)
-    assert torch.equal(some.weights["t"], measure_mixtures(model, tokenizer, {"t": pairs[::3]}).weights["t"])
-    short = measure_mixtures(model, tokenizer, {"t": pairs}, max_length=2)
+    some = measure_head_weights(model, tokenizer, {"t": pairs}, max_rows=4)
+    assert torch.equal(some.weights["t"], measure_head_weights(model, tokenizer, {"t": pairs[::3]}).weights["t"])
+    short = measure_head_weights(model, tokenizer, {"t": pairs}, max_length=2)
     assert short.tokens["t"] == 2 * len(pairs)
     with pytest.raises(ValueError, match="Row 0 of task 't' has the columns 'question'"):
-        measure_mixtures(model, tokenizer, {"t": [{"question": "w1"}]})
+        measure_head_weights(model, tokenizer, {"t": [{"question": "w1"}]})
     with pytest.raises(ValueError, match="Task 't' has no rows"):
-        measure_mixtures(model, tokenizer, {"t": []})
+        measure_head_weights(model, tokenizer, {"t": []})
     with pytest.raises(ValueError, match="`max_rows` must be at least 1"):
-        measure_mixtures(model, tokenizer, {"t": pairs}, max_rows=0)
+        measure_head_weights(model, tokenizer, {"t": pairs}, max_rows=0)
 
 
 def test_state_is_restored(tokenizer):
     model = adapted()
-    alone = measure_mixtures(model, tokenizer, TASKS)
+    alone = measure_head_weights(model, tokenizer, TASKS)
     model.add_adapter("other", RLoraConfig(task_type="CAUSAL_LM", num_heads=2))
     model.set_adapter("other")
     model.train()
@@ -129,22 +129,22 @@ def test_state_is_restored(tokenizer):
     modes = {name: module.training for name, module in model.named_modules()}
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match="'t' has the columns"):
-        measure_mixtures(model, tokenizer, {"t": [{"x": 1}]}, adapter_name="default")
+        measure_head_weights(model, tokenizer, {"t": [{"x": 1}]}, adapter_name="default")
     before = routing.batch
     with model.disable_adapter():
-        mixtures = measure_mixtures(model, tokenizer, TASKS, adapter_name="default")
+        mixtures = measure_head_weights(model, tokenizer, TASKS, adapter_name="default")
     assert routing.batch is before
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
     assert model.active_adapters == ["other"]
     # Whatever is active besides: the adapter runs alone.
     assert torch.equal(mixtures.weights["first"], alone.weights["first"])
-    assert measure_mixtures(model, tokenizer, TASKS).weights["first"].shape == (6, 2)  # the active one
+    assert measure_head_weights(model, tokenizer, TASKS).weights["first"].shape == (6, 2)  # the active one
     with pytest.raises(ValueError, match="'third' is unknown; R-LoRA adapters of the model: 'default', 'other'"):
-        measure_mixtures(model, tokenizer, TASKS, adapter_name="third")
+        measure_head_weights(model, tokenizer, TASKS, adapter_name="third")
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="Set `adapter_name`"):
-        measure_mixtures(model, tokenizer, TASKS)
+        measure_head_weights(model, tokenizer, TASKS)
 
 
 def test_merged_adapters_are_refused(tokenizer):
@@ -152,14 +152,14 @@ def test_merged_adapters_are_refused(tokenizer):
     model.add_adapter("even", RLoraConfig(task_type="CAUSAL_LM", router="uniform"))
     model.merge_adapter(["even"])
     with pytest.raises(ValueError, match=r"merged into the base \(even\).*`unmerge_adapter\(\)`"):
-        measure_mixtures(model, tokenizer, TASKS, adapter_name="default")
+        measure_head_weights(model, tokenizer, TASKS, adapter_name="default")
 
 
 def test_json_round_trip():
     weights = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    mixtures = HeadMixtures(("a", "b", "c"), {"x": weights, "y": weights.flip(0)}, {"x": 7, "y": 9})
+    mixtures = HeadWeights(("a", "b", "c"), {"x": weights, "y": weights.flip(0)}, {"x": 7, "y": 9})
     text = json.dumps(mixtures.to_dict())
-    again = HeadMixtures.from_dict(json.loads(text))
+    again = HeadWeights.from_dict(json.loads(text))
     assert (again.layers, again.tokens) == (mixtures.layers, mixtures.tokens)
     assert all(torch.allclose(again.weights[task], mixtures.weights[task], atol=1e-6) for task in "xy")
     assert json.dumps(again.to_dict()) == text
@@ -189,11 +189,11 @@ GOOD = {"layers": ["a"], "weights": {"x": [[0.25, 0.75]]}, "tokens": {"x": 3}}
     ],
 )
 def test_broken_content_is_refused(change, message):
-    HeadMixtures.from_dict(GOOD)
+    HeadWeights.from_dict(GOOD)
     with pytest.raises(ValueError, match=message):
-        HeadMixtures.from_dict({**GOOD, **change})
+        HeadWeights.from_dict({**GOOD, **change})
     with pytest.raises(ValueError, match="'tokens'"):
-        HeadMixtures.from_dict({"layers": ["a"], "weights": {}})
+        HeadWeights.from_dict({"layers": ["a"], "weights": {}})
 
 
 def one_head_only(model, ids, head, **kwargs):
@@ -219,7 +219,7 @@ def test_fixed_mixtures_in_every_path(router):
     for head in (0, 2):
         weights = dict.fromkeys(layers, [float(place == head) for place in range(3)])
         expected = one_head_only(model, ids, head)
-        with fixed_mixtures(model, "default", weights):
+        with fixed_head_weights(model, "default", weights):
             packed = logits(model, ids)
             fused = model(ids).logits.detach()  # with gradients
             short = logits(model, ids[:1, :3])  # few tokens: another kernel
@@ -243,7 +243,7 @@ def test_fixed_mixtures_in_training_and_half_precision():
     model, ids = adapted(), random_ids()
     weights = dict.fromkeys(adapted_layers(model, "default"), [0.0, 1.0, 0.0])
     model.train()
-    with fixed_mixtures(model, "default", weights):
+    with fixed_head_weights(model, "default", weights):
         model(ids, labels=ids).loss.backward()
     for layer in adapted_layers(model, "default").values():
         gradient = layer.rlora_adapters["default"].B.grad
@@ -251,7 +251,7 @@ def test_fixed_mixtures_in_training_and_half_precision():
         # Of the heads without weight nothing is used but, where there is an anchor, their mean is not either.
         assert gradient[1].abs().max() > 0 and gradient[0].abs().max() <= 1e-5 * gradient[1].abs().max()
     half = adapted().to(torch.bfloat16)
-    with fixed_mixtures(half, "default", weights):
+    with fixed_head_weights(half, "default", weights):
         assert torch.isfinite(logits(half)).all()
 
 
@@ -259,10 +259,13 @@ def test_fixed_mixtures_are_restored_after_errors_and_not_copied():
     model = adapted()
     before = logits(model)
     layers = adapted_layers(model, "default")
-    with pytest.raises(RuntimeError, match="stop"), fixed_mixtures(model, "default", dict.fromkeys(layers, [1, 0, 0])):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        fixed_head_weights(model, "default", dict.fromkeys(layers, [1, 0, 0])),
+    ):
         copied = copy.deepcopy(model)
         inner = logits(model)
-        with fixed_mixtures(model, "default", dict.fromkeys(layers, [0, 1, 0])):
+        with fixed_head_weights(model, "default", dict.fromkeys(layers, [0, 1, 0])):
             assert not torch.equal(logits(model), inner)
         assert torch.equal(logits(model), inner)
         raise RuntimeError("stop")
@@ -275,11 +278,11 @@ def test_weights_that_are_none(weights):
     model = adapted()
     layers = adapted_layers(model, "default")
     with pytest.raises(ValueError, match="must be 3 numbers of at least 0 that sum to 1"):
-        with fixed_mixtures(model, "default", dict.fromkeys(layers, weights)):
+        with fixed_head_weights(model, "default", dict.fromkeys(layers, weights)):
             pass
     assert all(layer.rlora_adapters["default"].fixed_logits is None for layer in layers.values())
     with pytest.raises(ValueError, match="these differ: model.layers.0.mlp.up_proj"):
         fixed = dict.fromkeys(layers, [1, 0, 0])
         del fixed["model.layers.0.mlp.up_proj"]
-        with fixed_mixtures(model, "default", fixed):
+        with fixed_head_weights(model, "default", fixed):
             pass
