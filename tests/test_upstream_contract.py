@@ -25,13 +25,14 @@ from packaging.requirements import Requirement
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+import rlora_cli
 import rlora_trl
 from rlora_trl import RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.files import record
 
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = Path(rlora_trl.__file__).parent
+PACKAGES = (rlora_trl, rlora_cli)
 # Whose classes are subclassed by overriding what they call themselves.
 UPSTREAMS = ("transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 # Where the private methods that are overridden are called.
@@ -98,21 +99,20 @@ CONTRACT = [Row(*row) for row in (
 
     # The trainer: steps
     (TRAINER, "train", "resume_from_checkpoint=None", "resuming, first gradients"),
-    (TRAINER, "_prepare_for_training", None, "dtypes under FSDP2 before and after the model is prepared"),
     (TRAINER, "get_batch_samples", None, "tokens of a step; runs that had ended"),
     (TRAINER, "get_tp_size", "", "ranks with the same batch"),
     (TRAINER, "current_gradient_accumulation_steps", None, "who divides the loss"),
     (TRAINER, "compute_loss_func", None, "who divides the loss"),
     (SFT, "compute_loss", "model, inputs, return_outputs=False, num_items_in_batch=None", "balance loss, counts by task"),
     ("trl.trainer.utils:FusedCausalLMOutput", "log_probs", None, "loss by task"),
-    (SFT, "training_step", None, "after backward; rows of the probe"),
+    (SFT, "training_step", None, "what follows the backward pass"),
     (TRAINER, "create_optimizer", None, "learning rates of routers and heads"),
     (TRAINER, "control", None, "stop a resumed run that had ended; early stopping on means over tasks"),
     (SFT, "log", "logs", "losses by task, norms"),
     (SFT, "_metrics", None, "passes that leave no trace in the metrics"),
     (SFT, "evaluate", "eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'", "metrics by task"),
     (TRAINER, "evaluation_loop", "dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix='eval'", "accuracy by task"),
-    (SFT, "prediction_step", "model, inputs, prediction_loss_only", "loss on the probe, use of heads"),
+    (SFT, "prediction_step", "model, inputs, prediction_loss_only", "use of heads"),
     (ACCELERATOR, "optimizer_step_was_skipped", None, "steps that DeepSpeed leaves out"),
     (ACCELERATOR, "parallelism_config", None, "balance losses are refused with it"),
     ("accelerate/utils/dataclasses.py", "mixed_precision_policy", None, "outputs that FSDP2 leaves in float32"),
@@ -120,7 +120,7 @@ CONTRACT = [Row(*row) for row in (
 
     # The trainer: saving, resuming, publishing
     (TRAINER, "save_model", "output_dir=None, _internal_call=False", "adapters of all strategies, staged"),
-    (TRAINER, "_save", "output_dir=None, state_dict=None", "record and card"),
+    (TRAINER, "_save", "output_dir=None, state_dict=None", "adapters of DeepSpeed and FSDP, with gathered tensors"),
     (TRAINER, "_save_checkpoint", "model, trial", "staging, counts by task"),
     (SFT, "_save_checkpoint", "model, trial", "staging; TRL writes a card first"),
     (TRAINER, "_get_output_dir", "trial", "staging"),
@@ -398,7 +398,10 @@ def differences(relied, actual):
 def our_classes():
     """The classes of the package that have bases upstream, with these."""
     found = {}
-    for module in pkgutil.walk_packages(rlora_trl.__path__, "rlora_trl."):
+    modules = [
+        module for package in PACKAGES for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    for module in modules:
         if "triton" in module.name:
             continue
         for cls in vars(importlib.import_module(module.name)).values():
@@ -442,13 +445,13 @@ def overridden(cls, bases):
 def trees():
     """The syntax of all modules of the package, without annotations."""
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in (path for package in PACKAGES for path in sorted(Path(package.__file__).parent.rglob("*.py"))):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             for field in ("annotation", "returns"):
                 if isinstance(getattr(node, field, None), ast.AST):
                     setattr(node, field, None)
-        found[path.relative_to(PACKAGE.parent).as_posix()] = tree
+        found[path.relative_to(ROOT).as_posix()] = tree
     return found
 
 
@@ -558,14 +561,28 @@ def test_every_row_is_once():
     assert not {row for row in rows if rows.count(row) > 1}
 
 
+def test_every_row_is_needed():
+    """A row whose name the package does not use any more says that it relies on something that it does not."""
+    text = "\n".join((ROOT / path).read_text(encoding="utf-8") for path in trees())
+    rows = [row for row in CONTRACT if not row.owner.endswith(".py") and row.name != "__init__"]
+    unused = [
+        f"{row.owner}.{row.name}"
+        for row in rows
+        if not any(re.search(rf"\b{name}\b", text) for name in row.name.split(" | "))
+    ]
+    assert not unused, f"The package does not use these any more, so remove their rows: {', '.join(unused)}"
+
+
 def test_what_is_missing_is_named(monkeypatch):
-    rows = [row for row in CONTRACT if row.name not in ("_save", "_signature_columns", "_hp_mapping", "_actions")]
+    rows = [
+        row for row in CONTRACT if row.name not in ("_get_output_dir", "_signature_columns", "_hp_mapping", "_actions")
+    ]
     monkeypatch.setitem(globals(), "CONTRACT", rows)
     with pytest.raises(AssertionError) as missing:
         test_overrides_have_rows()
     text = str(missing.value)
-    assert "PublishingTrainer overrides or sets `_save`, which is transformers.trainer.Trainer's:" in text
-    assert """    ("transformers.trainer:Trainer", "_save", 'output_dir=None, state_dict=None', "<why>"),""" in text
+    assert "StagedCheckpoints overrides or sets `_get_output_dir`, which is transformers.trainer.Trainer's:" in text
+    assert """    ("transformers.trainer:Trainer", "_get_output_dir", 'trial', "<why>"),""" in text
     assert """    ("trl.trainer.sft_trainer:SFTTrainer", "_signature_columns", None, "<why>"),""" in text
     with pytest.raises(
         AssertionError, match="(?s)cli/train.py:[0-9]+ reads `_actions`.*saving.py:[0-9]+ reads `_hp_mapping`"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..analysis.measuring import HeadWeights
 from ..tuner import HeadUsage, MultiHeadAdapter, Routing
 
 
@@ -112,6 +113,20 @@ class HeadUsageCallback(TrainerCallback):
         seen = {name: place for place, name in enumerate(self._names) if bool((tokens[place] > 0).any())}
         means = {n: (weights[p] / tokens[p].clamp(min=1.0)[:, None]).cpu() for n, p in seen.items()}
         return means, {name: int(tokens[place].max()) for name, place in seen.items()}
+
+    def head_weights(self) -> HeadWeights | None:
+        """
+        The mean head weights of each known task since the last call, on all ranks.
+
+        Returns:
+            [`HeadWeights`], or `None` if no task was seen, or weights are not finite.
+        """
+        usage, tokens = self.collect()
+        named = {task: weights for task, weights in usage.items() if task != self.unknown}
+        if not named or not all(bool(torch.isfinite(weights).all()) for weights in named.values()):
+            return None
+        layers = tuple(name.removeprefix("base_model.model.") for name in self.layers)
+        return HeadWeights(layers, named, {task: tokens[task] for task in named})
 
     def to_dict(self) -> dict[str, Any]:
         """Layers, and by step and task the mean weights of the heads, as lists."""

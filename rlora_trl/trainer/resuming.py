@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint, and whether it really does."""
+"""Validates a checkpoint before a run resumes from it, and the loaded tensors after."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..files.reading import read_safetensors_header, shorten
+from ..files.record import AdapterRecord, hub_name
 from ..files.tensors import file_digest
 from ..tuner import RLoraConfig
 from .saving import adapter_folder
@@ -23,44 +24,38 @@ from .saving import adapter_folder
 logger = get_logger(__name__)
 
 STATE_FILE = "rlora_state.json"
-PROBE_FILE = "rlora_probe.safetensors"
-# What an adapter computes depends on these, so a run can't be resumed with others.
-_FIXED = (
+# The output of an adapter depends on these, so a run can't be resumed with other values.
+_MUST_MATCH = (
     *("r", "num_heads", "lora_alpha", "use_rslora", "share_a", "router", "router_top_k", "init_weights", "tasks"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "bias", "trainable_token_indices"),
 )
 _UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-# A run may go on with others of these, but not unawares.
-_TOLD = ("head_dropout", "dropout_position")
-# Of one process, of FSDP, of DeepSpeed.
+# A run may be resumed with other values of these; a warning says so.
+_WARN_IF_CHANGED = ("head_dropout", "dropout_position")
+# Written by one process, by FSDP, by DeepSpeed.
 _OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
-# Of the loss on the probe: other devices and other numbers of processes round otherwise, in bfloat16 by a percent.
-_PROBE_TOLERANCE = 0.02
-_PROBE_ROWS, _PROBE_TOKENS = 2, 1024
-# Where rows lie in a packed batch, for attention kernels; they follow from `position_ids` too.
-_OF_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-INSTEAD = (
-    "To begin a new run from the adapter instead, pass `AutoPeftModelForCausalLM.from_pretrained(checkpoint, "
+FRESH_START_HINT = (
+    "To start a new run from the adapter instead, pass `AutoPeftModelForCausalLM.from_pretrained(checkpoint, "
     "is_trainable=True)` and don't resume."
 )
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a folder's name says it is a checkpoint of, or -1."""
+    """The step in the name of a checkpoint folder, or -1 for other folders."""
     prefix, _, step = checkpoint.name.rpartition("-")
     return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal() else -1
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    found = [path for path in Path(root).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
-    return sorted(found, key=step_of, reverse=True)
+    folders = [path for path in Path(root).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def find_checkpoint(root: str | Path) -> Path:
     """
-    The newest checkpoint of a folder that is whole. Others are passed over with a warning.
+    The newest whole checkpoint of a folder. Damaged ones are skipped with a warning.
 
     Raises:
         ValueError: If there is none.
@@ -71,16 +66,16 @@ def find_checkpoint(root: str | Path) -> Path:
         if problem is None:
             return path
         problems.append(f"{path}: {problem}")
-        logger.warning(f"The checkpoint {path} is passed over, as it is damaged: {problem}.")
-    told = f" ({'; '.join(problems)})" if problems else ""
+        logger.warning(f"Skipped the damaged checkpoint {path}: {problem}.")
+    details = f" ({'; '.join(problems)})" if problems else ""
     raise ValueError(
-        f"`resume_from_checkpoint=True` needs a checkpoint in {str(root)!r}, and there is none that is whole{told}. "
-        "Pass the folder of one, or start anew."
+        f"`resume_from_checkpoint=True` needs a checkpoint in {str(root)!r}, and it has no whole one{details}. "
+        "Pass the folder of one, or start a new run."
     )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint has of ours; empty if it has nothing."""
+    """The kept state in a checkpoint, or `{}` if it has none."""
     path = checkpoint / STATE_FILE
     return read_object(path) if path.exists() else {}
 
@@ -104,7 +99,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def list_files(checkpoint: Path) -> dict[str, int]:
-    """The files of a checkpoint with their sizes in bytes, but for text, which people edit, and our own state."""
+    """Sizes in bytes of the files of a checkpoint, without text, which people edit, and JSON."""
     return {
         path.relative_to(checkpoint).as_posix(): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
@@ -113,7 +108,7 @@ def list_files(checkpoint: Path) -> dict[str, int]:
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or `None`."""
+    """A description of what is wrong with the files of a checkpoint, or `None`."""
     try:
         _check_files(checkpoint)
     except ValueError as error:  # `AdapterCheckError` is one
@@ -133,7 +128,7 @@ def _check_files(checkpoint: Path) -> None:
         if path.stat().st_size != size:
             raise ValueError(f"{name} has {path.stat().st_size} bytes and was saved with {size}")
     if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_STATES):
-        raise ValueError("it has no state of the optimizer, as with `save_only_model=True`")
+        raise ValueError("it has no optimizer state (`save_only_model=True`?)")
     for adapter, digest in state.get("adapters", {}).items():
         folder = adapter_folder(checkpoint, adapter)
         read_object(folder / CONFIG_NAME)
@@ -152,21 +147,22 @@ def check_files(checkpoint: Path) -> None:
     problem = checkpoint_problem(checkpoint)
     if problem is not None:
         raise ValueError(
-            f"The run can't be resumed from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. {INSTEAD}"
+            f"The run can't be resumed from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. "
+            f"{FRESH_START_HINT}"
         )
 
 
 def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
     """
-    See whether the optimizer's state in a checkpoint is divided as this run divides it.
+    Check that the optimizer's state in a checkpoint is divided as this run divides it.
 
     Args:
         checkpoint (`Path`): The checkpoint.
-        strategy (`str`): How this run spreads its training.
-        processes (`int`): Its processes.
+        strategy (`str`): How this run distributes its training.
+        processes (`int`): Number of its processes.
 
     Raises:
-        ValueError: If it is divided otherwise, with what to do.
+        ValueError: If it is divided differently, with the remedy.
     """
     state = read_state(checkpoint)
     saved = state.get("strategy", strategy)
@@ -174,8 +170,8 @@ def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
         saved = "another strategy"
     if saved != strategy:
         raise ValueError(
-            f"The state of the optimizer in {str(checkpoint)!r} was saved with {saved}, and this run has {strategy}. "
-            f"Resume with the former. {INSTEAD}"
+            f"The optimizer state in {str(checkpoint)!r} was saved with {saved}, and this run has {strategy}. "
+            f"Resume with the former. {FRESH_START_HINT}"
         )
     ranks = state.get("processes", processes)
     if ranks != processes and strategy.startswith("DeepSpeed"):
@@ -189,12 +185,18 @@ def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
         )
 
 
-def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str) -> None:
+def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str, base_commit: str | None = None) -> None:
     """
-    Compare the adapter of a run with that of a checkpoint.
+    Compare the adapter and base model of a run with those of a checkpoint.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+        config ([`RLoraConfig`]): Configuration of the adapter in training.
+        adapter_name (`str`): Its name.
+        base_commit (`str`, *optional*): The commit of the base model that was loaded, where it is known.
 
     Raises:
-        ValueError: If what the adapters compute is not the same, with each difference.
+        ValueError: If the adapters compute different functions, or the base models are known to differ.
     """
     folder = adapter_folder(checkpoint, adapter_name)
     if not (folder / CONFIG_NAME).is_file():
@@ -203,28 +205,41 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str) -> 
             "from a checkpoint of this run."
         )
     saved = RLoraConfig.from_pretrained(str(folder))
-    differences = _differences(saved, config, _FIXED)
+    differences = [*_differences(saved, config, _MUST_MATCH), *_base_differences(folder, saved, config, base_commit)]
     if differences:
         raise ValueError(
-            f"The run can't be resumed from {str(checkpoint)!r}, whose adapter is another one:\n  "
+            f"The run can't be resumed from {str(checkpoint)!r}, which has another adapter or base model:\n  "
             + "\n  ".join(differences)
-            + f"\nResume with the settings of the checkpoint. {INSTEAD}"
+            + f"\nResume with the settings of the checkpoint. {FRESH_START_HINT}"
         )
-    for difference in _differences(saved, config, _TOLD):
-        logger.warning(f"The run goes on with another setting than it had. {difference}")
+    for difference in _differences(saved, config, _WARN_IF_CHANGED):
+        logger.warning(f"The run is resumed with a changed setting. {difference}")
+
+
+def _base_differences(folder: Path, saved: RLoraConfig, config: RLoraConfig, commit: str | None) -> list[str]:
+    """How the base models differ. Local folders are not compared, as they may have been moved."""
+    differences = []
+    names = [hub_name(each.base_model_name_or_path) for each in (saved, config)]
+    if None not in names and names[0] != names[1]:
+        differences.append(f"base model: checkpoint has {names[0]}, this run has {names[1]}")
+    record = AdapterRecord.load(folder)
+    saved_commit = None if record is None else record.base_model_revision
+    if commit is not None and saved_commit is not None and commit != saved_commit:
+        differences.append(f"commit of the base model: checkpoint has {saved_commit}, this run has {commit}")
+    return differences
 
 
 def _differences(saved: RLoraConfig, present: RLoraConfig, names: tuple[str, ...]) -> list[str]:
-    told = []
+    differences = []
     for name in names:
         before, now = (_plain(getattr(config, name, None), name) for config in (saved, present))
         if before != now:
-            told.append(f"{name}: checkpoint has {shorten(before, 200)}, this run has {shorten(now, 200)}")
-    return told
+            differences.append(f"{name}: checkpoint has {shorten(before, 200)}, this run has {shorten(now, 200)}")
+    return differences
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A setting as it compares: without order where order means nothing, and `None` for what is empty."""
+    """A setting as it is compared: sorted where order is meaningless, `None` for empty values."""
     if isinstance(value, Mapping):
         return dict(sorted(value.items())) or None
     if isinstance(value, list | tuple | set | frozenset):
@@ -232,51 +247,20 @@ def _plain(value: Any, name: str) -> Any:
     return value
 
 
-def make_probe(batch: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-    """
-    A few rows of a batch, on which a resumed run shows that it computes what it did.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The batch cut to at most 2 rows and 1,024 tokens, on the CPU; `None` for batches
-            that can't be cut (pictures among the text, no labels).
-    """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor) or ids.ndim != 2:
-        return None
-    probe = {}
-    for name, value in batch.items():
-        if value is None or name in _OF_ROWS:
-            continue
-        cuttable = isinstance(value, torch.Tensor) and 0 < value.ndim <= 2
-        if not cuttable or tuple(value.shape) != tuple(ids.shape[: value.ndim]):
-            return None
-        cut = value[:_PROBE_ROWS]
-        probe[name] = (
-            (cut if cut.ndim == 1 else cut[:, :_PROBE_TOKENS])
-            .detach()
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)
-        )
-    # The first token of a row has no loss.
-    return probe if bool((probe["labels"][:, 1:] != -100).any()) else None
-
-
-def same_loss(expected: float, found: float) -> bool:
-    """Whether two losses on the probe are those of one model, in nats per token."""
-    return abs(found - expected) <= _PROBE_TOLERANCE * max(1.0, abs(expected))
-
-
 def compare_tensors(
-    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], checkpoint: str | os.PathLike
+    expected: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor], checkpoint: str | os.PathLike
 ) -> str | None:
-    """What differs between the tensors of a checkpoint and those that train, or `None`."""
-    if expected.keys() != found.keys():
+    """A description of how the tensors in training differ from those of a checkpoint, or `None`."""
+    if expected.keys() != present.keys():
         return f"{checkpoint} and the model have tensors of different names"
-    other = [name for name in sorted(expected) if not torch.equal(expected[name].to(found[name].dtype), found[name])]
-    if not other:
+    differing = [
+        name for name in sorted(expected) if not torch.equal(expected[name].to(present[name].dtype), present[name])
+    ]
+    if not differing:
         return None
-    name = other[0]
+    name = differing[0]
+    norms = f"norm {present[name].float().norm():.6g}, saved with {expected[name].float().norm():.6g}"
     return (
-        f"{len(other)} of {len(expected)} tensors in the model are not those in {checkpoint}, among them {name} "
-        f"(norm {found[name].float().norm():.6g}, saved with {expected[name].float().norm():.6g})"
+        f"{len(differing)} of {len(expected)} tensors in the model are not those in {checkpoint}, among them {name} "
+        f"({norms})"
     )

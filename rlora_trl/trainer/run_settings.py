@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from ..files.reading import shorten
 from ..files.record import Scalar, is_plain, select_hyperparameters
-from .resuming import INSTEAD, read_state, step_of
+from .resuming import FRESH_START_HINT, read_state, step_of
 from .task_ids import TASK_IDS
 
 
@@ -177,7 +177,7 @@ def check_run(checkpoint: Path, args: Any, data: Any) -> None:
             f"The run can't be resumed from {str(checkpoint)!r}, which was trained with other settings:\n  "
             + "\n  ".join(refused)
             + "\nThe state of the optimizer and the place in the data in the checkpoint are those of its settings. "
-            f"Resume with these. {INSTEAD}"
+            f"Resume with these. {FRESH_START_HINT}"
         )
     changed = _differences(saved, present, _WARN_IF_CHANGED)
     if changed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,8 +234,29 @@ def restore_set_aside(root: Path) -> None:
     shutil.rmtree(root / STAGING, ignore_errors=True)
 
 
+@contextmanager
+def explain_full_disk(folder: Path, what: str) -> Generator[None, None, None]:
+    """
+    Say so when a save fails for lack of space, which libraries report in many ways.
+
+    Args:
+        folder (`Path`): Where it is written to.
+        what (`str`): What is saved, for the message.
+
+    Raises:
+        OSError: If there is, or probably is, no space left.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = full_disk_error(error, folder, f"{what} in {str(folder)!r}")
+        if full is None:
+            raise
+        raise full from error
+
+
 def full_disk_error(error: BaseException, folder: Path, what: str) -> OSError | None:
-    """The error of a save in words, if it failed for want of space; else `None`."""
+    """The error for a save that failed for lack of space, or `None` if it failed for another reason."""
     text = str(error)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free

@@ -3,69 +3,71 @@
 from __future__ import annotations
 
 import copy
-import math
+from collections import defaultdict
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields
-from typing import Any
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import IterableDataset
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy
-from trl import pack_dataset
+from transformers import PreTrainedModel, TrainerControl, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
+from transformers.utils import PushInProgress
 
-from ..evaluation.columns import tells_tasks
-from ..evaluation.data import check_pictures, check_rows
+from ..evaluation.data import check_pictures
+from ..files.layout import CARD_NAME
+from ..files.record import AdapterRecord, select_hyperparameters
+from ..hub import push_adapter
+from ..hub.card import read_card
 from ..kernels import RoutingTally, capture_loss_grad, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from ..tuner.routing import describe_batch
+from ..tuner.selection import kept_quantized
 from ..tuner.target_checks import refuse_token_rows_of_head
 from .callbacks import HeadUsageCallback
+from .checkpoints import KeptState, StagedCheckpoints
 from .config import RLoraSFTConfig
+from .console import shorten_console_logs
 from .early_stopping import EarlyStopping
 from .given_model import active_config, choose_peft_config, how_to_train, name_revision
 from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
-from .lost_rows import LostRows, rows_of_tasks, warn_of_unseen_tasks
-from .mixing import MixtureSampler, PartSampler, TaskMixture, count_tasks, mix_streams
+from .lost_rows import warn_of_unseen_tasks
 from .monitor import RoutingMonitor, head_similarity
 from .nan_policy import NanGuard, check_deepspeed_settings
 from .optimizer import set_learning_rates
-from .publishing import PublishingTrainer, check_publishing
-from .run_settings import describe_data
-from .sharding import keep_adapters_wide, keep_outputs_wide, wait_for_backward
+from .precision import cast_for_deepspeed, undo_bf16_cast
+from .publishing import as_list, check_publishing, count_trainable, is_sharded, push_copy, rows_to_measure, write_card
+from .run_record import RunRecord, loaded_commit
+from .saving import adapter_folder
+from .setup import as_rlora_config, check_balance, check_devices, check_parallelism
+from .sharding import keep_outputs_wide, wait_for_backward
+from .task_data import TaskData
 from .task_evaluation import OptionRows, count_correct_options, find_option_rows, mean_over_tasks, split_by_task
-from .task_ids import (
-    ROW_STARTS,
-    TASK_IDS,
-    TOKEN_MASK,
-    TaskCollator,
-    count_tokens,
-    ids_of,
-    is_packed,
-    number_alike,
-    number_tasks,
-    spread_over_tokens,
-    token_mask_of,
-)
-from .tasks import AnyDataset, collect_tasks, columns_of, has_transform, task_names
+from .task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, count_tokens, token_mask_of
+from .tasks import AnyDataset
 
 
 logger = get_logger(__name__)
 
-# Epochs whose draws are packed ahead.
-_PACKED_EPOCHS = 16
+
+class _Evaluated(NamedTuple):
+    """What is evaluated at this moment: the name of the data set, and its rows with options."""
+
+    name: str
+    option_rows: OptionRows | None
 
 
-class RLoraSFTTrainer(PublishingTrainer):
+class RLoraSFTTrainer(StagedCheckpoints):
     """
     Supervised fine-tuning of one model on many tasks with an R-LoRA adapter.
 
@@ -110,6 +112,7 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     train_dataset: Any
     eval_dataset: Any
+    push_in_progress: PushInProgress | None
 
     _tag_names = ["trl", "sft", "rlora"]
     _name = "R-LoRA"
@@ -139,251 +142,113 @@ class RLoraSFTTrainer(PublishingTrainer):
         peft_config: RLoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = _as_rlora_config(args, model)
+        # What trains, and how
+        args = as_rlora_config(args, model)
+        self._loads_base = isinstance(model, str)  # by its name, so that its revision is known
         peft_config = choose_peft_config(model, peft_config)
-        self._loads_base = isinstance(model, str)
+        self._is_new_adapter = peft_config is not None
         if self._loads_base and peft_config is not None:
             name_revision(peft_config, args.model_init_kwargs)
-        _check_devices(args)
-        check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
-        self._set_up_publishing(train_dataset, args.task_column, None if peft_config else active_config(model))
-        tasks: list[str] | None
-        # `collect_tasks` checks rows that are not streamed, and names them by their task.
-        self._rows_are_checked = isinstance(train_dataset, Mapping) and not any(
-            isinstance(dataset, IterableDataset) for dataset in train_dataset.values()
-        )
-        any_format = kwargs.get("formatting_func") is not None
-        mixed = mix_streams(train_dataset, args, any_format=any_format)
-        if mixed is not train_dataset:
-            train_dataset, tasks = mixed, task_names(train_dataset)
-        else:
-            train_dataset, tasks = collect_tasks(
-                train_dataset,
-                task_column=args.task_column,
-                text_column=args.dataset_text_field,
-                seed=args.seed,
-                any_format=any_format,
-            )
         config = peft_config if peft_config is not None else active_config(model)
-        _check_balance(args, config)
-        # Tasks that were trained on before stay recorded, whatever this run has of them.
-        self._earlier_tasks = frozenset() if peft_config is not None else frozenset(config.tasks or ())
-        self._tasks = _name_tasks(config, tasks, is_new=peft_config is not None)
-        config.tasks = list(self._tasks) or None
-        if peft_config is None:
-            self._tell_adapters_their_tasks(model)
-        self._is_new_adapter = peft_config is not None
-        self._task_column = args.task_column
-        self.mixture: TaskMixture | None = None
-        self._mixture_sampler: MixtureSampler | PartSampler | None = None
-        eval_dataset = split_by_task(eval_dataset, args.task_column)
-        _check_eval_tasks(eval_dataset, tasks)
-        self._option_rows = find_option_rows(eval_dataset, args.task_column)
-        self._given_rows: dict[str, OptionRows] | None = None
-        self._scored: OptionRows | None = None
-        self._stopping: EarlyStopping | None = None
-        is_stream = isinstance(train_dataset, IterableDataset)  # whose names come with its rows
-        if tasks is not None or is_stream or config.router == "task":
-            train_dataset = self._with_task_ids(train_dataset, required=config.router == "task")
-        # How `_prepare_dataset`, which is told a name alone, knows it from evaluation data named "train".
-        self._training_data: Any = train_dataset
-        self._routes_by_task = config.router == "task"
-        self._lost_rows = LostRows(
-            args.max_length, labels_are_used=data_collator is None, routes_by_task=self._routes_by_task
-        )
-        loaded = {p: p.data for p in model.parameters()} if isinstance(model, PeftModel) else {}
+        check_devices(args)
+        check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
+        check_balance(args, config)
 
+        # The data, by task
+        self._run_record = RunRecord(train_dataset, args.task_column, None if self._is_new_adapter else config)
+        self._task_data = TaskData(args, config, is_new=self._is_new_adapter, labels_are_used=data_collator is None)
+        train_dataset = self._task_data.join(train_dataset, any_format=kwargs.get("formatting_func") is not None)
+        eval_dataset = self._task_data.split_evaluation(eval_dataset)
+        self._option_rows = find_option_rows(eval_dataset, args.task_column)
+        self._evaluated: _Evaluated | None = None
+        if not self._is_new_adapter:
+            self._propagate_task_names(model)
+
+        loaded = {p: p.data for p in model.parameters()} if isinstance(model, PeftModel) else {}
         super().__init__(
             model,
             args,
             data_collator,
             train_dataset,
-            self._number_eval(eval_dataset),
+            self._task_data.number_evaluation(eval_dataset),
             *positional,
             quantization_config=quantization_config,
             peft_config=peft_config,
             **kwargs,
         )
+
+        # What `SFTTrainer` made of them
         refuse_token_rows_of_head(self.model)
-        self._training_data = None
         if self._is_vision_dataset and data_collator is None:
             self._check_pictures()
-        self._settle_lost_rows()
-        self._set_up_checkpoints()
-        self._undo_bf16_cast(loaded)
-        self._set_up_adapters()
-        self._set_up_tasks()
+        self.train_dataset, self.eval_dataset = self._task_data.settle(
+            self.train_dataset, self.eval_dataset, is_prepared=self._skip_prepare_dataset
+        )
+        self._adapter_config().tasks = list(self._task_data.names) or None
+        self._propagate_task_names(self.model)
+        undo_bf16_cast(self.model, loaded, args.seed)
+        if self.is_deepspeed_enabled:
+            cast_for_deepspeed(self.model, self.accelerator)
+        keep_outputs_wide(self.accelerator)
+        self._watch_adapters()
+        shorten_console_logs(self, lambda: self._task_data.names)
 
-    def _set_up_adapters(self) -> None:
-        """Find what trains, and what is recorded of it."""
+    def _watch_adapters(self) -> None:
+        """Find the adapters that train, and set up what observes them."""
         self._adapters = {
             name: module
             for name, module in self.model.named_modules()
             if isinstance(module, MultiHeadAdapter) and module.trains
         }
+        self._trained_names = list(self.model.active_adapters)
+        self._routings: list[Routing] = list({id(a.routing): a.routing for a in self._adapters.values()}.values())
         if not self.args.train_a:
             for adapter in self._adapters.values():
                 adapter.A.requires_grad_(False)
-        self._trained_adapters = list(self.model.active_adapters)
-        routers = [adapter for adapter in self._adapters.values() if adapter.router is not None]
-        self._routings: list[Routing] = list({id(a.routing): a.routing for a in self._adapters.values()}.values())
-        self._monitor = None
-        if routers:
-            self._monitor = RoutingMonitor(
-                routers,
-                self.args.balance_loss,
-                self.args.balance_coef,
-                self.args.balance_scope == "global",
-                self.args.device,
-            )
-        parallelism = self.accelerator.parallelism_config
-        if self._balances and parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise NotImplementedError(
-                f"`balance_loss={self.args.balance_loss!r}` does not count tokens under context or sequence "
-                'parallelism yet. Set `balance_loss="none"`, or use data parallelism.'
-            )
-        if self.optimizer is not None and (self.args.router_learning_rate or self.args.loraplus_lr_ratio):
-            raise ValueError(
-                "`router_learning_rate` and `loraplus_lr_ratio` set up the optimizer, and one was passed ready-made "
-                "in `optimizers`. Give it parameter groups of your own, or choose it by `optim`."
-            )
+        check_parallelism(self.args, self.accelerator.parallelism_config, has_optimizer=self.optimizer is not None)
         if self.is_deepspeed_enabled:
             check_deepspeed_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.args.nan_policy)
+
         self._nan_guard = NanGuard(self.args.nan_policy, self.model)
-        self._records_step = False
-        self._extra_logs: dict[str, float] = {}
         self._first_gradients: FirstGradients | None = None
-
-    def _set_up_tasks(self) -> None:
-        """Names of tasks in the adapter, counts by task, and the mixture that an epoch draws."""
-        if self._tasks:
-            logger.info(f"Training on {len(self._tasks)} tasks: {', '.join(self._tasks)}")
-        self._ledger = TaskLedger(self._tasks, self.args.device) if self._tasks else None
+        self._gradient_norms: dict[str, float] = {}
         self._fused_outputs: Any = None
-        numbered = isinstance(self.train_dataset, Dataset) and TASK_IDS in self.train_dataset.column_names
-        if numbered and not self.args.packing and self.mixture is None:
-            self.mixture = self._plan_mixture(self.train_dataset)
-            if self.args.mixes_tasks:
-                self._check_sampling(self.args)
-                self._mixture_sampler = self._sample_mixture(self.train_dataset, self.args)
-        if self.args.mixes_tasks and self.mixture is None and isinstance(self.train_dataset, Dataset):
-            raise ValueError(
-                f"`mixing={self.args.mixing!r}` mixes tasks, and the training data has no column of tasks. Pass a "
-                "dictionary of data sets by task, or set `task_column` to the column that names them."
-            )
+        self._monitor = self._make_monitor()
+        self._records_step = False
+        tasks = self._task_data.names
+        self._ledger = TaskLedger(tasks, self.args.device) if tasks else None
+        if tasks:
+            logger.info(f"Training on {len(tasks)} tasks: {', '.join(tasks)}")
+        # Pushes wait for each other in the queue of one client.
+        self._hub_api = HfApi()
 
-    def _tell_adapters_their_tasks(self, model: PeftModel) -> None:
-        """Give the layers of a loaded adapter the names of the tasks that this run adds."""
+        self.kept_states["tasks"] = KeptState(self._note_tasks_seen, self._load_tasks_seen)
+        if self._monitor is not None:
+            self.kept_states["head_sums"] = KeptState(self._gather_head_sums, self._load_head_sums)
+
+    def _make_monitor(self) -> RoutingMonitor | None:
+        routed = [adapter for adapter in self._adapters.values() if adapter.router is not None]
+        if not routed:
+            return None
+        args = self.args
+        return RoutingMonitor(
+            routed, args.balance_loss, args.balance_coef, args.balance_scope == "global", args.device
+        )
+
+    @property
+    def mixture(self) -> Any:
+        """What an epoch draws of each task, a [`TaskMixture`]; `None` where it is not known before training."""
+        return self._task_data.mixture
+
+    def _adapter_config(self) -> RLoraConfig:
+        return self.model.peft_config[self.model.active_adapter]
+
+    def _propagate_task_names(self, model: PeftModel) -> None:
+        """Give the layers of the adapter the names of its tasks."""
         for module in model.modules():
             if isinstance(module, RLoraLayer) and model.active_adapter in module.rlora_adapters:
                 adapter: Any = module.rlora_adapters[model.active_adapter]
-                adapter.routing.tasks = tuple(self._tasks)
-
-    @property
-    def _balances(self) -> bool:
-        return self.args.balance_loss != "none" and self.args.balance_coef > 0
-
-    def _undo_bf16_cast(self, loaded: dict[nn.Parameter, torch.Tensor]) -> None:
-        """
-        Give adapters on a quantized base the float32 values back that `SFTTrainer.__init__` rounded to bfloat16.
-
-        Values that were there before come from `loaded`; an adapter created in between is drawn anew from the seed, on
-        the CPU, so that it is the same one under every strategy.
-
-        TRL casts what trains on a quantized base (peft#2889) and leaves out DoRA's magnitudes, which bfloat16 freezes
-        (trl#7268); other adapters can't ask for that as of trl 1.16.
-        """
-        adapters = [module for module in self.model.modules() if isinstance(module, MultiHeadAdapter)]
-        rounded = [adapter for adapter in adapters if adapter.A.dtype == torch.bfloat16]
-        for parameter, data in loaded.items():
-            if parameter.dtype != data.dtype:
-                parameter.data = data
-        quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False)
-        fresh = [adapter for adapter in rounded if adapter.A not in loaded]
-        if fresh and quantized:
-            set_seed(self.args.seed)
-            for adapter in fresh:
-                device = adapter.A.device
-                adapter.to("cpu", torch.float32).reset_parameters()
-                adapter.to(device)
-        if self.is_deepspeed_enabled:
-            self._cast_for_deepspeed(adapters)
-
-    def _cast_for_deepspeed(self, adapters: list[MultiHeadAdapter]) -> None:
-        """
-        Cast adapters as DeepSpeed's engine will, which knows nothing of anchors.
-
-        The engine keeps float32 values of what trains beside them, which are what is saved.
-        """
-        config = self.accelerator.state.deepspeed_plugin.hf_ds_config
-        dtypes = {"bf16.enabled": torch.bfloat16, "fp16.enabled": torch.float16}
-        for dtype in [dtype for name, dtype in dtypes.items() if config.is_true(name)]:
-            for adapter in adapters:
-                adapter.cast(dtype)
-
-    # Data: the task of each row
-
-    def _with_task_ids(self, dataset: Any, *, required: bool) -> Any:
-        """The training data with the place of each row's task among the adapter's, where it tells the task."""
-        told = self._tells_tasks(dataset)
-        if self._tasks and told:
-            # Only the stream of another router may have tasks that are not known: all others were asked for theirs.
-            return number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=not required)
-        if required and dataset is not None:
-            raise ValueError(
-                '`router="task"` learns from the task of each row, and the training data has no column of tasks. Pass '
-                "a dictionary of data sets by task, or a data set with a column (`task_column`) and, for a stream, "
-                "`RLoraConfig(tasks=[...])`."
-            )
-        return dataset
-
-    def _tells_tasks(self, dataset: Any) -> bool:
-        is_data = isinstance(dataset, Dataset | IterableDataset)
-        return is_data and self._task_column in columns_of(dataset) and tells_tasks(dataset, self._task_column)
-
-    def _number_eval(self, dataset: Any) -> Any:
-        """Evaluation data with the tasks of their rows, where they tell them: by a column, or by their key."""
-        if isinstance(dataset, Mapping):
-            return {name: self._number_one(data, name) for name, data in dataset.items()}
-        return self._number_one(dataset, "")
-
-    def _number_one(self, dataset: Any, name: str) -> Any:
-        if not self._tasks or not isinstance(dataset, Dataset | IterableDataset) or TASK_IDS in columns_of(dataset):
-            return dataset
-        if self._tells_tasks(dataset):
-            return number_tasks(dataset, self._tasks, self._task_column, unknown_allowed=True)
-        return number_alike(dataset, self._tasks.index(name)) if name in self._tasks else dataset
-
-    def _prepare_dataset(
-        self,
-        dataset: AnyDataset,
-        processing_class: Any,
-        args: RLoraSFTConfig,
-        packing: bool,
-        formatting_func: Any,
-        dataset_name: str,
-    ) -> AnyDataset:
-        is_training = dataset is self._training_data
-        if is_packed(dataset):
-            return dataset
-        if formatting_func is None and not (is_training and self._rows_are_checked):
-            dataset = check_rows(dataset, f"The data set {dataset_name!r}", text_column=args.dataset_text_field)
-        dataset = self._lost_rows.renumber(dataset)
-        # `evaluate` prepares its data once more for each data set of a dictionary.
-        is_new = isinstance(dataset, Dataset) and not self._lost_rows.is_known(dataset)
-        given = rows_of_tasks(dataset, len(self._tasks)) if is_new else None
-        if not packing or TASK_IDS not in columns_of(dataset):
-            dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-            return dataset if packing else self._drop_lost_rows(dataset, given, dataset_name, is_training)
-        # TRL's packing keeps the tokens and their labels alone; so tasks are packed here, after all else.
-        if args.max_length is None:
-            raise ValueError("`packing=True` needs `max_length`, which is None. Set it to the length of a packed row.")
-        unpacked = copy.copy(args)
-        unpacked.max_length, unpacked.shuffle_dataset = None, False
-        dataset = super()._prepare_dataset(dataset, processing_class, unpacked, False, formatting_func, dataset_name)
-        cut_at = args.max_length if args.packing_strategy == "bfd" else None
-        dataset = self._drop_lost_rows(dataset, given, dataset_name, is_training, cut_at)
-        return self._pack(dataset, args, dataset_name, is_training)
+                adapter.routing.tasks = tuple(self._task_data.names)
 
     def _check_pictures(self) -> None:
         """Check data with pictures, which are not prepared."""
@@ -395,128 +260,44 @@ class RLoraSFTTrainer(PublishingTrainer):
             if dataset is not None:
                 check_pictures(dataset, f"The data set {name!r}", text_column=None if is_removed else text)
 
-    def _drop_lost_rows(
-        self, dataset: AnyDataset, given: Any, dataset_name: str, is_training: bool, cut_at: int | None = None
+    # The task of each row, from the data to the batch
+
+    def _prepare_dataset(
+        self,
+        dataset: AnyDataset,
+        processing_class: Any,
+        args: RLoraSFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
     ) -> AnyDataset:
-        """Prepared data without the tasks of which nothing is left; rows that are lost are noted, for one warning."""
-        if given is None or not isinstance(dataset, Dataset):
-            return dataset
-        if not is_training:
-            return self._lost_rows.note_evaluation(dataset_name, dataset, given, self._tasks, cut_at)
-        gone = self._lost_rows.note_training(dataset, given, self._tasks, cut_at)
-        if not gone:
-            return dataset
-        self._tasks = self._lost_rows.forget(gone, self._tasks, self._earlier_tasks)
-        numbered = self._lost_rows.renumber(dataset)
-        # Where nothing is cut, rows without a label are still there.
-        return numbered.select(np.flatnonzero(ids_of(numbered) >= 0))
+        name = dataset_name if self._evaluated is None else self._evaluated.name or dataset_name
 
-    def _settle_lost_rows(self) -> None:
-        """Warn of rows that preparation lost, and record the tasks that are left."""
-        data, evaluation = self.train_dataset, self.eval_dataset
-        is_ready = self._skip_prepare_dataset and isinstance(data, Dataset) and not has_transform(data)
-        if is_ready and {TASK_IDS, "labels"} <= set(data.column_names):
-            given = rows_of_tasks(data, len(self._tasks))
-            self.train_dataset = self._drop_lost_rows(data, given, "train", is_training=True)
-            if isinstance(evaluation, dict):
-                self.eval_dataset = {name: self._lost_rows.renumber(part) for name, part in evaluation.items()}
-            else:
-                self.eval_dataset = self._lost_rows.renumber(evaluation)
-        if self._lost_rows.places is not None:
-            self._adapter_config().tasks = list(self._tasks) or None
-            self._tell_adapters_their_tasks(self.model)
-            self._lost_rows.places = None  # all that was numbered before has its new numbers
-        self._lost_rows.tell()
-
-    def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, dataset_name: str, is_training: bool) -> AnyDataset:
-        """
-        The last steps of `SFTTrainer._prepare_dataset`, with the task of each token beside the tokens, which TRL's
-        packing drops (no upstream issue as of trl 1.16).
-        """
-        map_kwargs: dict[str, Any] = {}
-        if isinstance(dataset, Dataset):
-            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Packing {dataset_name} dataset"}
-        with PartialState().main_process_first():
-            if is_training and isinstance(dataset, Dataset):
-                self.mixture = self._plan_mixture(dataset, args)
-                if args.mixes_tasks:
-                    return self._pack_epochs(dataset, args, map_kwargs)
-            return _pack_rows(dataset, args, map_kwargs)
-
-    def _pack_epochs(self, dataset: Dataset, args: RLoraSFTConfig, map_kwargs: dict[str, Any]) -> Dataset:
-        """What each epoch draws, packed by itself, one after the other; the sampler goes through one in each epoch."""
-        self._check_sampling(args)
-        sampler = self._sample_mixture(dataset, args)
-
-        def packed(epoch: int) -> Dataset:
-            sampler.set_epoch(epoch)
-            return _pack_rows(dataset.select(list(sampler)), args, map_kwargs)
-
-        parts = [packed(0)]
-        epochs = math.ceil(args.num_train_epochs)
-        if args.max_steps > 0:
-            rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size
-            epochs = math.ceil(rows * PartialState().num_processes / len(parts[0]))
-        # Epochs beyond begin again with the first: the packed draws are all on disk.
-        parts += [packed(epoch) for epoch in range(1, min(epochs, _PACKED_EPOCHS))]
-        self._mixture_sampler = PartSampler([len(part) for part in parts], args.seed)
-        return concatenate_datasets(parts)
-
-    def _describe_data(self) -> Any:
-        sampler = self._mixture_sampler
-        # There is a part for each epoch, and a resumed run may have more of them.
-        return describe_data(self.train_dataset, sampler.lengths[0] if isinstance(sampler, PartSampler) else None)
-
-    def _sample_mixture(self, dataset: Dataset, args: RLoraSFTConfig) -> MixtureSampler:
-        assert self.mixture is not None
-        draws = [self.mixture.draws.get(task, 0) for task in self._tasks]
-        return MixtureSampler(ids_of(dataset), draws, args.seed)
-
-    def _plan_mixture(self, dataset: Dataset, args: RLoraSFTConfig | None = None) -> TaskMixture:
-        args = self.args if args is None else args
-        if "input_ids" in dataset.column_names:
-            rows, tokens = count_tasks(dataset, len(self._tasks), TASK_IDS)
-        elif args.mixing_unit == "tokens":
-            raise ValueError(
-                "`mixing_unit='tokens'` counts the column 'input_ids', and the training data has "
-                f"{', '.join(name for name in dataset.column_names if name != TASK_IDS)}: rows with pictures, or with "
-                "a transform, get their tokens when a batch is made. Set `mixing_unit='rows'`."
+        def prepare(dataset: AnyDataset, args: RLoraSFTConfig, packing: bool) -> AnyDataset:
+            return super(RLoraSFTTrainer, self)._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, name
             )
-        else:
-            rows, tokens = rows_of_tasks(dataset, len(self._tasks))[:-1].tolist(), None
-        present = [place for place, count in enumerate(rows) if count]
-        return TaskMixture(
-            {self._tasks[place]: rows[place] for place in present},
-            tokens=None if tokens is None else {self._tasks[place]: tokens[place] for place in present},
-            mixing=args.mixing,
-            temperature=args.mixing_temperature,
-            cap=args.mixing_cap,
-            unit=args.mixing_unit,
+
+        return self._task_data.prepare(
+            dataset, name, args, packing, any_format=formatting_func is not None, prepare=prepare
         )
 
-    def _check_sampling(self, args: RLoraSFTConfig) -> None:
-        strategy = args.train_sampling_strategy
-        if strategy != "random":
-            raise ValueError(
-                f"`mixing={args.mixing!r}` draws rows itself and can't go with "
-                f"`train_sampling_strategy={strategy!r}`. Leave that at 'random'."
-            )
-
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return self._mixture_sampler or super()._get_train_sampler(*args, **kwargs)
+        sampler = self._task_data.sampler
+        return super()._get_train_sampler(*args, **kwargs) if sampler is None else sampler
 
     def get_train_dataloader(self) -> DataLoader:
         dataloader = super().get_train_dataloader()
-        if self._mixture_sampler is not None and hasattr(dataloader, "set_sampler"):
-            # accelerate's `set_epoch` does not find the sampler of a loader that skips batches (resuming) in several
-            # processes, unless it is told: it looks one level less deep (accelerate#3556; no issue of this one as of
-            # 1.15).
-            dataloader.set_sampler(self._mixture_sampler)
+        if self._task_data.sampler is not None and hasattr(dataloader, "set_sampler"):
+            # In several processes accelerate's `set_epoch` does not find the sampler of a loader that skips batches
+            # (resuming): it looks one level less deep (accelerate#3556; no issue of this one as of 1.15).
+            dataloader.set_sampler(self._task_data.sampler)
         return dataloader
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        # Only while a loader is made: TRL treats its own collators differently from others, by their class.
         collator: Any = self.data_collator  # type: ignore[has-type]
-        self.data_collator = TaskCollator(collator, required=self._routes_by_task)
+        self.data_collator = TaskCollator(collator, required=self._task_data.routes_by_task)
         try:
             return super()._get_dataloader(*args, **kwargs)
         finally:
@@ -528,7 +309,10 @@ class RLoraSFTTrainer(PublishingTrainer):
         if TASK_IDS not in columns:
             self._signature_columns = [*columns, TASK_IDS]
 
-    # Training: what layers are told of a batch, and what they record
+    def _describe_data(self) -> Any:
+        return self._task_data.describe(self.train_dataset)
+
+    # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._check_same_adapters()
@@ -537,19 +321,25 @@ class RLoraSFTTrainer(PublishingTrainer):
         self._is_first_run = self._is_new_adapter and not resume_from_checkpoint and self.state.global_step == 0
         self._watch_first_gradients()
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._end_first_gradients(tell=False)
+            self._end_first_gradients(report=False)
+
+        seen = self._note_tasks_seen()
         if isinstance(self.train_dataset, IterableDataset):
-            # Tasks that were trained on before need not come again.
-            seen = self.tasks_seen()
-            warn_of_unseen_tasks({task: counts for task, counts in seen.items() if task not in self._earlier_tasks})
-        return result
+            # Tasks that the adapter was trained on before need no rows in this run.
+            earlier = self._task_data.earlier
+            warn_of_unseen_tasks({task: counts for task, counts in seen.items() if task not in earlier})
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            self._run_record.take_metrics(self.state.global_step, AdapterRecord.load(self._adapter_folder(best)))
+        self.measure_head_weights()
+        return output
 
     def _begin_attempt(self) -> None:
         super()._begin_attempt()
-        self._metrics_step = None
-        self._extra_logs = {}
+        self._run_record.forget_metrics()
+        self._gradient_norms = {}
         # TRL counts tokens over attempts (1.16; no upstream issue).
         self._total_train_tokens = 0
         self._metrics["train"].clear()
@@ -560,9 +350,17 @@ class RLoraSFTTrainer(PublishingTrainer):
             self._watch_first_gradients()
 
     def _watch_first_gradients(self) -> None:
-        self._end_first_gradients(tell=False)
+        self._end_first_gradients(report=False)
         scaled = self.accelerator.scaler is not None
         self._first_gradients = FirstGradients(self._adapters, fresh=self._is_first_run, scaled=scaled)
+
+    def _end_first_gradients(self, *, report: bool) -> None:
+        watched, self._first_gradients = self._first_gradients, None
+        if watched is None:
+            return
+        watched.close()
+        for problem in watched.report() if report else []:
+            logger.warning(f"The first step gave {problem}")
 
     def _check_same_adapters(self) -> None:
         """
@@ -577,21 +375,15 @@ class RLoraSFTTrainer(PublishingTrainer):
         present = {id(module) for module in self.model.modules()}
         replaced = any(id(adapter) not in present for adapter in self._adapters.values())
         trains = any(adapter.trains for adapter in self._adapters.values()) or not self._adapters
-        if active == self._trained_adapters and trains and not replaced:
+        if active == self._trained_names and trains and not replaced:
             return
-        made_for, now = (", ".join(map(repr, names)) for names in (self._trained_adapters, active))
+        made_for, now = (", ".join(map(repr, names)) for names in (self._trained_names, active))
         state = "it was taken out of the model" if replaced else "it is frozen or disabled"
-        state = state if active == self._trained_adapters else f"adapter {now} is active"
+        state = state if active == self._trained_names else f"adapter {now} is active"
         raise ValueError(
             f"The trainer was made for adapter {made_for}, whose parameters its optimizer holds, and now {state}: "
-            f"nothing would train. Make a new trainer for this, or go back: {how_to_train(self._trained_adapters)}."
+            f"nothing would train. Make a new trainer for this, or go back: {how_to_train(self._trained_names)}."
         )
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        keep_outputs_wide(self.accelerator)
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        keep_adapters_wide(self.model)
-        return prepared
 
     def _show(self, text: str) -> None:
         if self.args.disable_tqdm:
@@ -602,24 +394,25 @@ class RLoraSFTTrainer(PublishingTrainer):
     def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
 
+    @property
+    def _balances(self) -> bool:
+        return self.args.balance_loss != "none" and self.args.balance_coef > 0
+
     def _will_log(self) -> bool:
         """Whether the step that is running ends in a log."""
         step = self.state.global_step + 1
-        if step == 1 and self.args.logging_first_step:  # whatever the strategy
-            return True
-        if self.args.logging_strategy == IntervalStrategy.NO:
-            return False
         if self.args.logging_strategy == IntervalStrategy.EPOCH:
             epochs = max(1, self.state.num_train_epochs or 1)
-            return step % max(1, self.state.max_steps // epochs) == 0 or step == self.state.max_steps
-        return step % max(1, int(self.state.logging_steps)) == 0
+            at_end = step % max(1, self.state.max_steps // epochs) == 0 or step == self.state.max_steps
+            return at_end or (step == 1 and self.args.logging_first_step)
+        state = copy.copy(self.state)
+        state.global_step = step
+        return DefaultFlowCallback().on_step_end(self.args, state, TrainerControl()).should_log
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if not batches:
-            return batches, num_items
-        self._records_step = self._monitor is not None and (self._balances or self._will_log())
-        if self._monitor is not None and self._records_step:
+        self._records_step = bool(batches) and self._monitor is not None and (self._balances or self._will_log())
+        if self._records_step and self._monitor is not None:
             tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float32)
             alike = self.get_tp_size()  # ranks that have the same batch
             if self._balances:
@@ -628,19 +421,48 @@ class RLoraSFTTrainer(PublishingTrainer):
                 self._monitor.begin_step(tokens, 1, lambda tensor: tensor)
         return batches, num_items
 
-    def _set_batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None) -> None:
-        """Hand the tasks and the padding of a batch to the layers; they stay until the backward pass is over."""
-        mask, batch = token_mask_of(inputs), describe_batch((), inputs)
-        lengths = () if batch is None else batch.lengths
-        for routing in self._routings:
-            one_seed = self._recomputes_with_other_seeds and self.model.training
-            routing.update(
-                task_ids=inputs.get(TASK_IDS),
-                token_mask=None if mask is None else mask.to(torch.uint8),
-                tally=tally,
-                seed=draw_seed() if one_seed else None,
-                lengths=lengths,
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        is_training = self.model.training
+        tally = self._tally(inputs, num_items_in_batch) if is_training else None
+        batch = {name: value for name, value in inputs.items() if name not in (TASK_IDS, ROW_STARTS, TOKEN_MASK)}
+        with self._batch_context(inputs, tally), self._keeping_outputs():
+            result = super().compute_loss(
+                model, batch, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+            if is_training and self._ledger is not None and TASK_IDS in inputs:
+                self._ledger.note(inputs, self._fused_outputs)
+        if tally is None:
+            return result
+        if return_outputs:
+            return capture_loss_grad(result[0], tally), result[1]
+        return capture_loss_grad(result, tally)
+
+    def _tally(self, inputs: dict[str, Any], num_items_in_batch: Any) -> RoutingTally | None:
+        if self._monitor is None or not self._records_step:
+            return None
+        # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
+        undivided = num_items_in_batch is not None or self.compute_loss_func is not None
+        divided_by = 1 if undivided else self.current_gradient_accumulation_steps
+        return self._monitor.tally(divided_by, count_tokens(inputs))
+
+    @contextmanager
+    def _batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None) -> Generator[None, None, None]:
+        """Give the layers the tasks and the padding of a batch. Recomputations in its backward pass get them again."""
+        mask, batch = token_mask_of(inputs), describe_batch((), inputs)
+        token_mask = None if mask is None else mask.to(torch.uint8)
+        with ExitStack() as stack:
+            for routing in self._routings:
+                context = routing.using(
+                    task_ids=inputs.get(TASK_IDS),
+                    token_mask=token_mask,
+                    tally=tally,
+                    seed=draw_seed() if self.model.training and self._recomputes_with_other_seeds else None,
+                    lengths=() if batch is None else batch.lengths,
+                )
+                stack.enter_context(context)
+            yield
 
     @property
     def _recomputes_with_other_seeds(self) -> bool:
@@ -651,53 +473,25 @@ class RLoraSFTTrainer(PublishingTrainer):
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         return plugin is not None and bool(plugin.activation_checkpointing)
 
-    def _clear_batch_context(self) -> None:
-        for routing in self._routings:
-            routing.forget_batch()
+    @contextmanager
+    def _keeping_outputs(self) -> Generator[None, None, None]:
+        """Keep the outputs with log-probabilities of the labels in `_fused_outputs`, which `compute_loss` drops."""
+        # Registered for one pass, as a model that holds on to its trainer can't be copied or pickled.
+        hook = self.model.get_base_model().register_forward_hook(self._keep_fused_outputs)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._fused_outputs = None
 
     def _keep_fused_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if self._ledger is None or not module.training:
             return
-        # A loss function of the user's and label smoothing run the model twice; only the pass with the fused head
+        # A loss function of the user and label smoothing run the model twice: only the pass with the fused head
         # matters then, and the logits of the other are not kept alive.
-        if getattr(outputs, "log_probs", None) is not None:
+        has_log_probs = getattr(outputs, "log_probs", None) is not None
+        if has_log_probs or (self._fused_outputs is None and not self._ledger.has_log_probs):
             self._fused_outputs = outputs
-        elif self._fused_outputs is None and not self._ledger.has_log_probs:
-            self._fused_outputs = outputs
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        is_training = self.model.training
-        tally = None
-        if is_training and self._monitor is not None and self._records_step:
-            # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
-            undivided = num_items_in_batch is not None or self.compute_loss_func is not None
-            divided_by = 1 if undivided else self.current_gradient_accumulation_steps
-            tally = self._monitor.tally(divided_by, count_tokens(inputs))
-        self._set_batch_context(inputs, tally)
-        own = {name: value for name, value in inputs.items() if name not in (TASK_IDS, ROW_STARTS, TOKEN_MASK)}
-        # For the length of the pass alone: a model that holds on to its trainer can't be copied or pickled.
-        hook = self.model.get_base_model().register_forward_hook(self._keep_fused_outputs)
-        try:
-            result = super().compute_loss(
-                model, own, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
-            self._note_tasks(inputs, is_training)
-        finally:
-            hook.remove()
-            self._fused_outputs = None
-            if not is_training:
-                self._clear_batch_context()
-        if tally is None:
-            return result
-        if return_outputs:
-            return capture_loss_grad(result[0], tally), result[1]
-        return capture_loss_grad(result, tally)
-
-    def _note_tasks(self, inputs: dict[str, Any], is_training: bool) -> None:
-        if is_training and self._ledger is not None and TASK_IDS in inputs:
-            self._ledger.note(inputs, self._fused_outputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
@@ -705,35 +499,31 @@ class RLoraSFTTrainer(PublishingTrainer):
             if self.is_fsdp_enabled and not self.accelerator.sync_gradients:
                 wait_for_backward(self.args.device)
         finally:
-            self._clear_batch_context()
-        if self.accelerator.sync_gradients and self._is_left_out() and self._monitor is not None:
+            for routing in self._routings:
+                routing.forget_batch()
+        if not self.accelerator.sync_gradients:
+            return loss
+
+        # All gradients of the step are there, and not clipped yet.
+        if self._skips_step() and self._monitor is not None:
             self._monitor.drop_step()
-        if self.accelerator.sync_gradients and self._will_log():
+        if self._will_log():
             scaler = self.accelerator.scaler
             scale = scaler.get_scale() if scaler is not None else 1.0
             norms = gradient_norms(list(self._adapters.values()))
-            self._extra_logs = {name: norm / scale for name, norm in norms.items()}
-        if self.accelerator.sync_gradients:
-            self._end_first_gradients(tell=True)
+            self._gradient_norms = {name: norm / scale for name, norm in norms.items()}
+        self._end_first_gradients(report=True)
         return loss
 
-    def _is_left_out(self) -> bool:
-        """Whether the step is left out, as its gradients are not finite."""
+    def _skips_step(self) -> bool:
+        """Whether the step is skipped because its gradients are not finite."""
         step = self.state.global_step + 1
         if not self.is_deepspeed_enabled:
-            # A scaler (fp16) expects some, and leaves those steps out by itself.
+            # A scaler (fp16) expects some, and skips those steps itself.
             return self.accelerator.scaler is None and self._nan_guard.look(step)
         if self.model_wrapped.fp16_enabled():
             return False
         return self._nan_guard.look(step, skipped_by_engine=self.accelerator.optimizer_step_was_skipped)
-
-    def _end_first_gradients(self, *, tell: bool) -> None:
-        watched, self._first_gradients = self._first_gradients, None
-        if watched is None:
-            return
-        watched.close()
-        for problem in watched.report() if tell else []:
-            logger.warning(f"The first step gave {problem}")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -755,12 +545,12 @@ class RLoraSFTTrainer(PublishingTrainer):
             similarity = head_similarity(list(self._adapters.values()))
             if similarity is not None:
                 logs["head_similarity"] = similarity
-            logs.update(self._extra_logs)
+            logs.update(self._gradient_norms)
             if self._nan_guard.skipped:
                 logs["skipped_steps"] = self._nan_guard.skipped
             if self._ledger is not None:
                 by_task = self._ledger.tell(self._reduce)
-                # A task may be called like something else that is logged.
+                # A task may have the name of another entry.
                 logs.update({name if name not in logs else f"task_{name}": loss for name, loss in by_task.items()})
         super().log(logs, *args, **kwargs)
 
@@ -769,42 +559,53 @@ class RLoraSFTTrainer(PublishingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        is_part = self._given_rows is not None  # `Trainer.evaluate` calls this for each data set of a dictionary
-        if not is_part:
-            eval_dataset = split_by_task(eval_dataset, self._task_column)
-            self._given_rows = {}
-            if eval_dataset is not None and not isinstance(eval_dataset, str):
-                self._given_rows = find_option_rows(eval_dataset, self._task_column, metric_key_prefix)
-                eval_dataset = self._number_eval(eval_dataset)
-        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
+        is_own = eval_dataset is None or isinstance(eval_dataset, str)
+        option_rows = self._option_rows
+        if not is_own:
+            eval_dataset = split_by_task(eval_dataset, self.args.task_column)
+            option_rows = find_option_rows(eval_dataset, self.args.task_column)
+            eval_dataset = self._task_data.number_evaluation(eval_dataset)
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        tasks = list(datasets) if isinstance(datasets, Mapping) else []
+        stopping = EarlyStopping(self.callback_handler, self.args, tasks, metric_key_prefix)
         try:
-            if isinstance(tasks, Mapping):
-                self._stopping = EarlyStopping(self.callback_handler, self.args, list(tasks), metric_key_prefix)
-                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-                self.note_metrics(metrics, tasks)
-                return self._add_means(metrics, list(tasks), metric_key_prefix)
-            self._scored = self._given_rows.get(metric_key_prefix) if self._given_rows else None
-            if eval_dataset is None or isinstance(eval_dataset, str):
-                self._scored = self._option_rows.get(eval_dataset or "")
-            if self._stopping is None and metric_key_prefix != "eval":  # of other data than training is stopped by
-                self._stopping = EarlyStopping(self.callback_handler, self.args, [], metric_key_prefix)
-            waiting = nullcontext() if self._stopping is None else self._stopping.at_task(metric_key_prefix)
-            with self._counting_heads(), waiting:
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._scored = None
-            if not is_part:
-                self._given_rows = self._stopping = None
-                self._lost_rows.tell()
+            if not isinstance(datasets, Mapping):
+                evaluated = _Evaluated("", option_rows.get(eval_dataset if isinstance(eval_dataset, str) else ""))
+                # Training is stopped by the metrics of its own evaluation alone.
+                waiting = nullcontext() if metric_key_prefix == "eval" else stopping.at_task(metric_key_prefix)
+                with waiting:
+                    return self._evaluate_one(evaluated, eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _add_means(self, metrics: dict[str, float], tasks: list[str], prefix: str) -> dict[str, float]:
+            metrics: dict[str, float] = {}
+            for task, dataset in datasets.items():
+                prefix = f"{metric_key_prefix}_{task}"
+                evaluated = _Evaluated(task, option_rows.get(task))
+                with stopping.at_task(prefix):
+                    metrics |= self._evaluate_one(evaluated, task if is_own else dataset, ignore_keys, prefix)
+            self._run_record.note_metrics(self.state.global_step, metrics, self._task_data.names, datasets)
+            return self._add_means(metrics, tasks, metric_key_prefix, stopping)
+        finally:
+            self._task_data.report_lost_rows()
+
+    def _evaluate_one(
+        self, evaluated: _Evaluated, dataset: Any, ignore_keys: list[str] | None, prefix: str
+    ) -> dict[str, float]:
+        self._evaluated = evaluated
+        try:
+            with self._counting_heads():
+                return super().evaluate(dataset, ignore_keys, prefix)
+        finally:
+            self._evaluated = None
+
+    def _add_means(
+        self, metrics: dict[str, float], tasks: list[str], prefix: str, stopping: EarlyStopping
+    ) -> dict[str, float]:
         means = mean_over_tasks(metrics, tasks, prefix)
         if means:
             self.log(dict(means))
             # For callbacks that wait for a metric of all tasks, such as `EarlyStoppingCallback`.
             control: Any = self.control  # type: ignore[has-type]
-            assert self._stopping is not None
-            with self._stopping.at_means(metrics, means):
+            with stopping.at_means(metrics, means):
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, control, dict(means))
         return {**metrics, **means}
 
@@ -828,15 +629,15 @@ class RLoraSFTTrainer(PublishingTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._scored is not None:
-            output.metrics[f"{metric_key_prefix}_accuracy"] = self._accuracy(self._scored)
+        if self._evaluated is not None and self._evaluated.option_rows is not None:
+            output.metrics[f"{metric_key_prefix}_accuracy"] = self._accuracy(self._evaluated.option_rows)
         return output
 
     def _accuracy(self, scored: OptionRows) -> float:
         """The share of rows whose completion is the most likely of its options. On all ranks."""
-        # Every rank runs every row where a forward pass needs all of them.
+        # Where a forward pass needs all ranks, each of them runs every row.
         share_rows = not self._is_deepspeed_or_fsdp
-        with self._together():  # a row that can't be scored is that of one rank
+        with self._raise_on_all_ranks():  # a row that can't be scored belongs to one rank
             counts = count_correct_options(
                 self.model_wrapped if self.is_fsdp_enabled else self.model,
                 self.processing_class,
@@ -851,99 +652,239 @@ class RLoraSFTTrainer(PublishingTrainer):
         correct, rows = (self._reduce(total) if share_rows else total).tolist()
         return correct / rows
 
-    # What is kept: counts by task and, for `balance_scope="global"`, the shares of heads
+    def measure_head_weights(self, rows: int | None = None) -> Any:
+        """
+        The mean head weights by task, over rows of the training data. To be called on all ranks.
+
+        They are recorded with the adapter from then on. Training ends with such a measurement.
+
+        Args:
+            rows (`int`, *optional*): Rows of each task (packed: of the data). Defaults to `args.mixture_rows`.
+
+        Returns:
+            [`HeadWeights`], or `None` for an adapter without a router, or data that don't name their tasks.
+        """
+        data = self._task_data.sample_rows(self.train_dataset, self.args.mixture_rows if rows is None else rows)
+        if data is None or not any(adapter.router is not None for adapter in self._adapters.values()):
+            return None
+        callback = HeadUsageCallback(self._task_data.names)
+        with self._evaluating() as model:
+            callback.start(self.model, self.args.device)
+            try:
+                # Not `get_eval_dataloader`, which may return a loader that is kept for evaluation. Batches are as
+                # large as in training, where they fit.
+                loader = self._get_dataloader(data, "head weights", self.args.train_batch_size, self._get_eval_sampler)
+                for inputs in loader:
+                    self.prediction_step(model, inputs, prediction_loss_only=True)
+                measured = callback.head_weights()
+            finally:
+                callback.stop()
+        if measured is not None:
+            self._run_record.head_weights = measured
+        return self._run_record.head_weights
+
+    @contextmanager
+    def _evaluating(self) -> Generator[nn.Module, None, None]:
+        """The model in eval mode, for passes that leave no trace in the metrics or the base weights."""
+        model, was_training = self.model_wrapped, self.model.training
+        metrics, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
+        model.eval()
+        try:
+            with kept_quantized(self.model):
+                yield model
+        finally:
+            self._metrics["eval"] = metrics
+            model.train(was_training)
+
+    # What checkpoints keep
 
     def tasks_seen(self) -> dict[str, dict[str, int]]:
         """
-        Rows and tokens of each task that this run, or the one it goes on from, has trained on.
+        Rows and tokens of each task that this run, with the run that it resumed, has trained on.
 
         To be called on all ranks.
         """
         return {} if self._ledger is None else self._ledger.totals(self._reduce)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._seen = self.tasks_seen()
-        super()._save_checkpoint(model, trial)
+    def _note_tasks_seen(self) -> dict[str, dict[str, int]]:
+        self._run_record.seen = self.tasks_seen()
+        return self._run_record.seen
 
-    def _checkpoint_state(self) -> dict[str, Any]:
-        state = {**super()._checkpoint_state(), "tasks": self._seen}
-        if self._monitor is not None:
-            state["head_sums"] = self._monitor.state(self.accelerator.gather)
-        return state
-
-    def _load_state(self, state: dict[str, Any]) -> None:
-        super()._load_state(state)
+    def _load_tasks_seen(self, seen: dict[str, dict[str, int]] | None) -> None:
         if self._ledger is not None:
-            self._ledger.load(state.get("tasks", {}))
+            self._ledger.load(seen or {})
+
+    def _gather_head_sums(self) -> Any:
+        return None if self._monitor is None else self._monitor.state(self.accelerator.gather)
+
+    def _load_head_sums(self, sums: Any) -> None:
         if self._monitor is not None:
-            ranks = self.accelerator.num_processes
-            self._monitor.load_state(state.get("head_sums"), self.accelerator.process_index, ranks)
+            self._monitor.load_state(sums, self.accelerator.process_index, self.accelerator.num_processes)
 
+    # Record, card, publishing
 
-def _pack_rows(dataset: AnyDataset, args: RLoraSFTConfig, map_kwargs: dict[str, Any]) -> AnyDataset:
-    dataset = spread_over_tokens(dataset, **map_kwargs).select_columns(["input_ids", "labels", TASK_IDS])
-    if args.shuffle_dataset:
-        dataset = dataset.shuffle(seed=args.seed)
-    dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
-    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-
-def _check_devices(args: RLoraSFTConfig) -> None:
-    if args.n_gpu > 1:
-        # What layers are told of a batch is one state, which the replicas of `torch.nn.DataParallel` would share.
-        raise ValueError(
-            f"This process sees {args.n_gpu} GPUs, over which `Trainer` would spread each batch by threads "
-            "(`torch.nn.DataParallel`), which R-LoRA does not support. Start one process for each GPU with "
-            "`accelerate launch` or `torchrun`, or show it a single one with `CUDA_VISIBLE_DEVICES=0`."
+    def adapter_record(self) -> AdapterRecord:
+        """What is known of the adapter and its training; see [`AdapterRecord`]."""
+        step, settings = self.state.global_step, self._run_settings
+        return self._run_record.build(
+            self.args,
+            self._adapter_config(),
+            self.model,
+            self._task_data.names,
+            step=step,
+            hyperparameters=settings.recorded(step) if settings.parts else select_hyperparameters(self.args),
+            base_commit=self._base_commit(),
         )
 
+    def _base_commit(self) -> str | None:
+        config = self._adapter_config()
+        if not self._loads_base and config.revision is None:
+            return None  # a model does not say which revision it was loaded from
+        cache_dir = (self.args.model_init_kwargs or {}).get("cache_dir") if self._loads_base else None
+        return loaded_commit(config.base_model_name_or_path, config.revision, cache_dir)
 
-def _check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:
-    if args.balance_loss != "none" and (config.router == "uniform" or config.num_heads == 1):
-        raise ValueError(
-            f"`balance_loss={args.balance_loss!r}` needs a router with several heads to balance, and the adapter has "
-            f"`router={config.router!r}` and `num_heads={config.num_heads}`. Set `balance_loss='none'`."
+    def _adapter_folder(self, root: str | Path) -> Path:
+        return adapter_folder(root, self.model.active_adapter)
+
+    def _write_beside(self, folder: Path, destination: Path) -> None:
+        record = self.adapter_record()
+        record.save(self._adapter_folder(folder))
+        # PEFT has written a card of its own into the folder; text that people wrote is in the one to be replaced.
+        self._write_card(
+            self._adapter_folder(folder), record, read_card(self._adapter_folder(destination) / CARD_NAME)
         )
 
-
-def _name_tasks(config: RLoraConfig, tasks: list[str] | None, *, is_new: bool) -> list[str]:
-    """The names of the adapter's tasks in the order of their ids: those it has, then those it is now trained on."""
-    known = list(config.tasks or [])
-    added = [task for task in tasks or [] if task not in known]
-    if added and config.router == "task" and known:
-        remedy = (
-            "Name all tasks, or leave `tasks` to the trainer." if is_new else "Train a new adapter on all of them."
-        )
-        raise ValueError(
-            f"The adapter has a mixture for each of its tasks ({', '.join(known)}), and the training data has "
-            f"{', '.join(added)} too. {remedy}"
-        )
-    return known + added
-
-
-def _check_eval_tasks(eval_dataset: Any, tasks: list[str] | None) -> None:
-    if not isinstance(eval_dataset, Mapping) or not tasks or not set(map(str, eval_dataset)) & set(tasks):
-        return
-    absent = [task for task in tasks if task not in {str(name) for name in eval_dataset}]
-    if absent:
-        logger.warning(
-            f"`eval_dataset` has no data for {', '.join(absent)}, which the training data has: means over tasks leave "
-            "these tasks out. Add them, or ignore this."
+    def _write_card(
+        self, folder: Path, record: AdapterRecord, existing: str | None, tags: Any = None, datasets: Any = None
+    ) -> None:
+        write_card(
+            folder / CARD_NAME,
+            self._adapter_config(),
+            record,
+            repo_id=self.hub_model_id,
+            num_parameters=count_trainable(self.model),
+            datasets=[*as_list(datasets), *as_list(self._run_record.dataset_name)],
+            tags=[*self._tag_names, *as_list(tags)],
+            existing=existing,
         )
 
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the adapter's card into the output folder; text that people wrote into it stays.
 
-def _as_rlora_config(args: TrainingArguments | None, model: Any) -> RLoraSFTConfig:
-    if isinstance(args, RLoraSFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-        return RLoraSFTConfig(f"{str(name).rstrip('/').split('/')[-1]}-R-LoRA")
-    # Not through `to_dict`, which hides every field named like a token, `eos_token` among them.
-    known = {entry.name for entry in fields(RLoraSFTConfig)}
-    config = RLoraSFTConfig(
-        **{entry.name: getattr(args, entry.name) for entry in fields(args) if entry.init and entry.name in known}
-    )
-    for entry in fields(args):
-        if entry.name not in known:  # of a subclass of the user's own
-            setattr(config, entry.name, getattr(args, entry.name))
-    return config
+        Args:
+            model_name (`str`, *optional*): Not used: the title of a card is the name of its repository.
+            dataset_name (`str` or `list[str]`, *optional*): Data sets on the Hub, for the metadata.
+            tags (`str` or `list[str]`, *optional*): Tags, for the metadata.
+        """
+        if self.is_world_process_zero():
+            folder = self._adapter_folder(self.args.output_dir)
+            self._write_card(folder, self.adapter_record(), read_card(folder / CARD_NAME), tags, dataset_name)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future | None:
+        """
+        Save the adapter and publish it with its card in one commit, on `args.hub_model_id`; see [`push_adapter`].
+
+        To be called on all ranks, as in `Trainer`. Only what makes up the adapter is uploaded.
+
+        Args:
+            commit_message (`str`, *optional*), blocking (`bool`, *optional*), token (`str`, *optional*),
+            revision (`str`, *optional*), private (`bool`, *optional*):
+                As in `Trainer.push_to_hub`.
+            kwargs:
+                `exports`, `create_pr`, `license`, `datasets`, `tags`, `base_model` as in [`push_adapter`];
+                `dataset_name` as in `Trainer.create_model_card`.
+
+        Returns:
+            `CommitInfo` on the main process, a `Future` of it with `blocking=False`, `None` on others.
+
+        Raises:
+            ValueError: If `exports` are asked for where the model is divided among processes, or in the background.
+        """
+        if kwargs.get("exports") and (is_sharded(self.model, self.is_fsdp_enabled) or not blocking):
+            where = (
+                "of a model that is divided among processes"
+                if is_sharded(self.model, self.is_fsdp_enabled)
+                else "in the background"
+            )
+            raise ValueError(
+                f"`exports` can't be made {where}: they run the whole model. Push without them, and afterwards, in "
+                f"one process: `push_adapter({self.args.output_dir!r}, {self.args.hub_model_id!r}, exports=[...])`."
+            )
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self._make_repository(token, private)
+        datasets = [*as_list(kwargs.pop("dataset_name", None)), *as_list(kwargs.pop("datasets", None))]
+        datasets += as_list(self._run_record.dataset_name)
+        tags = [*self._tag_names, *as_list(kwargs.pop("tags", None)), *as_list(self.model.model_tags)]
+        kwargs.pop("model_name", None)  # the card is headed by the repository's
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(tags=tags, dataset_name=datasets)
+        self._finish_current_push()
+        options = {
+            "commit_message": commit_message or "End of training",
+            "revision": revision if revision is not None else self.args.hub_revision,
+            "token": token if token is not None else self.args.hub_token,
+            "private": private if private is not None else self.args.hub_private_repo,
+            "base_model": self.args.hub_base_model,
+            "tags": list(dict.fromkeys(tags)),
+            "datasets": datasets,
+            "export_from": None
+            if is_sharded(self.model, self.is_fsdp_enabled)
+            else self.accelerator.unwrap_model(self.model),
+            "export_data": rows_to_measure(self._option_rows),
+            "tokenizer": self.processing_class,
+            **kwargs,
+        }
+        folder = self._adapter_folder(self.args.output_dir)
+        if blocking:
+            return push_adapter(folder, self.hub_model_id, **options)
+        return push_copy(self._hub_api, folder, self.hub_model_id, options)
+
+    def _make_repository(self, token: str | None, private: bool | None) -> None:
+        # `init_hf_repo` has a parameter `private` in transformers 5.23 and not in 5.17, the floor, with which this
+        # ends (transformers#33492).
+        before = self.args.hub_private_repo
+        self.args.hub_private_repo = before if private is None else private
+        try:
+            self.init_hf_repo(token=token)
+        finally:
+            self.args.hub_private_repo = before
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the adapter of a checkpoint: what `hub_strategy="every_save"` asks for."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = self.push_in_progress
+        if running is not None and running.is_done():
+            running = None
+        if running is not None and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        options = {
+            "commit_message": f"Training in progress, step {self.state.global_step}",
+            "revision": self.args.hub_revision,
+            "token": self.args.hub_token,
+            "base_model": self.args.hub_base_model,
+            "tags": list(self._tag_names),
+        }
+        job = push_copy(self._hub_api, self._adapter_folder(checkpoint_folder), self.hub_model_id, options)
+        if running is not None:
+            running.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.hub import check_adapter
-from rlora_trl.trainer.resuming import find_checkpoint, make_probe, read_state
+from rlora_trl.trainer.resuming import find_checkpoint, read_state
 from rlora_trl.trainer.saving import FullTensors, check_saved, full_disk_error, move_folder, restore_set_aside
 
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_whole_and_loads(trained, tmp_path, model_folders):
         check_adapter(checkpoint)
         state = read_state(checkpoint)
         assert set(state["files"]) >= {WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth"}
-        assert state["adapters"]["default"].startswith("sha256:") and state["probe_loss"] > 0
+        assert state["adapters"]["default"].startswith("sha256:")
     loaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(model_folders["llama"]), out / "checkpoint-4"
     )
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(trained, tmp_path, model
     damage(out / "checkpoint-4", how)
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(out) == out / "checkpoint-3"
-    assert "checkpoint-4 is passed over" in caplog.text
+    assert "Skipped the damaged checkpoint" in caplog.text
     fresh = make_trainer(model_folders["llama"], out)
     with pytest.raises(ValueError, match="can't be resumed from .*checkpoint-4"):
         fresh.train(resume_from_checkpoint=str(out / "checkpoint-4"))
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(trained, tmp_path, model
 
 
 def test_no_checkpoint_to_go_on_from(model_folders, tmp_path):
-    with pytest.raises(ValueError, match="none that is whole"):
+    with pytest.raises(ValueError, match="has no whole one"):
         make_trainer(model_folders["llama"], tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -196,7 +196,6 @@ def test_an_older_checkpoint_without_our_state_still_resumes(trained, tmp_path, 
     for path in (out / "checkpoint-4",):
         shutil.rmtree(path)
     (out / "checkpoint-3" / "rlora_state.json").unlink()
-    (out / "checkpoint-3" / "rlora_probe.safetensors").unlink()
     fresh = make_trainer(model_folders["llama"], out)
     fresh.train(resume_from_checkpoint=True)
     assert fresh.state.global_step == 4
@@ -228,19 +227,35 @@ def test_what_may_change_is_told(trained, tmp_path, model_folders, caplog):
     assert "head_dropout: checkpoint has 0.2, this run has 0.0" in caplog.text
 
 
-def test_a_probe_is_a_small_batch():
-    ids = torch.arange(12).reshape(4, 3)
-    probe = make_probe({"input_ids": ids, "labels": ids, "rlora_task_ids": torch.arange(4), "nothing": None})
-    assert {name: tuple(value.shape) for name, value in probe.items()} == {
-        "input_ids": (2, 3),
-        "labels": (2, 3),
-        "rlora_task_ids": (2,),
-    }
-    long = torch.ones(1, 3000, dtype=torch.long)
-    assert make_probe({"input_ids": long, "labels": long})["input_ids"].shape == (1, 1024)
-    assert make_probe({"input_ids": ids, "labels": torch.full_like(ids, -100)}) is None
-    assert make_probe({"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(7, 3, 3)}) is None
-    assert make_probe({"input_ids": ids}) is None
+@pytest.mark.parametrize(
+    ("base", "commit", "said"),
+    [
+        ("other/model", None, "base model: checkpoint has other/model, this run has some/model"),
+        ("some/model", "a" * 40, "commit of the base model: checkpoint has aaaa.*, this run has bbbb"),
+    ],
+)
+def test_another_base_model_is_refused(trained, tmp_path, model_folders, monkeypatch, base, commit, said):
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    for name, key, value in (
+        ("adapter_config.json", "base_model_name_or_path", base),
+        ("rlora_record.json", "base_model_revision", commit),
+    ):
+        values = json.loads((checkpoint / name).read_text())
+        (checkpoint / name).write_text(json.dumps({**values, key: value}))
+    fresh = make_trainer(model_folders["llama"], tmp_path / "out")
+    fresh.model.peft_config["default"].base_model_name_or_path = "some/model"
+    monkeypatch.setattr(fresh, "_base_commit", lambda: "b" * 40)
+
+    with pytest.raises(ValueError, match=said):
+        fresh.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_checkpoints_hold_no_training_rows(trained, tmp_path):
+    """Token ids of rows would be integer tensors, or lists of them."""
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    tensors = [tensor for path in checkpoint.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert tensors and all(tensor.is_floating_point() for tensor in tensors)
+    assert set(read_state(checkpoint)) == {"tasks", "head_sums", "runs", "adapters", "strategy", "processes", "files"}
 
 
 def test_another_strategy_is_refused(trained, tmp_path, model_folders):
@@ -275,17 +290,16 @@ def test_an_error_of_another_process_is_ones_own(trained, monkeypatch):
     monkeypatch.setattr(type(trained.accelerator), "num_processes", 2)
     monkeypatch.setattr("rlora_trl.trainer.checkpoints.gather_object", lambda told: [*told, "OSError: no space"])
     with pytest.raises(RuntimeError, match="Another process failed. OSError: no space"):
-        with trained._together():
+        with trained._raise_on_all_ranks():
             pass
     with pytest.raises(KeyError, match="mine"):  # one's own comes first
-        with trained._together():
+        with trained._raise_on_all_ranks():
             raise KeyError("mine")
 
 
 @pytest.mark.parametrize("rest", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
-def test_packed_batches_have_a_probe(model_folders, tmp_path, rest):
+def test_packed_runs_are_resumed(model_folders, tmp_path, rest):
     make_trainer(model_folders["llama"], tmp_path, max_steps=1, **rest).train()
-    assert read_state(tmp_path / "checkpoint-1")["probe_loss"] > 0
     fresh = make_trainer(model_folders["llama"], tmp_path, max_steps=2, **rest)
     fresh.train(resume_from_checkpoint=True)
     assert fresh.state.global_step == 2

@@ -125,4 +125,4 @@ def test_columns_that_a_format_hides_stay_hidden_from_rows_of_tasks(model_folder
     rows = [{"prompt": None, "text": "w1 w2", "task": task} for task in ("a", "b")]
     dataset = Dataset.from_list(rows).with_format("torch", columns=["text", "task"])
     trainer = make_trainer(model_folders, tmp_path, train=dataset)
-    assert trainer._tasks == ["a", "b"] and len(trainer.train_dataset) == 2
+    assert trainer._task_data.names == ["a", "b"] and len(trainer.train_dataset) == 2

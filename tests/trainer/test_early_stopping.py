@@ -75,7 +75,6 @@ def test_evaluation_of_test_data_is_none_of_its_business(model_folders, tmp_path
     with caplog.at_level(logging.WARNING):
         trainer.evaluate(data if as_dictionary else data["same"], metric_key_prefix="test")
     assert WARNING not in caplog.text and callback.seen == seen
-    assert trainer._stopping is None
 
 
 def test_a_metric_that_is_nowhere_is_warned_of_once(model_folders, tmp_path, caplog):

@@ -8,7 +8,7 @@ from testing_utils import random_ids
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig
-from rlora_trl.trainer.publishing import _loaded_commit
+from rlora_trl.trainer.run_record import loaded_commit as _loaded_commit
 
 
 def base_model(model_folders):

@@ -59,7 +59,7 @@ def test_a_task_without_rows_is_named_and_not_recorded(model_folders, tmp_path, 
     assert "not trained on: a 3 of 11, gone 8 of 8." in text
     assert "Nothing is left of 'gone', and the adapter is not recorded as trained on it" in text
     assert "fills `max_length=12`" in text and "Raise `max_length`, or shorten or remove these rows" in text
-    assert trainer._tasks == ["a", "z"] and set(trainer.mixture.rows) == {"a", "z"}
+    assert trainer._task_data.names == ["a", "z"] and set(trainer.mixture.rows) == {"a", "z"}
     trainer.train()
     assert set(trainer.tasks_seen()) == {"a", "z"} and all(c["rows"] for c in trainer.tasks_seen().values())
     assert {m.routing.tasks for m in trainer.model.modules() if isinstance(m, MultiHeadAdapter)} == {("a", "z")}
@@ -154,7 +154,7 @@ def test_rows_without_a_label(model_folders, tmp_path, caplog, options):
     evaluate = as_datasets({"b": [learned] * 2})
     trainer = make_trainer(model_folders, tmp_path, train=train, evaluate=evaluate, max_steps=1, **options)
     assert "not trained on: a 4 of 4, b 1 of 5." in warnings_of(caplog)[0]
-    assert trainer._tasks == ["b"] and set(trainer.train_dataset[TASK_IDS]) == {0}
+    assert trainer._task_data.names == ["b"] and set(trainer.train_dataset[TASK_IDS]) == {0}
     assert trainer.eval_dataset["b"][TASK_IDS] == [0, 0]
     trainer.train()
     with pytest.raises(ValueError, match="none is left of 'a'"):
@@ -165,7 +165,7 @@ def test_empty_rows(model_folders, tmp_path, caplog):
     caplog.set_level("WARNING")
     train = as_datasets({"a": [{"text": "w1 w2"}] * 4, "b": [{"text": ""}] * 4})
     trainer = make_trainer(model_folders, tmp_path, train=train)
-    assert "not trained on: b 4 of 4." in warnings_of(caplog)[0] and trainer._tasks == ["a"]
+    assert "not trained on: b 4 of 4." in warnings_of(caplog)[0] and trainer._task_data.names == ["a"]
 
 
 def test_tasks_that_were_trained_on_before_stay(model_folders, tmp_path):
@@ -178,7 +178,7 @@ def test_tasks_that_were_trained_on_before_stay(model_folders, tmp_path):
         train_dataset=as_datasets({"new": long(), "b": long(), "a": short()}),
         processing_class=build_tokenizer(),
     )
-    assert again._tasks == ["a", "b"] == again.model.peft_config["default"].tasks
+    assert again._task_data.names == ["a", "b"] == again.model.peft_config["default"].tasks
     again.train()
     # Those that a new adapter names in advance are no better than those of the data.
     config = RLoraConfig(tasks=["a", "b"])

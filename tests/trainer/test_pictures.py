@@ -109,7 +109,7 @@ def test_training_knows_the_task_of_each_picture(processor, tmp_path, kind, form
     if kind == "stream":
         train = {task: dataset.to_iterable_dataset() for task, dataset in train.items()}
     trainer = make_trainer(processor, tmp_path, column(train) if kind == "column" else train, max_steps=4)
-    names = trainer._tasks
+    names = trainer._task_data.names
     assert sorted(names) == sorted(TASKS)
     words = {processor.tokenizer.convert_tokens_to_ids(task): task for task in TASKS}
     seen, tokens = Counter(), Counter()

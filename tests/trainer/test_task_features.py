@@ -12,9 +12,9 @@ from testing_utils import build_tokenizer, task_datasets, task_rows
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer, mix_tasks
 from rlora_trl.evaluation.data import check_rows
+from rlora_trl.trainer import task_data as task_data_module
 from rlora_trl.trainer import task_features
 from rlora_trl.trainer import tasks as tasks_module
-from rlora_trl.trainer import trainer as trainer_module
 from rlora_trl.trainer.lost_rows import LostRows
 from rlora_trl.trainer.task_evaluation import find_option_rows
 from rlora_trl.trainer.task_ids import TASK_IDS, number_alike, number_tasks
@@ -296,7 +296,7 @@ def test_formats_do_not_change_the_tasks_of_a_column(model_folders, tmp_path):
     rows = [{**row, "task": task} for task in (0, 1) for row in task_rows("same", 4)]
     dataset = Dataset.from_list(rows).with_format("torch")
     trainer = make_trainer(model_folders, tmp_path, train=dataset, evaluate=dataset, max_steps=1)
-    assert sorted(trainer.eval_dataset) == ["0", "1"] and trainer._tasks == ["0", "1"]
+    assert sorted(trainer.eval_dataset) == ["0", "1"] and trainer._task_data.names == ["0", "1"]
     trainer.train()
     assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 8
 
@@ -312,14 +312,14 @@ def test_no_copy_of_shuffled_data_before_preparation(model_folders, tmp_path, mo
     column = join_tasks(tasks)
     train = column.filter(lambda row: row["task"] != "same") if by_column else tasks
     trainer = make_trainer(model_folders, tmp_path, train=train, evaluate=column.shuffle(seed=1))
-    assert trainer._tasks == (["colour", "first"] if by_column else ["first", "colour", "same"])
+    assert trainer._task_data.names == (["colour", "first"] if by_column else ["first", "colour", "same"])
     assert sorted(trainer.eval_dataset) == ["colour", "first", "same"]
     # The answers of a task say which it is.
     tokenizer, answers = build_tokenizer(), {"colour": {"red", "blue", "green"}, "same": {"yes", "no"}}
     for row in trainer.train_dataset:
         answer = tokenizer.convert_ids_to_tokens(row["input_ids"])[-2]
         task = next((name for name, words in answers.items() if answer in words), "first")
-        assert trainer._tasks[row[TASK_IDS]] == task
+        assert trainer._task_data.names[row[TASK_IDS]] == task
 
 
 def test_joined_rows_are_checked_once(model_folders, tmp_path, monkeypatch):
@@ -329,7 +329,7 @@ def test_joined_rows_are_checked_once(model_folders, tmp_path, monkeypatch):
         checked.append(where)
         return check_rows(dataset, where, **kwargs)
 
-    for module in (tasks_module, trainer_module):
+    for module in (tasks_module, task_data_module):
         monkeypatch.setattr(module, "check_rows", note)
     make_trainer(model_folders, tmp_path, train=task_datasets(4), evaluate=task_datasets(2)["same"])
     assert checked == ["Task 'first'", "Task 'colour'", "Task 'same'", "The data set 'eval'"]
@@ -398,7 +398,7 @@ def test_which_rows_can_be_scored(caplog, order, types, rows, scorable, outside)
 
 def test_spread_rows_of_each_task(model_folders, tmp_path):
     trainer = make_trainer(model_folders, tmp_path, train=task_datasets(9))
-    ids = trainer._rows_by_task(3)[TASK_IDS][:]
+    ids = trainer._task_data.sample_rows(trainer.train_dataset, 3)[TASK_IDS][:]
     assert sorted(ids) == [0] * 3 + [1] * 3 + [2] * 3
 
 

@@ -109,7 +109,7 @@ def test_ids_from_every_kind_of_data(model_folders, tmp_path, kind):
     names = ["0", "1", "2"] if kind == "numbers" else TASKS
     for batch in trainer.get_train_dataloader():
         for ids, task in zip(batch["input_ids"], batch[TASK_IDS].tolist(), strict=True):
-            assert trainer._tasks[task] == names[words.index(ids[0].item())]
+            assert trainer._task_data.names[task] == names[words.index(ids[0].item())]
     trainer.train()
     assert sum(counts["rows"] for counts in trainer.tasks_seen().values()) == 16
 
@@ -413,7 +413,7 @@ def test_mixing_needs_tasks_and_its_own_sampling(model_folders, tmp_path):
     with pytest.raises(ValueError, match="the training data has no column of tasks"):
         make_trainer(model_folders, tmp_path, train=plain, mixing="equal")
     for packing in (False, True):
-        with pytest.raises(ValueError, match="can't go with `train_sampling_strategy='sequential'`"):
+        with pytest.raises(ValueError, match="can't be combined with `train_sampling_strategy='sequential'`"):
             make_trainer(
                 model_folders, tmp_path, mixing="equal", train_sampling_strategy="sequential", packing=packing
             )
@@ -775,7 +775,7 @@ def test_frozen_a(model_folders, tmp_path):
 def test_learning_rates_need_an_optimizer_of_the_trainer(model_folders, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="one was passed ready-made"):
+    with pytest.raises(ValueError, match="one was passed in `optimizers`"):
         RLoraSFTTrainer(
             model,
             arguments(tmp_path, router_learning_rate=1e-3),

@@ -161,7 +161,9 @@ def test_odd_columns_of_evaluation_data_are_those_of_their_key(model_folders, tm
     """Training has tasks, and a column of evaluation data happens to be called like theirs."""
     odd = Dataset.from_list([{**row, "options": [row["completion"], "w9"], "task": value} for row in rows(2)])
     trainer = make_trainer(model_folders, tmp_path, evaluate={"same": odd, "new": odd}, max_steps=1)
-    assert [trainer.eval_dataset[name][TASK_IDS][:] for name in ("same",)] == [[trainer._tasks.index("same")] * 2]
+    assert [trainer.eval_dataset[name][TASK_IDS][:] for name in ("same",)] == [
+        [trainer._task_data.names.index("same")] * 2
+    ]
     assert TASK_IDS not in trainer.eval_dataset["new"].column_names
     assert {"eval_same_loss", "eval_same_accuracy"} <= set(trainer.evaluate())
     assert "eval_loss" in trainer.evaluate(odd)

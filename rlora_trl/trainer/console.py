@@ -1,0 +1,93 @@
+"""What the console shows of the logs: the numbers that a person reads. Trackers get all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+# Entries for trackers: what Trainer, SFTTrainer and this package log beside the numbers that people follow.
+_FOR_TRACKERS = frozenset(
+    (
+        *("grad_norm", "grad_norm_A", "grad_norm_B", "grad_norm_router", "entropy", "mean_token_accuracy"),
+        *("num_tokens", "num_input_tokens_seen", "total_flos", "balance_loss", "router_entropy", "head_load_cv"),
+        *("head_similarity", "aux_loss"),
+    )
+)
+_SPEEDS = ("_samples_per_second", "_steps_per_second", "_tokens_per_second", "_model_preparation_time")
+# With more tasks than this, the console shows those with the highest losses.
+_MOST_TASKS = 6
+
+
+def select_for_console(logs: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """
+    The entries of a log that a person reads.
+
+    In training these are the loss, the learning rate, the largest share of a head, and the losses of the tasks (of the
+    six with the highest, where there are more); in evaluation the losses, accuracies, and metrics of the user.
+
+    Args:
+        logs (`Mapping[str, Any]`): All entries, as `Trainer.log` gets them.
+        tasks (`Sequence[str]`): Names of the tasks.
+    """
+    names = {f"{prefix}{task}_loss" for task in tasks for prefix in ("", "task_")}
+    of_tasks = sorted((name for name in logs if name in names), key=lambda name: logs[name], reverse=True)
+    hidden = {*of_tasks[_MOST_TASKS:], *(name for name in logs if _is_for_trackers(name))}
+    return {name: value for name, value in logs.items() if name not in hidden}
+
+
+def _is_for_trackers(name: str) -> bool:
+    if name.endswith(_SPEEDS):
+        return True
+    if name.startswith("eval_"):
+        measure = name.removeprefix("eval_")
+        is_of_pass = any(measure == entry or measure.endswith(f"_{entry}") for entry in _FOR_TRACKERS)
+        return is_of_pass or name.endswith("_runtime")
+    return name in _FOR_TRACKERS
+
+
+class _OnConsole:
+    """Passes on what [`select_for_console`] selects."""
+
+    def __init__(self, tasks: Callable[[], Sequence[str]]) -> None:
+        super().__init__()
+        self._tasks = tasks
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = None if logs is None else select_for_console(logs, self._tasks())
+        super().on_log(args, state, control, logs=shown, **kwargs)  # type: ignore[misc]
+
+
+class TaskProgressCallback(_OnConsole, ProgressCallback):
+    """`ProgressCallback` that shows selected entries of the logs."""
+
+
+class TaskPrinterCallback(_OnConsole, PrinterCallback):
+    """`PrinterCallback` that prints selected entries of the logs."""
+
+
+def shorten_console_logs(trainer: Trainer, tasks: Callable[[], Sequence[str]]) -> None:
+    """
+    Have the console show what a person reads, in place of the default callbacks of transformers.
+
+    Callbacks of other classes, such as a subclass of the user's or a notebook's, stay as they are.
+
+    Args:
+        trainer (`Trainer`): The trainer.
+        tasks (`Callable`): Returns the names of the tasks.
+    """
+    replacements = {ProgressCallback: TaskProgressCallback, PrinterCallback: TaskPrinterCallback}
+    handler = trainer.callback_handler
+    handler.callbacks = [
+        replacements[type(callback)](tasks) if type(callback) in replacements else callback
+        for callback in handler.callbacks
+    ]

@@ -1,0 +1,85 @@
+"""Checks of a trainer's configuration, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..tuner import RLoraConfig
+from .config import RLoraSFTConfig
+
+
+def check_devices(args: RLoraSFTConfig) -> None:
+    """
+    Refuse a process with several GPUs.
+
+    Raises:
+        ValueError: If `Trainer` would use `torch.nn.DataParallel`.
+    """
+    if args.n_gpu > 1:
+        # The replicas of `torch.nn.DataParallel` would share one batch context.
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, over which `Trainer` would spread each batch by threads "
+            "(`torch.nn.DataParallel`), which R-LoRA does not support. Start one process for each GPU with "
+            "`accelerate launch` or `torchrun`, or show it a single one with `CUDA_VISIBLE_DEVICES=0`."
+        )
+
+
+def check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:
+    """
+    Refuse a balance loss for an adapter that has nothing to balance.
+
+    Raises:
+        ValueError: If there is no router, or a single head.
+    """
+    if args.balance_loss != "none" and (config.router == "uniform" or config.num_heads == 1):
+        raise ValueError(
+            f"`balance_loss={args.balance_loss!r}` needs a router with several heads to balance, and the adapter has "
+            f"`router={config.router!r}` and `num_heads={config.num_heads}`. Set `balance_loss='none'`."
+        )
+
+
+def check_parallelism(args: RLoraSFTConfig, parallelism: Any, *, has_optimizer: bool) -> None:
+    """
+    Refuse settings that would have no effect, or a wrong one.
+
+    Args:
+        args ([`RLoraSFTConfig`]): Configuration of the run.
+        parallelism (`ParallelismConfig`, *optional*): How accelerate divides a sequence.
+        has_optimizer (`bool`): Whether the user passed an optimizer.
+
+    Raises:
+        NotImplementedError: If sequences are divided among processes and a balance loss counts their tokens.
+        ValueError: If learning rates of parameter groups are set, and the optimizer was passed.
+    """
+    balances = args.balance_loss != "none" and args.balance_coef > 0
+    if balances and parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise NotImplementedError(
+            f"`balance_loss={args.balance_loss!r}` does not count tokens under context or sequence parallelism yet. "
+            'Set `balance_loss="none"`, or use data parallelism.'
+        )
+    if has_optimizer and (args.router_learning_rate or args.loraplus_lr_ratio):
+        raise ValueError(
+            "`router_learning_rate` and `loraplus_lr_ratio` set up the optimizer, and one was passed in `optimizers`. "
+            "Give it parameter groups of your own, or choose it by `optim`."
+        )
+
+
+def as_rlora_config(args: TrainingArguments | None, model: Any) -> RLoraSFTConfig:
+    """The configuration as an [`RLoraSFTConfig`], from that of another class or from the model's name."""
+    if isinstance(args, RLoraSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        return RLoraSFTConfig(f"{str(name).rstrip('/').split('/')[-1]}-R-LoRA")
+    # Not through `to_dict`, which hides every field named like a token, `eos_token` among them.
+    names = {entry.name for entry in fields(RLoraSFTConfig)}
+    config = RLoraSFTConfig(
+        **{entry.name: getattr(args, entry.name) for entry in fields(args) if entry.init and entry.name in names}
+    )
+    for entry in fields(args):
+        if entry.name not in names:  # a field of a subclass of the user's
+            setattr(config, entry.name, getattr(args, entry.name))
+    return config
