@@ -36,23 +36,15 @@ class StepTimes(TrainerCallback):
 
 
 class Silent(RLoraSFTTrainer):
-    """Without records of routing, norms, similarity and losses by task."""
+    """Without statistics of routing, norms, similarity and losses by task."""
 
-    def _set_up_adapters(self):
-        super()._set_up_adapters()
-        self._monitor = None
-
-    def _set_up_tasks(self):
-        super()._set_up_tasks()
-        self._ledger = None
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._observer.monitor = self._observer.ledger = None
+        self._observer.adapters = {}
 
     def _will_log(self):
         return False
-
-    def log(self, logs, *args, **kwargs):
-        adapters, self._adapters = self._adapters, {}
-        super().log(logs, *args, **kwargs)
-        self._adapters = adapters
 
 
 VARIANTS = {

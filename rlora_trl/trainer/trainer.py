@@ -39,11 +39,10 @@ from .config import RLoraSFTConfig
 from .console import shorten_console_logs
 from .early_stopping import EarlyStopping
 from .given_model import active_config, choose_peft_config, how_to_train, name_revision
-from .gradients import FirstGradients, gradient_norms
-from .ledger import TaskLedger
 from .lost_rows import warn_of_unseen_tasks
-from .monitor import RoutingMonitor, head_similarity
-from .nan_policy import NanGuard, check_deepspeed_settings
+from .mixing import TaskMixture
+from .nan_policy import check_deepspeed_settings
+from .observer import StepObserver
 from .optimizer import set_learning_rates
 from .precision import cast_for_deepspeed, undo_bf16_cast
 from .publishing import as_list, check_publishing, count_trainable, is_sharded, push_copy, rows_to_measure, write_card
@@ -53,7 +52,7 @@ from .setup import as_rlora_config, check_balance, check_devices, check_parallel
 from .sharding import keep_outputs_wide, wait_for_backward
 from .task_data import TaskData
 from .task_evaluation import OptionRows, count_correct_options, find_option_rows, mean_over_tasks, split_by_task
-from .task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, count_tokens, token_mask_of
+from .task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, token_mask_of
 from .tasks import AnyDataset
 
 
@@ -209,35 +208,17 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if self.is_deepspeed_enabled:
             check_deepspeed_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.args.nan_policy)
 
-        self._nan_guard = NanGuard(self.args.nan_policy, self.model)
-        self._first_gradients: FirstGradients | None = None
-        self._gradient_norms: dict[str, float] = {}
-        self._fused_outputs: Any = None
-        self._monitor = self._make_monitor()
-        self._records_step = False
-        tasks = self._task_data.names
-        self._ledger = TaskLedger(tasks, self.args.device) if tasks else None
-        if tasks:
-            logger.info(f"Training on {len(tasks)} tasks: {', '.join(tasks)}")
+        self._observer = StepObserver(self._adapters, self._task_data.names, self.args, self.model, self.accelerator)
+        self.kept_states["tasks"] = KeptState(self._note_tasks_seen, self._observer.load_tasks_seen)
+        self.kept_states["head_sums"] = KeptState(self._observer.head_sums, self._observer.load_head_sums)
+        if self._task_data.names:
+            logger.info(f"Training on {len(self._task_data.names)} tasks: {', '.join(self._task_data.names)}")
         # Pushes wait for each other in the queue of one client.
         self._hub_api = HfApi()
 
-        self.kept_states["tasks"] = KeptState(self._note_tasks_seen, self._load_tasks_seen)
-        if self._monitor is not None:
-            self.kept_states["head_sums"] = KeptState(self._gather_head_sums, self._load_head_sums)
-
-    def _make_monitor(self) -> RoutingMonitor | None:
-        routed = [adapter for adapter in self._adapters.values() if adapter.router is not None]
-        if not routed:
-            return None
-        args = self.args
-        return RoutingMonitor(
-            routed, args.balance_loss, args.balance_coef, args.balance_scope == "global", args.device
-        )
-
     @property
-    def mixture(self) -> Any:
-        """What an epoch draws of each task, a [`TaskMixture`]; `None` where it is not known before training."""
+    def mixture(self) -> TaskMixture | None:
+        """What an epoch draws of each task; `None` where it is not known before training."""
         return self._task_data.mixture
 
     def _adapter_config(self) -> RLoraConfig:
@@ -318,12 +299,9 @@ class RLoraSFTTrainer(StagedCheckpoints):
         self._check_same_adapters()
         if self.mixture is not None and self.is_world_process_zero():
             self._show(self.mixture.table())
-        self._is_first_run = self._is_new_adapter and not resume_from_checkpoint and self.state.global_step == 0
-        self._watch_first_gradients()
-        try:
+        is_fresh = self._is_new_adapter and not resume_from_checkpoint and self.state.global_step == 0
+        with self._observer.watching_first_step(is_fresh=is_fresh):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._end_first_gradients(report=False)
 
         seen = self._note_tasks_seen()
         if isinstance(self.train_dataset, IterableDataset):
@@ -339,28 +317,10 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def _begin_attempt(self) -> None:
         super()._begin_attempt()
         self._run_record.forget_metrics()
-        self._gradient_norms = {}
+        self._observer.restart()
         # TRL counts tokens over attempts (1.16; no upstream issue).
         self._total_train_tokens = 0
         self._metrics["train"].clear()
-        self._nan_guard.restart()
-        if self._monitor is not None:
-            self._monitor.restart()
-        if self._first_gradients is None or self._first_gradients.squares:  # of an attempt that was given up
-            self._watch_first_gradients()
-
-    def _watch_first_gradients(self) -> None:
-        self._end_first_gradients(report=False)
-        scaled = self.accelerator.scaler is not None
-        self._first_gradients = FirstGradients(self._adapters, fresh=self._is_first_run, scaled=scaled)
-
-    def _end_first_gradients(self, *, report: bool) -> None:
-        watched, self._first_gradients = self._first_gradients, None
-        if watched is None:
-            return
-        watched.close()
-        for problem in watched.report() if report else []:
-            logger.warning(f"The first step gave {problem}")
 
     def _check_same_adapters(self) -> None:
         """
@@ -391,13 +351,6 @@ class RLoraSFTTrainer(StagedCheckpoints):
         else:
             tqdm.write(text)
 
-    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
-
-    @property
-    def _balances(self) -> bool:
-        return self.args.balance_loss != "none" and self.args.balance_coef > 0
-
     def _will_log(self) -> bool:
         """Whether the step that is running ends in a log."""
         step = self.state.global_step + 1
@@ -411,44 +364,32 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self._records_step = bool(batches) and self._monitor is not None and (self._balances or self._will_log())
-        if self._records_step and self._monitor is not None:
-            tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float32)
-            alike = self.get_tp_size()  # ranks that have the same batch
-            if self._balances:
-                self._monitor.begin_step(tokens / alike, self.accelerator.num_processes // alike, self._reduce)
-            else:
-                self._monitor.begin_step(tokens, 1, lambda tensor: tensor)
+        self._observer.begin_step(batches, will_log=self._will_log(), ranks_alike=self.get_tp_size())
         return batches, num_items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        is_training = self.model.training
-        tally = self._tally(inputs, num_items_in_batch) if is_training else None
         batch = {name: value for name, value in inputs.items() if name not in (TASK_IDS, ROW_STARTS, TOKEN_MASK)}
-        with self._batch_context(inputs, tally), self._keeping_outputs():
-            result = super().compute_loss(
-                model, batch, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
-            if is_training and self._ledger is not None and TASK_IDS in inputs:
-                self._ledger.note(inputs, self._fused_outputs)
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        if not self.model.training:
+            with self._batch_context(inputs):
+                return super().compute_loss(model, batch, **options)
+
+        # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
+        undivided = num_items_in_batch is not None or self.compute_loss_func is not None
+        tally = self._observer.tally(inputs, 1 if undivided else self.current_gradient_accumulation_steps)
+        base_model = self.model.get_base_model()
+        with self._batch_context(inputs, tally), self._observer.reading_outputs(base_model, inputs):
+            result = super().compute_loss(model, batch, **options)
         if tally is None:
             return result
         if return_outputs:
             return capture_loss_grad(result[0], tally), result[1]
         return capture_loss_grad(result, tally)
 
-    def _tally(self, inputs: dict[str, Any], num_items_in_batch: Any) -> RoutingTally | None:
-        if self._monitor is None or not self._records_step:
-            return None
-        # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
-        undivided = num_items_in_batch is not None or self.compute_loss_func is not None
-        divided_by = 1 if undivided else self.current_gradient_accumulation_steps
-        return self._monitor.tally(divided_by, count_tokens(inputs))
-
     @contextmanager
-    def _batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None) -> Generator[None, None, None]:
+    def _batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None = None) -> Generator[None, None, None]:
         """Give the layers the tasks and the padding of a batch. Recomputations in its backward pass get them again."""
         mask, batch = token_mask_of(inputs), describe_batch((), inputs)
         token_mask = None if mask is None else mask.to(torch.uint8)
@@ -473,26 +414,6 @@ class RLoraSFTTrainer(StagedCheckpoints):
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         return plugin is not None and bool(plugin.activation_checkpointing)
 
-    @contextmanager
-    def _keeping_outputs(self) -> Generator[None, None, None]:
-        """Keep the outputs with log-probabilities of the labels in `_fused_outputs`, which `compute_loss` drops."""
-        # Registered for one pass, as a model that holds on to its trainer can't be copied or pickled.
-        hook = self.model.get_base_model().register_forward_hook(self._keep_fused_outputs)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self._fused_outputs = None
-
-    def _keep_fused_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if self._ledger is None or not module.training:
-            return
-        # A loss function of the user and label smoothing run the model twice: only the pass with the fused head
-        # matters then, and the logits of the other are not kept alive.
-        has_log_probs = getattr(outputs, "log_probs", None) is not None
-        if has_log_probs or (self._fused_outputs is None and not self._ledger.has_log_probs):
-            self._fused_outputs = outputs
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
             loss = super().training_step(*args, **kwargs)
@@ -504,15 +425,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if not self.accelerator.sync_gradients:
             return loss
 
-        # All gradients of the step are there, and not clipped yet.
-        if self._skips_step() and self._monitor is not None:
-            self._monitor.drop_step()
-        if self._will_log():
-            scaler = self.accelerator.scaler
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            norms = gradient_norms(list(self._adapters.values()))
-            self._gradient_norms = {name: norm / scale for name, norm in norms.items()}
-        self._end_first_gradients(report=True)
+        self._observer.end_step(is_skipped=self._skips_step(), will_log=self._will_log())
         return loss
 
     def _skips_step(self) -> bool:
@@ -520,10 +433,10 @@ class RLoraSFTTrainer(StagedCheckpoints):
         step = self.state.global_step + 1
         if not self.is_deepspeed_enabled:
             # A scaler (fp16) expects some, and skips those steps itself.
-            return self.accelerator.scaler is None and self._nan_guard.look(step)
+            return self.accelerator.scaler is None and self._observer.nan_guard.look(step)
         if self.model_wrapped.fp16_enabled():
             return False
-        return self._nan_guard.look(step, skipped_by_engine=self.accelerator.optimizer_step_was_skipped)
+        return self._observer.nan_guard.look(step, skipped_by_engine=self.accelerator.optimizer_step_was_skipped)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -540,18 +453,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.model.training and "loss" in logs:
-            if self._monitor is not None:
-                logs.update(self._monitor.summary(self._reduce))
-            similarity = head_similarity(list(self._adapters.values()))
-            if similarity is not None:
-                logs["head_similarity"] = similarity
-            logs.update(self._gradient_norms)
-            if self._nan_guard.skipped:
-                logs["skipped_steps"] = self._nan_guard.skipped
-            if self._ledger is not None:
-                by_task = self._ledger.tell(self._reduce)
-                # A task may have the name of another entry.
-                logs.update({name if name not in logs else f"task_{name}": loss for name, loss in by_task.items()})
+            self._observer.extend_logs(logs)
         super().log(logs, *args, **kwargs)
 
     # Evaluation by task
@@ -649,7 +551,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
                 max_length=self.args.max_length,
             )
         total = torch.tensor(counts, device=self.args.device)
-        correct, rows = (self._reduce(total) if share_rows else total).tolist()
+        correct, rows = (self._observer.reduce(total) if share_rows else total).tolist()
         return correct / rows
 
     def measure_head_weights(self, rows: int | None = None) -> Any:
@@ -704,22 +606,11 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
         To be called on all ranks.
         """
-        return {} if self._ledger is None else self._ledger.totals(self._reduce)
+        return self._observer.tasks_seen()
 
     def _note_tasks_seen(self) -> dict[str, dict[str, int]]:
         self._run_record.seen = self.tasks_seen()
         return self._run_record.seen
-
-    def _load_tasks_seen(self, seen: dict[str, dict[str, int]] | None) -> None:
-        if self._ledger is not None:
-            self._ledger.load(seen or {})
-
-    def _gather_head_sums(self) -> Any:
-        return None if self._monitor is None else self._monitor.state(self.accelerator.gather)
-
-    def _load_head_sums(self, sums: Any) -> None:
-        if self._monitor is not None:
-            self._monitor.load_state(sums, self.accelerator.process_index, self.accelerator.num_processes)
 
     # Record, card, publishing
 

@@ -76,7 +76,7 @@ def watch_steps(trainer, found):
             found["all_reduces"].append(all_reduces.sizes)
 
     trainer.get_batch_samples = watched
-    monitor = trainer._monitor
+    monitor = trainer._observer.monitor
     begin_step = monitor.begin_step
 
     def begun(*args, **kwargs):
@@ -156,7 +156,7 @@ def run(case, folder, model_folder, adapter_folder):
     found["after"] = weights_of(trainer)
     found["logs"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     found["seen"] = trainer.tasks_seen()
-    found["num_heads"] = trainer._monitor.num_heads
+    found["num_heads"] = trainer._observer.monitor.num_heads
     if case.get("save"):
         trainer.save_model()
         if RANK == 0:

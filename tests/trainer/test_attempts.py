@@ -38,16 +38,18 @@ def test_rows_and_tokens_are_those_of_the_run(trainer):
     assert {task.name: task.rows for task in trainer.adapter_record().tasks} == {
         name: task["rows"] for name, task in seen.items()
     }
-    assert int(trainer._monitor.step[0, 0] + trainer._monitor.logged[0, 0]) == 0  # all of it was logged
+    assert (
+        int(trainer._observer.monitor.step[0, 0] + trainer._observer.monitor.logged[0, 0]) == 0
+    )  # all of it was logged
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert log["num_tokens"] == tokens
     assert 0 < log["router_entropy"] <= 1.1 and 1 / 3 <= log["head_load_max"] <= 1
 
 
 def test_skipped_steps_of_an_attempt_are_not_counted(trainer):
-    trainer._nan_guard.skipped = trainer._nan_guard._in_a_row = 5
+    trainer._observer.nan_guard.skipped = trainer._observer.nan_guard._in_a_row = 5
     trainer.train()
-    assert trainer._nan_guard.skipped == 0
+    assert trainer._observer.nan_guard.skipped == 0
 
 
 def test_a_second_run_counts_from_the_beginning(model_folders, tmp_path):

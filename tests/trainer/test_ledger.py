@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer
 from rlora_trl.trainer.ledger import TaskLedger, batch_shape, label_log_probs
+from rlora_trl.trainer.observer import StepObserver
 from rlora_trl.trainer.task_ids import ROW_STARTS, TASK_IDS
 
 
@@ -37,10 +38,10 @@ def renamed(outputs):
 
 
 def with_outputs(monkeypatch, change):
-    keep = RLoraSFTTrainer._keep_fused_outputs
+    keep = StepObserver._keep_outputs
     monkeypatch.setattr(
-        RLoraSFTTrainer,
-        "_keep_fused_outputs",
+        StepObserver,
+        "_keep_outputs",
         lambda self, module, args, outputs: keep(self, module, args, change(outputs)),
     )
 
@@ -105,7 +106,7 @@ def test_two_passes(model_folders, tmp_path, caplog, kind):
         trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * 0.0
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert MISSING not in caplog.text and trainer._ledger.has_log_probs
+    assert MISSING not in caplog.text and trainer._observer.ledger.has_log_probs
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for key in ("a_loss", "b_loss"):
         assert logged[0][key] == pytest.approx(expected[0][key], rel=1e-5)
