@@ -16,11 +16,11 @@ from ..tuner import HeadUsage, MultiHeadAdapter, Routing
 
 class HeadUsageCallback(TrainerCallback):
     """
-    Collects in evaluation, by task and layer, the mean weight of each head.
+    Measures the mean weight of each head in evaluation, by task and layer.
 
-    With [`RLoraSFTTrainer`] by task and without padding. It works with any `Trainer`, which tells neither: then all
-    tokens that the model sees in eval mode count, also those of passes of your own between two evaluations, as those
-    of one task, `"(unknown)"`.
+    [`RLoraSFTTrainer`] provides the task of each row and the padding. Any other `Trainer` provides neither: then all
+    tokens that the model sees in eval mode count, padding and your own passes between evaluations included, under one
+    task, `"(unknown)"`.
 
     Args:
         tasks (`Sequence[str]`, *optional*):
@@ -46,7 +46,7 @@ class HeadUsageCallback(TrainerCallback):
         self._routings: list[Routing] = []
 
     def start(self, model: torch.nn.Module, device: torch.device) -> None:
-        """Begin to count; what was counted and not told is dropped."""
+        """Start counting from zero."""
         adapters = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAdapter)}
         # Adapters that are loaded beside those in training are left out, unless none trains.
         adapters = {n: a for n, a in adapters.items() if a.trains} or adapters
@@ -99,9 +99,9 @@ class HeadUsageCallback(TrainerCallback):
 
     def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """
-        What was counted since the last call, on all ranks: mean weights `[L, N]` and tokens, by task.
+        Mean head weights `[L, N]` and number of tokens by task since the last call, over all ranks.
 
-        The next evaluation, of another task, is counted by itself.
+        Counting starts over, so that the next evaluation is counted separately.
         """
         assert self._running is not None
         weights, tokens = self._running.weights.clone(), self._running.tokens.clone()
@@ -129,7 +129,7 @@ class HeadUsageCallback(TrainerCallback):
         return HeadWeights(layers, named, {task: tokens[task] for task in named})
 
     def to_dict(self) -> dict[str, Any]:
-        """Layers, and by step and task the mean weights of the heads, as lists."""
+        """The names of layers, and the mean head weights by step and task, as lists."""
         by_step = {
             str(step): {task: weights.tolist() for task, weights in usage.items()}
             for step, usage in self.usage.items()

@@ -1,4 +1,4 @@
-"""`RLoraSFTConfig`: what `SFTConfig` has, and what multi-task training with R-LoRA adds."""
+"""`RLoraSFTConfig`: `SFTConfig` with fields for multi-task training with R-LoRA."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class RLoraSFTConfig(SFTConfig):
         > Parameters that control the tasks
 
         task_column (`str`, *optional*, defaults to `"task"`):
-            Column that names the task of each row, in a data set that holds several. A data set without the default
-            column is trained on as it is; any other name must be there.
+            Column that names the task of each row, in a data set of several tasks. A data set without the default
+            column is trained on without tasks; a column of any other name must exist.
         mixing (`str`, *optional*, defaults to `"proportional"`):
-            How much of each task an epoch draws (T5, arXiv 1910.10683, section 3.5.2). `"proportional"`: by the rows
-            that it has, which without a cap is each row once. `"equal"`: the same of all tasks. `"temperature"`: by
-            `min(rows, mixing_cap) ** (1 / mixing_temperature)`.
+            How many rows of each task an epoch draws (T5, arXiv 1910.10683, section 3.5.2). `"proportional"`: as many
+            as it has, so that without a cap an epoch has each row once. `"equal"`: the same number of all tasks.
+            `"temperature"`: in proportion to `min(rows, mixing_cap) ** (1 / mixing_temperature)`.
         mixing_temperature (`float`, *optional*, defaults to `1.0`):
-            The larger, the more equal; for `mixing="temperature"`.
+            For `mixing="temperature"`: higher values sample small tasks more often.
         mixing_cap (`int`, *optional*):
-            Rows (or tokens) beyond which a task counts as no larger.
+            Maximum task size, in rows (or tokens), used when sampling rates are computed.
         mixing_unit (`str`, *optional*, defaults to `"rows"`):
             Whether tasks are mixed by `"rows"` or by `"tokens"`.
 
@@ -41,52 +41,52 @@ class RLoraSFTConfig(SFTConfig):
         balance_loss (`str`, *optional*, defaults to `"none"`):
             Loss that keeps all heads in use: `"none"`, `"switch"`, `"importance"`, `"mutual_information"` or `"z"`.
         balance_coef (`float`, *optional*, defaults to `0.01`):
-            What it is multiplied by.
+            Weight of the balance loss.
         balance_scope (`str`, *optional*, defaults to `"micro"`):
-            Where the shares of heads are taken from: `"micro"`, each micro-batch; or `"global"`, the whole batch of a
-            step, over ranks and accumulation, so that a micro-batch of one task may prefer one head (arXiv
-            2501.11873). What a rank has not seen of a step counts as in the step before.
+            Tokens over which the shares of heads are computed: `"micro"`, each micro-batch; or `"global"`, the whole
+            batch of a step, over ranks and accumulation, so that a micro-batch of one task may prefer one head (arXiv
+            2501.11873). The part of a step that a rank has not seen yet counts as in the step before.
         router_learning_rate (`float`, *optional*):
-            Learning rate of routers; by default that of all.
+            Learning rate for router parameters. Defaults to `learning_rate`.
         loraplus_lr_ratio (`float`, *optional*):
             Learning rate of the heads B as a multiple of `learning_rate` (LoRA+, arXiv 2402.12354).
         train_a (`bool`, *optional*, defaults to `True`):
-            Whether A trains.
+            Train the down-projection A.
 
-        > Parameters that control what happens when something goes wrong
+        > Parameters that control failures
 
         nan_policy (`str`, *optional*, defaults to `"stop"`):
-            What a step does whose gradients are not finite. `"stop"`: it raises a `FloatingPointError`, before any
-            weight changes. `"skip"`: it is left out, counted in the logs as `skipped_steps`; more than ten in a row
-            end the run. `"ignore"`: nothing is looked at. In fp16 the gradient scaler decides.
+            What to do when gradients contain NaN or Inf. `"stop"`: raise a `FloatingPointError` before any weight
+            changes. `"skip"`: skip the step, and log the number of them as `skipped_steps`; more than ten in a row end
+            the run. `"ignore"`: don't check. In fp16 the gradient scaler decides.
 
-        > Parameters that control what is recorded and published
+        > Parameters that control the record and publishing
 
         mixture_rows (`int`, *optional*, defaults to `32`):
-            Rows of each task's training data on which, when training ends, the mean weights of the heads are measured.
-            They are saved with the adapter, for its card and for [`export_lora`]. 0 turns it off.
+            Number of training rows per task on which the mean head weights are measured when training ends. They are
+            saved with the adapter, for its card and for [`export_lora`]. 0 turns it off.
         hub_base_model (`str`, *optional*):
-            Name of the base model on the Hub, to publish an adapter that is trained on a local folder.
+            Name of the base model on the Hub, for publishing an adapter that was trained on a local folder.
 
     > [!NOTE]
     > One default differs from `trl.SFTConfig`: `bf16` is `True` unless `fp16` is set or the machine has no
     > accelerator, where `SFTConfig` raises an error.
 
     Raises:
-        ValueError: If a field has a value outside its range, or fields do not go together.
+        ValueError: If a field has a value outside its range, or fields contradict each other.
     """
 
     task_column: str = field(
-        default="task", metadata={"help": "Column that names the task of each row, in a data set that holds several."}
+        default="task", metadata={"help": "Column that names the task of each row, in a data set of several tasks."}
     )
     mixing: Literal["proportional", "equal", "temperature"] = field(
-        default="proportional", metadata={"help": "How much of each task an epoch draws."}
+        default="proportional", metadata={"help": "How many rows of each task an epoch draws."}
     )
     mixing_temperature: float = field(
-        default=1.0, metadata={"help": "The larger, the more equal; for `mixing='temperature'`."}
+        default=1.0, metadata={"help": "Higher values sample small tasks more often; for `mixing='temperature'`."}
     )
     mixing_cap: int | None = field(
-        default=None, metadata={"help": "Rows (or tokens) beyond which a task counts as no larger."}
+        default=None, metadata={"help": "Maximum task size used when computing sampling rates."}
     )
     mixing_unit: Literal["rows", "tokens"] = field(
         default="rows", metadata={"help": "Whether tasks are mixed by rows or by tokens."}
@@ -94,28 +94,30 @@ class RLoraSFTConfig(SFTConfig):
     balance_loss: Literal["none", "switch", "importance", "mutual_information", "z"] = field(
         default="none", metadata={"help": "Loss that keeps all heads in use."}
     )
-    balance_coef: float = field(default=0.01, metadata={"help": "What the balance loss is multiplied by."})
+    balance_coef: float = field(default=0.01, metadata={"help": "Weight of the balance loss."})
     balance_scope: Literal["micro", "global"] = field(
         default="micro",
-        metadata={"help": "Shares of heads over each micro-batch ('micro') or the whole batch of a step ('global')."},
+        metadata={
+            "help": "Compute shares of heads over each micro-batch ('micro') or the whole batch of a step ('global')."
+        },
     )
     router_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of routers; by default that of all."}
+        default=None, metadata={"help": "Learning rate for router parameters. Defaults to `learning_rate`."}
     )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of the heads B as a multiple of `learning_rate` (LoRA+)."}
     )
-    train_a: bool = field(default=True, metadata={"help": "Whether A trains."})
+    train_a: bool = field(default=True, metadata={"help": "Train the down-projection A."})
 
     nan_policy: Literal["stop", "skip", "ignore"] = field(
-        default="stop", metadata={"help": "What a step does whose gradients are not finite."}
+        default="stop", metadata={"help": "What to do when gradients contain NaN or Inf."}
     )
 
     mixture_rows: int = field(
-        default=32, metadata={"help": "Rows of each task on which the use of heads is measured when training ends."}
+        default=32, metadata={"help": "Training rows per task on which head weights are measured when training ends."}
     )
     hub_base_model: str | None = field(
-        default=None, metadata={"help": "Name of the base model on the Hub, where training uses a local folder."}
+        default=None, metadata={"help": "Name of the base model on the Hub, if it is trained from a local folder."}
     )
 
     def __post_init__(self) -> None:
@@ -145,7 +147,7 @@ class RLoraSFTConfig(SFTConfig):
 
     @property
     def mixes_tasks(self) -> bool:
-        """Whether an epoch draws something else than each row once."""
+        """Whether an epoch draws anything other than each row once."""
         return self.mixing == "equal" or self.mixing_temperature != 1.0 or self.mixing_cap is not None
 
 

@@ -1,4 +1,4 @@
-"""What a save writes: all tensors of the adapters, from wherever they are, checked before they replace others."""
+"""Writes adapters in full under every strategy, and checks them before they replace an earlier save."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..files.reading import AdapterCheckError, first_few, read_safetensors_heade
 from ..files.tensors import file_digest
 
 
-# Where saves are written before they replace anything, within the folder that they are for.
+# Folder for unfinished saves, within the folder that is saved to.
 STAGING = ".rlora-saving"
 _REPLACED = ".rlora-replaced-"
 _ADAPTER = ".rlora_adapters."
 _OUT_OF_SPACE = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
-# safetensors and `torch.save` have errors of their own.
+# Errors of safetensors and `torch.save` that may have other causes.
 _MAYBE_OUT_OF_SPACE = (
     *("File too large", "os error 27", "PytorchStreamWriter failed", "inline_container", "iostream error"),
 )
@@ -33,7 +33,7 @@ _MAYBE_OUT_OF_SPACE = (
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """Where in a model a saved tensor comes from (`None`: PEFT makes it), and its shape in whole."""
+    """The name in the model of a saved tensor (`None` if PEFT makes it), and its full shape."""
 
     name: str | None
     shape: tuple[int, ...]
@@ -41,10 +41,10 @@ class SavedTensor:
 
 class FullTensors:
     """
-    The tensors that make up the adapters of a model, by their names in the model and in the files.
+    The tensors of a model's adapters, by their names in the model and in the files.
 
     Args:
-        model (`PeftModel`): The model, divided among processes or not.
+        model (`PeftModel`): The model, sharded or not.
 
     Attributes:
         files (`dict[str, dict[str, SavedTensor]]`): By adapter, and by name in its file.
@@ -52,25 +52,25 @@ class FullTensors:
 
     def __init__(self, model: PeftModel) -> None:
         tensors = [*model.named_parameters(remove_duplicate=False), *_saved_buffers(model)]
-        # PEFT chooses and renames; stand-ins show what becomes of each, whoever holds its values.
+        # PEFT selects and renames tensors. Tensors without values show how, whichever process holds the values.
         stand_ins = {name: torch.empty(full_shape(tensor), device="meta") for name, tensor in tensors}
         names = {id(stand_in): name for name, stand_in in stand_ins.items()}
         self.files: dict[str, dict[str, SavedTensor]] = {}
         for adapter in model.peft_config:
-            chosen = get_peft_model_state_dict(model, state_dict=dict(stand_ins), adapter_name=adapter)
+            selected = get_peft_model_state_dict(model, state_dict=dict(stand_ins), adapter_name=adapter)
             self.files[adapter] = {
-                saved: SavedTensor(names.get(id(tensor)), tuple(tensor.shape)) for saved, tensor in chosen.items()
+                saved: SavedTensor(names.get(id(tensor)), tuple(tensor.shape)) for saved, tensor in selected.items()
             }
 
     @property
     def names(self) -> list[str]:
-        """Names in the model, each once, in an order that all processes share."""
+        """Unique names in the model, sorted, so that all processes have one order."""
         return sorted({entry.name for entries in self.files.values() for entry in entries.values() if entry.name})
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    The buffers that a state dict has, by their names: all but those that are not persistent.
+    The persistent buffers, by name, as a state dict has them.
 
     PEFT keeps the original rows of `trainable_token_indices` in such a buffer.
     """
@@ -81,27 +81,27 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a tensor in whole: under ZeRO-3 a process holds nothing of it; FSDP2 tells the whole itself."""
+    """The full shape of a tensor that may be sharded by ZeRO-3. (Tensors of FSDP2 have their full shape.)"""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def gather_tensors(model: nn.Module, names: Iterable[str], *, keep: bool) -> dict[str, torch.Tensor]:
     """
-    The values of tensors in whole, under any strategy. To be called on all ranks, with the same names.
+    The full values of tensors under any strategy. To be called on all ranks, with the same names.
 
-    Adapters are in float32: DeepSpeed's float32 values where it trains copies in 16 bits.
+    Adapters are returned in float32: DeepSpeed's float32 values where it trains copies in 16 bits.
 
     Args:
         model (`torch.nn.Module`): The model.
         names (`Iterable[str]`): Names of parameters and buffers.
-        keep (`bool`): Whether this process wants them; others only take part.
+        keep (`bool`): Whether this process needs the values; the others only take part in gathering.
 
     Returns:
-        `dict[str, torch.Tensor]`: On the CPU, by name; empty where they are not kept.
+        `dict[str, torch.Tensor]`: On the CPU, by name; empty with `keep=False`.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # what is left from a pass without a backward pass are 16-bit copies
+            module.reshard()  # a pass without a backward pass leaves 16-bit copies
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     tensors: dict[str, torch.Tensor] = dict(everything)
     gathered = {}
@@ -114,7 +114,7 @@ def gather_tensors(model: nn.Module, names: Iterable[str], *, keep: bool) -> dic
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor in whole, on all ranks."""
+    """The full values of a tensor, on all ranks."""
     if tensor.requires_grad and (hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -130,18 +130,18 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def adapter_folder(root: str | Path, adapter_name: str) -> Path:
-    """Where an adapter lies in a folder that its model was saved in: PEFT puts other names than "default" below it."""
+    """The folder of an adapter below that of its model: PEFT saves all but "default" in folders of their own."""
     return Path(root) if adapter_name == "default" else Path(root, adapter_name)
 
 
 def check_saved(root: Path, tensors: FullTensors, strategy: str) -> dict[str, str]:
     """
-    Check the files of adapters against what the model says it has.
+    Check the files of adapters against the tensors of the model.
 
     Args:
         root (`Path`): The folder that the model was saved in.
-        tensors ([`FullTensors`]): What the model has.
-        strategy (`str`): How it is trained, in words and with the setting that governs what is saved.
+        tensors ([`FullTensors`]): The tensors of the model.
+        strategy (`str`): How training is distributed, and the setting for it, for the message.
 
     Returns:
         `dict[str, str]`: The digest of each adapter's file, by its name.
@@ -182,12 +182,12 @@ def _compare(expected: dict[str, SavedTensor], found: dict[str, tuple[int, ...]]
 
 
 def flush_to_disk(folder: Path) -> None:
-    """Have all files of a folder written to the disk, so that a name given to it later never stands for less."""
+    """Flush all files of a folder to the disk, so that it can be renamed when it is whole."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             try:
                 os.fsync(file.fileno())
-            except OSError as error:  # some file systems can't, or not of a file that is open to be read
+            except OSError as error:  # some file systems can't, or not for a file opened for reading
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
                     raise
 
@@ -196,7 +196,7 @@ def move_files(source: Path, target: Path) -> None:
     """
     Move all files of a folder into another, over those of the same names.
 
-    Configurations of adapters come last: a folder that had none has one only when all else is there.
+    Configurations of adapters are moved last: a new folder has one only when everything else is there.
     """
     paths = sorted(
         (path.relative_to(source) for path in source.rglob("*") if path.is_file()),
@@ -209,7 +209,7 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Give a folder its name in one step. One that has it is set aside for that moment; see [`restore_set_aside`]."""
+    """Rename a folder in one step. An existing target is set aside meanwhile; see [`restore_set_aside`]."""
     aside = target.with_name(f"{_REPLACED}{target.name}")
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -224,7 +224,7 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def restore_set_aside(root: Path) -> None:
-    """Give folders back the names that a process which ended too early had taken; remove its unfinished saves."""
+    """Restore folders that a killed process had set aside, and remove its unfinished saves."""
     for aside in root.glob(f"{_REPLACED}checkpoint-*"):
         target = root / aside.name.removeprefix(_REPLACED)
         if target.exists():

@@ -1,4 +1,4 @@
-"""Adapters under FSDP2: float32 where they are packed for products and in what is summed over ranks, as with DDP."""
+"""Adapters under FSDP2: gathered and reduced in float32, as with DDP."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = get_logger(__name__)
 
 def keep_outputs_wide(accelerator: Accelerator) -> None:
     """
-    Have FSDP2 leave the outputs of the model, losses among them, in the dtype that they have.
+    Keep the dtype of the model's outputs, losses among them, under FSDP2.
 
-    By default accelerate casts them to that of mixed precision, and a loss in bfloat16 has three digits (no upstream
-    issue as of accelerate 1.15). To be called before the model is prepared; without FSDP2, or without mixed precision,
-    it does nothing.
+    By default accelerate casts them to the dtype of mixed precision, and a loss in bfloat16 has three digits (no
+    upstream issue as of accelerate 1.15). To be called before the model is prepared; without FSDP2, or without mixed
+    precision, it does nothing.
     """
     policy = _policy(accelerator)
     if policy is not None:
@@ -43,10 +43,10 @@ def wait_for_backward(device: torch.device) -> None:
     Wait for the device after a micro-batch whose gradients are not summed over ranks yet.
 
     FSDP2 gathers weights for the next micro-batch while the backward pass of this one is running, and sometimes gets
-    zeros for a part of them: of the final norm and the head, which accelerate gathers together
-    (https://github.com/huggingface/accelerate/pull/4015). Seen with small models on two GPUs, with stock LoRA and
-    `SFTTrainer` too, and never where the host waits (torch 2.11, accelerate 1.15; no upstream issue as of these). The
-    first micro-batch of a step follows the optimizer and the logs, and was never wrong.
+    zeros for part of the final norm and the head, which accelerate gathers together
+    (https://github.com/huggingface/accelerate/pull/4015). This happens with small models on two GPUs, with stock LoRA
+    and `SFTTrainer` too, and never if the host waits (torch 2.11, accelerate 1.15; no upstream issue as of these). The
+    first micro-batch of a step follows the optimizer and the logs, and was never affected.
 
     Args:
         device (`torch.device`): The device of this process.
@@ -57,22 +57,20 @@ def wait_for_backward(device: torch.device) -> None:
 
 def keep_adapters_wide(model: nn.Module) -> None:
     """
-    Have FSDP2 gather adapters in float32, as they are kept, where it gathers what is around them in 16 bits.
+    Have FSDP2 gather adapters in float32, their dtype, while it gathers the layers around them in 16 bits.
 
-    Their gradients are in float32 then, and are summed over ranks so.
-    Rounded to 16 bits one by one, the heads and their mean in the anchor would no longer agree, and small updates
-    would not show in products. Weights of adapters are few, so that this costs little.
+    Their gradients are then in float32 too, and reduced so. Rounded to 16 bits one by one, the heads would no longer
+    agree with their mean in the anchor, and small updates would be lost. Adapters are small, so this costs little.
 
-    To be called after the model is prepared and before it is first run. PyTorch's policy of dtypes is one for all
-    parameters that it gathers together, so that this sets what it derives from that for each of them. Where others
-    train among these (`modules_to_save` inside of a block), whose gradients are then of another dtype, adapters are
-    left as they are.
+    To be called after the model is prepared and before it is first run. PyTorch has one dtype policy for all parameters
+    that it gathers together; this sets what it derives from the policy for each parameter. Where other parameters train
+    in the same group (`modules_to_save` inside a block), whose gradients would then have another dtype, adapters are
+    not changed.
 
-    It ends with a PyTorch whose policy can be set for each parameter (pytorch#156784; pytorch#196626 is open as of
-    2.13).
+    A PyTorch with a policy per parameter ends the need for this (pytorch#156784; pytorch#196626 is open as of 2.13).
 
     Args:
-        model (`torch.nn.Module`): The prepared model; without FSDP2 nothing is done.
+        model (`torch.nn.Module`): The prepared model. Without FSDP2 nothing changes.
     """
     try:
         _keep_wide(model)
@@ -86,10 +84,10 @@ def keep_adapters_wide(model: nn.Module) -> None:
 def _keep_wide(model: nn.Module) -> None:
     adapters = {module for module in model.modules() if isinstance(module, MultiHeadAdapter)}
     for group in _groups(model):
-        own = [entry for entry in group.fsdp_params if entry._module_info.module in adapters]
-        if not own or group.mp_policy.param_dtype is None:
+        ours = [entry for entry in group.fsdp_params if entry._module_info.module in adapters]
+        if not ours or group.mp_policy.param_dtype is None:
             continue
-        others = [entry.sharded_param for entry in group.fsdp_params if entry not in own]
+        others = [entry.sharded_param for entry in group.fsdp_params if entry not in ours]
         if any(parameter.requires_grad for parameter in others):
             logger.warning_once(
                 "FSDP2 rounds adapters to 16 bits for their products, because other parameters train in the same "
@@ -99,8 +97,8 @@ def _keep_wide(model: nn.Module) -> None:
         # Nothing is cast. (A `reduce_dtype` for all would break accumulation where a module is not called itself, such
         # as the head with TRL's fused loss: PyTorch 2.13 looks for its gradients all the same; no upstream issue.)
         wide = replace(group.mp_policy, param_dtype=None, reduce_dtype=None)
-        for entry in own:
-            # It is called, with the policy of the group, when the model is first run.
+        for entry in ours:
+            # FSDP2 calls it with the policy of the group when the model is first run.
             entry.init_dtype_attrs = partial(_init_wide, entry.init_dtype_attrs, wide)
 
 
@@ -109,10 +107,10 @@ def _init_wide(init_dtype_attrs: Any, wide: Any, policy: Any) -> None:
 
 
 def _groups(model: nn.Module) -> list[Any]:
-    """What FSDP2 gathers together, each with its parameters."""
+    """The groups of parameters that FSDP2 gathers together."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
     groups: list[Any] = []
     for state in states:
-        found = getattr(state, "_fsdp_param_groups", None)  # newer PyTorch has several of them
-        groups += [state._fsdp_param_group] if found is None else found
+        several = getattr(state, "_fsdp_param_groups", None)  # in newer versions of PyTorch
+        groups += [state._fsdp_param_group] if several is None else several
     return list({id(group): group for group in groups if group is not None}.values())
