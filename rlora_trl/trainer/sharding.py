@@ -62,10 +62,10 @@ def keep_adapters_wide(model: nn.Module) -> None:
     Their gradients are then in float32 too, and reduced so. Rounded to 16 bits one by one, the heads would no longer
     agree with their mean in the anchor, and small updates would be lost. Adapters are small, so this costs little.
 
-    To be called after the model is prepared and before it is first run. PyTorch has one dtype policy for all parameters
-    that it gathers together; this sets what it derives from the policy for each parameter. Where other parameters train
-    in the same group (`modules_to_save` inside a block), whose gradients would then have another dtype, adapters are
-    not changed.
+    To be called after the model is prepared and before it is first run. PyTorch has one dtype policy for all
+    parameters that it gathers together; this sets what it derives from the policy for each parameter. Where other
+    parameters train in the same group (`modules_to_save` inside a block), whose gradients would then have another
+    dtype, adapters are not changed.
 
     A PyTorch with a policy per parameter ends the need for this (pytorch#156784; pytorch#196626 is open as of 2.13).
 

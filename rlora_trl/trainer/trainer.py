@@ -484,10 +484,20 @@ class RLoraSFTTrainer(StagedCheckpoints):
                 evaluated = _Evaluated(task, option_rows.get(task))
                 with stopping.at_task(prefix):
                     metrics |= self._evaluate_one(evaluated, task if is_own else dataset, ignore_keys, prefix)
-            self._run_record.note_metrics(self.state.global_step, metrics, self._task_data.names, datasets)
+            self.note_metrics(metrics, datasets)
             return self._add_means(metrics, tasks, metric_key_prefix, stopping)
         finally:
             self._task_data.report_lost_rows()
+
+    def note_metrics(self, metrics: Mapping[str, float], datasets: Any) -> None:
+        """
+        Record metrics of the present weights with the adapter. `evaluate` does so with its own.
+
+        Args:
+            metrics (`Mapping[str, float]`): With `eval_<task>_accuracy`, `_loss` or `_base_accuracy`.
+            datasets (`Mapping`): The data that they were measured on, by task.
+        """
+        self._run_record.note_metrics(self.state.global_step, metrics, self._task_data.names, datasets)
 
     def _evaluate_one(
         self, evaluated: _Evaluated, dataset: Any, ignore_keys: list[str] | None, prefix: str
