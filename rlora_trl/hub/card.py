@@ -41,8 +41,8 @@ _AUTOMATIC = (
     "More information needed",
     "This model card has been generated automatically",
 )
-# Metadata of such cards that is wrong for an adapter, or the name of a folder.
-_AUTOMATIC_KEYS = ("license", "model_name", "base_model", "library_name", "pipeline_tag", "eval_results", "metrics")
+# Metadata of such cards that is wrong for an adapter, or names a folder. TRL 1.16 writes `licence: license`.
+_AUTOMATIC_KEYS = ("licence", "model_name", "base_model", "library_name", "pipeline_tag", "eval_results", "metrics")
 _TAGS = ("rlora", "multi-task", "lora")
 _TASK_TAG = "task:"
 _TASK_TYPE = "text-generation"

@@ -430,7 +430,7 @@ AUTOMATIC = {
 @pytest.mark.parametrize("body", AUTOMATIC.values(), ids=AUTOMATIC)
 def test_cards_that_nobody_wrote_are_replaced(body):
     metadata = (
-        "---\nbase_model: /root/models/x\nlibrary_name: transformers\nmodel_name: out\nlicense: license\n"
+        "---\nbase_model: /root/models/x\nlibrary_name: transformers\nmodel_name: out\nlicence: license\n"
         "license: mit\nlanguage: fr\ntags: [trl, sft, 'base_model:adapter:/root/models/x']\n"
         "datasets: [/root/data, a/b]\n---\n"
     )
@@ -440,7 +440,7 @@ def test_cards_that_nobody_wrote_are_replaced(body):
     data = card.data.to_dict()
     assert data["license"] == "mit" and data["language"] == "fr" and data["base_model"] == BASE
     assert data["tags"][-2:] == ["trl", "sft"] and "a/b" in data["datasets"]
-    assert not {"license", "model_name"} & set(data)
+    assert not {"licence", "model_name"} & set(data)
 
 
 def test_metadata_of_others_is_kept():
