@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +43,6 @@ from ..files.record import AdapterRecord, TaskRecord, find_record, hub_name
 from ..tuner.selection import kept_quantized
 from .card import hand_written, read_card, render_card
 from .pull import is_same_file
-from .tokenizers import changed_tokenizer_files
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +107,7 @@ def push_adapter(
         base_model (`str`, *optional*):
             Hub name of the base model, where the adapter was trained on a local folder.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Published with the adapter if it is not the base model's. By default that of the folder.
+            Published with the adapter. Defaults to the one in the folder, if any.
         license (`str`, *optional*), datasets (`Sequence[str]`, *optional*), tags (`Sequence[str]`, *optional*):
             Metadata of the card, as `huggingface_hub.ModelCardData` has them.
         commit_message (`str`, *optional*):
@@ -132,10 +131,8 @@ def push_adapter(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="rlora-push-") as scratch:
         staged = Path(scratch) / "adapter"
-        stage_adapter(
-            adapter, staged, base_model=base_model, tokenizer=tokenizer, adapter_name=adapter_name, token=token
-        )
-        record = _look_up_licenses(api, _staged_record(staged, tasks, metrics))
+        stage_adapter(adapter, staged, base_model=base_model, tokenizer=tokenizer, adapter_name=adapter_name)
+        record = _with_base_license(api, _staged_record(staged, tasks, metrics))
         record.save(staged)
         checked = check_adapter(staged)
         if exports:
@@ -163,7 +160,6 @@ def stage_adapter(
     base_model: str | None = None,
     tokenizer: Any = None,
     adapter_name: str | None = None,
-    token: str | bool | None = None,
 ) -> None:
     """
     Write what a push would publish of an adapter, without card, figures and exports, into a new folder.
@@ -172,9 +168,8 @@ def stage_adapter(
         adapter (`PeftModel` or `str`): A model or a folder.
         folder (`Path`): Where to.
         base_model (`str`, *optional*): Hub name of the base model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer to publish if it is not the base model's.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer to publish.
         adapter_name (`str`, *optional*): Which adapter of a model.
-        token (`str` or `bool`, *optional*): To read the base model's tokenizer.
 
     Raises:
         ValueError: If the base model is a local folder and `base_model` is not given.
@@ -182,19 +177,15 @@ def stage_adapter(
     """
     folder.mkdir(parents=True)
     if isinstance(adapter, PeftModel):
-        local_base = _save_model(adapter, folder, adapter_name)
+        _save_model(adapter, folder, adapter_name)
     else:
-        local_base = _copy_folder(adapter, folder)
+        _copy_folder(adapter, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    kept = changed_tokenizer_files(folder, base_model or local_base, token)
-    for path in published_files(folder):
-        if classify(path) is FileKind.TOKENIZER and path not in kept:
-            (folder / path).unlink()
     _name_base_model(folder, base_model)
 
 
-def _copy_folder(source: str | os.PathLike, folder: Path) -> str | None:
+def _copy_folder(source: str | os.PathLike, folder: Path) -> None:
     source = Path(source)
     if not (source / CONFIG_NAME).is_file():
         raise FileNotFoundError(
@@ -206,10 +197,9 @@ def _copy_folder(source: str | os.PathLike, folder: Path) -> str | None:
             continue  # made anew, or kept on the Hub while the weights are the same
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, folder / path)
-    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
-def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> str | None:
+def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> None:
     name = adapter_name or model.active_adapter
     if name not in model.peft_config:
         raise ValueError(f"The model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}.")
@@ -223,7 +213,6 @@ def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> str
     (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's, which knows less than ours
     if record is not None:
         record.save(folder)
-    return model.peft_config[name].base_model_name_or_path
 
 
 def _name_base_model(folder: Path, base_model: str | None) -> None:
@@ -349,25 +338,17 @@ def _stage_figures(folder: Path, checked: CheckedAdapter) -> None:
         logger.info(f"The card gets no figures: {error}")
 
 
-def _look_up_licenses(api: HfApi, record: AdapterRecord) -> AdapterRecord:
-    """The record with the licenses that the Hub tells of the base model and of the data."""
-
-    def license_of(look_up: Callable[[str], Any], name: str | None) -> str | None:
-        if name is None:
-            return None
-        try:
-            card = look_up(name).card_data
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            logger.info(f"The license of {name} is not known: {error}")
-            return None
-        told = card.get("license") if card is not None else None
-        return told if isinstance(told, str) else None
-
-    datasets = {task.dataset for task in record.tasks if task.dataset and task.license is None}
-    licenses = {name: license_of(api.dataset_info, name) for name in datasets}
-    tasks = [replace(task, license=task.license or licenses.get(task.dataset or "")) for task in record.tasks]
-    base = record.base_model_license or license_of(api.model_info, record.base_model)
-    return replace(record, tasks=tasks, base_model_license=base)
+def _with_base_license(api: HfApi, record: AdapterRecord) -> AdapterRecord:
+    """The record with the license of the base model, which one request asks the Hub for."""
+    if record.base_model is None or record.base_model_license is not None:
+        return record
+    try:
+        card = api.model_info(record.base_model).card_data
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        logger.info(f"The license of {record.base_model} is unknown: {error}")
+        return record
+    license = card.get("license") if card is not None else None
+    return replace(record, base_model_license=license if isinstance(license, str) else None)
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,13 @@ def test_everything_is_in_one_commit_and_nothing_else(hub, push, folder):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "figures/head_similarity.png",
         "figures/routing.png",
         "rlora_record.json",
-    }  # no tokenizer, as it is the base model's
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
 
 
@@ -231,14 +234,6 @@ def test_organisation_and_rights(hub, push, folder):
     with pytest.raises(WorkerError) as caught:
         push(folder, token="hf_wrong")
     assert "401" in caught.value.message
-
-
-def test_tokenizer_is_published_when_it_changed(hub, push, tmp_path):
-    folder = save_adapter(tmp_path / "adapter")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<pad>"}))
-    push(folder)
-    assert "tokenizer.json" in hub.files(REPO)
 
 
 @pytest.mark.parametrize("name", ["../secret/base", "C:\\Users\\jane\\base", "~/models/base", "a/b/base", None])

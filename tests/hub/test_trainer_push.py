@@ -74,6 +74,7 @@ def test_push_to_hub(hub, train, tmp_path):
     assert hub.commits(REPO)[0].title == "First try"
     files = hub.files(REPO)
     expected = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "rlora_record.json"}
+    expected |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     assert {path for path in files if not path.startswith("figures/")} == expected
     assert {"figures/routing.png", "figures/head_similarity.png"} <= set(files)
     record = json.loads(files["rlora_record.json"])
