@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -18,7 +16,6 @@ from typing import Any, TypeAlias
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftModel
 from transformers.utils import logging
 
@@ -55,8 +52,6 @@ _TRANSIENT = (500, 502, 503, 504)
 _CONFLICT = (409, 412)
 _ATTEMPTS = 4
 _FIGURE_NAMES = ("head_similarity.png", "routing.png")
-# Keys in the card's block `rlora`.
-_TEXT, _LOCAL_TEXT = "text", "local_text"
 
 
 def push_adapter(
@@ -358,43 +353,7 @@ class _Remote:
     files: frozenset[str]
     card: str | None = None
     digest: Any = None  # of its tensors, as the card says
-    # Digests of the hand-written text at the last push: of the card that was published, of the one in the folder.
-    texts: tuple[Any, Any] = (None, None)
     record: AdapterRecord | None = None
-
-
-def _merge_texts(local: str | None, remote: str | None, texts: tuple[Any, Any]) -> str | None:
-    """
-    The card to go on with, of the one in the folder and the one in the repository.
-
-    Where only one of the two has changed by hand since the last push, that is the one. Where both have, what the local
-    one has beyond the other is put below it.
-
-    Args:
-        local (`str`, *optional*), remote (`str`, *optional*): The cards.
-        texts: Digests of the hand-written text at the last push: of the published card, of the local one.
-    """
-    published, before = texts
-    if remote is None or local is None or not hand_written(local).strip():
-        return remote if remote is not None else local
-    if _text_digest(local) in (published, before, _text_digest(remote)):
-        return remote
-    metadata = REGEX_YAML_BLOCK.search(remote)
-    if _text_digest(remote) == published and metadata is not None:
-        own = REGEX_YAML_BLOCK.search(local)
-        return metadata.group(0) + (local if own is None else local[own.end() :])
-    there = _paragraphs(hand_written(remote))
-    added = [paragraph for paragraph in _paragraphs(hand_written(local)) if paragraph not in there]
-    return "\n\n".join([remote.rstrip(), *added]) + "\n"
-
-
-def _paragraphs(text: str) -> list[str]:
-    lines = "\n".join(line.rstrip() for line in text.splitlines())
-    return [paragraph.strip("\n") for paragraph in re.split(r"\n{2,}", lines) if paragraph.strip()]
-
-
-def _text_digest(card: str) -> str:
-    return hashlib.sha256("\n\n".join(_paragraphs(hand_written(card))).encode()).hexdigest()[:16]
 
 
 class _Push:
@@ -477,7 +436,7 @@ class _Push:
                 record = None
         block = check_card_text(text, f"The card of {self.repo_id}").data.to_dict().get("rlora")
         block = block if isinstance(block, Mapping) else {}
-        return _Remote(files, text, block.get("digest"), (block.get(_TEXT), block.get(_LOCAL_TEXT)), record)
+        return _Remote(files, text, block.get("digest"), record)
 
     def _kept_exports(self, remote: _Remote) -> list[dict[str, Any]]:
         """Exports in the repository that were made of these very weights, and are not made anew."""
@@ -513,7 +472,14 @@ class _Push:
         }
 
     def _write_card(self, remote: _Remote) -> None:
-        """Write the card that is in the repository, brought up to date; what was written by hand stays."""
+        """Bring the repository's card up to date. The text around the generated part stays as it is there."""
+        if remote.card is not None and self.local_card is not None:
+            local_text = hand_written(self.local_card)
+            if local_text and local_text != hand_written(remote.card):
+                logger.warning(
+                    f"{self.repo_id} keeps the text of its own card, and what was written by hand into the local "
+                    f"{CARD_NAME} is not published. Edit the card on the Hub to change it."
+                )
         card = render_card(
             self.checked.config,
             AdapterRecord.load(self.folder),
@@ -521,14 +487,9 @@ class _Push:
             digest=self.checked.digest,
             num_parameters=self.checked.num_parameters,
             figures=[path for path in published_files(self.folder) if classify(path) is FileKind.FIGURE],
-            existing=_merge_texts(self.local_card, remote.card, remote.texts),
+            existing=self.local_card if remote.card is None else remote.card,
             **self.facts,
         )
-        # By which the next push can tell who has changed the text since.
-        block: dict[str, Any] = vars(card.data)["rlora"]
-        block[_TEXT] = _text_digest(str(card))
-        local = remote.texts[1] if self.local_card is None else _text_digest(self.local_card)
-        block |= {_LOCAL_TEXT: local} if local is not None else {}
         card.save(self.folder / CARD_NAME)
         check_card(self.folder / CARD_NAME)
 

@@ -112,33 +112,37 @@ def test_handwritten_text_is_kept(hub, push, folder, tmp_path):
     assert adapter_digest(tmp_path / "newer") in updated.content and adapter_digest(folder) not in updated.content
 
 
-def test_text_written_into_the_local_card_is_published(hub, push, tmp_path):
-    folder = save_adapter(tmp_path / "adapter")
-    push(folder)
-    (folder / "README.md").write_text(card_of(hub).content + "\nRead me first.\n")
-    hub.commit(REPO, {"README.md": card_of(hub).content + "\nWritten on the Hub.\n"})
-    push(folder)
-    text = card_of(hub).content
-    assert "Read me first." in text and "Written on the Hub." in text
-    push(folder)
-    assert card_of(hub).content == text
-
-
-def test_text_corrected_on_the_hub_is_not_put_back(hub, push, tmp_path):
-    """The local card still has what it had at the last push; then it changes, and the Hub's does not."""
+def test_local_text_is_published_once_and_the_text_on_the_hub_stays(hub, push, tmp_path):
     folder = save_adapter(tmp_path / "adapter")
     (folder / "README.md").write_text("# Notes\n\nMade on Monday.\n\nSecond paragraph.\n")
     push(folder)
     card = hub.files(REPO)["README.md"].decode()
+    assert card.endswith("# Notes\n\nMade on Monday.\n\nSecond paragraph.\n")
+
     hub.commit(REPO, {"README.md": card.replace("Monday", "Tuesday").replace("\n", "\r\n")})
+    (folder / "README.md").write_text("# Notes\n\nMade on Wednesday.\n")
+    push(save_adapter(tmp_path / "newer", seed=5))
     push(folder)
     text = hub.files(REPO)["README.md"].decode()
-    assert "Tuesday" in text and "Monday" not in text and text.count("Second paragraph.") == 1
-    local = text.replace("Tuesday", "Wednesday").replace("\r\n", "\n")
-    (folder / "README.md").write_text(local)
-    push(folder)
-    text = hub.files(REPO)["README.md"].decode()
-    assert "Wednesday" in text and "Tuesday" not in text
+    assert text.endswith("# Notes\r\n\r\nMade on Tuesday.\r\n\r\nSecond paragraph.\r\n")
+    assert "Monday" not in text and "Wednesday" not in text
+
+
+def test_card_of_an_earlier_version(hub, push, folder):
+    """Its metadata had digests of the hand-written text, and its generated part other words."""
+    push(folder, exports=["first"])
+    card = hub.files(REPO)["README.md"].decode()
+    older = card.replace(
+        "  digest: sha256:", "  text: 0123456789abcdef\n  local_text: 89abcdef01234567\n  digest: sha256:", 1
+    )
+    hub.commit(REPO, {"README.md": older.replace("## Adapter", "## Former heading") + "\nMine.\n"})
+    push(folder, metrics={"same": {"f1": 0.25}})
+    updated = card_of(hub)
+    block = updated.data.to_dict()["rlora"]
+    assert not {"text", "local_text"} & set(block) and block["exports"] == {"first": "exports/first"}
+    assert updated.content.endswith("\nMine.\n") and "Former heading" not in updated.content
+    results = {(result.dataset_name, result.metric_type): result.metric_value for result in updated.data.eval_results}
+    assert results["first", "accuracy"] == 0.9 and results["same", "f1"] == 0.25
 
 
 def test_other_peoples_files_stay(hub, push, folder, tmp_path):
