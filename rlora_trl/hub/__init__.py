@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..files.checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
     from ..files.record import AdapterRecord, TaskRecord
+    from ..publish import push_adapter
     from .pull import pull_adapter
-    from .push import push_adapter
 
 
 __all__ = [
@@ -27,7 +27,7 @@ _MODULES = {
     **dict.fromkeys(("AdapterCheckError", "CheckedAdapter", "adapter_digest", "check_adapter"), "..files.checks"),
     **dict.fromkeys(("AdapterRecord", "TaskRecord"), "..files.record"),
     "pull_adapter": ".pull",
-    "push_adapter": ".push",
+    "push_adapter": "..publish",
 }
 
 

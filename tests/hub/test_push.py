@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,8 +14,8 @@ from rlora_trl.hub import adapter_digest
 
 REPO = "user/words"
 PUSH = """
-import rlora_trl.hub.push as push
-commit = push.push_adapter(folder, repo, **options)
+from rlora_trl import push_adapter
+commit = push_adapter(folder, repo, **options)
 result = {"oid": commit.oid, "pr": commit.pr_url}
 """
 
@@ -209,14 +210,83 @@ def test_pushing_again_transfers_nothing(hub, push, folder):
     assert hub.uploaded_bytes() == sent
 
 
-def test_read_back(hub, push, folder):
-    """What the Hub gives out is compared with what was pushed, and another content is an error."""
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    other = weights[:-1] + bytes([weights[-1] ^ 1])
-    hub.before("GET", "/cdn/", lambda: hub.tamper(REPO, "adapter_model.safetensors", other))
-    with pytest.raises(WorkerError, match="gives out tensors with the digest") as caught:
+def test_listed_contents_are_compared(hub, push, folder):
+    """What the commit lists is compared with what was uploaded, and another content is an error."""
+
+    def alter():
+        repo, name = hub.repo(REPO), "adapter_model.safetensors"
+        commit = repo.resolve("main")
+        files = {**commit.files, name: replace(commit.files[name], sha256="0" * 64)}
+        repo.commits[commit.oid] = replace(commit, files=files)
+
+    hub.before("POST", "/paths-info/", alter)
+    with pytest.raises(WorkerError, match="differ from the uploaded ones: adapter_model.safetensors") as caught:
         push(folder)
     assert caught.value.type == "AdapterCheckError"
+
+
+def test_nothing_is_downloaded(hub, push, folder):
+    push(folder)
+    assert not hub.count("GET", "/resolve/.*safetensors") and not hub.count("GET", "/cdn/")
+
+
+COUNT = """
+import contextlib, sys
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+import rlora_trl.hub.commit as commit
+from rlora_trl import push_adapter
+from rlora_trl.hub import AdapterRecord, check_adapter
+
+def counting(function, calls, only=""):
+    def call(path, *args, **options):
+        if str(path).endswith(only):
+            calls[sys._getframe(1).f_globals["__name__"]] += 1
+        return function(path, *args, **options)
+    return call
+
+@contextlib.contextmanager
+def counted():
+    reads, writes = Counter(), Counter()
+    with contextlib.ExitStack() as stack:
+        weights = "adapter_model.safetensors"
+        stack.enter_context(patch("builtins.open", counting(open, reads, weights)))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("rlora_trl") and hasattr(module, "safe_open"):
+                stack.enter_context(patch.object(module, "safe_open", counting(module.safe_open, reads, weights)))
+        stack.enter_context(patch.object(commit, "render_card", counting(commit.render_card, writes)))
+        stack.enter_context(patch.object(AdapterRecord, "save", counting(AdapterRecord.save, writes)))
+        yield reads, writes
+
+with counted() as (reads, _):
+    checked = check_adapter(folder)
+once = dict(reads)
+with counted() as (reads, writes):
+    push_adapter(checked if is_checked else folder, repo, **options)
+reads = {name: count for name, count in reads.items() if not name.startswith("huggingface_hub")}
+result = {"once": once, "reads": reads, "writes": dict(writes)}
+"""
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_weights_are_checked_once_and_the_card_is_rendered_once(hub, worker, base, folder, is_checked):
+    hub.commit(BASE, base)
+    hub.fail("POST", "/commit/", status=500, times=2)  # attempts onto the same head have the same files
+    found = worker.run(COUNT, folder=str(folder), repo=REPO, options={}, is_checked=is_checked)
+    # Besides: the copy, read and written, and the figure of the heads, which reads B alone.
+    expected = {"shutil": 2, "rlora_trl.analysis.heads": 1, **({} if is_checked else found["once"])}
+    assert found["once"] and found["reads"] == expected
+    assert found["writes"] == {"rlora_trl.hub.commit": 2}  # card and record
+
+
+def test_exports_check_nothing_again(hub, worker, base, folder):
+    hub.commit(BASE, base)
+    counts = [
+        worker.run(COUNT, folder=str(folder), repo=REPO, options=options, is_checked=False)
+        for options in ({"exports": ["first"]}, {"exports": ["first", "colour", "same"]})
+    ]
+    assert counts[0]["reads"] == counts[1]["reads"] and counts[1]["writes"] == {"rlora_trl.hub.commit": 2}
 
 
 def test_revision_private_and_pull_request(hub, push, folder):
@@ -332,9 +402,9 @@ def test_second_fault_while_looking_whether_it_landed(hub, push, folder):
     assert len(hub.commits(REPO)) == 2
 
 
-def test_adapter_that_can_not_be_read_back(hub, push, folder):
-    hub.fail("*", "/resolve/.*safetensors", status=403, times=None)
-    with pytest.raises(WorkerError, match="was published as commit [0-9a-f]{40}, but could not be read back"):
+def test_commit_that_can_not_be_listed(hub, push, folder):
+    hub.fail("POST", "/paths-info/", status=403, times=None)
+    with pytest.raises(WorkerError, match="was published as commit [0-9a-f]{40}, but could not be listed"):
         push(folder)
     assert "adapter_model.safetensors" in hub.files(REPO)
 
@@ -344,7 +414,7 @@ def test_lasting_trouble_publishes_nothing_and_the_retry_transfers_nothing_twice
     before = hub.files(REPO)
     hub.fail("POST", r"/api/models/.*/commit/", status=500, times=None)
     newer = save_adapter(folder.parent / "newer", seed=3)
-    with pytest.raises(WorkerError, match="Nothing was published"):
+    with pytest.raises(WorkerError, match="Run the same push again"):
         push(newer)
     assert hub.files(REPO) == before
     hub.faults.clear()
@@ -379,6 +449,6 @@ def test_branch_that_moves_during_a_push(hub, push, folder):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_refusals_are_not_tried_again(hub, push, folder, status):
     fault = hub.fail("POST", r"/api/models/.*/commit/", status=status, times=None)
-    with pytest.raises(WorkerError, match=str(status)):
+    with pytest.raises(WorkerError, match=rf"{status}[\s\S]*Nothing was published"):
         push(folder)
     assert fault.hits == 1
