@@ -32,7 +32,8 @@ from ..files.layout import (
     published_files,
 )
 from ..files.record import AdapterRecord
-from .card import hand_written, read_card, read_card_info, render_card
+from .card import render_card
+from .card_reading import hand_written, read_card, read_card_info
 from .pull import is_same_file
 
 

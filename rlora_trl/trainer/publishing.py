@@ -35,7 +35,8 @@ from ..files.record import (
     select_hyperparameters,
 )
 from ..hub import push_adapter
-from ..hub.card import read_card, render_card
+from ..hub.card import render_card
+from ..hub.card_reading import read_card
 from ..tuner import MultiHeadAdapter, RLoraConfig
 from ..tuner.selection import kept_quantized
 from .callbacks import HeadUsageCallback

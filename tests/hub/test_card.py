@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,8 @@ from rlora_trl import RLoraConfig
 from rlora_trl.files.card_text import check_card_text
 from rlora_trl.files.layout import task_slug
 from rlora_trl.files.record import AdapterRecord, TaskRecord
-from rlora_trl.hub.card import BEGIN, END, hand_written, read_card_info, render_card
+from rlora_trl.hub.card import render_card
+from rlora_trl.hub.card_reading import BEGIN, END, hand_written, read_card_info
 
 
 BASE = "Qwen/Qwen2.5-0.5B"
@@ -78,32 +80,22 @@ def test_the_first_screen():
     assert lines[0] == BEGIN and lines[2] == "# ten-tasks"
     assert lines[4] == (
         "An [R-LoRA](https://huggingface.co/papers/2502.15455) adapter for "
-        f"[{BASE}](https://huggingface.co/{BASE}), trained on 3 tasks: 3 heads of rank 4 with a router that weighs "
-        "them for each token. Mean accuracy over 2 of its tasks: 82.7 %."
+        f"[{BASE}](https://huggingface.co/{BASE}), trained on 3 tasks: 3 heads of rank 4, weighted "
+        "per token by a learned router. Mean accuracy over 2 of its tasks: 82.7%."
     )
     assert lines[6].startswith("| task |")
-    assert lines.index("## Load") == 12 and "import rlora_trl" in lines[17]
-    assert lines[14] == "Needs the Python package `rlora-trl`." and "pypi" not in str(render())
+    assert lines.index("## Usage") == 12 and "import rlora_trl" in lines[17]
+    assert lines[14] == "Requires the Python package `rlora-trl`." and "pypi" not in str(render())
 
 
 def test_the_table_of_tasks():
     glue = "[nyu-mll/glue](https://huggingface.co/datasets/nyu-mll/glue)"
+    names = ["task", "cluster", "dataset", "training rows", "training tokens", "share"]
     assert tables(render().text)[0] == [
-        [
-            "task",
-            "cluster",
-            "data set",
-            "rows seen",
-            "tokens seen",
-            "share",
-            "accuracy",
-            "bleu",
-            "loss",
-            "rows tested",
-        ],
-        ["sst2", "sentiment", glue, "6,000", "90,000", "75.0 %", "95.3 %", "", "", "250"],
-        ["rte", "inference", glue, "1,500", "", "18.8 %", "70.0 %", "", "0.5123", ""],
-        ["en_fr", "translation", "", "500", "", "6.2 %", "", "31.5000", "", ""],
+        [*names, "accuracy", "bleu", "loss", "test rows"],
+        ["sst2", "sentiment", glue, "6,000", "90,000", "75.0%", "95.3%", "", "", "250"],
+        ["rte", "inference", glue, "1,500", "", "18.8%", "70.0%", "", "0.5123", ""],
+        ["en_fr", "translation", "", "500", "", "6.2%", "", "31.5", "", ""],
     ]
 
 
@@ -111,18 +103,18 @@ def test_facts_of_the_adapter_and_of_training():
     text = render(figures=["figures/routing.png", "figures/head_similarity.png"]).text
     _, adapter, training = tables(text)
     facts = dict(adapter[1:])
-    assert facts["heads"] == "3" and facts["rank of each"] == "4" and facts["scaling"].startswith("16 ")
-    assert facts["dropout"] == "0.2, a mask of its own for each head" and facts["router"] == "softmax"
+    assert facts["heads"] == "3" and facts["rank per head"] == "4" and facts["scaling"].startswith("16 ")
+    assert facts["dropout"] == "0.2, an independent mask per head" and facts["router"] == "softmax"
     assert facts["balance loss"] == "switch, coefficient 0.01"
     assert facts["target modules"] == "down_proj, up_proj" and facts["trainable parameters"] == "5,898,240"
-    assert facts["its dtype in training"] == "bfloat16"
-    assert "060db6499f32" in facts["base model"] and facts["its quantization in training"] == "bitsandbytes nf4"
-    assert facts["digest of the tensors"] == f"`{DIGEST}`"
+    assert facts["base dtype"] == "bfloat16"
+    assert "060db6499f32" in facts["base model"] and facts["base quantization"] == "bitsandbytes nf4"
+    assert facts["tensor digest"] == f"`{DIGEST}`"
     assert dict(training[1:]) == {"`learning_rate`": "0.0002", "`bf16`": "True", "`seed`": "42"}
     assert "Versions: rlora_trl 0.1.0, peft 0.21.2." in text
     assert "![Mean weight of each head by task and layer](figures/routing.png)" in text
-    assert "(figures/routing.png)\n\nWhite: an equal share;" in text
-    assert "![Cosine similarity between the heads](figures/head_similarity.png)\n\n1: copies of" in text
+    assert "(figures/routing.png)\n\nMean head weights by task and layer. White: equal share;" in text
+    assert "![Cosine similarity between the heads](figures/head_similarity.png)\n\nCosine similarity" in text
     licenses = text[text.index("## Licenses") : text.index("## Citation")]
     assert "- This adapter: mit" in licenses and f"({'https://huggingface.co/' + BASE}): apache-2.0" in licenses
     assert "datasets/nyu-mll/glue): other" in licenses
@@ -148,19 +140,20 @@ def test_a_task_router_is_told_its_task():
 
 
 def test_exports():
-    told = {"task": "sst2", "path": "exports/sst2", "rank": 8, "exact": False, "kl": 0.0123, "accuracy": 0.94}
-    card = render(record=record(exports=[told]), exports=["sst2", "EN fr"])
+    other = f"exports/{task_slug('EN fr')}"
+    first = {"task": "sst2", "path": "exports/sst2", "rank": 8, "exact": False, "kl": 0.0123, "accuracy": 0.94}
+    card = render(record=record(exports=[first, {"task": "EN fr", "path": other}]))
     *_, stock = snippets(card.text)
     assert 'subfolder="exports/sst2"' in stock and "rlora_trl" not in stock
     ast.parse(stock)
     assert "nats per token" in card.text
     table = next(table for table in tables(card.text) if table[0][1] == "`subfolder`")
-    assert table[0] == ["task", "`subfolder`", "rank", "exact", "accuracy", "KL from it"]
-    assert table[1] == ["sst2", "exports/sst2", "8", "no", "94.0 %", "0.0123"]
-    other = f"exports/{task_slug('EN fr')}"
+    assert table[0] == ["task", "`subfolder`", "rank", "exact", "accuracy", "KL to routed"]
+    assert table[1] == ["sst2", "exports/sst2", "8", "no", "94.0%", "0.0123"]
     assert table[2] == ["EN fr", other, "", "", "", ""]
     assert read_card_info(card.data)["exports"] == {"sst2": "exports/sst2", "EN fr": other}
-    assert "subfolder" not in render().text and "nats" not in render(exports=["sst2"]).text
+    exact = render(record=record(exports=[{"task": "sst2", "path": "exports/sst2", "exact": True}])).text
+    assert "subfolder" not in render().text and "nats" not in exact and "same head weights" not in exact
 
 
 def test_what_exports_lose():
@@ -168,9 +161,9 @@ def test_what_exports_lose():
     same = {"path": "exports/rte", "rank": 8, "accuracy": 0.7004, "accuracy_dynamic": 0.7}
     card = render(record=record(exports=[{"task": "sst2", **told}, {"task": "rte", **same}]))
     table = next(table for table in tables(card.text) if table[0][1] == "`subfolder`")
-    assert table[0][3:] == ["accuracy", "with its router", "lost (points)", "KL from it", "rows tested"]
-    assert table[1][3:] == ["94.0 %", "95.3 %", "1.3", "0.0123", "250"]
-    assert table[2][3:] == ["70.0 %", "70.0 %", "0.0", "", ""]
+    assert table[0][3:] == ["accuracy", "routed accuracy", "accuracy drop (pp)", "KL to routed", "test rows"]
+    assert table[1][3:] == ["94.0%", "95.3%", "1.3", "0.0123", "250"]
+    assert table[2][3:] == ["70.0%", "70.0%", "0.0", "", ""]
 
 
 def test_the_score_of_the_base_model():
@@ -183,19 +176,19 @@ def test_the_score_of_the_base_model():
     )
     card = render(record=told)
     assert tables(card.text)[0] == [
-        ["task", "accuracy", "base", "gain (points)", "loss"],
-        ["sst2", "95.0 %", "52.0 %", "+43.0", "0.5000"],
-        ["rte", "50.0 %", "55.0 %", "-5.0", ""],
-        ["en_fr", "", "25.0 %", "", ""],
+        ["task", "accuracy", "base accuracy", "gain (pp)", "loss"],
+        ["sst2", "95.0%", "52.0%", "+43.0", "0.5"],
+        ["rte", "50.0%", "55.0%", "-5.0", ""],
+        ["en_fr", "", "25.0%", "", ""],
     ]
-    assert "Mean accuracy over 2 of its tasks: 72.5 %, that of the base model alone: 53.5 %." in card.text
+    assert "Mean accuracy over 2 of its tasks: 72.5% (base model alone: 53.5%)." in card.text
     index = card.data.to_dict()["model-index"][0]["results"]
     assert [metric["type"] for metric in index[0]["metrics"]] == ["accuracy", "loss", "base_accuracy"]
     assert card.data.metrics == ["accuracy"]
     assert read_card_info(card.data)["metrics"]["rte"] == {"accuracy": 0.5, "base_accuracy": 0.55}
     assert str(render(str(card), record=told)) == str(card)
     told.tasks[1].metrics.pop("base_accuracy")
-    assert "tasks: 72.5 %." in render(record=told).text and "base model alone" not in render(record=told).text
+    assert "tasks: 72.5%." in render(record=told).text and "base model alone" not in render(record=told).text
 
 
 def test_settings_that_say_nothing_are_left_out():
@@ -211,9 +204,12 @@ def test_settings_that_say_nothing_are_left_out():
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"router": "uniform"}, "3 heads of rank 4, all of the same weight."),
-        ({"router": "top_k", "router_top_k": 2, "router_init": "kaiming_uniform"}, "a router that chooses 2 of them"),
-        ({"router": "task"}, "a learned mixture of them for each task"),
+        ({"router": "uniform"}, "3 heads of rank 4, equally weighted."),
+        (
+            {"router": "top_k", "router_top_k": 2, "router_init": "kaiming_uniform"},
+            "rank 4, 2 of them selected per token",
+        ),
+        ({"router": "task"}, "rank 4, with learned weights for each task."),
         ({"router": "uniform", "num_heads": 1}, "trained on 3 tasks: one head of rank 4."),
         ({"tasks": ["only"]}, ", trained on one task: "),
     ],
@@ -245,7 +241,7 @@ def test_many_tasks_are_folded():
     names = [f"task_{i}" for i in range(60)]
     card = render(config=config(tasks=names), record=record(tasks=[TaskRecord(name, rows=1) for name in names]))
     before, _, after = card.text.partition("<details><summary>The 60 tasks</summary>\n\n|")
-    assert "</details>\n\n## Load" in after and "<details>" not in render().text
+    assert "</details>\n\n## Usage" in after and "<details>" not in render().text
     assert len(tables(card.text)[0]) == 61
 
 
@@ -485,7 +481,7 @@ def test_results_written_by_hand_are_kept():
     assert found["GLUE", "accuracy"] == 0.5 and found["news", "rouge"] == 40.1
     assert found["sst2", "f1"] == 0.9 and found["sst2", "accuracy"] == 0.953
     assert str(render(str(card))) == str(card)
-    assert "| sst2 |" in card.text and "0.9000" in card.text, "the page shows what the metadata says"
+    assert "| sst2 |" in card.text and "| 0.9 |" in card.text, "the page shows what the metadata says"
     # New tensors make our results outdated, not those of others.
     bare = record(tasks=[TaskRecord("sst2"), TaskRecord("rte"), TaskRecord("en_fr")])
     later = results(render(str(card), record=bare, digest=OTHER_DIGEST))
@@ -506,7 +502,7 @@ def test_results_of_earlier_pushes():
     bare = record(tasks=[TaskRecord("sst2"), TaskRecord("rte", metrics={"accuracy": 0.8})])
     same = render(first, record=bare, config=config())
     assert results(same) == {**results(render()), ("rte", "accuracy"): 0.8}
-    assert tables(same.text)[0][1][:2] == ["sst2", "95.3 %"]
+    assert tables(same.text)[0][1][:2] == ["sst2", "95.3%"]
     other = render(first, record=bare, digest=OTHER_DIGEST)
     assert results(other) == {("rte", "accuracy"): 0.8}
     assert read_card_info(other.data)["measured"] == ["accuracy"]
@@ -549,6 +545,19 @@ def test_a_title_of_ones_own_is_enough():
     old = str(render())
     edited = old.replace(BEGIN, f"# My title\n\n{BEGIN}")
     assert "# ten-tasks" not in render(edited).text and "# My title" in render(edited).text
+
+
+def test_card_of_an_earlier_version():
+    """Its facts are read from the metadata; the words of its page are replaced."""
+    folder = Path(__file__).parent.parent / "fixtures" / "earlier" / "adapter"
+    old = (folder / "README.md").read_text(encoding="utf-8")
+    info = read_card_info(ModelCard(old).data)
+    assert (info["tasks"], info["r"], info["parameters"]) == (["first", "same"], 2, 2656)
+    settings, told = config(r=2, tasks=["first", "same"]), AdapterRecord.load(folder)
+    card = render(old + "\nMine.\n", config=settings, record=told)
+    assert "## Load" in old and "## Load" not in card.text and card.text.endswith(f"{END}\n\nMine.\n")
+    assert read_card_info(card.data)["tasks"] == info["tasks"] and "trl" in card.data.tags
+    assert hand_written(old) == "" and str(render(str(card), config=settings, record=told)) == str(card)
 
 
 # Names that would break the page
