@@ -244,12 +244,12 @@ def _check_export_tasks(
     tasks: Sequence[str], record: AdapterRecord, checked: CheckedAdapter, data: Mapping[str, Rows] | None
 ) -> None:
     """Refuse unknown tasks, and those without head weights, before a model is loaded."""
-    known = [task.name for task in record.tasks]
-    unknown = [task for task in tasks if task not in known]
+    names = [task.name for task in record.tasks]
+    unknown = [task for task in tasks if task not in names]
     if unknown:
         raise ValueError(
             f"`exports` names {', '.join(map(repr, unknown))}, and the adapter's tasks are "
-            f"{', '.join(known) or '(none)'}. Use these names."
+            f"{', '.join(names) or '(none)'}. Use these names."
         )
     measured = set(record.mixtures.weights if record.mixtures is not None else ()) | set(data or ())
     lacking = [task for task in tasks if task not in measured]
@@ -278,17 +278,18 @@ def _stage_exports(
     Returns:
         `list[dict]`: What the record says of each; see [`AdapterRecord`].
     """
+    source: Any = model
+    name = adapter_name or ("default" if model is None else model.active_adapter)
     if model is None:
-        model, own_tokenizer = load_adapted(str(folder), "default", token=token)
+        source, own_tokenizer = load_adapted(str(folder), name, token=token)
         tokenizer = tokenizer if tokenizer is not None else own_tokenizer
-    name = adapter_name or model.active_adapter
 
     made = []
-    with _public_base(model, name, record.base_model):
+    with _public_base(source, name, record.base_model):
         for task in tasks:
             path = f"{EXPORTS}/{task_slug(task)}"
             report = export_lora(
-                model,
+                source,
                 folder / path,
                 adapter_name=name,
                 task=task,

@@ -176,17 +176,17 @@ def _merge_results(
     """
     names = {task.name for task in tasks}
     changed = bool(digest and info.get("digest")) and digest != info["digest"]
-    kept = []
+    others = []
     for result in old.results:
         measured = result.dataset_name in info["tasks"] and result.metric_type in info["measured"]
         if not measured or not (changed or (names and result.dataset_name not in names)):
-            kept.append(result)
-    results = _own_results(tasks, {result.dataset_type for result in kept if result.dataset_name not in names})
+            others.append(result)
+    results = _own_results(tasks, {result.dataset_type for result in others if result.dataset_name not in names})
 
     # The Hub identifies a result by its data set and configuration: results of one identity are of one task.
     owners = {result.unique_identifier: result.dataset_name for result in results}
     present = {(result.dataset_name, result.metric_type) for result in results}
-    for result in kept:
+    for result in others:
         name = owners.get(result.unique_identifier, result.dataset_name)
         if (name, result.metric_type) not in present:
             results.append(replace(result, dataset_name=name))
@@ -242,9 +242,9 @@ def _merge_tags(
 ) -> list[str]:
     names = [task.name for task in tasks]
     outdated = {_tag(name) for name in info["tasks"] if names and name not in names}
-    # The Hub computes the tags `base_model:` itself.
-    kept = [tag for tag in names_in(old.metadata.get("tags")) if not tag.startswith("base_model:")]
-    return _unique([*_TAGS, *map(_tag, names), *tags, *(tag for tag in kept if tag not in outdated)])
+    # The Hub computes the tags `base_model:`.
+    present = [tag for tag in names_in(old.metadata.get("tags")) if not tag.startswith("base_model:")]
+    return _unique([*_TAGS, *map(_tag, names), *tags, *(tag for tag in present if tag not in outdated)])
 
 
 def _tag(task: str) -> str:
@@ -367,7 +367,7 @@ def _hub_link(name: str | None, kind: str = "") -> str:
 
 
 def _escape(text: Any) -> str:
-    """Text of others as one line without meaning in Markdown or HTML; underscores within words may stay."""
+    """Foreign text as one line without meaning in Markdown or HTML; underscores within words may stay."""
     line = html.escape(" ".join(str(text).split()), quote=False) if text is not None else ""
     line = re.sub(r"([\\`*\[\]|~$])", r"\\\1", line)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)

@@ -1,9 +1,9 @@
-"""Reading cards, of this package and of others. Anybody may write a card, so nothing in it is relied on."""
+"""Reading cards. Anybody may write one, so values of unexpected types and sizes are ignored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -50,7 +50,7 @@ def read_card(path: Path) -> str | None:
 
 def hand_written(text: str) -> str:
     """
-    The text of a card that somebody wrote by hand: without metadata, generated part, and automatic cards.
+    The hand-written text of a card: without metadata and generated part, and nothing of automatic cards.
 
     Args:
         text (`str`): The card.
@@ -64,7 +64,7 @@ def read_existing(text: str | None) -> ExistingCard:
     Take a card apart.
 
     Args:
-        text (`str`, *optional*): The card. Of one that Trainer, TRL or PEFT generated only some metadata is kept.
+        text (`str`, *optional*): The card. If Trainer, TRL or PEFT generated it, only part of its metadata is kept.
 
     Raises:
         ValueError: If the metadata can't be read.
@@ -89,8 +89,8 @@ def read_existing(text: str | None) -> ExistingCard:
 
     body = text[match.end() :]
     if BEGIN not in body and any(sentence in body for sentence in _AUTOMATIC):
-        kept = {key: value for key, value in metadata.items() if key not in _AUTOMATIC_KEYS}
-        return ExistingCard(kept, newline=newline)
+        metadata = {key: value for key, value in metadata.items() if key not in _AUTOMATIC_KEYS}
+        return ExistingCard(metadata, newline=newline)
     return ExistingCard(metadata, results, *_split_body(body, newline), newline)
 
 
@@ -108,8 +108,8 @@ def _split_body(body: str, newline: str) -> tuple[str, str]:
         return before.replace(END, ""), rest.replace(END, "")
     _, _, after = rest.partition(END)
     while BEGIN in after and END in after.partition(BEGIN)[2]:
-        kept, _, rest = after.partition(BEGIN)
-        after = kept + rest.partition(END)[2]
+        between, _, rest = after.partition(BEGIN)
+        after = between + rest.partition(END)[2]
     return before, after.replace(BEGIN, "").replace(END, "")
 
 
@@ -191,7 +191,7 @@ def _is_count(value: Any) -> bool:
 
 
 # Keys of the block `rlora` in the metadata.
-_FIELDS = {
+_FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("format", "r", "num_heads", "parameters"), _is_count),
     **dict.fromkeys(("router", "digest", "base_model_revision"), _is_name),
     "scaling": is_finite,

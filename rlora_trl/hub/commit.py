@@ -39,7 +39,7 @@ from .pull import is_same_file
 
 logger = logging.get_logger(__name__)
 
-# Figures that a push draws. Others in the repository were added by somebody else, and stay.
+# Figures that a push draws. Other figures in the repository stay.
 HEAD_SIMILARITY_FIGURE = f"{FIGURES}/head_similarity.png"
 ROUTING_FIGURE = f"{FIGURES}/routing.png"
 
@@ -178,7 +178,7 @@ class _Transaction:
             commit_message=message,
             revision=self.revision,
             create_pr=self.create_pr,
-            # The card was rendered from this head: on another one it could take back somebody else's edit.
+            # The card was rendered from this head: on another one it could revert an edit made on the Hub.
             parent_commit=head,
         )
 
@@ -187,13 +187,13 @@ class _Transaction:
         repository = self._read_repository(head)
 
         # Exports of the same weights stay, unless this push has made them again.
-        kept = self._kept_exports(repository)
-        record = replace(self.publication.record, exports=[*self.publication.record.exports, *kept])
+        remaining = self._remaining_exports(repository)
+        record = replace(self.publication.record, exports=[*self.publication.record.exports, *remaining])
         record.save(self.folder)
         self._write_card(repository, record)
 
         files = published_files(self.folder)
-        outdated = self._outdated(repository, [export["path"] for export in kept]) - set(files)
+        outdated = self._outdated(repository, [export["path"] for export in remaining]) - set(files)
         self.additions = [CommitOperationAdd(path, str(self.folder / path)) for path in files]
         self.deletions = [CommitOperationDelete(path) for path in sorted(outdated)]
         self.head = head
@@ -216,7 +216,7 @@ class _Transaction:
         info = read_card_info(check_card_text(card, f"The card of {self.repo_id}").data)
         return _Repository(files, card, info.get("digest"), record)
 
-    def _kept_exports(self, repository: _Repository) -> list[dict[str, Any]]:
+    def _remaining_exports(self, repository: _Repository) -> list[dict[str, Any]]:
         """Exports in the repository that were made from the same weights, and not again by this push."""
         if repository.record is None or repository.digest != self.publication.checked.digest:
             return []
@@ -227,7 +227,7 @@ class _Transaction:
             if export["path"] not in made and f"{export['path']}/{WEIGHTS_NAME}" in repository.files
         ]
 
-    def _outdated(self, repository: _Repository, kept: Sequence[str]) -> set[str]:
+    def _outdated(self, repository: _Repository, remaining: Sequence[str]) -> set[str]:
         """
         Files to delete: what earlier pushes made from other weights, and a stock trainer's pickles.
 
@@ -248,7 +248,7 @@ class _Transaction:
         if repository.digest != self.publication.checked.digest:
             outdated |= repository.files & {HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE}
         recorded = [export["path"] for export in (repository.record.exports if repository.record else ())]
-        folders = tuple(f"{path}/" for path in recorded if path not in kept)
+        folders = tuple(f"{path}/" for path in recorded if path not in remaining)
         exports = {path for path in repository.files if classify(path) is FileKind.EXPORT}
         return outdated | {path for path in exports if path.startswith(folders)}
 
@@ -300,18 +300,18 @@ class _Transaction:
         """Files of this push that a revision lacks or lists with other contents. No file is downloaded."""
         paths = [addition.path_in_repo for addition in self.additions]
         entries = self.api.get_paths_info(self.repo_id, paths, revision=revision)
-        listed = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         return [
             addition.path_in_repo
             for addition in self.additions
-            if addition.path_in_repo not in listed or not _is_same(addition, listed[addition.path_in_repo])
+            if addition.path_in_repo not in files or not _is_same(addition, files[addition.path_in_repo])
         ]
 
 
-def _is_same(addition: CommitOperationAdd, listed: RepoFile) -> bool:
-    if listed.lfs is not None:
-        return listed.lfs.sha256 == addition.upload_info.sha256.hex()  # computed by the upload
-    return is_same_file(Path(str(addition.path_or_fileobj)), listed)
+def _is_same(addition: CommitOperationAdd, file: RepoFile) -> bool:
+    if file.lfs is not None:
+        return file.lfs.sha256 == addition.upload_info.sha256.hex()  # computed by the upload
+    return is_same_file(Path(str(addition.path_or_fileobj)), file)
 
 
 def _explain_failure(error: HTTPError, refused: bool) -> None:

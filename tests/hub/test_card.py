@@ -1,4 +1,4 @@
-"""Cards: what a reader and the Hub see, what is kept of an existing one, and names that would break Markdown."""
+"""Cards: what a reader and the Hub see, what an existing one keeps, and names that would break Markdown."""
 
 import ast
 import re
@@ -25,12 +25,12 @@ DIGEST, OTHER_DIGEST = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
 
 
 def config(**fields):
-    given = {"target_modules": ["up_proj", "down_proj"], "task_type": "CAUSAL_LM", "base_model_name_or_path": BASE}
-    return RLoraConfig(**{**given, "tasks": ["sst2", "rte", "en_fr"], **fields})
+    defaults = {"target_modules": ["up_proj", "down_proj"], "task_type": "CAUSAL_LM", "base_model_name_or_path": BASE}
+    return RLoraConfig(**{**defaults, "tasks": ["sst2", "rte", "en_fr"], **fields})
 
 
 def record(**fields):
-    given = {
+    defaults = {
         "base_model": BASE,
         "base_model_revision": "060db6499f32faf8b98477b0a26969ef7d8b9987",
         "base_model_license": "apache-2.0",
@@ -48,13 +48,13 @@ def record(**fields):
         "balance_loss": "switch",
         "balance_coef": 0.01,
     }
-    return AdapterRecord(**{**given, **fields})
+    return AdapterRecord(**{**defaults, **fields})
 
 
 def render(existing=None, **fields):
     facts = {"repo_id": REPO, "digest": DIGEST, "num_parameters": 5898240, "license": "mit", "existing": existing}
-    settings, told = fields.pop("config", config()), fields.pop("record", record())
-    return render_card(settings, told, **{**facts, **fields})
+    settings, noted = fields.pop("config", config()), fields.pop("record", record())
+    return render_card(settings, noted, **{**facts, **fields})
 
 
 def tables(text):
@@ -157,9 +157,16 @@ def test_exports():
 
 
 def test_what_exports_lose():
-    told = {"path": "exports/sst2", "rank": 8, "kl": 0.0123, "accuracy": 0.94, "accuracy_dynamic": 0.953, "rows": 250}
+    noted = {
+        "path": "exports/sst2",
+        "rank": 8,
+        "kl": 0.0123,
+        "accuracy": 0.94,
+        "accuracy_dynamic": 0.953,
+        "rows": 250,
+    }
     same = {"path": "exports/rte", "rank": 8, "accuracy": 0.7004, "accuracy_dynamic": 0.7}
-    card = render(record=record(exports=[{"task": "sst2", **told}, {"task": "rte", **same}]))
+    card = render(record=record(exports=[{"task": "sst2", **noted}, {"task": "rte", **same}]))
     table = next(table for table in tables(card.text) if table[0][1] == "`subfolder`")
     assert table[0][3:] == ["accuracy", "routed accuracy", "accuracy drop (pp)", "KL to routed", "test rows"]
     assert table[1][3:] == ["94.0%", "95.3%", "1.3", "0.0123", "250"]
@@ -167,14 +174,14 @@ def test_what_exports_lose():
 
 
 def test_the_score_of_the_base_model():
-    told = record(
+    noted = record(
         tasks=[
             TaskRecord("sst2", metrics={"loss": 0.5, "base_accuracy": 0.52, "accuracy": 0.95}),
             TaskRecord("rte", metrics={"accuracy": 0.5, "base_accuracy": 0.55}),
             TaskRecord("en_fr", metrics={"base_accuracy": 0.25}),
         ]
     )
-    card = render(record=told)
+    card = render(record=noted)
     assert tables(card.text)[0] == [
         ["task", "accuracy", "base accuracy", "gain (pp)", "loss"],
         ["sst2", "95.0%", "52.0%", "+43.0", "0.5"],
@@ -186,9 +193,9 @@ def test_the_score_of_the_base_model():
     assert [metric["type"] for metric in index[0]["metrics"]] == ["accuracy", "loss", "base_accuracy"]
     assert card.data.metrics == ["accuracy"]
     assert read_card_info(card.data)["metrics"]["rte"] == {"accuracy": 0.5, "base_accuracy": 0.55}
-    assert str(render(str(card), record=told)) == str(card)
-    told.tasks[1].metrics.pop("base_accuracy")
-    assert "tasks: 72.5%." in render(record=told).text and "base model alone" not in render(record=told).text
+    assert str(render(str(card), record=noted)) == str(card)
+    noted.tasks[1].metrics.pop("base_accuracy")
+    assert "tasks: 72.5%." in render(record=noted).text and "base model alone" not in render(record=noted).text
 
 
 def test_settings_that_say_nothing_are_left_out():
@@ -196,9 +203,15 @@ def test_settings_that_say_nothing_are_left_out():
     usual |= {"packing": False, "packing_strategy": "bfd", "label_smoothing_factor": 0.0, "loss_type": "nll"}
     assert "packing" not in (text := render(record=record(hyperparameters=usual)).text)
     assert dict(tables(text)[-1][1:]) == {"`learning_rate`": "0.0002"}
-    chosen = {"train_a": False, "warmup_steps": 10, "adam_beta2": 0.95, "packing": True, "packing_strategy": "wrapped"}
-    shown = dict(tables(render(record=record(hyperparameters=chosen)).text)[-1][1:])
-    assert shown == {f"`{name}`": str(value) for name, value in chosen.items()}
+    changed = {
+        "train_a": False,
+        "warmup_steps": 10,
+        "adam_beta2": 0.95,
+        "packing": True,
+        "packing_strategy": "wrapped",
+    }
+    shown = dict(tables(render(record=record(hyperparameters=changed)).text)[-1][1:])
+    assert shown == {f"`{name}`": str(value) for name, value in changed.items()}
 
 
 @pytest.mark.parametrize(
@@ -249,13 +262,13 @@ def test_folders_and_machines_are_not_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for name in (str(tmp_path / "base"), "models", "./base", "~/base"):
-        told = record(
+        noted = record(
             base_model=name,
             tasks=[TaskRecord("sst2", dataset=str(tmp_path / "data"), license="mit", metrics={"accuracy": 0.5})],
             hyperparameters={"output_dir": str(tmp_path), "optim": "me@host:/x", "seed": 1},
             versions={"peft": "file:///home/me/peft"},
         )
-        card = render(config=config(base_model_name_or_path=name, tasks=["sst2"]), record=told, datasets=["./data"])
+        card = render(config=config(base_model_name_or_path=name, tasks=["sst2"]), record=noted, datasets=["./data"])
         assert str(tmp_path) not in str(card) and "me@host" not in str(card) and "/home/me" not in str(card)
         assert f"({name})" not in card.text and f'"{name}"' not in card.text
         data = card.data.to_dict()
@@ -269,8 +282,8 @@ def test_the_code_runs_as_written(hub, worker, tmp_path, router):
     adapter.save_pretrained(tmp_path / "adapter")
     hub.commit(TINY_BASE, {path.name: path.read_bytes() for path in base.iterdir()})
     hub.commit(REPO, {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()})
-    told = AdapterRecord(base_model=TINY_BASE, base_model_revision=hub.head(TINY_BASE))
-    sources = snippets(render(config=adapter.peft_config["default"], record=told).text)
+    noted = AdapterRecord(base_model=TINY_BASE, base_model_revision=hub.head(TINY_BASE))
+    sources = snippets(render(config=adapter.peft_config["default"], record=noted).text)
     assert len(sources) == 2
     for source in sources:
         kind = worker.run(f"{source}\nresult = type(model).__name__")
@@ -306,7 +319,7 @@ def test_one_result_for_each_task():
     assert index["name"] == "ten-tasks" and len(index["results"]) == 3
     for entry, name in zip(index["results"], ("sst2", "rte", "en_fr"), strict=True):
         assert entry["task"]["type"] == "text-generation" and entry["dataset"]["name"] == name
-    # Two tasks of one data set are told apart; one alone claims no configuration.
+    # Two tasks of one data set differ by configuration; a single one claims none.
     assert index["results"][1]["dataset"] == {"name": "rte", "type": "nyu-mll/glue", "config": "rte"}
     assert index["results"][2]["dataset"] == {"name": "en_fr", "type": "en_fr"}
     assert index["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.953, "name": "Accuracy"}]
@@ -381,7 +394,7 @@ def test_info_where_the_client_could_not_read_results():
     assert read_card_info(data)["metrics"] == {"a": {"f1": 0.5}}
 
 
-# What is kept of an existing card
+# What an existing card keeps
 
 BEFORE = "\nA note above, with trailing blanks   \n\n"
 AFTER = "\n\n## My section\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n\n\nNo end of line"
@@ -553,11 +566,11 @@ def test_card_of_an_earlier_version():
     old = (folder / "README.md").read_text(encoding="utf-8")
     info = read_card_info(ModelCard(old).data)
     assert (info["tasks"], info["r"], info["parameters"]) == (["first", "same"], 2, 2656)
-    settings, told = config(r=2, tasks=["first", "same"]), AdapterRecord.load(folder)
-    card = render(old + "\nMine.\n", config=settings, record=told)
+    settings, noted = config(r=2, tasks=["first", "same"]), AdapterRecord.load(folder)
+    card = render(old + "\nMine.\n", config=settings, record=noted)
     assert "## Load" in old and "## Load" not in card.text and card.text.endswith(f"{END}\n\nMine.\n")
     assert read_card_info(card.data)["tasks"] == info["tasks"] and "trl" in card.data.tags
-    assert hand_written(old) == "" and str(render(str(card), config=settings, record=told)) == str(card)
+    assert hand_written(old) == "" and str(render(str(card), config=settings, record=noted)) == str(card)
 
 
 # Names that would break the page
@@ -583,10 +596,10 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_do_not_break_the_page(name):
-    told = record(tasks=[TaskRecord(name, cluster=name, rows=3, license=name, metrics={"accuracy": 0.5, name: 1.0})])
-    told.quantization = told.balance_loss = name
+    noted = record(tasks=[TaskRecord(name, cluster=name, rows=3, license=name, metrics={"accuracy": 0.5, name: 1.0})])
+    noted.quantization = noted.balance_loss = name
     settings = config(tasks=[name], router="task", target_modules=name, router_init="kaiming_uniform")
-    card = render(config=settings, record=told, tags=[name])
+    card = render(config=settings, record=noted, tags=[name])
     text = card.text
     assert text.count(BEGIN) == text.count(END) == 1
     table, *_ = tables(text)
@@ -598,7 +611,7 @@ def test_names_do_not_break_the_page(name):
         (call, *_) = re.findall(r"model\.set_task\((.*)\)", source) or [None]
         assert call is None or ast.literal_eval(call.split(")  #")[0]) == name
         ast.parse(source)
-    assert str(ModelCard(str(card))) == str(card) == str(render(str(card), config=settings, record=told, tags=[name]))
+    assert str(ModelCard(str(card))) == str(card) == str(render(str(card), config=settings, record=noted, tags=[name]))
     info = read_card_info(ModelCard(str(card)).data)
     assert info["tasks"] == [name] and info["metrics"][name]["accuracy"] == 0.5
     assert f"task:{' '.join(name.split())}" in card.data.tags

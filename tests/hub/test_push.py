@@ -190,7 +190,7 @@ def test_exports_of_unknown_tasks(hub, push, folder):
 
 
 def test_repository_of_a_stock_trainer(hub, push, folder):
-    """Its pickles go, as nobody could pull the adapter beside them; other code is not ours to remove."""
+    """Its pickles go, beside which the adapter can't be pulled; other code is left to its owner."""
     hub.commit(
         REPO, {"training_args.bin": b"\x80", "adapter_model.bin": b"\x80", "checkpoint-5/optimizer.pt": b"\x80"}
     )
@@ -273,11 +273,11 @@ result = {"once": once, "reads": reads, "writes": dict(writes)}
 def test_weights_are_checked_once_and_the_card_is_rendered_once(hub, worker, base, folder, is_checked):
     hub.commit(BASE, base)
     hub.fail("POST", "/commit/", status=500, times=2)  # attempts onto the same head have the same files
-    found = worker.run(COUNT, folder=str(folder), repo=REPO, options={}, is_checked=is_checked)
+    counts = worker.run(COUNT, folder=str(folder), repo=REPO, options={}, is_checked=is_checked)
     # Besides: the copy, read and written, and the figure of the heads, which reads B alone.
-    expected = {"shutil": 2, "rlora_trl.analysis.heads": 1, **({} if is_checked else found["once"])}
-    assert found["once"] and found["reads"] == expected
-    assert found["writes"] == {"rlora_trl.hub.commit": 2}  # card and record
+    expected = {"shutil": 2, "rlora_trl.analysis.heads": 1, **({} if is_checked else counts["once"])}
+    assert counts["once"] and counts["reads"] == expected
+    assert counts["writes"] == {"rlora_trl.hub.commit": 2}  # card and record
 
 
 def test_exports_check_nothing_again(hub, worker, base, folder):
@@ -371,7 +371,7 @@ def _test_paths():
 # Faults
 
 
-def test_hub_trouble_at_the_commit(hub, push, folder):
+def test_transient_errors_at_the_commit(hub, push, folder):
     fault = hub.fail("POST", r"/api/models/.*/commit/", status=500, times=2)
     push(folder)
     assert fault.hits == 2 and len(hub.commits(REPO)) == 2
@@ -409,7 +409,7 @@ def test_commit_that_can_not_be_listed(hub, push, folder):
     assert "adapter_model.safetensors" in hub.files(REPO)
 
 
-def test_lasting_trouble_publishes_nothing_and_the_retry_transfers_nothing_twice(hub, push, folder):
+def test_lasting_errors_publish_nothing_and_the_retry_transfers_nothing_twice(hub, push, folder):
     push(folder)
     before = hub.files(REPO)
     hub.fail("POST", r"/api/models/.*/commit/", status=500, times=None)
@@ -436,7 +436,7 @@ def test_cut_upload(hub, push, folder):
 
 
 def test_branch_that_moves_during_a_push(hub, push, folder):
-    """Somebody edits the card between our reading it and our commit: the edit is in the card afterwards."""
+    """The card is edited between the push's reading it and its commit: the edit is in the card afterwards."""
     push(folder)
     text = hub.files(REPO)["README.md"].decode() + "\nEdited meanwhile.\n"
     newer = save_adapter(folder.parent / "moved", seed=4)
