@@ -106,7 +106,7 @@ def push_adapter(
 
     Raises:
         AdapterCheckError: If the adapter is damaged, incomplete or not finite (nothing was published then), or the Hub
-            lists contents that differ from the uploaded ones.
+            lists contents that differ from those of the push.
         ValueError: If the base model is a local folder and `base_model` is missing, or a task is unknown.
         FileNotFoundError: If the folder has no adapter.
         ConnectionError: If the adapter was published, but could not be listed to compare it.

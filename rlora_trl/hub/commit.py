@@ -82,7 +82,7 @@ def commit_adapter(
     create_pr: bool = False,
 ) -> CommitInfo:
     """
-    Publish an adapter in one commit, and compare what the Hub lists with what was uploaded.
+    Publish an adapter in one commit, and compare what the Hub lists with what was checked and uploaded.
 
     Args:
         api (`HfApi`): The client.
@@ -97,7 +97,7 @@ def commit_adapter(
 
     Raises:
         AdapterCheckError: If the repository has files for which `pull_adapter` refuses it, or lists contents that
-            differ from the uploaded ones.
+            differ from those of the push.
         ConnectionError: If the commit was made, but its files could not be listed.
         HfHubHTTPError: The answer of the Hub, after a few attempts if it was a transient one.
     """
@@ -153,7 +153,7 @@ class _Transaction:
         raise AssertionError("the last attempt returns or raises")
 
     def verify(self, commit: str) -> None:
-        """Compare the files that a commit lists with those that were uploaded."""
+        """Compare the files that a commit lists with those of this push."""
         try:
             differing = self._differing(commit)
         except (HTTPError, OSError) as error:
@@ -163,7 +163,7 @@ class _Transaction:
             ) from error
         if differing:
             raise AdapterCheckError(
-                f"{self.repo_id} at {commit} lists contents that differ from the uploaded ones: "
+                f"{self.repo_id} at {commit} lists contents that differ from those of this push: "
                 f"{', '.join(differing)}. Push again; if the error persists, report it to the operators of the Hub."
             )
 
@@ -304,14 +304,15 @@ class _Transaction:
         return [
             addition.path_in_repo
             for addition in self.additions
-            if addition.path_in_repo not in files or not _is_same(addition, files[addition.path_in_repo])
+            if addition.path_in_repo not in files or not self._is_same(addition, files[addition.path_in_repo])
         ]
 
-
-def _is_same(addition: CommitOperationAdd, file: RepoFile) -> bool:
-    if file.lfs is not None:
-        return file.lfs.sha256 == addition.upload_info.sha256.hex()  # computed by the upload
-    return is_same_file(Path(str(addition.path_or_fileobj)), file)
+    def _is_same(self, addition: CommitOperationAdd, file: RepoFile) -> bool:
+        if file.lfs is None:
+            return is_same_file(Path(str(addition.path_or_fileobj)), file)
+        # The weights must be those that were checked; hashes of other files are known from the upload.
+        checked = getattr(self.publication.checked, "sha256", None) if addition.path_in_repo == WEIGHTS_NAME else None
+        return file.lfs.sha256 == (checked or addition.upload_info.sha256.hex())
 
 
 def _explain_failure(error: HTTPError, refused: bool) -> None:

@@ -2,14 +2,14 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from huggingface_hub import ModelCard
 from samples import BASE, TASKS, save_adapter, save_base
 from worker import WorkerError
 
-from rlora_trl.hub import adapter_digest
+from rlora_trl.hub import CheckedAdapter, adapter_digest
 
 
 REPO = "user/words"
@@ -220,9 +220,25 @@ def test_listed_contents_are_compared(hub, push, folder):
         repo.commits[commit.oid] = replace(commit, files=files)
 
     hub.before("POST", "/paths-info/", alter)
-    with pytest.raises(WorkerError, match="differ from the uploaded ones: adapter_model.safetensors") as caught:
+    with pytest.raises(WorkerError, match="differ from those of this push: adapter_model.safetensors") as caught:
         push(folder)
     assert caught.value.type == "AdapterCheckError"
+
+
+@pytest.mark.skipif("sha256" not in {entry.name for entry in fields(CheckedAdapter)}, reason="no hash to compare")
+def test_weights_that_changed_since_they_were_checked(hub, worker, base, tmp_path):
+    hub.commit(BASE, base)
+    folder, other = save_adapter(tmp_path / "adapter"), save_adapter(tmp_path / "other", seed=5)
+    source = """
+        import shutil
+        from rlora_trl import push_adapter
+        from rlora_trl.hub import check_adapter
+        checked = check_adapter(folder)
+        shutil.copyfile(f"{other}/adapter_model.safetensors", f"{folder}/adapter_model.safetensors")
+        push_adapter(checked, repo)
+    """
+    with pytest.raises(WorkerError, match="differ from those of this push: adapter_model.safetensors"):
+        worker.run(source, folder=str(folder), other=str(other), repo=REPO)
 
 
 def test_nothing_is_downloaded(hub, push, folder):
