@@ -62,16 +62,18 @@ def push(
     Nothing else in the folder is uploaded. After an interruption run it again: what has arrived is not sent twice.
     """
     with results_only():
-        from rlora_trl.hub.push import push_adapter
+        from rlora_trl.publish import push_adapter
 
         refuse_missing_folder(folder if "/" in folder else f"./{folder}")
         head = None if create_pr else head_of(repo, revision)
-        for task in exports or ():
-            refuse_unknown_task(find_adapter(folder), task)
+        checked = find_adapter(folder) if exports else None
+        if checked is not None:
+            for task in exports or ():
+                refuse_unknown_task(checked, task)
         # Made on the base model that the folder names, which need not be on the Hub.
-        source = load_adapter(find_adapter(folder)).model if exports else None
+        source = load_adapter(checked).model if checked is not None else None
         commit = push_adapter(
-            folder,
+            checked or folder,
             repo,
             private=private or None,  # None leaves a repository that is there as it is
             revision=revision,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from . import zoo
     from .estimate import MemoryEstimate, estimate_memory
     from .export import export_lora
-    from .hub import pull_adapter, push_adapter
+    from .hub import pull_adapter
+    from .publish import push_adapter
     from .trainer import HeadUsageCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
     from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, set_task
 
@@ -41,9 +42,10 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("MultiHeadAdapter", "RLoraConfig", "RLoraModel", "set_task"), ".tuner"),
     **dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"),
-    **dict.fromkeys(("pull_adapter", "push_adapter"), ".hub"),
     **dict.fromkeys(("MemoryEstimate", "estimate_memory"), ".estimate"),
     "export_lora": ".export",
+    "pull_adapter": ".hub",
+    "push_adapter": ".publish",
 }
 
 

@@ -1,4 +1,4 @@
-"""Adapters on the Hub: push, pull, cards, and the checks before anything is used."""
+"""Adapters on the Hub: push, pull and cards, with the checks of an adapter's files."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..files.checks import AdapterCheckError, CheckedAdapter, adapter_digest, check_adapter
     from ..files.record import AdapterRecord, TaskRecord
+    from ..publish import push_adapter
     from .pull import pull_adapter
-    from .push import push_adapter
 
 
 __all__ = [
@@ -22,12 +22,12 @@ __all__ = [
     "push_adapter",
 ]
 
-# Loaded on first use: file names and records are wanted where PyTorch is not.
+# Loaded on first use, so that file names and records don't need PyTorch.
 _MODULES = {
     **dict.fromkeys(("AdapterCheckError", "CheckedAdapter", "adapter_digest", "check_adapter"), "..files.checks"),
     **dict.fromkeys(("AdapterRecord", "TaskRecord"), "..files.record"),
     "pull_adapter": ".pull",
-    "push_adapter": ".push",
+    "push_adapter": "..publish",
 }
 
 

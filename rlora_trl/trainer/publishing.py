@@ -17,8 +17,8 @@ from transformers.trainer_utils import HubStrategy
 
 from ..files.layout import published_files
 from ..files.record import AdapterRecord, hub_name
-from ..hub import push_adapter
 from ..hub.card import render_card
+from ..publish import push_adapter
 from ..tuner import RLoraConfig
 from .task_evaluation import OptionRows
 

@@ -26,9 +26,9 @@ from transformers.utils import PushInProgress
 from ..evaluation.data import check_pictures
 from ..files.layout import CARD_NAME
 from ..files.record import AdapterRecord, select_hyperparameters
-from ..hub import push_adapter
-from ..hub.card import read_card
+from ..hub.card_reading import read_card
 from ..kernels import RoutingTally, capture_loss_grad, draw_seed
+from ..publish import push_adapter
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from ..tuner.routing import describe_batch
 from ..tuner.selection import kept_quantized

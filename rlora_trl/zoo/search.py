@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from huggingface_hub import HfApi, ModelInfo
 
-from ..hub.card import read_card_info
+from ..hub.card_reading import read_card_info
 
 
 Order = Literal["downloads", "updated", "accuracy"]

@@ -291,7 +291,7 @@ def test_card_names_the_exports_that_are_in_the_folder(rlora, make_adapter):
     for subfolder in re.findall(r'subfolder="(.*?)"', told["text"]):
         base = AutoModelForCausalLM.from_pretrained(check_adapter(folder).config.base_model_name_or_path)
         PeftModel.from_pretrained(base, str(folder), subfolder=subfolder)
-    assert "75.0 %" in told["text"] and "EN fr" not in told["text"].partition("exports/same")[2].partition("##")[0]
+    assert "75.0%" in told["text"] and "EN fr" not in told["text"].partition("exports/same")[2].partition("##")[0]
 
     (folder / "exports" / "same").rename(folder / elsewhere["path"])
     assert json.loads(rlora("card", folder, "--json").stdout)["metadata"]["rlora"]["exports"] == {

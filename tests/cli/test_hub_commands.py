@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import CommitInfo
 
 import rlora_cli.push
-import rlora_trl.hub.push
+import rlora_trl.publish
 import rlora_trl.zoo
 from rlora_trl.zoo import AdapterInfo, Comparison, Manifest, PinnedAdapter
 
@@ -39,13 +39,13 @@ URL = f"https://huggingface.co/user/x/commit/{'1' * 40}"
 def pushed(monkeypatch):
     """The arguments of pushes, checked against the real function's."""
     calls = []
-    signature = inspect.signature(rlora_trl.hub.push.push_adapter)
+    signature = inspect.signature(rlora_trl.publish.push_adapter)
 
     def push(*args, **kwargs):
         calls.append(signature.bind(*args, **kwargs).arguments)
         return CommitInfo(commit_url=URL, commit_message="", commit_description="", oid="1" * 40)
 
-    monkeypatch.setattr(rlora_trl.hub.push, "push_adapter", push)
+    monkeypatch.setattr(rlora_trl.publish, "push_adapter", push)
     monkeypatch.setattr(rlora_cli.push, "head_of", lambda repo, revision: None)
     return calls
 

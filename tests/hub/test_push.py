@@ -2,19 +2,20 @@
 
 import json
 import re
+from dataclasses import fields, replace
 
 import pytest
 from huggingface_hub import ModelCard
 from samples import BASE, TASKS, save_adapter, save_base
 from worker import WorkerError
 
-from rlora_trl.hub import adapter_digest
+from rlora_trl.hub import CheckedAdapter, adapter_digest
 
 
 REPO = "user/words"
 PUSH = """
-import rlora_trl.hub.push as push
-commit = push.push_adapter(folder, repo, **options)
+from rlora_trl import push_adapter
+commit = push_adapter(folder, repo, **options)
 result = {"oid": commit.oid, "pr": commit.pr_url}
 """
 
@@ -53,10 +54,13 @@ def test_everything_is_in_one_commit_and_nothing_else(hub, push, folder):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "figures/head_similarity.png",
         "figures/routing.png",
         "rlora_record.json",
-    }  # no tokenizer, as it is the base model's
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
 
 
@@ -109,33 +113,37 @@ def test_handwritten_text_is_kept(hub, push, folder, tmp_path):
     assert adapter_digest(tmp_path / "newer") in updated.content and adapter_digest(folder) not in updated.content
 
 
-def test_text_written_into_the_local_card_is_published(hub, push, tmp_path):
-    folder = save_adapter(tmp_path / "adapter")
-    push(folder)
-    (folder / "README.md").write_text(card_of(hub).content + "\nRead me first.\n")
-    hub.commit(REPO, {"README.md": card_of(hub).content + "\nWritten on the Hub.\n"})
-    push(folder)
-    text = card_of(hub).content
-    assert "Read me first." in text and "Written on the Hub." in text
-    push(folder)
-    assert card_of(hub).content == text
-
-
-def test_text_corrected_on_the_hub_is_not_put_back(hub, push, tmp_path):
-    """The local card still has what it had at the last push; then it changes, and the Hub's does not."""
+def test_local_text_is_published_once_and_the_text_on_the_hub_stays(hub, push, tmp_path):
     folder = save_adapter(tmp_path / "adapter")
     (folder / "README.md").write_text("# Notes\n\nMade on Monday.\n\nSecond paragraph.\n")
     push(folder)
     card = hub.files(REPO)["README.md"].decode()
+    assert card.endswith("# Notes\n\nMade on Monday.\n\nSecond paragraph.\n")
+
     hub.commit(REPO, {"README.md": card.replace("Monday", "Tuesday").replace("\n", "\r\n")})
+    (folder / "README.md").write_text("# Notes\n\nMade on Wednesday.\n")
+    push(save_adapter(tmp_path / "newer", seed=5))
     push(folder)
     text = hub.files(REPO)["README.md"].decode()
-    assert "Tuesday" in text and "Monday" not in text and text.count("Second paragraph.") == 1
-    local = text.replace("Tuesday", "Wednesday").replace("\r\n", "\n")
-    (folder / "README.md").write_text(local)
-    push(folder)
-    text = hub.files(REPO)["README.md"].decode()
-    assert "Wednesday" in text and "Tuesday" not in text
+    assert text.endswith("# Notes\r\n\r\nMade on Tuesday.\r\n\r\nSecond paragraph.\r\n")
+    assert "Monday" not in text and "Wednesday" not in text
+
+
+def test_card_of_an_earlier_version(hub, push, folder):
+    """Its metadata had digests of the hand-written text, and its generated part other words."""
+    push(folder, exports=["first"])
+    card = hub.files(REPO)["README.md"].decode()
+    older = card.replace(
+        "  digest: sha256:", "  text: 0123456789abcdef\n  local_text: 89abcdef01234567\n  digest: sha256:", 1
+    )
+    hub.commit(REPO, {"README.md": older.replace("## Adapter", "## Former heading") + "\nMine.\n"})
+    push(folder, metrics={"same": {"f1": 0.25}})
+    updated = card_of(hub)
+    block = updated.data.to_dict()["rlora"]
+    assert not {"text", "local_text"} & set(block) and block["exports"] == {"first": "exports/first"}
+    assert updated.content.endswith("\nMine.\n") and "Former heading" not in updated.content
+    results = {(result.dataset_name, result.metric_type): result.metric_value for result in updated.data.eval_results}
+    assert results["first", "accuracy"] == 0.9 and results["same", "f1"] == 0.25
 
 
 def test_other_peoples_files_stay(hub, push, folder, tmp_path):
@@ -182,7 +190,7 @@ def test_exports_of_unknown_tasks(hub, push, folder):
 
 
 def test_repository_of_a_stock_trainer(hub, push, folder):
-    """Its pickles go, as nobody could pull the adapter beside them; other code is not ours to remove."""
+    """Its pickles go, beside which the adapter can't be pulled; other code is left to its owner."""
     hub.commit(
         REPO, {"training_args.bin": b"\x80", "adapter_model.bin": b"\x80", "checkpoint-5/optimizer.pt": b"\x80"}
     )
@@ -202,14 +210,99 @@ def test_pushing_again_transfers_nothing(hub, push, folder):
     assert hub.uploaded_bytes() == sent
 
 
-def test_read_back(hub, push, folder):
-    """What the Hub gives out is compared with what was pushed, and another content is an error."""
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    other = weights[:-1] + bytes([weights[-1] ^ 1])
-    hub.before("GET", "/cdn/", lambda: hub.tamper(REPO, "adapter_model.safetensors", other))
-    with pytest.raises(WorkerError, match="gives out tensors with the digest") as caught:
+def test_listed_contents_are_compared(hub, push, folder):
+    """What the commit lists is compared with what was uploaded, and another content is an error."""
+
+    def alter():
+        repo, name = hub.repo(REPO), "adapter_model.safetensors"
+        commit = repo.resolve("main")
+        files = {**commit.files, name: replace(commit.files[name], sha256="0" * 64)}
+        repo.commits[commit.oid] = replace(commit, files=files)
+
+    hub.before("POST", "/paths-info/", alter)
+    with pytest.raises(WorkerError, match="differ from those of this push: adapter_model.safetensors") as caught:
         push(folder)
     assert caught.value.type == "AdapterCheckError"
+
+
+@pytest.mark.skipif("sha256" not in {entry.name for entry in fields(CheckedAdapter)}, reason="no hash to compare")
+def test_weights_that_changed_since_they_were_checked(hub, worker, base, tmp_path):
+    hub.commit(BASE, base)
+    folder, other = save_adapter(tmp_path / "adapter"), save_adapter(tmp_path / "other", seed=5)
+    source = """
+        import shutil
+        from rlora_trl import push_adapter
+        from rlora_trl.hub import check_adapter
+        checked = check_adapter(folder)
+        shutil.copyfile(f"{other}/adapter_model.safetensors", f"{folder}/adapter_model.safetensors")
+        push_adapter(checked, repo)
+    """
+    with pytest.raises(WorkerError, match="differ from those of this push: adapter_model.safetensors"):
+        worker.run(source, folder=str(folder), other=str(other), repo=REPO)
+
+
+def test_nothing_is_downloaded(hub, push, folder):
+    push(folder)
+    assert not hub.count("GET", "/resolve/.*safetensors") and not hub.count("GET", "/cdn/")
+
+
+COUNT = """
+import contextlib, sys
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+import rlora_trl.hub.commit as commit
+from rlora_trl import push_adapter
+from rlora_trl.hub import AdapterRecord, check_adapter
+
+def counting(function, calls, only=""):
+    def call(path, *args, **options):
+        if str(path).endswith(only):
+            calls[sys._getframe(1).f_globals["__name__"]] += 1
+        return function(path, *args, **options)
+    return call
+
+@contextlib.contextmanager
+def counted():
+    reads, writes = Counter(), Counter()
+    with contextlib.ExitStack() as stack:
+        weights = "adapter_model.safetensors"
+        stack.enter_context(patch("builtins.open", counting(open, reads, weights)))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("rlora_trl") and hasattr(module, "safe_open"):
+                stack.enter_context(patch.object(module, "safe_open", counting(module.safe_open, reads, weights)))
+        stack.enter_context(patch.object(commit, "render_card", counting(commit.render_card, writes)))
+        stack.enter_context(patch.object(AdapterRecord, "save", counting(AdapterRecord.save, writes)))
+        yield reads, writes
+
+with counted() as (reads, _):
+    checked = check_adapter(folder)
+once = dict(reads)
+with counted() as (reads, writes):
+    push_adapter(checked if is_checked else folder, repo, **options)
+reads = {name: count for name, count in reads.items() if not name.startswith("huggingface_hub")}
+result = {"once": once, "reads": reads, "writes": dict(writes)}
+"""
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_weights_are_checked_once_and_the_card_is_rendered_once(hub, worker, base, folder, is_checked):
+    hub.commit(BASE, base)
+    hub.fail("POST", "/commit/", status=500, times=2)  # attempts onto the same head have the same files
+    counts = worker.run(COUNT, folder=str(folder), repo=REPO, options={}, is_checked=is_checked)
+    # Besides: the copy, read and written, and the figure of the heads, which reads B alone.
+    expected = {"shutil": 2, "rlora_trl.analysis.heads": 1, **({} if is_checked else counts["once"])}
+    assert counts["once"] and counts["reads"] == expected
+    assert counts["writes"] == {"rlora_trl.hub.commit": 2}  # card and record
+
+
+def test_exports_check_nothing_again(hub, worker, base, folder):
+    hub.commit(BASE, base)
+    counts = [
+        worker.run(COUNT, folder=str(folder), repo=REPO, options=options, is_checked=False)
+        for options in ({"exports": ["first"]}, {"exports": ["first", "colour", "same"]})
+    ]
+    assert counts[0]["reads"] == counts[1]["reads"] and counts[1]["writes"] == {"rlora_trl.hub.commit": 2}
 
 
 def test_revision_private_and_pull_request(hub, push, folder):
@@ -231,14 +324,6 @@ def test_organisation_and_rights(hub, push, folder):
     with pytest.raises(WorkerError) as caught:
         push(folder, token="hf_wrong")
     assert "401" in caught.value.message
-
-
-def test_tokenizer_is_published_when_it_changed(hub, push, tmp_path):
-    folder = save_adapter(tmp_path / "adapter")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<pad>"}))
-    push(folder)
-    assert "tokenizer.json" in hub.files(REPO)
 
 
 @pytest.mark.parametrize("name", ["../secret/base", "C:\\Users\\jane\\base", "~/models/base", "a/b/base", None])
@@ -302,7 +387,7 @@ def _test_paths():
 # Faults
 
 
-def test_hub_trouble_at_the_commit(hub, push, folder):
+def test_transient_errors_at_the_commit(hub, push, folder):
     fault = hub.fail("POST", r"/api/models/.*/commit/", status=500, times=2)
     push(folder)
     assert fault.hits == 2 and len(hub.commits(REPO)) == 2
@@ -333,19 +418,19 @@ def test_second_fault_while_looking_whether_it_landed(hub, push, folder):
     assert len(hub.commits(REPO)) == 2
 
 
-def test_adapter_that_can_not_be_read_back(hub, push, folder):
-    hub.fail("*", "/resolve/.*safetensors", status=403, times=None)
-    with pytest.raises(WorkerError, match="was published as commit [0-9a-f]{40}, but could not be read back"):
+def test_commit_that_can_not_be_listed(hub, push, folder):
+    hub.fail("POST", "/paths-info/", status=403, times=None)
+    with pytest.raises(WorkerError, match="was published as commit [0-9a-f]{40}, but could not be listed"):
         push(folder)
     assert "adapter_model.safetensors" in hub.files(REPO)
 
 
-def test_lasting_trouble_publishes_nothing_and_the_retry_transfers_nothing_twice(hub, push, folder):
+def test_lasting_errors_publish_nothing_and_the_retry_transfers_nothing_twice(hub, push, folder):
     push(folder)
     before = hub.files(REPO)
     hub.fail("POST", r"/api/models/.*/commit/", status=500, times=None)
     newer = save_adapter(folder.parent / "newer", seed=3)
-    with pytest.raises(WorkerError, match="Nothing was published"):
+    with pytest.raises(WorkerError, match="Run the same push again"):
         push(newer)
     assert hub.files(REPO) == before
     hub.faults.clear()
@@ -367,7 +452,7 @@ def test_cut_upload(hub, push, folder):
 
 
 def test_branch_that_moves_during_a_push(hub, push, folder):
-    """Somebody edits the card between our reading it and our commit: the edit is in the card afterwards."""
+    """The card is edited between the push's reading it and its commit: the edit is in the card afterwards."""
     push(folder)
     text = hub.files(REPO)["README.md"].decode() + "\nEdited meanwhile.\n"
     newer = save_adapter(folder.parent / "moved", seed=4)
@@ -380,6 +465,6 @@ def test_branch_that_moves_during_a_push(hub, push, folder):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_refusals_are_not_tried_again(hub, push, folder, status):
     fault = hub.fail("POST", r"/api/models/.*/commit/", status=status, times=None)
-    with pytest.raises(WorkerError, match=str(status)):
+    with pytest.raises(WorkerError, match=rf"{status}[\s\S]*Nothing was published"):
         push(folder)
     assert fault.hits == 1

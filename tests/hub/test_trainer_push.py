@@ -74,6 +74,7 @@ def test_push_to_hub(hub, train, tmp_path):
     assert hub.commits(REPO)[0].title == "First try"
     files = hub.files(REPO)
     expected = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "rlora_record.json"}
+    expected |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     assert {path for path in files if not path.startswith("figures/")} == expected
     assert {"figures/routing.png", "figures/head_similarity.png"} <= set(files)
     record = json.loads(files["rlora_record.json"])
@@ -137,7 +138,7 @@ def test_best_checkpoint_has_its_own_metrics(hub, train):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_going_on_keeps_what_is_known(hub, train, worker, base, tmp_path):
+def test_continued_training_keeps_the_record_of_other_tasks(hub, train, worker, base, tmp_path):
     train()
     source = """
         import sys
@@ -205,7 +206,7 @@ from transformers import AutoModelForCausalLM
 settings = {"output_dir": folder, "max_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True}
 settings |= {"hub_model_id": repo, "bf16": False, **arguments}
 config = RLoraConfig(**config)
-if given == "object":
+if base_as == "object":
     model = AutoModelForCausalLM.from_pretrained(model, revision=revision)
 trainer = RLoraSFTTrainer(model, RLoraSFTConfig(**settings), train_dataset=task_datasets(8), peft_config=config)
 trainer.train()
@@ -215,10 +216,10 @@ trainer.push_to_hub()
 ids = random_ids()
 with torch.no_grad():
     expected = trainer.model.eval()(input_ids=ids).logits
-    found = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
+    saved = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
     published = AutoPeftModelForCausalLM.from_pretrained(repo, dtype=torch.float32).eval()(input_ids=ids).logits
 result = {
-    "off": [float((logits - expected).abs().max()) for logits in (found, published)],
+    "off": [float((logits - expected).abs().max()) for logits in (saved, published)],
     "config": trainer.model.peft_config["default"].revision,
 }
 """
@@ -227,7 +228,7 @@ SETUP = TRAIN.split("\ntrain = ")[0]
 
 @pytest.fixture
 def two_revisions(hub, train, tmp_path):
-    """The base at main, and another one at v2."""
+    """A base model at main, and other weights at v2."""
     hub.commit(BASE, train.base)
     files = {path.name: path for path in train.base.iterdir()}
     state = load_file(files["model.safetensors"])
@@ -238,9 +239,9 @@ def two_revisions(hub, train, tmp_path):
     return hub
 
 
-def run_revision(train, arguments, given="name", revision=None, config=None):
+def run_revision(train, arguments, base_as="name", revision=None, config=None):
     text = f"{SETUP}\n{REVISIONS}".replace("**config)", f"**{config or {}!r})")
-    prefix = f"given, revision = {given!r}, {revision!r}\n"
+    prefix = f"base_as, revision = {base_as!r}, {revision!r}\n"
     return train.source(prefix + text, arguments)
 
 
@@ -249,8 +250,8 @@ def test_the_revision_of_the_base_is_recorded(two_revisions, train, tmp_path, re
     hub = two_revisions
     commit = hub.head(BASE, "v2")
     name = commit if revision == "commit" else revision
-    found = run_revision(train, {"model_init_kwargs": {"revision": name}})
-    assert found["config"] == name and max(found["off"]) < 1e-5
+    result = run_revision(train, {"model_init_kwargs": {"revision": name}})
+    assert result["config"] == name and max(result["off"]) < 1e-5
     files = hub.files(REPO)
     assert json.loads(files["adapter_config.json"])["revision"] == name
     assert json.loads(files["rlora_record.json"])["base_model_revision"] == commit
@@ -259,21 +260,21 @@ def test_the_revision_of_the_base_is_recorded(two_revisions, train, tmp_path, re
 
 def test_main_is_recorded_by_its_commit(two_revisions, train):
     hub = two_revisions
-    found = run_revision(train, {"model_init_kwargs": {"revision": "main"}})
-    assert found["config"] is None and max(found["off"]) < 1e-5
+    result = run_revision(train, {"model_init_kwargs": {"revision": "main"}})
+    assert result["config"] is None and max(result["off"]) < 1e-5
     assert json.loads(hub.files(REPO)["rlora_record.json"])["base_model_revision"] == hub.head(BASE)
 
 
 def test_nothing_is_claimed_of_a_base_that_was_loaded_elsewhere(two_revisions, train):
     hub = two_revisions
-    found = run_revision(train, {}, given="object", revision="v2")
-    assert found["config"] is None
+    result = run_revision(train, {}, base_as="object", revision="v2")
+    assert result["config"] is None
     files = hub.files(REPO)
     assert "base_model_revision" not in json.loads(files["rlora_record.json"])
     assert "revision=" not in files["README.md"].decode()
-    # Who says which one it is, is believed.
-    found = run_revision(train, {}, given="object", revision="v2", config={"revision": "v2"})
-    assert found["config"] == "v2" and max(found["off"]) < 1e-5
+    # A revision that the user states is recorded.
+    result = run_revision(train, {}, base_as="object", revision="v2", config={"revision": "v2"})
+    assert result["config"] == "v2" and max(result["off"]) < 1e-5
     assert json.loads(hub.files(REPO)["rlora_record.json"])["base_model_revision"] == hub.head(BASE, "v2")
 
 

@@ -1,0 +1,198 @@
+"""Reading cards. Anybody may write one, so values of unexpected types and sizes are ignored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from huggingface_hub import CardData, EvalResult, ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+
+# Around the generated part of a card.
+BEGIN = "<!-- rlora_trl: generated, rewritten by each push -->"
+END = "<!-- rlora_trl: end -->"
+TASK_TAG = "task:"
+
+# Sentences of the cards that Trainer, TRL, PEFT and transformers generate.
+_AUTOMATIC = (
+    "This model is a fine-tuned version of",
+    "[More Information Needed]",
+    "More information needed",
+    "This model card has been generated automatically",
+)
+# Metadata of such cards that is wrong for an adapter, or names a folder. TRL 1.16 writes `licence: license`.
+_AUTOMATIC_KEYS = ("licence", "model_name", "base_model", "library_name", "pipeline_tag", "eval_results", "metrics")
+_MAX_NAMES, _MAX_NAME_LENGTH = 1000, 300
+
+
+@dataclass
+class ExistingCard:
+    """What a card holds besides its generated part: metadata, results, and the text before and after that part."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    results: list[EvalResult] = field(default_factory=list)
+    before: str = ""
+    after: str = ""
+    newline: str = "\n"
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a card with its line ends as they are; `None` if there is no such file."""
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def hand_written(text: str) -> str:
+    """
+    The hand-written text of a card: without metadata and generated part, and nothing of automatic cards.
+
+    Args:
+        text (`str`): The card.
+    """
+    card = read_existing(text)
+    return "\n\n".join(part.strip() for part in (card.before, card.after) if part.strip())
+
+
+def read_existing(text: str | None) -> ExistingCard:
+    """
+    Take a card apart.
+
+    Args:
+        text (`str`, *optional*): The card. If Trainer, TRL or PEFT generated it, only part of its metadata is kept.
+
+    Raises:
+        ValueError: If the metadata can't be read.
+    """
+    if not text or not text.strip():
+        return ExistingCard()
+    text = text.removeprefix("\ufeff")
+    newline = "\r\n" if text.count("\r\n") == text.count("\n") == text.count("\r") > 0 else "\n"
+    match = REGEX_YAML_BLOCK.search(text)
+    if match is None:
+        return ExistingCard({}, [], *_split_body(text, newline), newline)
+
+    try:
+        data: Any = ModelCard(text).data
+        metadata, results = data.to_dict(), list(data.eval_results or [])
+    except Exception as error:  # PyYAML's, and whatever else metadata of a wrong shape brings about
+        raise ValueError(
+            f"The metadata of the existing card, between its two lines of ---, can't be read: {error}. Correct it, or "
+            "remove it: the rest of the card is kept."
+        ) from error
+    metadata.pop("model-index", None)
+
+    body = text[match.end() :]
+    if BEGIN not in body and any(sentence in body for sentence in _AUTOMATIC):
+        metadata = {key: value for key, value in metadata.items() if key not in _AUTOMATIC_KEYS}
+        return ExistingCard(metadata, newline=newline)
+    return ExistingCard(metadata, results, *_split_body(body, newline), newline)
+
+
+def _split_body(body: str, newline: str) -> tuple[str, str]:
+    """The text before and after the generated part, which is cut out wherever it is."""
+    if BEGIN not in body and END not in body:
+        if any(sentence in body for sentence in _AUTOMATIC) or not body.strip():
+            return "", ""
+        gap = newline if body.startswith(newline) else 2 * newline
+        return "", gap + body
+
+    before, _, rest = body.partition(BEGIN)
+    if END not in rest:
+        # With one marker missing, generated and hand-written text can't be distinguished: all of it is kept.
+        return before.replace(END, ""), rest.replace(END, "")
+    _, _, after = rest.partition(END)
+    while BEGIN in after and END in after.partition(BEGIN)[2]:
+        between, _, rest = after.partition(BEGIN)
+        after = between + rest.partition(END)[2]
+    return before, after.replace(BEGIN, "").replace(END, "")
+
+
+def read_card_info(card_data: CardData | Mapping[str, Any] | None, model_index: Any = None) -> dict[str, Any]:
+    """
+    What the metadata of a card says about an adapter. Values of unexpected types are ignored.
+
+    Args:
+        card_data (`CardData` or `Mapping`): Metadata of a card, or `ModelInfo.card_data`.
+        model_index (`list`, *optional*): `ModelInfo.model_index`, for metadata without results.
+
+    Returns:
+        `dict`: Always `tasks` (`list[str]`), `metrics` (`dict[str, dict[str, float]]`, by task) and `exports`
+        (`dict[str, str]`, folders by task). If the card has them: `format`, `r`, `num_heads`, `router`, `scaling`,
+        `digest`, `parameters`, `base_model`, `base_model_revision`, `license`, and `measured`, the names of the
+        metrics that a push has put there.
+    """
+    # Its attributes rather than `to_dict`, which fails for results of a wrong shape.
+    data: dict[str, Any] = dict(vars(card_data) if isinstance(card_data, CardData) else card_data or {})
+    block = data.get("rlora")
+    block = block if isinstance(block, Mapping) else {}
+    info: dict[str, Any] = {key: block[key] for key, is_valid in _FIELDS.items() if is_valid(block.get(key))}
+    for key in ("base_model", "license"):
+        if names := names_in(data.get(key)):
+            info[key] = names[0]
+
+    tagged = [tag.removeprefix(TASK_TAG) for tag in names_in(data.get("tags")) if tag.startswith(TASK_TAG)]
+    info["tasks"] = list(dict.fromkeys(names_in(block.get("tasks")) or [name for name in tagged if name]))
+    exports = block.get("exports")
+    exports = exports if isinstance(exports, Mapping) else {}
+    info["exports"] = {k: v for k, v in list(exports.items())[:_MAX_NAMES] if _is_name(k) and _is_name(v)}
+    info["measured"] = names_in(block.get("measured"))
+
+    info["metrics"] = {}
+    for task, metric, value in _read_metrics(data.get("eval_results"), data.get("model-index") or model_index):
+        if _is_name(task) and _is_name(metric) and is_finite(value):
+            info["metrics"].setdefault(task, {}).setdefault(metric, float(value))
+    return info
+
+
+def _read_metrics(eval_results: Any, model_index: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Name of the data set (in cards of this package that of the task), name of the metric, and value."""
+    for result in eval_results if isinstance(eval_results, list) else []:
+        if isinstance(result, EvalResult):
+            yield result.dataset_name, result.metric_type, result.metric_value
+    for model in _mappings(model_index):
+        for entry in _mappings(model.get("results")):
+            dataset = entry.get("dataset")
+            for metric in _mappings(entry.get("metrics")):
+                if isinstance(dataset, Mapping):
+                    yield dataset.get("name"), metric.get("type"), metric.get("value")
+
+
+def names_in(value: Any) -> list[str]:
+    """The names in metadata that may be one name, a list of names, or anything else."""
+    entries = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [entry for entry in entries[:_MAX_NAMES] if _is_name(entry)]
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number, and no boolean."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    entries = value[:_MAX_NAMES] if isinstance(value, list) else []
+    return [entry for entry in entries if isinstance(entry, Mapping)]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= _MAX_NAME_LENGTH
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+# Keys of the block `rlora` in the metadata.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("format", "r", "num_heads", "parameters"), _is_count),
+    **dict.fromkeys(("router", "digest", "base_model_revision"), _is_name),
+    "scaling": is_finite,
+}

@@ -1,0 +1,324 @@
+"""The commit of a push: what the repository has, what it is to have, and the attempts to get there.
+
+One push is one commit. The card and the record are written from the head that the commit is put onto, so that text
+added on the Hub in the meantime is never overwritten.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.hf_api import RepoFile
+from transformers.utils import logging
+
+from ..files.card_text import check_card_text
+from ..files.checks import AdapterCheckError, CheckedAdapter
+from ..files.layout import (
+    CARD_NAME,
+    FIGURES,
+    PICKLED_WEIGHTS_NAME,
+    RECORD_NAME,
+    WEIGHTS_NAME,
+    FileKind,
+    classify,
+    is_training_leftover,
+    published_files,
+)
+from ..files.record import AdapterRecord
+from .card import render_card
+from .card_reading import hand_written, read_card, read_card_info
+from .pull import is_same_file
+
+
+logger = logging.get_logger(__name__)
+
+# Figures that a push draws. Other figures in the repository stay.
+HEAD_SIMILARITY_FIGURE = f"{FIGURES}/head_similarity.png"
+ROUTING_FIGURE = f"{FIGURES}/routing.png"
+
+# Status codes of transient errors of the Hub, after which `create_commit` does not retry (no upstream issue as of
+# huggingface_hub 2.4).
+_TRANSIENT = (500, 502, 503, 504)
+_CONFLICT = (409, 412)
+_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    What a push publishes.
+
+    Args:
+        checked ([`CheckedAdapter`]): The adapter, in a folder that belongs to the push: all files that
+            [`published_files`] lists are uploaded. Record and card are written into it.
+        record ([`AdapterRecord`]): What is known about it; its exports are those in the folder.
+        card (`str`, *optional*): The local card, whose text is used if the repository has no card.
+        license (`str`, *optional*), datasets (`Sequence[str]`, *optional*), tags (`Sequence[str]`, *optional*): See
+            [`render_card`].
+    """
+
+    checked: CheckedAdapter
+    record: AdapterRecord
+    card: str | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    tags: Sequence[str] = ()
+
+
+def commit_adapter(
+    api: HfApi,
+    repo_id: str,
+    publication: Publication,
+    *,
+    message: str,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """
+    Publish an adapter in one commit, and compare what the Hub lists with what was checked and uploaded.
+
+    Args:
+        api (`HfApi`): The client.
+        repo_id (`str`): An existing repository.
+        publication ([`Publication`]): What to publish.
+        message (`str`): Title of the commit.
+        revision (`str`, *optional*): An existing branch. Defaults to the main one.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request with the commit instead.
+
+    Returns:
+        `CommitInfo`: The commit; the head, if that has all of it already.
+
+    Raises:
+        AdapterCheckError: If the repository has files for which `pull_adapter` refuses it, or lists contents that
+            differ from those of the push.
+        ConnectionError: If the commit was made, but its files could not be listed.
+        HfHubHTTPError: The answer of the Hub, after a few attempts if it was a transient one.
+    """
+    transaction = _Transaction(api, repo_id, publication, revision, create_pr)
+    commit = transaction.run(message)
+    transaction.verify(commit.oid)
+    return commit
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """The contents of a repository at one commit."""
+
+    files: frozenset[str]
+    card: str | None = None
+    digest: str | None = None  # of its tensors, according to the card
+    record: AdapterRecord | None = None
+
+
+class _Transaction:
+    def __init__(
+        self, api: HfApi, repo_id: str, publication: Publication, revision: str | None, create_pr: bool
+    ) -> None:
+        self.api, self.repo_id, self.revision, self.create_pr = api, repo_id, revision, create_pr
+        self.publication, self.folder = publication, publication.checked.folder
+        self.head: str | None = None  # the commit that the operations are for
+        self.additions: list[CommitOperationAdd] = []
+        self.deletions: list[CommitOperationDelete] = []
+
+    def run(self, message: str) -> CommitInfo:
+        """Commit; again after a transient error, or if the branch has moved."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._commit(message)
+            except HTTPError as error:
+                # Without a response the connection broke.
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                transient = status is None or status in _TRANSIENT
+
+                # The commit may have landed although the response was lost. On a branch the next attempt finds
+                # nothing left to commit; for a pull request it would open a second one.
+                if transient and self.create_pr and self.additions:
+                    landed = self._find_pull_request(message)
+                    if landed is not None:
+                        return landed
+
+                if attempt == _ATTEMPTS or not (transient or status in _CONFLICT):
+                    _explain_failure(error, refused=status is not None and not transient)
+                    raise
+                logger.warning(f"Attempt {attempt} of {_ATTEMPTS} to commit to {self.repo_id} failed: {error}")
+                if transient:
+                    time.sleep(0.25 * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def verify(self, commit: str) -> None:
+        """Compare the files that a commit lists with those of this push."""
+        try:
+            differing = self._differing(commit)
+        except (HTTPError, OSError) as error:
+            raise ConnectionError(
+                f"{self.repo_id} was published as commit {commit}, but could not be listed to compare it: {error}. "
+                f"Check it with `pull_adapter({self.repo_id!r}, revision={commit!r})`."
+            ) from error
+        if differing:
+            raise AdapterCheckError(
+                f"{self.repo_id} at {commit} lists contents that differ from those of this push: "
+                f"{', '.join(differing)}. Push again; if the error persists, report it to the operators of the Hub."
+            )
+
+    def _commit(self, message: str) -> CommitInfo:
+        head = self.api.model_info(self.repo_id, revision=self.revision).sha
+        assert head is not None  # only listings leave it out
+        if head != self.head:
+            self._prepare(head)
+        return self.api.create_commit(
+            self.repo_id,
+            [*self.additions, *self.deletions],
+            commit_message=message,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            # The card was rendered from this head: on another one it could revert an edit made on the Hub.
+            parent_commit=head,
+        )
+
+    def _prepare(self, head: str) -> None:
+        """Write record and card for a commit onto this head, and list its operations."""
+        repository = self._read_repository(head)
+
+        # Exports of the same weights stay, unless this push has made them again.
+        remaining = self._remaining_exports(repository)
+        record = replace(self.publication.record, exports=[*self.publication.record.exports, *remaining])
+        record.save(self.folder)
+        self._write_card(repository, record)
+
+        files = published_files(self.folder)
+        outdated = self._outdated(repository, [export["path"] for export in remaining]) - set(files)
+        self.additions = [CommitOperationAdd(path, str(self.folder / path)) for path in files]
+        self.deletions = [CommitOperationDelete(path) for path in sorted(outdated)]
+        self.head = head
+
+    def _read_repository(self, head: str) -> _Repository:
+        files = frozenset(self.api.list_repo_files(self.repo_id, revision=head))
+        if CARD_NAME not in files:
+            return _Repository(files)
+
+        with TemporaryDirectory() as scratch:
+            for path in files & {CARD_NAME, RECORD_NAME}:
+                self.api.hf_hub_download(self.repo_id, path, revision=head, local_dir=scratch)
+            card = read_card(Path(scratch, CARD_NAME)) or ""
+            try:
+                record = AdapterRecord.load(scratch)
+            except ValueError as error:
+                logger.warning(f"The record in {self.repo_id} is replaced, as it can't be read: {error}")
+                record = None
+
+        info = read_card_info(check_card_text(card, f"The card of {self.repo_id}").data)
+        return _Repository(files, card, info.get("digest"), record)
+
+    def _remaining_exports(self, repository: _Repository) -> list[dict[str, Any]]:
+        """Exports in the repository that were made from the same weights, and not again by this push."""
+        if repository.record is None or repository.digest != self.publication.checked.digest:
+            return []
+        made = {export["path"] for export in self.publication.record.exports}
+        return [
+            export
+            for export in repository.record.exports
+            if export["path"] not in made and f"{export['path']}/{WEIGHTS_NAME}" in repository.files
+        ]
+
+    def _outdated(self, repository: _Repository, remaining: Sequence[str]) -> set[str]:
+        """
+        Files to delete: what earlier pushes made from other weights, and a stock trainer's pickles.
+
+        Raises:
+            AdapterCheckError: If the repository has other files for which `pull_adapter` refuses it.
+        """
+        hostile = {path for path in repository.files if classify(path) is FileKind.HOSTILE}
+        pickles = {path for path in hostile if is_training_leftover(path) or path == PICKLED_WEIGHTS_NAME}
+        if hostile - pickles:
+            raise AdapterCheckError(
+                f"{self.repo_id} has {', '.join(sorted(hostile - pickles)[:5])}, which a loader might execute: "
+                "`pull_adapter` would refuse the repository. Remove them, or push to another one."
+            )
+        if pickles:
+            logger.warning(f"This push removes the pickles in {self.repo_id}: {', '.join(sorted(pickles))}")
+
+        outdated = set(pickles)
+        if repository.digest != self.publication.checked.digest:
+            outdated |= repository.files & {HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE}
+        recorded = [export["path"] for export in (repository.record.exports if repository.record else ())]
+        folders = tuple(f"{path}/" for path in recorded if path not in remaining)
+        exports = {path for path in repository.files if classify(path) is FileKind.EXPORT}
+        return outdated | {path for path in exports if path.startswith(folders)}
+
+    def _write_card(self, repository: _Repository, record: AdapterRecord) -> None:
+        """Render the card. Text around the generated part is the repository's, or in a new one the local card's."""
+        local = self.publication.card
+        if repository.card is not None and local is not None:
+            local_text = hand_written(local)
+            if local_text and local_text != hand_written(repository.card):
+                logger.warning(
+                    f"{self.repo_id} keeps the text of its own card, and what was written by hand into the local "
+                    f"{CARD_NAME} is not published. Edit the card on the Hub to change it."
+                )
+
+        checked = self.publication.checked
+        card = render_card(
+            checked.config,
+            record,
+            repo_id=self.repo_id,
+            digest=checked.digest,
+            num_parameters=checked.num_parameters,
+            figures=[path for path in published_files(self.folder) if classify(path) is FileKind.FIGURE],
+            license=self.publication.license,
+            datasets=self.publication.datasets,
+            tags=self.publication.tags,
+            existing=local if repository.card is None else repository.card,
+        )
+        check_card_text(str(card))
+        card.save(self.folder / CARD_NAME)
+
+    def _find_pull_request(self, message: str) -> CommitInfo | None:
+        """The commit of the newest pull request, if it has the files of this push."""
+        discussions = self.api.get_repo_discussions(self.repo_id)
+        number = max((discussion.num for discussion in discussions if discussion.is_pull_request), default=None)
+        if number is None or self._differing(f"refs/pr/{number}"):
+            return None
+        oid = self.api.model_info(self.repo_id, revision=f"refs/pr/{number}").sha
+        assert oid is not None  # only listings leave it out
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        return CommitInfo(
+            commit_url=f"{url}/commit/{oid}",
+            commit_message=message,
+            commit_description="",
+            oid=oid,
+            pr_url=f"{url}/discussions/{number}",
+        )
+
+    def _differing(self, revision: str) -> list[str]:
+        """Files of this push that a revision lacks or lists with other contents. No file is downloaded."""
+        paths = [addition.path_in_repo for addition in self.additions]
+        entries = self.api.get_paths_info(self.repo_id, paths, revision=revision)
+        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        return [
+            addition.path_in_repo
+            for addition in self.additions
+            if addition.path_in_repo not in files or not self._is_same(addition, files[addition.path_in_repo])
+        ]
+
+    def _is_same(self, addition: CommitOperationAdd, file: RepoFile) -> bool:
+        if file.lfs is None:
+            return is_same_file(Path(str(addition.path_or_fileobj)), file)
+        # The weights must be those that were checked; hashes of other files are known from the upload.
+        checked = getattr(self.publication.checked, "sha256", None) if addition.path_in_repo == WEIGHTS_NAME else None
+        return file.lfs.sha256 == (checked or addition.upload_info.sha256.hex())
+
+
+def _explain_failure(error: HTTPError, refused: bool) -> None:
+    """Add the remedy to an error. After a transient one it is unknown whether the commit has landed."""
+    text = "\nRun the same push again: files that were uploaded are not transferred a second time."
+    if not isinstance(error, HfHubHTTPError):
+        error.args = (f"{error}. The connection to the Hub broke.{text}",)
+    else:
+        error.append_to_message(f"\nNothing was published.{text}" if refused else text)
