@@ -105,11 +105,11 @@ def test_a_strong_cell_does_not_wash_out_the_rest(drawn):
     *_, scale = plot_routing(with_strong_cells(1), "").axes
     low, high = scale.get_ylim()
     assert low == pytest.approx(1 / 3 - 0.06, abs=1e-4) and high == pytest.approx(1 / 3 + 0.06, abs=1e-4)
-    assert "colours end where 95% of the cells lie" in " ".join(scale.get_ylabel().split())
+    assert "colors end where 95% of the cells lie" in " ".join(scale.get_ylabel().split())
     assert [tick.get_text() for tick in scale.get_yticklabels()] == ["≤ 0.273", "0.333", "≥ 0.393"]
     # Many are no exception: the scale is theirs, and ends at 0 below.
     *_, scale = plot_routing(with_strong_cells(30), "").axes
-    assert scale.get_ylim() == pytest.approx((0.0, 0.98)) and "colours end" not in scale.get_ylabel()
+    assert scale.get_ylim() == pytest.approx((0.0, 0.98)) and "colors end" not in scale.get_ylabel()
     assert [tick.get_text() for tick in scale.get_yticklabels()] == ["0", "0.333", "0.98"]
 
 
