@@ -26,7 +26,7 @@ from .bare import bare_base
 from .gap import ExportGap, measure_export_gap
 from .loading import load_adapted
 from .lora import PREFIX, check_targets_kept, lora_config, lora_tensors, save_lora_config, target_names
-from .merge import check_merged, write_merged
+from .merge import check_mergeable, merge_export
 from .report import MARKER, ExportReport, render_card
 from .verify import LOGITS_TOLERANCE, check_export, take_reference
 
@@ -95,8 +95,8 @@ def export_lora(
             The model's tokenizer, which `data` needs and which goes into a merged model. Loaded with the adapter where
             `model` is a name.
         merge (`bool`, *optional*, defaults to `False`):
-            Write the full model with the adapter merged into it, in the dtype of the base, or where the base is
-            quantized, in 16 bits.
+            Write the full model with the adapter merged into it by PEFT, in the dtype of the base, which must not be
+            quantized. It needs the memory of the base once more.
         revision (`str`, *optional*):
             Branch, tag or commit of the adapter, where `model` is a name on the Hub.
         token (`str` or `bool`, *optional*):
@@ -124,6 +124,8 @@ def export_lora(
     _check_task(config, task)
     source = source or (config.source.name if config.source is not None else None)
     _check_whole(model)
+    if merge:
+        check_mergeable(core_model(model))
     layers = adapted_layers(model, adapter_name)
     rows = _rows_of(data, task, tokenizer)
     with kept_quantized(core_model(model)):
@@ -133,7 +135,9 @@ def export_lora(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             stage = Path(scratch) / "export"
             stage.mkdir()
-            report = job.write_merged(stage, tokenizer) if merge else job.write_adapter(stage)
+            report = job.write_adapter(stage)
+            if merge:
+                report = job.merge(report, stage, tokenizer)
             if rows:
                 assert tokenizer is not None
                 loss = measure_export_gap(model, tokenizer, adapter_name, rows, mixture.weights, known_task=task)
@@ -175,20 +179,15 @@ class _Job:
         error = self._verify(stage)
         return self._report(rank, error, _refused_by_engines(self.config, others))
 
-    def write_merged(self, stage: Path, tokenizer: PreTrainedTokenizerBase | None) -> ExportReport:
-        """Write and check a full model; the card is not yet there."""
-        job = (self.model, self.adapter_name, self.layers, self.mixture.weights, stage)
-        notes = write_merged(*job)
-        error = check_merged(*job)
-        if getattr(core_model(self.model), "is_quantized", False) and error is not None:
-            notes += (
-                f"Against the adapter on the quantized base, logits change by up to {error:.2g} of the largest.",
-            )
+    def merge(self, report: ExportReport, stage: Path, tokenizer: PreTrainedTokenizerBase | None) -> ExportReport:
+        """Replace a written and checked LoRA adapter by the full model with it merged in."""
+        adapter = stage.rename(stage.with_name("adapter"))
+        stage.mkdir()
+        notes = merge_export(core_model(self.model), adapter, self.layers, stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        tensors = lora_tensors(self.layers, self.adapter_name, self.mixture.weights)
-        rank = next(iter(tensors.values())).shape[0]
-        return dataclasses.replace(self._report(rank, error, notes), merged=True)
+        compared = report.max_logit_error is not None
+        return dataclasses.replace(report, merged=True, warnings=notes if compared else (*notes, _NOT_COMPARED))
 
     def _verify(self, stage: Path) -> float | None:
         dtype = compute_dtype(self.model)

@@ -155,8 +155,8 @@ def check_targets_kept(config: LoraConfig, base: nn.Module) -> None:
         raise ValueError(
             f"The adapter can't be exported as LoRA: it adapts {first_few(lost)}, and on a "
             f"{type(base).__name__} PEFT takes such names for the weights of fused experts{why}, which the adapter "
-            "leaves alone. Export a full model with `merge=True`, or leave `gate_proj`, `up_proj` and `down_proj` out "
-            "of `target_modules` when the adapter is trained. Nothing was written."
+            "leaves alone. Leave `gate_proj`, `up_proj` and `down_proj` out of `target_modules` when the adapter is "
+            "trained. Nothing was written."
         )
 
 

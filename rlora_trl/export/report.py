@@ -44,8 +44,8 @@ class ExportReport:
             too.
         max_logit_error (`float` or `None`):
             Largest difference of logits between the export and the adapter under the fixed weights, on fixed prompts,
-            relative to the largest logit. For a merged quantized base, what replacing the quantized weights by 16-bit
-            ones changes. `None` where the base takes no token ids alone: the weights of each layer were compared.
+            relative to the largest logit. `None` where the base takes no token ids alone: the weights of each layer
+            were compared.
         mixture (`str`): Where the weights of the heads are from, in words.
         kl (`float` or `None`): Mean over tokens of KL(adapter || export) of the predicted distributions, in nats, over
             the completions of the given data; `None` without data.

@@ -558,36 +558,27 @@ def test_rounding_is_no_mistake_whatever_the_sizes(tmp_path, option):
         assert bool(((up @ down - delta).abs() <= 2.4e-7 * (up.abs() @ down.abs()) + slack).all())
         weight, expected = merged[f"{name}.weight"].double(), base + delta
         eps = max(torch.finfo(merged[f"{name}.weight"].dtype).eps, 1.2e-7)
-        assert bool(((weight - expected).abs() <= eps * (expected.abs() + delta.abs()) + 6e-8 * (eps > 1e-4)).all())
+        # PEFT multiplies and adds in single precision: once more the rounding of what the export sums.
+        bound = eps * (expected.abs() + delta.abs()) + 4.8e-7 * (up.abs() @ down.abs()) + 6e-8 * (eps > 1e-4)
+        assert bool(((weight - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("option", SIZES)
 def test_small_mistakes_are_no_rounding(tmp_path, monkeypatch, option):
-    from rlora_trl.export import merge
-
     heads = SIZES[option][-1].get("num_heads", 3)
     model, routing = sized(option, [0.0, *[0.5**i for i in range(1, heads - 1)], 0.5 ** (heads - 2)])
     real = export_module.lora_tensors
     wrong = lambda *args: {k: t * 1.001 if "lora_B" in k else t for k, t in real(*args).items()}  # noqa: E731
     monkeypatch.setattr(export_module, "lora_tensors", wrong)
-    with pytest.raises(ValueError, match="The export does not do what the adapter does: in model.layers.0.mlp"):
-        export_lora(model, tmp_path / "lora", routing=routing)
-    factors = merge.lora_factors
-    monkeypatch.setattr(merge, "lora_factors", lambda *args: (factors(*args)[0], 2 * factors(*args)[1]))
-    with pytest.raises(ValueError, match=r"The merged weight of .* differs by .*, where rounding explains"):
-        export_lora(model, tmp_path / "merged", routing=routing, merge=True)
+    for merge in (False, True):
+        with pytest.raises(ValueError, match="The export does not do what the adapter does: in model.layers.0.mlp"):
+            export_lora(model, tmp_path / "out", routing=routing, merge=merge)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("base", ["bf16", "4bit"])
-def test_logits_alone_refuse_a_wrong_export_of_large_weights(
-    model_folders, tmp_path, monkeypatch, caplog, base, merge
-):
+def test_logits_alone_refuse_a_wrong_export_of_large_weights(model_folders, tmp_path, monkeypatch, caplog, base):
     """Rounding of large weights explains any difference, and a quantized base has none that is known."""
-    from rlora_trl.export import merge as merging
-    from rlora_trl.export import verify
-
     torch.manual_seed(0)
     model = get_peft_model(load_for(model_folders, base), RLoraConfig(task_type="CAUSAL_LM")).eval()
     perturb(model, 30.0)
@@ -596,24 +587,21 @@ def test_logits_alone_refuse_a_wrong_export_of_large_weights(
             for B in (layer.rlora_adapters["default"].B, layer.rlora_adapters["default"].B0):
                 B += 20.0  # which the anchor takes off again
     monkeypatch.setattr(verify, "_check_deltas", lambda *args: None)
-    monkeypatch.setattr(merging, "_check_weight", lambda *args: None)
 
     def wrong(B):
         return B[torch.randperm(len(B), generator=torch.Generator().manual_seed(0))]
 
-    tensors, factors = export_module.lora_tensors, merging.lora_factors
+    tensors = export_module.lora_tensors
     monkeypatch.setattr(
         export_module,
         "lora_tensors",
         lambda *args: {name: wrong(t) if "lora_B" in name else t for name, t in tensors(*args).items()},
     )
-    monkeypatch.setattr(merging, "lora_factors", lambda *args: (factors(*args)[0], wrong(factors(*args)[1])))
     caplog.set_level("WARNING")
     with pytest.raises(ValueError, match="logits differ by .*, and at most 0.5 is accepted"):
-        export_lora(model, tmp_path / "out", routing=WEIGHTS, merge=merge)
+        export_lora(model, tmp_path / "out", routing=WEIGHTS)
     assert list(tmp_path.iterdir()) == []
-    if not (merge and base == "4bit"):
-        assert "at most 0.5 is accepted. Load the base in a wider dtype" in caplog.text
+    assert "at most 0.5 is accepted. Load the base in a wider dtype" in caplog.text
 
 
 def test_an_adapter_without_finite_logits(model_folders, tmp_path):
@@ -626,24 +614,13 @@ def test_an_adapter_without_finite_logits(model_folders, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_merge_is_refused(model_folders, tmp_path, monkeypatch):
-    from rlora_trl.export import merge
-
-    real = merge.lora_factors
-    for dtype in (torch.float32, torch.bfloat16):
-        model = adapted(model_folders, dtype=dtype, scale=0.1)
-        monkeypatch.setattr(merge, "lora_factors", lambda *args: (real(*args)[0], 1.3 * real(*args)[1]))
-        with pytest.raises(ValueError, match="The merged weight of model.layers.0.mlp.gate_proj is not the base's"):
-            export_lora(model, tmp_path / "out", routing=WEIGHTS, merge=True)
-        assert list(tmp_path.iterdir()) == []
-
-
 def test_four_bit_base(model_folders, tmp_path, tokenizer):
     model = get_peft_model(load_for(model_folders, "4bit"), RLoraConfig(task_type="CAUSAL_LM")).eval()
     perturb(model, 0.5)
     before = state_of(model)
     report = export_lora(model, tmp_path / "out", task="same", data=DATA, tokenizer=tokenizer)
-    merged_report = export_lora(model, tmp_path / "merged", routing=WEIGHTS, merge=True)
+    with pytest.raises(ValueError, match="this one is quantized. Load the adapter on the base in 16 bits"):
+        export_lora(model, tmp_path / "merged", routing=WEIGHTS, merge=True)
     same_state(model, before)
     mixtures = measure_head_weights(model, tokenizer, {"same": DATA["same"]})
     with fixed_head_weights(model, "default", mixtures.for_task("same")):
@@ -651,16 +628,6 @@ def test_four_bit_base(model_folders, tmp_path, tokenizer):
     loaded = PeftModel.from_pretrained(load_for(model_folders, "4bit"), tmp_path / "out").eval()
     assert error(logits(loaded), expected) <= 0.03
     assert report.kl > 0 and report.max_logit_error <= 0.03
-
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert merged.dtype == torch.bfloat16 and not hasattr(merged.config, "quantization_config")
-    with fixed_head_weights(model, "default", dict.fromkeys(adapted_layers(model, "default"), WEIGHTS)):
-        expected = logits(model)
-    # No weight is rounded to 4 bits again, so only activations and 16-bit weights differ.
-    assert error(logits(merged), expected) <= 0.05
-    assert 0 < merged_report.max_logit_error <= 0.05
-    assert "dequantized to torch.bfloat16" in merged_report.warnings[0]
-    assert f"{merged_report.max_logit_error:.2g}" in merged_report.warnings[1]
 
 
 def test_four_bit_weights_survive_inference(model_folders):
@@ -869,21 +836,18 @@ def mixture_of_experts(targets):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"], ["gate_proj"]])
 def test_layers_that_peft_takes_for_fused_experts_are_refused(tmp_path, targets):
-    with pytest.raises(ValueError, match=r"gate_proj.*DeepseekV3ForCausalLM PEFT.*fused experts.*`merge=True`"):
+    with pytest.raises(ValueError, match=r"gate_proj.*DeepseekV3ForCausalLM PEFT.*fused experts.*Leave `gate_proj`"):
         export_lora(mixture_of_experts(targets), tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
-def test_beside_fused_experts_other_layers_are_exported_and_all_are_merged(tmp_path):
+def test_beside_fused_experts_other_layers_are_exported(tmp_path):
     model = mixture_of_experts(["o_proj", "q_b_proj"])
     expected = logits(model)
     export_lora(model, tmp_path / "out")
+    export_lora(model, tmp_path / "merged", merge=True)
     with_lora = PeftModel.from_pretrained(model.unload(), tmp_path / "out").eval()
     assert error(logits(with_lora), expected) < 1e-5
-
-    model = mixture_of_experts(["gate_proj", "up_proj", "down_proj"])
-    expected = logits(model)
-    export_lora(model, tmp_path / "merged", merge=True)
     assert error(logits(DeepseekV3ForCausalLM.from_pretrained(tmp_path / "merged").eval()), expected) < 1e-5
 
 
