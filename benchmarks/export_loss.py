@@ -83,7 +83,6 @@ def measure(run: Run, args: argparse.Namespace) -> Iterator[dict]:
                 "equal_accuracy": even.accuracy_export,
                 "equal_kl": even.kl,
                 "rank": report.rank,
-                "max_logit_error": report.max_logit_error,
             }
 
 

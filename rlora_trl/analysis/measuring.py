@@ -171,7 +171,7 @@ def measure_head_weights(
     }
     tokens = {task: sum(map(len, rows)) for task, rows in sequences.items()}
     if config.router in ("task", "uniform"):
-        weights = {task: fixed_weights(layers, adapter_name, task) for task in tasks}
+        weights = {task: constant_head_weights(layers, adapter_name, task) for task in tasks}
         return HeadWeights(tuple(layers), weights, tokens)
     weights = {}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -182,7 +182,7 @@ def measure_head_weights(
     return HeadWeights(tuple(layers), weights, tokens)
 
 
-def fixed_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, task: str | None) -> torch.Tensor:
+def constant_head_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, task: str | None) -> torch.Tensor:
     """
     The weights `[L, N]` of adapters that weigh all tokens of a task alike; without a task the mean over tasks.
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn import functional as F
@@ -64,22 +64,49 @@ def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torc
     return torch.cat(downs), adapter.scaling * torch.cat(ups, dim=1)
 
 
+def tensor_names(layer: str) -> tuple[str, str]:
+    """Names of A' and B' of a layer in PEFT's files."""
+    return f"{PREFIX}{layer}.lora_A.weight", f"{PREFIX}{layer}.lora_B.weight"
+
+
 def lora_tensors(
-    layers: Mapping[str, RLoraLayer], adapter_name: str, mixtures: Mapping[str, torch.Tensor]
+    layers: Mapping[str, RLoraLayer], adapter_name: str, head_weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    The tensors of a LoRA adapter, named as PEFT names them in files, in float32.
+    The tensors of a LoRA adapter in float32, named as in PEFT's files.
 
-    All layers get the rank of the largest, filled with zeros: engines such as llama.cpp know one rank and one scaling.
+    All layers get the largest rank, padded with zeros: engines such as llama.cpp know one rank and one scaling.
+
+    Args:
+        layers (`Mapping[str, RLoraLayer]`): The adapted layers by name.
+        adapter_name (`str`): The adapter.
+        head_weights (`Mapping[str, torch.Tensor]`): Head weights `[N]` by layer.
     """
-    factors = {name: lora_factors(adapter_of(layer, adapter_name), mixtures[name]) for name, layer in layers.items()}
+    factors = {
+        name: lora_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in layers.items()
+    }
     rank = max(down.shape[0] for down, _ in factors.values())
     tensors = {}
     for name, (down, up) in factors.items():
-        missing = rank - down.shape[0]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = F.pad(down, (0, 0, 0, missing)).float().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = F.pad(up, (0, missing)).float().contiguous()
+        padding = rank - down.shape[0]
+        A, B = tensor_names(name)
+        tensors[A] = F.pad(down, (0, 0, 0, padding)).float().contiguous()  # [rank, d_in]
+        tensors[B] = F.pad(up, (0, padding)).float().contiguous()  # [d_out, rank]
     return tensors
+
+
+def base_module(module: nn.Module) -> nn.Module:
+    """The module of the base model that adapters were put around, or the module itself."""
+    while isinstance(module, RLoraLayer | AuxiliaryTrainingWrapper):
+        module = module.base_layer if isinstance(module, RLoraLayer) else module.original_module
+    return module
+
+
+def base_module_names(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of all modules of a model as they are without the adapters in it."""
+    for name, child in module.named_children():
+        yield f"{prefix}{name}"
+        yield from base_module_names(base_module(child), f"{prefix}{name}.")
 
 
 def target_names(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
@@ -90,13 +117,12 @@ def target_names(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
         adapted (`Iterable[str]`): Names of the adapted layers.
         modules (`Iterable[str]`): Names of all modules of the base.
     """
-    wanted, known = set(adapted), [name for name in modules if name]
-    for parts in range(1, max(name.count(".") for name in wanted) + 2):
-        ends = {".".join(name.split(".")[-parts:]) for name in wanted}
-        chosen = {name for name in known if any(name == end or name.endswith(f".{end}") for end in ends)}
-        if chosen == wanted:
+    targets, names = set(adapted), list(modules)
+    for parts in range(1, max(name.count(".") for name in targets) + 2):
+        ends = {".".join(name.split(".")[-parts:]) for name in targets}
+        if targets == {name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)}:
             return sorted(ends)
-    return sorted(wanted)
+    return sorted(targets)
 
 
 def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: bool) -> LoraConfig:

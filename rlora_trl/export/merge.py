@@ -7,11 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from peft import PeftModel
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..tuner.layer import RLoraLayer
+from .lora import base_module
 
 
 def check_mergeable(core: PreTrainedModel) -> None:
@@ -62,17 +61,10 @@ def _copy_base(core: PreTrainedModel) -> PreTrainedModel:
     base = copy.deepcopy(core)
     for module in list(base.modules()):
         for name, child in module.named_children():
-            setattr(module, name, _original(child))
+            setattr(module, name, base_module(child))
 
     # transformers marks a model that it loaded adapters into, and keeps how it renamed their tensors.
     if vars(base).pop("_hf_peft_config_loaded", False):
         vars(base).pop("_weight_conversions", None)
     vars(base).pop("peft_config", None)
     return base
-
-
-def _original(module: nn.Module) -> nn.Module:
-    """What the base has in a module's place."""
-    while isinstance(module, RLoraLayer | AuxiliaryTrainingWrapper):
-        module = module.base_layer if isinstance(module, RLoraLayer) else module.original_module
-    return module

@@ -60,8 +60,6 @@ def test_measured_loss_on_a_real_model(smollm2, tmp_path):
     lower_bar = measure_export_gap(model, tokenizer, "default", data, equal)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert (report.rank, report.layers, report.exact) == (8, 90, False)
-    # 1.5e-6 was seen.
-    assert report.max_logit_error <= 1e-5
     # A function of its own, but near: after 24 steps on three tasks 0.008 nats a token were seen (with equal weights
     # 0.018), and not one of 60 answers changed. A wrong export is nats away.
     assert 1e-6 < report.kl < 0.1
