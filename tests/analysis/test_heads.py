@@ -88,7 +88,7 @@ def test_several_adapters(folder):
 
 
 def test_nothing_to_compare(tmp_path, model):
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist. Pass the folder"):
         head_similarities(tmp_path)
     save_file({"base_model.model.layer.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="found those of none"):

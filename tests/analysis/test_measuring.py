@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from testing_utils import TINY_MODELS, perturb, random_ids, task_rows
 
-from rlora_trl import RLoraConfig
+from rlora_trl import RLoraConfig, analysis
 from rlora_trl.analysis.measuring import HeadWeights, measure_head_weights
 from rlora_trl.tuner import find_routings
 from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights
@@ -286,3 +286,17 @@ def test_weights_that_are_none(weights):
         del fixed["model.layers.0.mlp.up_proj"]
         with fixed_head_weights(model, "default", fixed):
             pass
+
+
+@pytest.mark.parametrize("old", ["HeadMixtures", "measure_mixtures"])
+def test_former_names_warn_once(old):
+    analysis.__dict__.pop(old, None)
+    with pytest.warns(
+        FutureWarning, match=rf"`rlora_trl.analysis.{old}` is now called `(HeadWeights|measure_head_weights)`"
+    ) as warned:
+        exec(f"from rlora_trl.analysis import {old}", namespace := {})
+        assert namespace[old] is getattr(analysis, old)
+    assert len(warned) == 1 and warned[0].filename == "<string>"
+    assert namespace[old] in (HeadWeights, measure_head_weights)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = analysis.nothing
