@@ -16,8 +16,9 @@ from ..tuner.layer import RLoraLayer
 from ..tuner.selection import check_weights
 
 
-# Measured by task and layer, the same for all layers, or by layer.
-Routing: TypeAlias = HeadWeights | Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
+# The same for all layers, or by layer.
+GivenWeights: TypeAlias = Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
+Routing: TypeAlias = HeadWeights | GivenWeights
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def choose_head_weights(
     return _match_layers(weights, layers, adapter_name)
 
 
-def _given(routing: Routing, layers: Mapping[str, RLoraLayer], num_heads: int) -> ExportWeights:
+def _given(routing: GivenWeights, layers: Mapping[str, RLoraLayer], num_heads: int) -> ExportWeights:
     """The caller's numbers, in double precision: 0.3 and not the nearest number of 32 bits."""
     if isinstance(routing, Mapping):
         by_layer = {name: check_weights(_double(values), num_heads, f" of {name}") for name, values in routing.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,12 @@ class Comparison:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Values by column, one dictionary for each task, and one for the mean over the tasks that all have."""
-        rows = [{"task": task, **self._by_name(lambda a, task=task: self.value(task, a))} for task in self.tasks]
+        values = {task: [self.value(task, adapter) for adapter in self.adapters] for task in self.tasks}
+        rows = [{"task": task, **self._by_name(values[task])} for task in self.tasks]
         if shared := self.shared:
             label = "mean" if shared == self.tasks else f"mean of {len(shared)} shared"
             means = self._by_name(
-                lambda adapter: sum(self.value(task, adapter) or 0.0 for task in shared) / len(shared)
+                [sum(adapter.metrics[task][self.metric] for task in shared) / len(shared) for adapter in self.adapters]
             )
             rows.append({"task": label, **means})
         return rows
@@ -71,8 +72,8 @@ class Comparison:
         text, gain = format_metric(self.metric, self.value(task, adapter)), self.gain(task, adapter)
         return text if gain is None else f"{text} ({100 * gain:+.1f})"
 
-    def _by_name(self, value: Callable[[AdapterInfo], Any]) -> dict[str, Any]:
-        return {name: value(adapter) for name, adapter in zip(self.names, self.adapters, strict=True)}
+    def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.names, values, strict=True))
 
     def to_markdown(self) -> str:
         """The table as Markdown, ratios as percentages."""
@@ -83,8 +84,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON values."""
-        gains = [{"task": task, **self._by_name(lambda a, task=task: self.gain(task, a))} for task in self.tasks]
-        bases = self._by_name(lambda adapter: adapter.base_model)
+        bases = self._by_name([adapter.base_model for adapter in self.adapters])
+        gains = [
+            {"task": task, **self._by_name([self.gain(task, adapter) for adapter in self.adapters])}
+            for task in self.tasks
+        ]
         return {"metric": self.metric, "base_models": bases, "rows": self.rows, "gains": gains}
 
 
