@@ -48,6 +48,7 @@ def merge_export(core: PreTrainedModel, export: Path, targets: Collection[str], 
     head = base.get_output_embeddings()
     if tied and any(module is head for name, module in base.named_modules() if name in targets):
         head.weight = nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
 
     merged = PeftModel.from_pretrained(base, str(export)).merge_and_unload()
     merged.save_pretrained(str(folder))
