@@ -138,9 +138,7 @@ def export_lora(
         warnings = _refused_by_engines(config, others)
         if merge:
             adapter = stage.rename(stage.with_name("adapter"))
-            warnings = merge_export(core, adapter, layers, stage)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(stage)
+            warnings = merge_export(core, adapter, layers, stage, tokenizer)
 
         report = ExportReport(
             path=str(output_dir),
@@ -191,7 +189,7 @@ def _write_adapter(
 
 
 def other_tensors(model: nn.Module, adapter_name: str, config: RLoraConfig) -> dict[str, torch.Tensor]:
-    """What the adapter trains besides its heads (whole modules, biases, rows of embeddings), named as in files."""
+    """Tensors trained besides the heads (whole modules, biases, rows of embeddings), named as in PEFT's files."""
     # Where targets have names of embeddings, PEFT would save these layers whole.
     targets = config.target_modules
     targeted = not isinstance(targets, str) and any("embed" in name or "lm_head" in name for name in targets or ())
@@ -207,6 +205,7 @@ def other_tensors(model: nn.Module, adapter_name: str, config: RLoraConfig) -> d
 
 
 def _refused_by_engines(config: RLoraConfig, others: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """A warning about tensors that vLLM and llama.cpp don't load."""
     if not others:
         return ()
     parts = {
@@ -214,7 +213,7 @@ def _refused_by_engines(config: RLoraConfig, others: Mapping[str, torch.Tensor])
         "trained biases": config.bias != "none",
         "rows of embeddings": config.trainable_token_indices,
     }
-    what = " and ".join(name for name, there in parts.items() if there) or "embeddings"
+    what = " and ".join(name for name, trained in parts.items() if trained) or "embeddings"
     return (
         f"The adapter trained {what} besides its heads. PEFT loads the export with them; vLLM and llama.cpp refuse "
         "it. For those, use `merge=True`.",
@@ -285,8 +284,8 @@ def _check_target(target: Path) -> Path:
         card = target / CARD_NAME
         if not (card.is_file() and MARKER in card.read_text(encoding="utf-8", errors="replace")):
             raise ValueError(
-                f"`output_dir` {str(target)!r} holds files that are no earlier export, and would be replaced. Name "
-                "another folder, or empty it."
+                f"`output_dir` {str(target)!r} holds files that are not an earlier export, and would be replaced. "
+                "Name another folder, or empty it."
             )
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The check of a written export: the delta of each layer, against what the adapter itself computes."""
+"""Checks the written tensors of an export against what the adapter computes, layer by layer."""
 
 from __future__ import annotations
 
