@@ -107,7 +107,7 @@ def render_card(
         base=base or "BASE_MODEL",
         auto_model=auto_model_class(config.task_type),
         generates=generates(config.task_type),
-        place=arguments,
+        location=arguments,
         name=(subfolder or repo_id or "name").rpartition("/")[2],
         folder=folder,
         download=download,

@@ -29,33 +29,32 @@ def head_weights(tasks=3, depth=2, kinds=MLP, heads=3, names=None):
 
 def similarities(depth=2, kinds=MLP, heads=3):
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    matrices = {}
     for i in range(depth):
         for kind in kinds:
             B = torch.nn.functional.normalize(torch.randn(heads, 20, generator=generator), dim=1)
-            found[f"model.layers.{i}.{kind}"] = B @ B.T
-    return found
+            matrices[f"model.layers.{i}.{kind}"] = B @ B.T
+    return matrices
 
 
 def chunks(path):
     """Chunks of a PNG file by type, their check sums checked."""
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    found, at = {}, 8
+    by_kind, at = {}, 8
     while at < len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
         kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
         assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
-        found.setdefault(kind.decode(), []).append(body)
+        by_kind.setdefault(kind.decode(), []).append(body)
         at += 12 + length
-    return found
+    return by_kind
 
 
 @pytest.mark.parametrize("tasks, depth, kinds, heads", SIZES.values(), ids=SIZES)
 def test_routing_at_all_sizes(tmp_path, tasks, depth, kinds, heads):
     path = plot_routing(head_weights(tasks, depth, kinds, heads), tmp_path / "figures" / "routing.png")
-    found = chunks(path)
-    width, height = struct.unpack(">II", found["IHDR"][0][:8])
+    width, height = struct.unpack(">II", chunks(path)["IHDR"][0][:8])
     assert width == 1500
     # Each row of each panel has at least 13 pixels: its label stays readable.
     assert height > len(kinds) * tasks * 13
@@ -121,8 +120,8 @@ def color_bar(panel):
 
 @pytest.mark.parametrize("level", [0.0, 0.94])
 def test_the_axis_of_cosines_fits_them(drawn, level):
-    found = {name: matrix * 0.02 + level for name, matrix in similarities(depth=8).items()}
-    matrix, by_depth = plot_head_similarity(found, "").axes
+    matrices = {name: matrix * 0.02 + level for name, matrix in similarities(depth=8).items()}
+    matrix, by_depth = plot_head_similarity(matrices, "").axes
     low, high = by_depth.get_ylim()
     values = [float(value) for line in by_depth.lines for value in line.get_ydata() if len(line.get_ydata()) == 8]
     assert low < min(values) and max(values) < high and high - low == pytest.approx(0.1)
@@ -133,16 +132,16 @@ def test_names_that_mean_something_to_matplotlib(tmp_path):
     names = ["$a$", "$\\frac{1}{$", "_hidden", "two\nlines", "x" * 200, "a|b<c>&", ""]
     content = head_weights(names=names[:-1])
     assert plot_routing(content, tmp_path / "routing.png").is_file()
-    found = {f"blocks.{i}.$x$": matrix for i, matrix in enumerate(similarities().values())}
-    assert plot_head_similarity(found, tmp_path / "similarity.png").is_file()
+    matrices = {f"blocks.{i}.$x$": matrix for i, matrix in enumerate(similarities().values())}
+    assert plot_head_similarity(matrices, tmp_path / "similarity.png").is_file()
 
 
 def test_layers_without_a_depth_and_experts(tmp_path):
     layers = ("lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj")
     weights = torch.full((3, 2), 0.5)
     assert plot_routing(HeadWeights(layers, {"a": weights}, {"a": 1}), tmp_path / "routing.png").is_file()
-    found = dict(zip(layers, similarities(heads=2).values(), strict=False))
-    assert plot_head_similarity(found, tmp_path / "similarity.png").is_file()
+    matrices = dict(zip(layers, similarities(heads=2).values(), strict=False))
+    assert plot_head_similarity(matrices, tmp_path / "similarity.png").is_file()
 
 
 def test_the_users_settings_stay_and_do_not_matter(tmp_path):

@@ -57,7 +57,7 @@ def test_given_weights_are_exact(model_folders, tmp_path, option):
     assert error(logits(loaded), expected) <= 1e-5
     if generated is not None:
         assert torch.equal(loaded.generate(random_ids(2), max_new_tokens=6, do_sample=False), generated)
-    # Another mixture is another function: the comparison can fail.
+    # Other head weights are another function: the comparison can fail.
     assert error(logits(model), expected) > 1e-3
     assert (report.rank, report.layers, report.exact, report.merged) == (rank, len(layers), False, False)
     assert (report.kl, report.accuracy_export) == (None, None)
@@ -197,8 +197,8 @@ def test_four_bit_base(model_folders, tmp_path, tokenizer):
     before = state_of(model)
     report = export_lora(model, tmp_path / "out", task="same", data=DATA, tokenizer=tokenizer)
     same_state(model, before)
-    mixtures = measure_head_weights(model, tokenizer, {"same": DATA["same"]})
-    with fixed_head_weights(model, "default", mixtures.for_task("same")):
+    measured = measure_head_weights(model, tokenizer, {"same": DATA["same"]})
+    with fixed_head_weights(model, "default", measured.for_task("same")):
         expected = logits(model)
     loaded = PeftModel.from_pretrained(load_for(model_folders, "4bit"), tmp_path / "out").eval()
     assert error(logits(loaded), expected) <= 0.03
@@ -217,7 +217,7 @@ def test_four_bit_weights_survive_inference(model_folders):
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(logits(model), expected)
     for name, layer in layers.items():
-        # Scales are kept in bfloat16 in between.
+        # Scales are stored in bfloat16 in between.
         assert (layer.get_base_weight().float() - before[name]).norm() <= 0.005 * before[name].norm()
 
 
@@ -252,11 +252,11 @@ def test_what_is_refused(model_folders, tmp_path, tokenizer):
     with pytest.raises(ValueError, match="head weights for each of 'first', 'same'; got `task=None`"):
         export_lora(tasks, out)
     uniform, by_token = (adapted(model_folders, router=router, tasks=TASKS) for router in ("uniform", "softmax"))
-    for given in (tasks, uniform, by_token):
+    for model in (tasks, uniform, by_token):
         with pytest.raises(ValueError, match="tasks are 'first', 'same'; got `task='colour'`. Set `task` to one"):
-            export_lora(given, out, task="colour", routing=WEIGHTS)
+            export_lora(model, out, task="colour", routing=WEIGHTS)
         with pytest.raises(ValueError, match="got `task='colour'`"):
-            export_lora(given, out, task="colour")
+            export_lora(model, out, task="colour")
     lora = get_peft_model(load_base(model_folders, "llama"), LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="is of another method"):
         export_lora(lora, out)
@@ -318,15 +318,15 @@ def test_the_same_bytes_each_time(model_folders, tmp_path):
     targets = ["gate_proj", "up_proj", "down_proj", "q_proj", "v_proj"]
     model = adapted(model_folders, router="uniform", target_modules=targets, modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path / "adapter")
-    found = []
+    written = []
     for seed in ("1", "2"):
         out = tmp_path / seed
         arguments = [sys.executable, "-c", TWICE, str(tmp_path / "adapter"), str(out)]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-        found.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()})
-    first, second = found
+        written.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+    first, second = written
     assert len(first) >= 6 and first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
     assert json.loads(first["False/adapter_config.json"])["target_modules"] == sorted(targets)

@@ -18,11 +18,11 @@ def corrupted(kind):
     """`lora_tensors` with a mistake in it."""
     real = export_module.lora_tensors
 
-    def wrong(layers, adapter_name, mixtures):
+    def wrong(layers, adapter_name, head_weights):
         if kind == "head weight":
             first = next(iter(layers))
-            mixtures = {**mixtures, first: torch.tensor([0.25, 0.65, 0.1])}
-        tensors = real(layers, adapter_name, mixtures)
+            head_weights = {**head_weights, first: torch.tensor([0.25, 0.65, 0.1])}
+        tensors = real(layers, adapter_name, head_weights)
         names = list(tensors)
         if kind == "scaling":
             tensors = {name: tensor * 1.05 if "lora_B" in name else tensor for name, tensor in tensors.items()}

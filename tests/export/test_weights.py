@@ -44,14 +44,14 @@ def test_exact_routers(model_folders, tmp_path, tokenizer, option):
 
 
 @pytest.mark.parametrize("router", ["softmax", "top_k"])
-def test_measured_mixture_of_a_task(model_folders, tmp_path, tokenizer, router):
+def test_measured_weights_of_a_task(model_folders, tmp_path, tokenizer, router):
     kwargs = {"router_top_k": 2, "router_init": "kaiming_uniform"} if router == "top_k" else {}
     model = adapted(model_folders, router=router, scale=2.0, **kwargs)
     before = state_of(model)
     report = export_lora(model, tmp_path / "out", task="same", data=DATA, tokenizer=tokenizer)
     same_state(model, before)
-    mixtures = measure_head_weights(model, tokenizer, {"same": DATA["same"]})
-    with fixed_head_weights(model, "default", mixtures.for_task("same")):
+    measured = measure_head_weights(model, tokenizer, {"same": DATA["same"]})
+    with fixed_head_weights(model, "default", measured.for_task("same")):
         expected = logits(model)
     loaded = PeftModel.from_pretrained(load_base(model_folders, "llama"), tmp_path / "out").eval()
     assert error(logits(loaded), expected) <= 1e-5
@@ -67,7 +67,7 @@ def test_measured_mixture_of_a_task(model_folders, tmp_path, tokenizer, router):
     assert report.kl == pytest.approx(total / count, rel=1e-3)
     assert report.rows == 8
     # Given as `HeadWeights`, and for all tasks.
-    again = export_lora(model, tmp_path / "again", task="same", routing=mixtures)
+    again = export_lora(model, tmp_path / "again", task="same", routing=measured)
     assert "mean over the tokens of the task" in again.mixture
     pair = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("out", "again")]
     assert all(torch.equal(tensor, pair[1][name]) for name, tensor in pair[0].items())
@@ -76,19 +76,19 @@ def test_measured_mixture_of_a_task(model_folders, tmp_path, tokenizer, router):
     assert both.rows == 16
 
 
-def test_recorded_mixture(model_folders, tmp_path, tokenizer):
-    """The mixtures recorded with an adapter are found beside it, and the adapter is loaded from its folder."""
+def test_recorded_weights(model_folders, tmp_path, tokenizer):
+    """The head weights recorded with an adapter are read from beside it, and the adapter is loaded from its folder."""
     model = adapted(model_folders, scale=2.0)
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(
         ValueError, match=r"no mean weights are known for task 'same' \(recorded: none\).*`routing=measure"
     ):
         export_lora(str(tmp_path / "adapter"), tmp_path / "out", task="same")
-    mixtures = measure_head_weights(model, tokenizer, DATA)
-    AdapterRecord(mixtures=mixtures).save(tmp_path / "adapter")
+    measured = measure_head_weights(model, tokenizer, DATA)
+    AdapterRecord(mixtures=measured).save(tmp_path / "adapter")
     report = export_lora(tmp_path / "adapter", tmp_path / "out", task="same")
     assert "recorded with the adapter" in report.mixture
-    with fixed_head_weights(model, "default", mixtures.for_task("same")):
+    with fixed_head_weights(model, "default", measured.for_task("same")):
         expected = logits(model)
     loaded = PeftModel.from_pretrained(load_base(model_folders, "llama"), tmp_path / "out").eval()
     assert error(logits(loaded), expected) <= 1e-5
@@ -97,5 +97,5 @@ def test_recorded_mixture(model_folders, tmp_path, tokenizer):
     # Measured on a model of other layers.
     other = adapted(model_folders, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="all 2 layers of the adapter.*like 'model.layers.0.self_attn.q_proj'"):
-        export_lora(other, tmp_path / "other", task="same", routing=mixtures)
+        export_lora(other, tmp_path / "other", task="same", routing=measured)
     assert not (tmp_path / "other").exists()

@@ -56,21 +56,21 @@ def zoo(hub, worker, folders):
 
 
 def test_search(zoo):
-    def found(arguments=""):
+    def results(arguments=""):
         return zoo(f"[info.repo_id for info in zoo.search({arguments})]")
 
-    assert found() == ["user/colours", "user/words", "org/elsewhere"], "those most downloaded first"
-    assert found(f"base_model={BASE!r}") == ["user/colours", "user/words"]
-    assert found(f"base_model={BASE!r}, task='first'") == ["user/words"]
-    assert found("author='org'") == ["org/elsewhere"]
-    assert found("task='nothing'") == [] and found("limit=1") == ["user/colours"]
-    assert found("task=' first '") == ["user/words", "org/elsewhere"], "tags have tasks on one line"
-    assert found("sort='updated'")[0] == "org/elsewhere" and found("sort='updated', limit=1") == ["org/elsewhere"]
-    assert found("sort='accuracy'")[0] == "user/colours"
+    assert results() == ["user/colours", "user/words", "org/elsewhere"], "those most downloaded first"
+    assert results(f"base_model={BASE!r}") == ["user/colours", "user/words"]
+    assert results(f"base_model={BASE!r}, task='first'") == ["user/words"]
+    assert results("author='org'") == ["org/elsewhere"]
+    assert results("task='nothing'") == [] and results("limit=1") == ["user/colours"]
+    assert results("task=' first '") == ["user/words", "org/elsewhere"], "tags have tasks on one line"
+    assert results("sort='updated'")[0] == "org/elsewhere" and results("sort='updated', limit=1") == ["org/elsewhere"]
+    assert results("sort='accuracy'")[0] == "user/colours"
     with pytest.raises(WorkerError, match="one of downloads, updated, accuracy"):
-        found("sort='likes'")
+        results("sort='likes'")
     with pytest.raises(WorkerError, match="at least 1"):
-        found("limit=0")
+        results("limit=0")
 
 
 def test_search_does_not_believe_tags(hub, zoo):
