@@ -1,23 +1,16 @@
 """The zoo: find published adapters, compare them by task, load several on one base model, mix them."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .combine import load, mix
 from .compare import Comparison, compare
 from .search import AdapterInfo, search, show
-
-
-if TYPE_CHECKING:
-    from .combine import load, mix
 
 
 __all__ = ["AdapterInfo", "Comparison", "compare", "load", "mix", "search", "show"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: search and comparison read cards, and need no PyTorch.
-    if name in ("load", "mix"):
-        return getattr(import_module(".combine", __name__), name)
     if name in ("Manifest", "PinnedAdapter"):
         # Not an `AttributeError`, which `from rlora_trl.zoo import ...` would replace by one without this text.
         raise ImportError(
