@@ -1,11 +1,11 @@
-"""What the export to plain LoRA loses: an adapter trained on several tasks, exported for each of them.
+"""How far exports to plain LoRA are from their adapter, trained on several tasks and exported for each of them.
 
     python benchmarks/export_loss.py --model SmolLM2-135M-Instruct --data multitask \\
         --out benchmarks/results/export_loss.jsonl
     python benchmarks/export_loss.py --report benchmarks/results/export_loss.jsonl     # the table of docs/export.md
 
 For each seed an adapter is trained as `balance.py` trains one without a balance loss. Mean weights of the heads are
-measured on training rows; then each task is exported with its own, and measured with equal weights too. A row of
+measured on training rows; then each task is exported with its weights, and compared under equal weights too. A row of
 `--out` is one task: accuracy on test rows of the adapter and under fixed weights, and the mean KL(adapter || fixed) of
 the predicted distributions in nats per token of the completions. Data are as for `balance.py`.
 """
@@ -64,26 +64,25 @@ def measure(run: Run, args: argparse.Namespace) -> Iterator[dict]:
     # Without the autocast that `accelerate` put around its forward.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     tokenizer = trainer.processing_class
-    mixtures = measure_head_weights(model, tokenizer, rows, max_rows=args.mixture_rows)
-    equal = dict.fromkeys(mixtures.layers, torch.full((run.num_heads,), 1 / run.num_heads))
+    measured = measure_head_weights(model, tokenizer, rows, max_rows=args.mixture_rows)
+    equal = dict.fromkeys(measured.layers, torch.full((run.num_heads,), 1 / run.num_heads))
     with tempfile.TemporaryDirectory() as folder:
         for task in run.tasks:
             data = {task: test[task]}
             report = export_lora(
-                model, f"{folder}/export", task=task, routing=mixtures, data=data, tokenizer=tokenizer
+                model, f"{folder}/export", task=task, routing=measured, data=data, tokenizer=tokenizer
             )
             even = measure_export_gap(model, tokenizer, "default", data, equal)
             yield {
                 "task": task,
                 "rows": report.rows,
-                "head_max": mixtures.weights[task].amax(-1).mean().item(),
+                "head_max": measured.weights[task].amax(-1).mean().item(),
                 "accuracy": report.accuracy_dynamic,
                 "export_accuracy": report.accuracy_export,
                 "export_kl": report.kl,
                 "equal_accuracy": even.accuracy_export,
                 "equal_kl": even.kl,
                 "rank": report.rank,
-                "max_logit_error": report.max_logit_error,
             }
 
 
@@ -95,10 +94,10 @@ def table(path: Path) -> str:
         "|---|---|" + "---:|" * 5,
     ]
     for init in dict.fromkeys(row["router_init"] for row in rows):
-        chosen = [row for row in rows if row["router_init"] == init]
-        for task in [*dict.fromkeys(row["task"] for row in chosen), None]:
-            own = [row for row in chosen if task in (None, row["task"])]
-            means = {key: sum(row[key] for row in own) / len(own) for key in MEASURED}
+        of_init = [row for row in rows if row["router_init"] == init]
+        for task in [*dict.fromkeys(row["task"] for row in of_init), None]:
+            of_task = [row for row in of_init if task in (None, row["task"])]
+            means = {key: sum(row[key] for row in of_task) / len(of_task) for key in MEASURED}
             shares = " | ".join(f"{100 * means[key]:.1f}" for key in MEASURED[:3])
             nats = " | ".join(f"{means[key]:.4f}" for key in MEASURED[3:])
             lines.append(f"| `{init}` | {task or '**mean**'} | {shares} | {nats} |")

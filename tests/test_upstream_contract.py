@@ -217,8 +217,6 @@ CONTRACT = [Row(*row) for row in (
     ("peft.utils.quantization_utils:QuantizationBackend", "supports_merge", None, "merging is refused"),
     ("peft.utils:AuxiliaryTrainingWrapper", "_get_available_adapters", "", "run one adapter alone"),
     ("trl/trainer/utils.py", "weight, bias = lm_head.weight, lm_head.bias", None, "rows of a head that train are refused"),
-    ("peft.utils:TrainableTokensWrapper", "token_adapter", None, "trained tokens are merged"),
-    ("peft.utils:ModulesToSaveWrapper", "modules_to_save", None, "modules trained in full are merged"),
     ("peft", "get_peft_model_state_dict", "model, state_dict=None, adapter_name='default'", "what is saved of a model, by stand-ins"),
 
     # Accelerate, DeepSpeed and FSDP below the trainer
@@ -254,7 +252,7 @@ CONTRACT = [Row(*row) for row in (
     # PyTorch, Triton, bitsandbytes, typer
     ("torch.nn:Module", "_parameters", None, "look-ups that short steps feel"),
     ("torch.nn:Module", "_buffers", None, "stand-ins of tensors without values"),
-    ("torch.nn:Module", "_modules", None, "look-ups that short steps feel; bare models"),
+    ("torch.nn:Module", "_modules", None, "look-ups that short steps feel"),
     ("torch.nn:Module", "_forward_hooks", None, "whose outputs may be written over"),
     ("torch.nn:Module", "_forward_pre_hooks", None, "whose outputs may be written over"),
     ("torch.nn:Module", "_backward_hooks", None, "whose weights may be joined"),
@@ -280,11 +278,10 @@ CONTRACT = [Row(*row) for row in (
     ("bitsandbytes.nn:Linear4bit", "_save_to_state_dict", "destination, prefix, keep_vars", "it puts 4-bit weights back in order"),
     ("transformers:PretrainedConfig", "_name_or_path", None, "name of the base model"),
     ("transformers:PretrainedConfig", "dtype", None, "dtype of the base model in records"),
-    ("transformers:PretrainedConfig", "is_encoder_decoder", None, "prompts for checks of exports"),
     ("transformers/quantizers/base.py", "is_quantized", None, "merging into a quantized base"),
     ("transformers:PreTrainedModel", "base_model", None, "the model without its head, to measure heads"),
-    ("transformers:PreTrainedTokenizerFast", "backend_tokenizer", None, "whether a tokenizer is the base model's"),
-    ("transformers.integrations.peft:PeftAdapterMixin", "_hf_peft_config_loaded", None, "bare models"),
+    ("transformers.integrations.peft:PeftAdapterMixin", "_hf_peft_config_loaded", None, "given models; bases to merge into"),
+    ("transformers/core_model_loading.py", "_weight_conversions", None, "bases to merge into"),
 )]
 # fmt: on
 

@@ -1,4 +1,7 @@
-"""What an adapter has learned: how alike its heads are, and which ones each task uses."""
+"""What an adapter has learned: how similar its heads are, and which ones each task uses."""
+
+import warnings
+from typing import Any
 
 from .figures import plot_head_similarity, plot_routing
 from .heads import head_similarities, mean_similarity
@@ -13,3 +16,18 @@ __all__ = [
     "plot_head_similarity",
     "plot_routing",
 ]
+
+_RENAMED = {"HeadMixtures": "HeadWeights", "measure_mixtures": "measure_head_weights"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(
+        f"`rlora_trl.analysis.{name}` is now called `{new}`, and will be removed in version 0.2. Use the new name.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    # An import statement looks the name up twice, and warns once.
+    return globals().setdefault(name, globals()[new])

@@ -1,13 +1,12 @@
-"""Pictures of an adapter, as PNG: which heads each task uses, and how alike the heads are.
+"""Draws adapters as PNG files: which heads each task uses, and how similar the heads are.
 
-Figures are made without `pyplot`, so that a user's back end and open figures stay as they are. The same input gives
-the same bytes with the same matplotlib; nothing of the machine is written into the file.
+Figures are made without `pyplot`, which leaves a user's back end and open figures alone. The same input gives the same
+bytes with the same version of matplotlib; the file contains nothing about the machine.
 """
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,27 +23,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Pages show pictures about 900 pixels wide: texts of 8 points are 12 pixels high then.
+# Web pages show figures about 900 pixels wide, where text of 8 points is 12 pixels high.
 _WIDTH = 8.0  # inches
 _DPI = 187.5  # 1500 pixels
-_COLOURS = "RdBu_r"
+_COLORS = "RdBu_r"
 _LONGEST_NAME = 26
 _MARGIN = 0.62  # inches above, between and below panels, for titles and labels
-_SMALLEST_SPAN = 0.05  # weights that differ by less look alike
-# A few strong weights would leave all others pale: where the largest are this much larger than those of this share of
-# the cells, colors end there.
+_SMALLEST_SPAN = 0.05  # smaller differences between weights stay pale
+# A few strong weights would leave all others pale: colors end at this quantile where the strongest weight is further
+# from an equal share than this factor.
 _SHOWN_SHARE, _CLIPPED_FROM = 0.95, 1.5
-_SMALLEST_RANGE = 0.1  # of an axis of cosines, whose noise would fill the panel
+_SMALLEST_RANGE = 0.1  # of the axis of cosines, or noise would fill the panel
 
 
-def plot_routing(mixtures: HeadWeights, path: str | Path) -> Path:
+def plot_routing(head_weights: HeadWeights, path: str | Path) -> Path:
     """
-    Draw the mean weights of the heads: a panel for each kind of layer, a row for each task, a column for each head of
-    each layer, from the first layer to the last. White is an equal share, red more, blue less. Where a few weights are
-    far from all others, the colors end before them, and the scale says so.
+    Draw the mean head weights: one panel per kind of layer, one row per task, one column per head of each layer, from
+    the first layer to the last. White is an equal share, red more, blue less. The color bar ends in arrows where a few
+    weights lie outside its range.
 
     Args:
-        mixtures ([`HeadWeights`]): What to draw.
+        head_weights ([`HeadWeights`]): What to draw.
         path (`str` or `Path`): The PNG file to write.
 
     Returns:
@@ -54,33 +53,36 @@ def plot_routing(mixtures: HeadWeights, path: str | Path) -> Path:
         ValueError: If there are no tasks or layers.
         ImportError: If matplotlib is not installed.
     """
-    if not mixtures.weights or not mixtures.layers:
-        raise ValueError("There are no mixtures to draw. Measure at least one task with `measure_head_weights`.")
-    tasks = list(mixtures.weights)
-    table = torch.stack([mixtures.weights[task].detach().float().cpu() for task in tasks])  # [tasks, L, N]
-    groups = _group_layers(mixtures.layers)
+    if not head_weights.weights or not head_weights.layers:
+        raise ValueError("There are no head weights to draw. Measure at least one task with `measure_head_weights`.")
+    tasks = list(head_weights.weights)
+    table = torch.stack([head_weights.weights[task].detach().float().cpu() for task in tasks])  # [tasks, L, N]
+    groups = _group_layers(head_weights.layers)
+
+    # Sizes follow the number of tasks, the margin their names.
     row = min(0.18, max(0.08, 3.2 / len(tasks)))  # inches
     size = min(9.0, row * 72 * 0.8)  # points
     left = max(len(_shorten(task)) for task in tasks) * size * 0.62 / 72 + 0.15
-    # One panel alone must have room for the label of the scale.
+    # A single panel needs room for the label of the color bar.
     heights = [max(0.5 if len(groups) > 1 else 1.4, row * len(tasks))] * len(groups)
+
     with _figure(heights, left, right=1.4) as (figure, panels):
-        norm = _weight_norm(table)
-        for axes, (kind, places) in zip(panels, groups.items(), strict=True):
-            image = _draw_weights(axes, table[:, [index for _, index in places]], norm)
+        norm, clipped = _weight_norm(table)
+        for axes, (kind, members) in zip(panels, groups.items(), strict=True):
+            image = _draw_weights(axes, table[:, [index for _, index in members]], norm)
             # A task may be called "$a$", which is no formula.
             axes.set_yticks(range(len(tasks)), [_shorten(task) for task in tasks], fontsize=size, parse_math=False)
             axes.tick_params(axis="y", length=0)
-            _label_layers(axes, [depth for depth, _ in places], table.shape[-1])
+            _label_layers(axes, [depth for depth, _ in members], table.shape[-1])
             axes.set_title(kind, fontsize=10, loc="left", parse_math=False)
         axes.set_xlabel(f"layer; within it heads 1 to {table.shape[-1]}", fontsize=9)
-        _add_color_bar(figure, image, panels, table)
+        _add_color_bar(figure, image, panels, clipped)
         return _save(figure, path)
 
 
 def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | Path) -> Path:
     """
-    Draw how alike the heads are: on the left the mean over layers, on the right the mean over heads by layer.
+    Draw how similar the heads are: on the left the mean over layers, on the right the mean over heads by layer.
 
     Args:
         similarities (`Mapping[str, torch.Tensor]`): Cosines `[N, N]` by layer, from [`head_similarities`].
@@ -94,6 +96,7 @@ def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | P
         ImportError: If matplotlib is not installed.
     """
     check_similarities(similarities)
+
     mean = torch.stack(list(similarities.values())).mean(0)
     side = 1.8 if len(mean) <= 4 else 2.4  # inches
     longest = max(len(_shorten(kind)) for kind in _group_layers(list(similarities)))
@@ -102,33 +105,31 @@ def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | P
         share = side / 2.4
         axes.set_position((left, bottom + (1 - share) * height, side / _WIDTH, share * height))
         _draw_cosines(axes, mean)
-        start = (side + 0.7) / _WIDTH  # with room for the labels of the axis
+        start = (side + 0.7) / _WIDTH  # leaves room for the labels of the axis
         _draw_by_depth(figure.add_axes((left + start, bottom, width - start, height)), similarities)
         return _save(figure, path)
 
 
 def _group_layers(layers: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
-    """
-    Kinds of layers, with the depth and the place of each: "model.layers.3.mlp.up_proj" is "mlp.up_proj" at depth "3".
-    """
+    """Depths and indices of layers by kind: "model.layers.3.mlp.up_proj" is of kind "mlp.up_proj", at depth "3"."""
     groups: dict[str, list[tuple[str, int]]] = {}
     for index, name in enumerate(layers):
         match = re.search(r"\.(\d+)\.", name)
         depth, kind = (match[1], name[match.end() :]) if match else ("", name)
         kind = ".".join(part for part in kind.split(".") if not part.isdigit())  # experts share a panel
         groups.setdefault(kind, []).append((depth, index))
-    for places in groups.values():
-        places.sort(key=lambda place: (int(place[0] or 0), place[1]))
+    for members in groups.values():
+        members.sort(key=lambda member: (int(member[0] or 0), member[1]))
     return dict(sorted(groups.items()))
 
 
 @contextmanager
 def _figure(heights: Sequence[float], left: float, right: float) -> Generator[tuple[Figure, list[Axes]], None, None]:
     """
-    A figure with panels below each other, under default settings.
+    A figure with panels one below the other, with matplotlib's default settings.
 
     Args:
-        heights (`Sequence[float]`): Of the panels, in inches.
+        heights (`Sequence[float]`): Heights of the panels, in inches.
         left (`float`), right (`float`): Margins, in inches.
     """
     try:
@@ -138,8 +139,9 @@ def _figure(heights: Sequence[float], left: float, right: float) -> Generator[tu
         raise ImportError(
             "Figures need matplotlib, which is not installed. Run `pip install rlora-trl[analysis]`."
         ) from error
+
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's style would change the picture; `rc_context` brings it back
+        matplotlib.rcdefaults()  # `rc_context` restores the user's style
         total = sum(heights) + _MARGIN * (len(heights) + 0.6)
         figure = Figure(figsize=(_WIDTH, total), dpi=_DPI)
         panels, top = [], total - 0.6 * _MARGIN
@@ -157,27 +159,27 @@ def _save(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def _weight_norm(table: torch.Tensor) -> Any:
-    """Colors by the distance from an equal share, above as below it; small differences stay pale."""
+def _weight_norm(table: torch.Tensor) -> tuple[Any, bool]:
+    """Colors by the distance from an equal share, the same above and below it, and whether weights lie outside."""
     from matplotlib.colors import Normalize
 
     equal = 1.0 / table.shape[-1]
     distances = (table - equal).abs().flatten().sort().values
     largest = max(_SMALLEST_SPAN, float(distances[-1]))
     span = max(_SMALLEST_SPAN, float(distances[int(_SHOWN_SHARE * (len(distances) - 1))]))
-    if largest <= _CLIPPED_FROM * span:
-        span = largest
-    return Normalize(vmin=equal - span, vmax=equal + span)
+    clipped = largest > _CLIPPED_FROM * span
+    span = span if clipped else largest
+    return Normalize(vmin=equal - span, vmax=equal + span), clipped
 
 
 def _draw_weights(axes: Axes, table: torch.Tensor, norm: Any) -> Any:
     """Weights `[tasks, layers, N]` as an image of `[tasks, layers * N]`, with a line between layers."""
     tasks, layers, heads = table.shape
     image = axes.imshow(
-        table.reshape(tasks, layers * heads).numpy(), aspect="auto", cmap=_COLOURS, norm=norm, interpolation="nearest"
+        table.reshape(tasks, layers * heads).numpy(), aspect="auto", cmap=_COLORS, norm=norm, interpolation="nearest"
     )
-    places = [layer * heads - 0.5 for layer in range(1, layers)]
-    axes.vlines(places, -0.5, tasks - 0.5, color="black", linewidth=0.4)
+    borders = [layer * heads - 0.5 for layer in range(1, layers)]
+    axes.vlines(borders, -0.5, tasks - 0.5, color="black", linewidth=0.4)
     return image
 
 
@@ -188,29 +190,23 @@ def _label_layers(axes: Axes, depths: Sequence[str], heads: int) -> None:
     axes.tick_params(axis="x", length=2)
 
 
-def _add_color_bar(figure: Figure, image: Any, panels: Sequence[Axes], table: torch.Tensor) -> None:
+def _add_color_bar(figure: Figure, image: Any, panels: Sequence[Axes], clipped: bool) -> None:
     top, bottom = panels[0].get_position().y1, panels[-1].get_position().y0
     height = min(2.6 / figure.get_figheight(), top - bottom)
-    bar = figure.colorbar(image, cax=figure.add_axes((1 - 1.25 / _WIDTH, top - height, 0.018, height)))
-    # The scale goes as far below the equal share as above it, and weights stop at 0.
-    low, high = max(0.0, image.norm.vmin), image.norm.vmax
-    ticks = [low, (image.norm.vmin + high) / 2, high]
-    labels = [f"{value:.3g}" for value in ticks]
-    label = f"mean weight (equal share: {1 / table.shape[-1]:.3g})"
-    rounding = 1e-6
-    if float(table.max()) > high + rounding or float(table.min()) < low - rounding:
-        label += f"; colors end where {_SHOWN_SHARE:.0%} of the cells lie"
-        labels = [f"≤ {labels[0]}" if low > 0 else labels[0], labels[1], f"≥ {labels[2]}"]
-    bar.set_ticks(ticks, labels=labels)
-    bar.ax.set_ylim(low, high)
-    bar.ax.tick_params(labelsize=8)
-    letters = int(height * figure.get_figheight() * 72 / (8 * 0.55))
-    bar.set_label(textwrap.fill(label, letters), fontsize=8)
+    axes = figure.add_axes((1 - 1.25 / _WIDTH, top - height, 0.018, height))
+
+    # Colors reach as far below an equal share as above it, but weights end at 0.
+    low, equal, high = max(0.0, image.norm.vmin), (image.norm.vmin + image.norm.vmax) / 2, image.norm.vmax
+    extend = ("both" if low > 0 else "max") if clipped else "neither"
+    bar = figure.colorbar(image, cax=axes, extend=extend, ticks=[low, equal, high], format="%.3g")
+    axes.set_ylim(low, high)
+    axes.tick_params(labelsize=8)
+    bar.set_label(f"mean weight (equal share: {equal:.3g})", fontsize=8)
 
 
 def _draw_cosines(axes: Axes, mean: torch.Tensor) -> None:
     heads = mean.shape[0]
-    axes.imshow(mean.numpy(), cmap=_COLOURS, vmin=-1.0, vmax=1.0, interpolation="nearest")
+    axes.imshow(mean.numpy(), cmap=_COLORS, vmin=-1.0, vmax=1.0, interpolation="nearest")
     shown = range(0, heads, 1 if heads <= 12 else -(-heads // 8))
     axes.set_xticks(shown, [str(i + 1) for i in shown], fontsize=8)
     axes.set_yticks(shown, [str(i + 1) for i in shown], fontsize=8)
@@ -232,13 +228,14 @@ def _draw_by_depth(axes: Axes, similarities: Mapping[str, torch.Tensor]) -> None
 
     means = [float(mean_between(matrix)) for matrix in similarities.values()]
     drawn = []
-    for kind, places in _group_layers(list(similarities)).items():
+    for kind, members in _group_layers(list(similarities)).items():
         by_depth: dict[int, list[float]] = {}
-        for depth, index in places:
+        for depth, index in members:
             by_depth.setdefault(int(depth or 0), []).append(means[index])
         values = [sum(entries) / len(entries) for entries in by_depth.values()]
         drawn += values
         axes.plot(list(by_depth), values, marker="o", markersize=3, linewidth=1.2, label=_shorten(kind))
+
     middle, span = (min(drawn) + max(drawn)) / 2, max(_SMALLEST_RANGE, 1.2 * (max(drawn) - min(drawn)))
     axes.axhline(0.0, color="0.7", linewidth=0.8)
     axes.set_ylim(middle - span / 2, middle + span / 2)
@@ -247,13 +244,14 @@ def _draw_by_depth(axes: Axes, similarities: Mapping[str, torch.Tensor]) -> None
     axes.set_xlabel("layer", fontsize=9)
     axes.set_ylabel("cosine", fontsize=9)
     axes.set_title("mean between different heads, by layer", fontsize=9)
+
     legend = axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def _shorten(name: str) -> str:
-    """One line, without the middle of long names: those of a collection often differ at the end."""
+    """A name on one line, long ones without their middle: names of tasks often differ at the end."""
     line = " ".join(name.split())
     tail = _LONGEST_NAME // 2
     return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - tail - 1]}…{line[-tail:]}"

@@ -1,4 +1,4 @@
-"""How alike the heads of an adapter are: cosines between the matrices B, by layer."""
+"""How similar the heads of an adapter are: cosines between the matrices B, by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..tuner.selection import adapted_layers, adapter_config
 
 HeadSource: TypeAlias = nn.Module | Mapping[str, torch.Tensor] | str | Path
 
-# The adapter's name is there in a model's state dict, and not in files.
+# State dicts of models have the adapter's name, files don't.
 _HEADS = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.rlora_adapters\.(?:(?P<adapter>[^.]+)\.)?B")
 
 
@@ -25,22 +25,22 @@ def head_similarities(source: HeadSource, adapter_name: str | None = None) -> di
     """
     Cosine similarity between the heads B of each layer, over all their elements.
 
-    Heads that start different and learn different things stay near 0; copies of each other have 1.
+    Independent heads have a similarity near 0, copies of each other 1.
 
     Args:
         source (`torch.nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `Path`):
-            A model with the adapter, its state dict, or a folder or safetensors file. Of a file, only the heads are
+            A model with the adapter, its state dict, or a folder or safetensors file, from which only the heads are
             read.
         adapter_name (`str`, *optional*):
-            Name of the adapter in a model or its state dict; needed where there are several.
+            Name of the adapter in a model or its state dict; required if there are several.
 
     Returns:
-        `dict[str, torch.Tensor]`: By name of the layer in the base model the cosines `[N, N]` in float32. A head of
-        zeros has 0 with all, itself included.
+        `dict[str, torch.Tensor]`: Cosines `[N, N]` in float32 on the CPU, by name of the layer in the base model.
+        Heads of zeros have a cosine of 0 with every head, themselves included.
 
     Raises:
-        ValueError: If there are no heads, or those of several adapters.
-        FileNotFoundError: If the folder or file is not there.
+        ValueError: If there are no heads, or heads of several adapters.
+        FileNotFoundError: If the folder or file does not exist.
     """
     heads: dict[str, torch.Tensor]
     if isinstance(source, nn.Module):
@@ -51,7 +51,7 @@ def head_similarities(source: HeadSource, adapter_name: str | None = None) -> di
         heads = {layer: source[key] for layer, key in _find_heads(source, adapter_name).items()}
     else:
         heads = dict(_read_heads(Path(source), adapter_name))
-    return {layer: _cosines(B.detach()) for layer, B in heads.items()}
+    return {layer: head_cosines(B.detach()).cpu() for layer, B in heads.items()}
 
 
 def mean_similarity(similarities: Mapping[str, torch.Tensor]) -> float:
@@ -59,7 +59,7 @@ def mean_similarity(similarities: Mapping[str, torch.Tensor]) -> float:
     The mean cosine between different heads, over pairs and layers.
 
     Args:
-        similarities (`Mapping[str, torch.Tensor]`): What [`head_similarities`] gives.
+        similarities (`Mapping[str, torch.Tensor]`): Cosines `[N, N]` by layer, from [`head_similarities`].
 
     Raises:
         ValueError: If there are no layers, or only one head.
@@ -67,15 +67,21 @@ def mean_similarity(similarities: Mapping[str, torch.Tensor]) -> float:
     return torch.stack([mean_between(matrix) for matrix in check_similarities(similarities).values()]).mean().item()
 
 
+def head_cosines(B: torch.Tensor) -> torch.Tensor:
+    """Cosines `[N, N]` in float32 between heads `[N, d_out, r]`."""
+    flat = nn.functional.normalize(B.float().flatten(1), dim=1)  # [N, d_out * r]
+    return (flat @ flat.T).clamp(-1.0, 1.0)
+
+
 def mean_between(matrix: torch.Tensor) -> torch.Tensor:
-    """The mean of a matrix `[N, N]` without its diagonal."""
+    """The mean of the elements off the diagonal of a matrix `[N, N]`."""
     heads = matrix.shape[0]
     return (matrix.sum() - matrix.diagonal().sum()) / (heads * (heads - 1))
 
 
 def check_similarities(similarities: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """
-    Check that there is something to compare.
+    Check that there are heads to compare.
 
     Raises:
         ValueError: If there are no layers, only one head, or layers of different numbers of heads.
@@ -83,41 +89,35 @@ def check_similarities(similarities: Mapping[str, torch.Tensor]) -> Mapping[str,
     shapes = sorted({tuple(matrix.shape) for matrix in similarities.values()})
     if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][0] != shapes[0][1] or shapes[0][0] < 2:
         raise ValueError(
-            f"Similarities of heads are matrices [N, N] with N of at least 2, the same in all layers; got {shapes}. "
+            f"Head similarities must be matrices [N, N] with N of at least 2, the same in all layers; got {shapes}. "
             "An adapter with one head has none."
         )
     return similarities
 
 
 def _find_heads(names: Mapping[str, object], adapter_name: str | None) -> dict[str, str]:
-    """By layer the name of the tensor of its heads."""
-    found: dict[str | None, dict[str, str]] = {}
+    """Names of the tensors B by layer."""
+    by_adapter: dict[str | None, dict[str, str]] = {}
     for key in names:
         match = _HEADS.fullmatch(key)
-        # A name in a file belongs to whatever adapter is asked for.
+        # Heads without an adapter's name are read under any.
         if match and (adapter_name is None or match["adapter"] in (None, adapter_name)):
-            found.setdefault(match["adapter"], {})[match["layer"]] = key
-    if len(found) != 1:
-        listed = ", ".join(sorted(repr(name) for name in found)) or "none"
-        of = "" if adapter_name is None else f" of adapter {adapter_name!r}"
+            by_adapter.setdefault(match["adapter"], {})[match["layer"]] = key
+    if len(by_adapter) != 1:
+        adapters = ", ".join(sorted(repr(name) for name in by_adapter)) or "none"
+        of_adapter = "" if adapter_name is None else f" of adapter {adapter_name!r}"
         raise ValueError(
-            f"Expected the heads{of} of one R-LoRA adapter, tensors named '<layer>.rlora_adapters.B'; found those of "
-            f"{listed}. Set `adapter_name`, or check what was given."
+            f"Expected the heads{of_adapter} of one R-LoRA adapter, tensors named '<layer>.rlora_adapters.B'; found "
+            f"those of {adapters}. Set `adapter_name`, or check the source."
         )
-    return next(iter(found.values()))
+    return next(iter(by_adapter.values()))
 
 
 def _read_heads(path: Path, adapter_name: str | None) -> Iterator[tuple[str, torch.Tensor]]:
     if path.is_dir():
         path = path / SAFETENSORS_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Give the folder of a saved adapter, or its {path.name}.")
+        raise FileNotFoundError(f"{path} does not exist. Pass the folder of a saved adapter, or its {path.name}.")
     with safe_open(path, framework="pt") as file:
         for layer, key in _find_heads(dict.fromkeys(file.keys()), adapter_name).items():
             yield layer, file.get_tensor(key)
-
-
-def _cosines(B: torch.Tensor) -> torch.Tensor:
-    """Cosines `[N, N]` between heads `[N, d_out, r]`."""
-    flat = nn.functional.normalize(B.float().flatten(1), dim=1)
-    return (flat @ flat.T).clamp(-1.0, 1.0).cpu()

@@ -1,4 +1,4 @@
-"""Which heads each task uses: the mean weights of the heads, measured by task and layer."""
+"""Measures which heads each task uses: mean head weights by task and layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.scoring import position_limit
+from ..evaluation.scoring import encode_text, pad_sequences, position_limit
 from ..files.reading import shorten
 from ..tuner import HeadUsage
 from ..tuner.layer import RLoraLayer
+from ..tuner.routing import Routing
 from ..tuner.selection import (
     SUM_TOLERANCE,
     adapted_layers,
@@ -141,50 +142,56 @@ def measure_head_weights(
     """
     Measure the mean weight of each head of an adapter, by task and layer, in eval mode.
 
-    Every token but padding counts, those of the prompt too. Adapters with `router="task"` or "uniform" weigh all
-    tokens of a task alike: their weights are given as they are, without running the model.
+    All tokens but padding count, those of prompts included. With `router="task"` or `"uniform"` head weights don't
+    depend on the token: they are read from the adapter without running the model.
 
     Args:
-        model (`torch.nn.Module`): A `PeftModel`, or a transformers model with the adapter loaded. All of its state is
+        model (`torch.nn.Module`): A `PeftModel`, or a transformers model with the adapter loaded. Its state is
             restored.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         tasks (`Mapping[str, Sequence[Mapping]]`): Rows by task: with `prompt` and `completion`, `text` or `messages`.
-        adapter_name (`str`, *optional*): The adapter; needed if there are several.
-        batch_size (`int`, *optional*, defaults to `16`): Sequences in one forward pass.
-        max_rows (`int`, *optional*, defaults to `64`): Rows of each task, taken evenly over all; `None` for all.
-        max_length (`int`, *optional*, defaults to `2048`): Tokens of a row that count, at most as many as the
-            model has positions.
+        adapter_name (`str`, *optional*): The adapter; required if there are several.
+        batch_size (`int`, *optional*, defaults to `16`): Sequences per forward pass.
+        max_rows (`int`, *optional*, defaults to `64`): Maximum number of rows per task, spread evenly over all rows;
+            `None` for all.
+        max_length (`int`, *optional*, defaults to `2048`): Maximum number of tokens per row, further limited by the
+            positions of the model.
 
     Returns:
         [`HeadWeights`]: With the tasks in the order of `tasks`.
 
     Raises:
-        ValueError: If a task has no rows, a row is of an unknown format, the adapter is not known, or a task is not
-            one of those that `router="task"` has a mixture for.
+        ValueError: If a task has no rows, a row has an unknown format, the adapter is unknown, or `router="task"` does
+            not know a task.
     """
     adapter_name, config = adapter_config(model, adapter_name)
     layers = adapted_layers(model, adapter_name)
+
+    # Tokenize the rows as in training.
     longest = min(max_length, position_limit(core_model(model)) or max_length)
     sequences = {
-        task: [_tokenize(tokenizer, row, f"Row {index} of task {task!r}")[:longest] for index, row in chosen]
-        for task, chosen in ((task, _choose(task, rows, max_rows)) for task, rows in tasks.items())
+        task: [
+            _tokenize(tokenizer, rows[index], f"Row {index} of task {task!r}")[:longest]
+            for index in _spread(task, len(rows), max_rows)
+        ]
+        for task, rows in tasks.items()
     }
     tokens = {task: sum(map(len, rows)) for task, rows in sequences.items()}
+
     if config.router in ("task", "uniform"):
-        weights = {task: fixed_weights(layers, adapter_name, task) for task in tasks}
+        weights = {task: constant_head_weights(layers, adapter_name, task) for task in tasks}
         return HeadWeights(tuple(layers), weights, tokens)
-    weights = {}
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with only_adapter(model, adapter_name), kept_quantized(model):
-        for task, rows in sequences.items():
-            batches = _padded_batches(rows, batch_size, pad_id)
-            weights[task] = _measure(model, layers, adapter_name, batches)
+        weights = {
+            task: _measure(model, tokenizer, layers, adapter_name, rows, batch_size)
+            for task, rows in sequences.items()
+        }
     return HeadWeights(tuple(layers), weights, tokens)
 
 
-def fixed_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, task: str | None) -> torch.Tensor:
+def constant_head_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, task: str | None) -> torch.Tensor:
     """
-    The weights `[L, N]` of adapters that weigh all tokens of a task alike; without a task the mean over tasks.
+    The head weights `[L, N]` of an adapter whose router ignores the token; without a task the mean over tasks.
 
     Raises:
         ValueError: If the adapter's router is "task" and does not know the task.
@@ -195,29 +202,29 @@ def fixed_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, task: str
         if adapter.router_kind == "uniform":
             rows.append(torch.full((adapter.num_heads,), 1.0 / adapter.num_heads))
         else:
-            place = -1 if task is None else adapter.routing.index_of(task)
-            rows.append(adapter.task_mixtures()[place].detach().softmax(-1).float().cpu())
+            index = -1 if task is None else adapter.routing.index_of(task)
+            rows.append(adapter.task_mixtures()[index].detach().softmax(-1).float().cpu())
     return torch.stack(rows)
 
 
-def _choose(task: str, rows: Sequence[Mapping[str, Any]], max_rows: int | None) -> list[tuple[int, Mapping[str, Any]]]:
-    """At most `max_rows` rows with their places, evenly over all: data may be sorted."""
-    total = len(rows)
+def _spread(task: str, total: int, max_rows: int | None) -> list[int]:
+    """Indices of at most `max_rows` rows, evenly over all: data may be sorted."""
     if total == 0:
         raise ValueError(f"Task {task!r} has no rows to measure. Remove it, or check its split.")
     count = total if max_rows is None else min(total, max_rows)
     if count < 1:
         raise ValueError(f"`max_rows` must be at least 1, or None for all rows, got {max_rows!r}.")
-    return [(place, rows[place]) for place in (i * total // count for i in range(count))]
+    return [i * total // count for i in range(count)]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], where: str) -> list[int]:
-    """The token ids of a row as in training: chats by the template, other text with the end of the sequence."""
+    """Token ids of a row as in training: chats by the template, other text with the end of the sequence."""
     messages = row.get("messages")
     if messages is None and isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         messages = [*row["prompt"], *row["completion"]]
     if messages is not None:
         return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+
     text = row.get("text")
     if text is None and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         text = row["prompt"] + row["completion"]
@@ -226,59 +233,49 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], where:
             f"{where} has the columns {', '.join(map(repr, row))}; accepted are 'prompt' with 'completion', 'text', "
             "or 'messages'. Rename its columns."
         )
-    ids = list(tokenizer(text)["input_ids"])
-    end = tokenizer.eos_token_id
+    ids, end = encode_text(tokenizer, text), tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _padded_batches(
-    sequences: Sequence[list[int]], batch_size: int, pad_id: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and attention masks `[B, S]`, sequences of about one length together."""
-    ordered = sorted(sequences, key=len)
-    batches = []
-    for start in range(0, len(ordered), batch_size):
-        chosen = ordered[start : start + batch_size]
-        width = len(chosen[-1])
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in chosen])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in chosen])
-        batches.append((ids, mask))
-    return batches
 
 
 @torch.no_grad()
 def _measure(
     model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     layers: Mapping[str, RLoraLayer],
     adapter_name: str,
-    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    sequences: Sequence[list[int]],
+    batch_size: int,
 ) -> torch.Tensor:
-    """Mean weights `[L, N]` over the tokens of all batches."""
+    """Mean head weights `[L, N]` over the tokens of all sequences."""
     core = core_model(model)
-    # Without the projection onto the vocabulary, unless it has an adapter itself.
+    # Skip the projection onto the vocabulary, unless it has an adapter itself.
     backbone = getattr(core, "base_model", core)
     inside = {id(module) for module in backbone.modules()}
     if not all(id(layer) in inside for layer in layers.values()):
         backbone = core
+
     device = input_device(core)
     heads = max(layer.num_heads[adapter_name] for layer in layers.values())
     usage = HeadUsage(0, len(layers), heads, device)
+    ordered = sorted(sequences, key=len)  # sequences of similar length share a batch: less padding
     with _counting(layers, adapter_name, usage) as routing:
-        for ids, mask in batches:
-            with routing.using(token_mask=mask.to(device)):
-                backbone(input_ids=ids.to(device), attention_mask=mask.to(device))
-    return (usage.weights[0] / usage.tokens[0].clamp(min=1.0)[:, None]).cpu()
+        for start in range(0, len(ordered), batch_size):
+            batch = pad_sequences(tokenizer, ordered[start : start + batch_size])
+            ids, mask = (tensor.to(device) for tensor in batch)  # [B, S]
+            with routing.using(token_mask=mask):
+                backbone(input_ids=ids, attention_mask=mask)
+    return (usage.weights[0] / usage.tokens[0].clamp(min=1.0)[:, None]).cpu()  # [L, N]
 
 
 def input_device(core: PreTrainedModel) -> torch.device:
-    """Where the inputs of a model go; the hooks of an offloaded one move them on."""
+    """The device for the inputs of a model; an offloaded one moves them on."""
     device = next(core.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextmanager
-def _counting(layers: Mapping[str, RLoraLayer], adapter_name: str, usage: HeadUsage) -> Generator[Any, None, None]:
-    """Have the layers of an adapter report to `usage`; afterwards to where they did before."""
+def _counting(layers: Mapping[str, RLoraLayer], adapter_name: str, usage: HeadUsage) -> Generator[Routing, None, None]:
+    """Collect the head weights of an adapter's layers in `usage`, without a task, and restore the layers on exit."""
     adapters = [adapter_of(layer, adapter_name) for layer in layers.values()]
     routing = adapters[0].routing
     rows = [adapter.usage_row for adapter in adapters]

@@ -110,8 +110,8 @@ def encode_row(
     Raises:
         ValueError: If a completion has no tokens, or more than the model has positions.
     """
-    prompt_ids = _encode(tokenizer, prompt)
-    sequences = [_encode(tokenizer, prompt + completion) for completion in completions]
+    prompt_ids = encode_text(tokenizer, prompt)
+    sequences = [encode_text(tokenizer, prompt + completion) for completion in completions]
     begin = min(_common_length(prompt_ids, ids) for ids in sequences)
     tails = [ids[begin:] for ids in sequences]
     if (end or _one_begins_another(tails)) and tokenizer.eos_token_id is not None:
@@ -126,10 +126,22 @@ def encode_row(
     return [head + tail for tail in tails], len(head)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids without the end of the sequence, which some tokenizers add."""
     ids = list(tokenizer(text)["input_ids"])
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+
+
+def pad_sequences(
+    tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask `[B, S]` of sequences, padded on the right; what stands there is masked."""
+    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(pad_id for pad_id in pad_ids if pad_id is not None)
+    width = max(map(len, sequences))
+    input_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in sequences])
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
+    return input_ids, attention_mask
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -187,17 +199,14 @@ def _batches(ordered: list[_Candidate], batch_size: int, vocabulary: int) -> lis
 
 
 @torch.no_grad()
-def _score_batch(model: torch.nn.Module, batch: list[_Candidate], pad_id: int, device: torch.device) -> None:
-    width = max(len(candidate.input_ids) for candidate in batch)
-    input_ids = torch.full((len(batch), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, candidate in enumerate(batch):
-        input_ids[i, : len(candidate.input_ids)] = torch.tensor(candidate.input_ids)
-        attention_mask[i, : len(candidate.input_ids)] = 1
+def _score_batch(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[_Candidate], device: torch.device
+) -> None:
+    input_ids, attention_mask = pad_sequences(tokenizer, [candidate.input_ids for candidate in batch])  # [B, S]
     # Only the positions that predict a completion are projected onto the vocabulary. They are given as indices: a
     # slice would be a strided view, which PyTorch multiplies with a frozen weight by copying the weight for each row.
     first = min(candidate.prompt_length for candidate in batch) - 1
-    kept = torch.arange(first, width - 1, device=device)
+    kept = torch.arange(first, input_ids.shape[1] - 1, device=device)
     logits = model(
         input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), logits_to_keep=kept
     ).logits.float()
@@ -256,13 +265,12 @@ def score_tasks(
     # Sequences of about one length share a batch, whatever their task: less padding.
     ordered = sorted((entry for entries in candidates.values() for entry in entries), key=lambda e: len(e.input_ids))
     device = next(model.parameters()).device
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     was_training = model.training
     model.eval()
     try:
         batches = _batches(ordered, batch_size, len(tokenizer))
         for batch in tqdm(batches, desc=description, disable=description is None):
-            _score_batch(model, batch, pad_id, device)
+            _score_batch(model, tokenizer, batch, device)
     finally:
         model.train(was_training)
     return {task: _count_correct(tasks[task], entries) for task, entries in candidates.items()}

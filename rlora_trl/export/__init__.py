@@ -1,4 +1,4 @@
-"""Adapters as plain LoRA, for PEFT without this package, vLLM and llama.cpp; or merged into their base."""
+"""Exports adapters as plain LoRA, for PEFT without this package, vLLM and llama.cpp, or merged into their base."""
 
 from .export import export_lora
 from .report import ExportReport

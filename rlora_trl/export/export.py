@@ -1,4 +1,4 @@
-"""`export_lora`: an adapter under a fixed mixture of its heads, written for those who don't have this package."""
+"""`export_lora`: an adapter under fixed head weights, as plain LoRA for programs that lack this package."""
 
 from __future__ import annotations
 
@@ -7,48 +7,41 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..analysis.measuring import HeadWeights, fixed_weights, measure_head_weights
+from ..analysis.measuring import measure_head_weights
+from ..files.layout import CARD_NAME, WEIGHTS_NAME
 from ..tuner import RLoraConfig
 from ..tuner.layer import RLoraLayer
-from ..tuner.selection import adapted_layers, adapter_config, check_weights, core_model, kept_quantized
-from .bare import bare_base
-from .gap import ExportGap, measure_export_gap
+from ..tuner.selection import adapted_layers, adapter_config, core_model, kept_quantized
+from .gap import measure_export_gap
 from .loading import load_adapted
-from .lora import PREFIX, check_targets_kept, lora_config, lora_tensors, save_lora_config, target_names
-from .merge import check_merged, write_merged
+from .lora import (
+    PREFIX,
+    base_module_names,
+    check_targets_kept,
+    lora_config,
+    lora_tensors,
+    save_lora_config,
+    target_names,
+)
+from .merge import check_mergeable, merge_export
 from .report import MARKER, ExportReport, render_card
-from .verify import LOGITS_TOLERANCE, check_export, take_reference
+from .verify import check_deltas
+from .weights import Routing, choose_head_weights
 
 
 logger = logging.get_logger(__name__)
 
-# Weights of the heads: measured, the same for all layers, or by layer.
-Mixtures: TypeAlias = HeadWeights | Sequence[float] | torch.Tensor | Mapping[str, Sequence[float] | torch.Tensor]
-_NOT_COMPARED = (
-    "The base takes no token ids alone, so logits were not compared; the weights of each layer were. Compare outputs "
-    "on inputs of yours."
-)
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Mixture:
-    """The weights `[N]` by layer, whether the adapter itself weighs all tokens so, and where they are from."""
-
-    weights: dict[str, torch.Tensor]
-    exact: bool
-    origin: str
 
 
 def export_lora(
@@ -57,7 +50,7 @@ def export_lora(
     *,
     adapter_name: str | None = "default",
     task: str | None = None,
-    routing: Mixtures | None = None,
+    routing: Routing | None = None,
     data: Mapping[str, Rows] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     merge: bool = False,
@@ -66,171 +59,138 @@ def export_lora(
     published_as: tuple[str, str] | None = None,
 ) -> ExportReport:
     """
-    Write an adapter as a plain LoRA adapter of PEFT's format, which needs nothing of this package.
+    Write an adapter as a plain LoRA adapter in PEFT's format, which loads without this package.
 
-    The heads get fixed weights. For `router="uniform"`, and for a task of `router="task"`, these are the adapter's own
-    and the export is the same function. Other routers weigh the heads anew for each token: their export is the mean
-    over a task's tokens, and loses something, which `data` has measured.
+    The export uses the same head weights for every token. With `router="uniform"`, and for a task of `router="task"`,
+    the adapter does so too, and the export is the same function. Other routers compute head weights for each token:
+    their export uses the mean over the tokens of a task, which is an approximation. Pass `data` to measure how good.
 
-    Before the export gets its place, stock PEFT loads it on the model's base and it is compared with the adapter. The
-    model is left as it was, bit for bit.
+    The written tensors are compared with the adapter, layer by layer, before the export replaces what was in the
+    folder. The model is left unchanged.
 
     Args:
         model (`torch.nn.Module` or `str`):
             A `PeftModel`, a transformers model with the adapter loaded, or the folder or Hub name of an adapter.
         output_dir (`str`):
-            Folder to write, which may hold an earlier export but nothing else.
+            Folder to write. It may hold an earlier export, which is replaced, but nothing else.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             The adapter to export; `None` for the only one, or the active one.
         task (`str`, *optional*):
-            The task to export it for. `router="task"` needs it. An adapter that knows its tasks takes these only.
+            The task to export the adapter for, one of its tasks where it names them. Required by `router="task"`.
         routing ([`HeadWeights`], weights, or weights by layer, *optional*):
-            Weights of the heads: measured by [`measure_head_weights`], N numbers for all layers, or such numbers by
-            layer.
-            By default the adapter's own, those of `task` recorded with the adapter, or measured on `data`. What was
-            measured on an adapter with `router="uniform"` or "task" are its own.
+            Head weights: measured by [`measure_head_weights`], N numbers for all layers, or N numbers by layer.
+            Defaults to the adapter's own, those recorded with it for `task`, or those measured on `data`. Measured
+            weights of an adapter with `router="uniform"` or `"task"` stand for its own.
         data (`Mapping[str, Sequence[Mapping]]`, *optional*):
-            Rows by task, as for [`score_tasks`], to measure on what is lost: those of `task`, or without a task all.
+            Rows by task, as for [`score_tasks`], to compare the export with the adapter on: those of `task`, or all
+            without a task.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The model's tokenizer, which `data` needs and which goes into a merged model. Loaded with the adapter where
-            `model` is a name.
+            The model's tokenizer, which `data` requires and which is saved with a merged model. Loaded with the
+            adapter where `model` is a name.
         merge (`bool`, *optional*, defaults to `False`):
-            Write the full model with the adapter merged into it, in the dtype of the base, or where the base is
-            quantized, in 16 bits.
+            Write the full model with the adapter merged into it by PEFT, in the dtype of the base, which must not be
+            quantized. Needs memory for a copy of the base.
         revision (`str`, *optional*):
             Branch, tag or commit of the adapter, where `model` is a name on the Hub.
         token (`str` or `bool`, *optional*):
-            For the Hub, as in `huggingface_hub.hf_hub_download`: where `model` is a name, or a folder whose base model
-            is private.
+            Hub token, as in `huggingface_hub.hf_hub_download`, where `model` is a name or its base model is private.
         published_as (`tuple[str, str]`, *optional*):
-            Where the export will be published beside its adapter, for the card: name of the Hub repository, and folder
-            in it, as in `("user/name", "exports/sst2")`.
+            Hub repository and folder that the export will be published in, for its card:
+            `("user/name", "exports/sst2")`.
 
     Returns:
-        [`ExportReport`]: What was exported; the card in the folder says the same.
+        [`ExportReport`]: What was exported, which the card in the folder says too.
 
     Raises:
-        ValueError: If the weights are not known or are none, the adapter or the task is unknown, the folder holds
-            something else, the model is sharded or offloaded, or the export does not do what the adapter does. Nothing
-            is written then.
+        ValueError: If no head weights are known or they are invalid, the adapter or the task is unknown, the folder
+            holds something else, the model is sharded or offloaded, the base can't be merged into, or the written
+            tensors differ from the adapter. Nothing is written then.
     """
     target = _check_target(Path(output_dir))
+
+    # Find the adapter, and load it where only its name is given.
     source: str | None = None
     if not isinstance(model, nn.Module):
         source = os.fspath(model)
         model, loaded_tokenizer = load_adapted(source, adapter_name or "default", revision=revision, token=token)
         tokenizer = tokenizer if tokenizer is not None else loaded_tokenizer
-    adapter_name, config = _chosen_adapter(model, adapter_name)
-    _check_task(config, task)
+    adapter_name, config = _find_adapter(model, adapter_name)
     source = source or (config.source.name if config.source is not None else None)
+    core, layers = core_model(model), adapted_layers(model, adapter_name)
+
+    _check_task(config, task)
     _check_whole(model)
-    layers = adapted_layers(model, adapter_name)
-    rows = _rows_of(data, task, tokenizer)
-    with kept_quantized(core_model(model)):
-        mixture = _choose_mixture(model, config, adapter_name, layers, task, routing, rows, tokenizer, token)
-        mixture = _checked_mixture(mixture, layers, adapter_name)
-        job = _Job(model, config, adapter_name, layers, mixture, task)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            stage = Path(scratch) / "export"
-            stage.mkdir()
-            report = job.write_merged(stage, tokenizer) if merge else job.write_adapter(stage)
-            if rows:
-                assert tokenizer is not None
-                loss = measure_export_gap(model, tokenizer, adapter_name, rows, mixture.weights, known_task=task)
-                report = _with_loss(report, loss)
-            report = dataclasses.replace(report, path=str(output_dir))
-            repo_id, subfolder = published_as or (None, None)
-            render_card(report, config, source, repo_id, subfolder).save(stage / "README.md")
-            _put(stage, target)
+    if merge:
+        check_mergeable(core)
+    rows = _select_rows(data, task, tokenizer)
+
+    def measure() -> Any:
+        return measure_head_weights(model, tokenizer, rows, adapter_name=adapter_name)
+
+    with kept_quantized(core), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        weights = choose_head_weights(
+            layers, adapter_name, config, task=task, routing=routing, measure=measure if rows else None, token=token
+        )
+
+        # Everything is written beside the target and moved at the end.
+        stage = Path(scratch) / "export"
+        rank, others = _write_adapter(model, config, adapter_name, layers, weights.by_layer, stage)
+        warnings = _refused_by_engines(config, others)
+        if merge:
+            adapter = stage.rename(stage.with_name("adapter"))
+            warnings = merge_export(core, adapter, layers, stage, tokenizer)
+
+        report = ExportReport(
+            path=str(output_dir),
+            task=task,
+            rank=rank,
+            layers=len(layers),
+            exact=weights.exact,
+            mixture=weights.origin,
+            warnings=warnings,
+            merged=merge,
+        )
+        if rows:
+            assert tokenizer is not None
+            gap = measure_export_gap(model, tokenizer, adapter_name, rows, weights.by_layer, known_task=task)
+            report = dataclasses.replace(report, **dataclasses.asdict(gap))
+
+        repo_id, subfolder = published_as or (None, None)
+        render_card(report, config, source, repo_id, subfolder).save(stage / CARD_NAME)
+        _move_into_place(stage, target)
+
     for warning in report.warnings:
         logger.warning(warning)
     return report
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One adapter and the weights under which it is exported."""
-
-    model: nn.Module
-    config: RLoraConfig
-    adapter_name: str
-    layers: dict[str, RLoraLayer]
-    mixture: _Mixture
-    task: str | None
-
-    def write_adapter(self, stage: Path) -> ExportReport:
-        """Write and check a LoRA adapter; the card is not yet there."""
-        core = core_model(self.model)
-        tensors = lora_tensors(self.layers, self.adapter_name, self.mixture.weights)
-        rank = next(iter(tensors.values())).shape[0]
-        transposed = any(layer.fan_in_fan_out for layer in self.layers.values())
-        with bare_base(core) as base:
-            targets = target_names(self.layers, (name for name, _ in base.named_modules()))
-            config = lora_config(self.config, rank, targets, transposed)
-            check_targets_kept(config, base)
-        with kept_quantized(core):
-            others = other_tensors(self.model, self.adapter_name, self.config)
-        save_lora_config(config, stage)
-        save_file({**tensors, **others}, stage / "adapter_model.safetensors", metadata={"format": "pt"})
-        error = self._verify(stage)
-        return self._report(rank, error, _refused_by_engines(self.config, others))
-
-    def write_merged(self, stage: Path, tokenizer: PreTrainedTokenizerBase | None) -> ExportReport:
-        """Write and check a full model; the card is not yet there."""
-        job = (self.model, self.adapter_name, self.layers, self.mixture.weights, stage)
-        notes = write_merged(*job)
-        error = check_merged(*job)
-        if getattr(core_model(self.model), "is_quantized", False) and error is not None:
-            notes += (
-                f"Against the adapter on the quantized base, logits change by up to {error:.2g} of the largest.",
-            )
-        if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
-        tensors = lora_tensors(self.layers, self.adapter_name, self.mixture.weights)
-        rank = next(iter(tensors.values())).shape[0]
-        return dataclasses.replace(self._report(rank, error, notes), merged=True)
-
-    def _verify(self, stage: Path) -> float | None:
-        dtype = compute_dtype(self.model)
-        reference = take_reference(self.model, self.adapter_name, self.layers, self.mixture.weights, dtype)
-        return check_export(self.model, stage, reference, dtype)
-
-    def _report(self, rank: int, error: float | None, warnings: tuple[str, ...]) -> ExportReport:
-        return ExportReport(
-            path="",
-            task=self.task,
-            rank=rank,
-            layers=len(self.layers),
-            exact=self.mixture.exact,
-            max_logit_error=error,
-            mixture=self.mixture.origin,
-            warnings=warnings if error is not None else (*warnings, _NOT_COMPARED),
-        )
-
-
-def _with_loss(report: ExportReport, loss: ExportGap) -> ExportReport:
-    return dataclasses.replace(
-        report,
-        kl=loss.kl,
-        accuracy_dynamic=loss.accuracy_dynamic,
-        accuracy_export=loss.accuracy_export,
-        rows=loss.rows,
-    )
-
-
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The least precise floating-point dtype among a base's parameters and its quantized layers' products."""
+def _write_adapter(
+    model: nn.Module,
+    config: RLoraConfig,
+    adapter_name: str,
+    layers: Mapping[str, RLoraLayer],
+    head_weights: Mapping[str, torch.Tensor],
+    folder: Path,
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Write a LoRA adapter and check it; returns its rank, and the tensors in it that are not LoRA's."""
     core = core_model(model)
-    names = {name: parameter.dtype for name, parameter in core.named_parameters() if ".rlora_adapters." not in name}
-    dtypes = {dtype for dtype in names.values() if dtype in LOGITS_TOLERANCE}
-    if getattr(core, "is_quantized", False) or not dtypes:
-        dtypes.add(torch.bfloat16)
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    tensors = lora_tensors(layers, adapter_name, head_weights)
+    rank = next(iter(tensors.values())).shape[0]
+    transposed = any(layer.fan_in_fan_out for layer in layers.values())
+    exported = lora_config(config, rank, target_names(layers, base_module_names(core)), transposed)
+    check_targets_kept(exported, core)
+    others = other_tensors(model, adapter_name, config)
+
+    folder.mkdir()
+    save_lora_config(exported, folder)
+    save_file({**tensors, **others}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    check_deltas(load_file(folder / WEIGHTS_NAME), layers, adapter_name, head_weights)
+    return rank, others
 
 
 def other_tensors(model: nn.Module, adapter_name: str, config: RLoraConfig) -> dict[str, torch.Tensor]:
-    """What the adapter trains besides its heads (whole modules, biases, rows of embeddings), named as in files."""
-    # Layers that PEFT takes for embeddings would be saved whole.
+    """Tensors trained besides the heads (whole modules, biases, rows of embeddings), named as in PEFT's files."""
+    # Where targets have names of embeddings, PEFT would save these layers whole.
     targets = config.target_modules
     targeted = not isinstance(targets, str) and any("embed" in name or "lm_head" in name for name in targets or ())
     state = get_peft_model_state_dict(
@@ -245,6 +205,7 @@ def other_tensors(model: nn.Module, adapter_name: str, config: RLoraConfig) -> d
 
 
 def _refused_by_engines(config: RLoraConfig, others: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """A warning about tensors that vLLM and llama.cpp don't load."""
     if not others:
         return ()
     parts = {
@@ -252,17 +213,17 @@ def _refused_by_engines(config: RLoraConfig, others: Mapping[str, torch.Tensor])
         "trained biases": config.bias != "none",
         "rows of embeddings": config.trainable_token_indices,
     }
-    what = " and ".join(name for name, there in parts.items() if there) or "embeddings"
+    what = " and ".join(name for name, trained in parts.items() if trained) or "embeddings"
     return (
         f"The adapter trained {what} besides its heads. PEFT loads the export with them; vLLM and llama.cpp refuse "
         "it. For those, use `merge=True`.",
     )
 
 
-def _rows_of(
+def _select_rows(
     data: Mapping[str, Rows] | None, task: str | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Rows]:
-    """The rows to measure on, by task."""
+    """Rows by task to measure on."""
     if data is None:
         return {}
     if tokenizer is None:
@@ -272,58 +233,18 @@ def _rows_of(
             f"`data` has no rows of task {task!r}, only of {', '.join(map(repr, data)) or 'none'}. Add them, or leave "
             "`data` out."
         )
-    chosen = dict(data) if task is None else {task: data[task]}
-    for name, rows in chosen.items():
+    selected = dict(data) if task is None else {task: data[task]}
+    for name, rows in selected.items():
         row = rows[0] if len(rows) else {}
         if not (isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)):
             raise ValueError(
                 f"Rows of `data[{name!r}]` need a `prompt` and a `completion`, both text; got "
-                f"{'no rows' if not row else ', '.join(row)}. Bring them to this form, or leave `data` out."
+                f"{'no rows' if not row else ', '.join(row)}. Convert them, or leave `data` out."
             )
-    return chosen
+    return selected
 
 
-def _choose_mixture(
-    model: nn.Module,
-    config: RLoraConfig,
-    adapter_name: str,
-    layers: Mapping[str, RLoraLayer],
-    task: str | None,
-    routing: Mixtures | None,
-    rows: Mapping[str, Rows],
-    tokenizer: PreTrainedTokenizerBase | None,
-    token: str | bool | None,
-) -> _Mixture:
-    heads = config.num_heads
-    own = heads == 1 or config.router == "uniform"
-    # Measured weights of such adapters are their own, rounded.
-    measured_own = isinstance(routing, HeadWeights) and (own or (config.router == "task" and task is not None))
-    if routing is not None and not measured_own:
-        return _given_mixture(routing, layers, heads, task)
-    if own:
-        equal = torch.full((heads,), 1 / heads, dtype=torch.float64)
-        return _Mixture(dict.fromkeys(layers, equal), True, "all the same, as in the adapter")
-    if config.router == "task":
-        chosen = _known_task(config, task)
-        table = fixed_weights(layers, adapter_name, chosen)
-        return _Mixture(dict(zip(layers, table, strict=True)), True, f"those learned for the task `{chosen}`")
-    recorded = _recorded_mixtures(config, token)
-    if recorded is not None and (recorded.weights if task is None else task in recorded.weights):
-        return _measured_mixture(recorded, task, "measured in training and recorded with the adapter")
-    if rows:
-        assert tokenizer is not None
-        measured = measure_head_weights(model, tokenizer, rows, adapter_name=adapter_name)
-        return _measured_mixture(measured, task, "measured on the data that the loss is measured on")
-    known = f"recorded with it are mixtures of {', '.join(map(repr, recorded.weights))}" if recorded else "none"
-    raise ValueError(
-        f"The adapter has `router={config.router!r}`, which weighs its heads anew for each token, and no mean weights "
-        f"are known{f' for task {task!r}' if task else ''} ({known}). Pass "
-        "`data={task: rows}` and `tokenizer` to measure them, or `routing`, for example "
-        "`routing=measure_head_weights(model, tokenizer, {task: rows})`."
-    )
-
-
-def _chosen_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, RLoraConfig]:
+def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, RLoraConfig]:
     try:
         return adapter_config(model, adapter_name)
     except ValueError as error:
@@ -331,7 +252,7 @@ def _chosen_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, RL
 
 
 def _check_task(config: RLoraConfig, task: str | None) -> None:
-    """Refuse a task that the adapter does not have. One that does not tell its tasks may have any."""
+    """Refuse a task that is not the adapter's. One that does not name its tasks may have any."""
     if task is not None and config.tasks and task not in config.tasks:
         raise ValueError(
             f"The adapter's tasks are {', '.join(map(repr, config.tasks))}; got `task={task!r}`. Set `task` to one of "
@@ -339,68 +260,8 @@ def _check_task(config: RLoraConfig, task: str | None) -> None:
         )
 
 
-def _known_task(config: RLoraConfig, task: str | None) -> str:
-    tasks = config.tasks or []
-    if task is None and len(tasks) == 1:
-        return tasks[0]
-    if task is None:
-        raise ValueError(
-            f"The adapter has `router='task'` and a mixture for each of {', '.join(map(repr, tasks))}; got "
-            "`task=None`. Set `task` to one of these, or give weights in `routing`."
-        )
-    return task
-
-
-def _given_mixture(routing: Mixtures, layers: Mapping[str, RLoraLayer], num_heads: int, task: str | None) -> _Mixture:
-    if isinstance(routing, HeadWeights):
-        return _measured_mixture(routing, task, "measured")
-    if isinstance(routing, Mapping):
-        weights = {name: check_weights(_exact(given), num_heads, f" of {name}") for name, given in routing.items()}
-        return _Mixture(weights, False, "given, by layer")
-    weight = check_weights(_exact(routing), num_heads)
-    return _Mixture(dict.fromkeys(layers, weight), False, f"given, {[round(w, 4) for w in weight.tolist()]}")
-
-
-def _exact(weights: Sequence[float] | torch.Tensor) -> torch.Tensor:
-    """Weights as they were given: 0.3 and not the nearest number of 32 bits."""
-    return weights if isinstance(weights, torch.Tensor) else torch.tensor(list(weights), dtype=torch.float64)
-
-
-def _measured_mixture(mixtures: HeadWeights, task: str | None, origin: str) -> _Mixture:
-    if task is not None:
-        return _Mixture(mixtures.for_task(task), False, f"the mean over the tokens of the task, {origin}")
-    tasks = ", ".join(f"`{name}`" for name in mixtures.weights)
-    kind = f"the mean over the tokens of {tasks}" if len(mixtures.weights) == 1 else f"the plain mean over {tasks}"
-    return _Mixture(mixtures.mean(), False, f"{kind}, {origin}")
-
-
-def _checked_mixture(mixture: _Mixture, layers: Mapping[str, RLoraLayer], adapter_name: str) -> _Mixture:
-    """The mixture with weights that sum to 1 (in a record they are rounded); that of another adapter is refused."""
-    missing, unknown = sorted(set(layers) - set(mixture.weights)), sorted(set(mixture.weights) - set(layers))
-    if missing or unknown:
-        raise ValueError(
-            f"Weights of the heads must be there for all {len(layers)} layers of the adapter and no other; missing: "
-            f"{', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}. Layers are named like "
-            f"{next(iter(layers))!r}."
-        )
-    weights = {
-        name: check_weights(mixture.weights[name], layer.num_heads[adapter_name], f" of {name}")
-        for name, layer in layers.items()
-    }
-    return dataclasses.replace(mixture, weights=weights)
-
-
-def _recorded_mixtures(config: RLoraConfig, token: str | bool | None) -> HeadWeights | None:
-    if config.source is None:
-        return None
-    from ..files.record import find_record
-
-    record = find_record(config, token)
-    return None if record is None else record.mixtures
-
-
 def _check_whole(model: nn.Module) -> None:
-    """Refuse what stock PEFT could not be tried on: parameters that are elsewhere."""
+    """Refuse a model whose parameters are not all in this process."""
     for name, parameter in model.named_parameters():
         kind = type(parameter).__name__
         if hasattr(parameter, "ds_id") or kind in ("DTensor", "FlatParameter") or "_fsdp_wrapped_module" in name:
@@ -416,23 +277,23 @@ def _check_whole(model: nn.Module) -> None:
 
 
 def _check_target(target: Path) -> Path:
-    """Where to write, made absolute; its parents are made."""
+    """The folder to write as an absolute path. Its parents are created."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"`output_dir` {str(target)!r} is a file. Name a folder.")
     if target.is_dir() and any(target.iterdir()):
-        card = target / "README.md"
+        card = target / CARD_NAME
         if not (card.is_file() and MARKER in card.read_text(encoding="utf-8", errors="replace")):
             raise ValueError(
-                f"`output_dir` {str(target)!r} holds files that are no earlier export, and would be replaced. Name "
-                "another folder, or empty it."
+                f"`output_dir` {str(target)!r} holds files that are not an earlier export, and would be replaced. "
+                "Name another folder, or empty it."
             )
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 
-def _put(stage: Path, target: Path) -> None:
-    """Move an export to its place at once; what was there before goes."""
+def _move_into_place(stage: Path, target: Path) -> None:
+    """Replace the target folder by the staged one in one step."""
     if target.exists():
         old = stage.with_name("old")
         target.rename(old)

@@ -1,4 +1,4 @@
-"""What a fixed mixture loses against routing token by token."""
+"""Measures the gap between an export and the routed adapter that it was made from."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.measuring import input_device
-from ..evaluation.scoring import TokenLimits, encode_row, position_limit, score_tasks
+from ..evaluation.scoring import TokenLimits, encode_row, pad_sequences, position_limit, score_tasks
 from ..tuner.routing import find_routings
 from ..tuner.selection import core_model, fixed_head_weights, only_adapter
 
 
 _BATCH_SIZE = 16
-# Rows of logits that are compared at once, in float32: 200 MB for a vocabulary of 50,000, for each of two.
+# Positions whose logits are compared at once in float64: 400 MB for a vocabulary of 50,000, for each of the two.
 _POSITIONS = 1024
 
 
 @dataclass(frozen=True)
 class ExportGap:
-    """Of a fixed mixture against dynamic routing; means over tasks."""
+    """How far the export is from the routed adapter: mean KL and accuracy of both, averaged over tasks."""
 
     kl: float
     accuracy_dynamic: float
@@ -37,46 +37,42 @@ def measure_export_gap(
     tokenizer: PreTrainedTokenizerBase,
     adapter_name: str,
     tasks: Mapping[str, Sequence[Mapping[str, Any]]],
-    mixtures: Mapping[str, torch.Tensor],
+    head_weights: Mapping[str, torch.Tensor],
     *,
     known_task: str | None = None,
 ) -> ExportGap:
     """
-    Compare an adapter under a fixed mixture, which is what its export does, with the adapter as it is.
+    Compare an adapter under fixed head weights, which is what its export computes, with the adapter as it is.
 
     Args:
         model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`), adapter_name (`str`): The adapter.
         tasks (`Mapping[str, Sequence[Mapping]]`): Rows by task, as for [`score_tasks`].
-        mixtures (`Mapping[str, torch.Tensor]`): The weights of the heads by layer.
-        known_task (`str`, *optional*): The task that adapters with `router="task"` are told where a task of `tasks` is
-            none of theirs.
+        head_weights (`Mapping[str, torch.Tensor]`): Head weights `[N]` by layer.
+        known_task (`str`, *optional*): The task that a router of kind "task" uses for tasks that it does not know.
 
     Returns:
-        [`ExportGap`]: Plain means over tasks. The KL divergence is a mean over the tokens of a task's completions.
+        [`ExportGap`]: Plain means over tasks. The KL divergence of a task is in nats, a mean over the tokens of its
+        completions.
     """
-    kls, dynamic, fixed = [], [], []
+    divergences, dynamic, fixed = [], [], []
     for task, rows in tasks.items():
-        with only_adapter(model, adapter_name), _told(model, adapter_name, task, known_task):
+        with only_adapter(model, adapter_name), _using_task(model, task, known_task):
             dynamic.append(score_tasks(model, tokenizer, {task: rows})[task].accuracy)
-            kls.append(_mean_kl(model, tokenizer, adapter_name, rows, mixtures))
-            with fixed_head_weights(model, adapter_name, mixtures):
+            divergences.append(_mean_kl(model, tokenizer, adapter_name, rows, head_weights))
+            with fixed_head_weights(model, adapter_name, head_weights):
                 fixed.append(score_tasks(model, tokenizer, {task: rows})[task].accuracy)
-    total = sum(len(rows) for rows in tasks.values())
-    return ExportGap(_mean(kls), _mean(dynamic), _mean(fixed), total)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    kl, accuracy_dynamic, accuracy_export = (sum(values) / len(values) for values in (divergences, dynamic, fixed))
+    return ExportGap(kl, accuracy_dynamic, accuracy_export, rows=sum(len(rows) for rows in tasks.values()))
 
 
 @contextmanager
-def _told(model: nn.Module, adapter_name: str, task: str, known_task: str | None) -> Generator[None, None, None]:
-    """Tell the adapters the task of all rows, and keep their statistics out of it."""
+def _using_task(model: nn.Module, task: str, known_task: str | None) -> Generator[None, None, None]:
+    """Route all rows as rows of one task, and keep them out of the statistics of adapters."""
     with ExitStack() as stack:
         for routing in find_routings(model):
             name = task if task in routing.tasks else known_task
-            place = routing.tasks.index(name) if routing.kind == "task" and name in routing.tasks else None
-            stack.enter_context(routing.using(task=place, task_ids=None, token_mask=None, usage=None))
+            index = routing.tasks.index(name) if routing.kind == "task" and name in routing.tasks else None
+            stack.enter_context(routing.using(task=index, task_ids=None, token_mask=None, usage=None))
         yield
 
 
@@ -86,38 +82,34 @@ def _mean_kl(
     tokenizer: PreTrainedTokenizerBase,
     adapter_name: str,
     rows: Sequence[Mapping[str, Any]],
-    mixtures: Mapping[str, torch.Tensor],
+    head_weights: Mapping[str, torch.Tensor],
 ) -> float:
-    """Mean KL(adapter || fixed mixture) in nats over the positions that predict a token of a completion or its end."""
+    """Mean KL(adapter || fixed head weights) in nats over the positions that predict a completion or its end."""
     device = input_device(core_model(model))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     limits = TokenLimits(positions=position_limit(core_model(model)))
-    sequences = sorted((_sequence(tokenizer, row, limits) for row in rows), key=lambda entry: len(entry[0]))
+
+    # Token ids of each row without its end, and where its completion begins.
+    encoded = (encode_row(tokenizer, row["prompt"], [row["completion"]], limits) for row in rows)
+    sequences = sorted(((ids, begin) for (ids,), begin in encoded), key=lambda entry: len(entry[0]))
+
     total, count = 0.0, 0
     for start in range(0, len(sequences), _BATCH_SIZE):
-        chosen = sequences[start : start + _BATCH_SIZE]
-        width = len(chosen[-1][0])
-        ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in chosen], device=device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in chosen], device=device)
-        first = min(begin for _, begin in chosen) - 1
-        kept = torch.arange(first, width, device=device)
-        counted = torch.zeros(len(chosen), width, dtype=torch.bool, device=device)
-        for place, (row_ids, begin) in enumerate(chosen):
-            counted[place, begin - 1 : len(row_ids)] = True
-        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": kept}
-        p = model(**inputs).logits[counted[:, first:]]
-        with fixed_head_weights(model, adapter_name, mixtures):
-            q = model(**inputs).logits[counted[:, first:]]
+        batch = sequences[start : start + _BATCH_SIZE]
+        ids, mask = (tensor.to(device) for tensor in pad_sequences(tokenizer, [ids for ids, _ in batch]))  # [B, S]
+
+        # Only positions from the first completion on are projected onto the vocabulary.
+        first = min(begin for _, begin in batch) - 1
+        positions = torch.arange(first, ids.shape[1], device=device)
+        begins = torch.tensor([begin for _, begin in batch], device=device)
+        counted = mask[:, first:].bool() & (positions >= begins[:, None] - 1)  # [B, S - first]
+
+        inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": positions}
+        p = model(**inputs).logits[counted]  # [T, vocabulary]
+        with fixed_head_weights(model, adapter_name, head_weights):
+            q = model(**inputs).logits[counted]
+
         for p_part, q_part in zip(p.split(_POSITIONS), q.split(_POSITIONS), strict=True):
             log_p, log_q = p_part.double().log_softmax(-1), q_part.double().log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum())
-        count += int(counted.sum())
+        count += len(p)
     return total / max(count, 1)
-
-
-def _sequence(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], limits: TokenLimits
-) -> tuple[list[int], int]:
-    """Token ids of a row without its end, and where its completion begins, as in scoring."""
-    (ids,), begin = encode_row(tokenizer, row["prompt"], [row["completion"]], limits)
-    return ids, begin

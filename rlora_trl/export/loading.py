@@ -1,4 +1,4 @@
-"""Adapters by folder or name, loaded on their base."""
+"""Loads an adapter by folder or Hub name, with its base model and tokenizer."""
 
 from __future__ import annotations
 
@@ -7,55 +7,49 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..files.task_types import auto_peft_class
 from ..tuner import RLoraConfig
 
 
 logger = logging.get_logger(__name__)
-
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
 
 
 def load_adapted(
     name: str, adapter_name: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """
-    An adapter on its base, and the tokenizer if there is one.
+    Load an adapter on its base, and the tokenizer if there is one.
 
     Args:
         name (`str`): Folder or Hub name of the adapter.
-        adapter_name (`str`): Name that it gets in the model.
-        revision (`str`, *optional*): Branch, tag or commit of the adapter. That of its base is in its configuration.
-        token (`str` or `bool`, *optional*): For the adapter and its base, as in `hf_hub_download`.
+        adapter_name (`str`): Its name in the model.
+        revision (`str`, *optional*): Branch, tag or commit of the adapter. Its configuration names that of the base.
+        token (`str` or `bool`, *optional*): Hub token for the adapter and its base, as in `hf_hub_download`.
 
     Returns:
         `tuple`: The model in eval mode, and the tokenizer or `None`.
 
     Raises:
-        ValueError: If it is an adapter of another method, or does not say what its base is.
+        ValueError: If it is not an R-LoRA adapter, or does not name its base.
     """
     config = peft.PeftConfig.from_pretrained(name, revision=revision, token=token)
     if not isinstance(config, RLoraConfig):
         raise ValueError(
-            f"{name} is an adapter of type {config.peft_type}, and only R-LoRA adapters can be exported. Name one."
+            f"{name} is an adapter of type {config.peft_type}; only R-LoRA adapters can be exported. Pass one."
         )
     if not config.base_model_name_or_path:
         raise ValueError(
-            f"{name} does not say what its base model is (`base_model_name_or_path`). Load the base, then the adapter "
-            "with `PeftModel.from_pretrained(base, ...)`, and pass that model."
+            f"{name} does not name its base model (`base_model_name_or_path`). Load the base, then the adapter with "
+            "`PeftModel.from_pretrained(base, ...)`, and pass that model."
         )
-    kind = str(getattr(config.task_type, "value", config.task_type))
-    auto = getattr(peft, _AUTO_CLASSES.get(kind, _AUTO_CLASSES["CAUSAL_LM"]))
+
+    auto = getattr(peft, auto_peft_class(config.task_type))
     model = auto.from_pretrained(name, adapter_name=adapter_name, revision=revision, token=token).eval()
-    for place, commit in ((name, revision), (config.base_model_name_or_path, config.revision)):
+
+    # The tokenizer that was saved with the adapter, or that of the base.
+    for source, commit in ((name, revision), (config.base_model_name_or_path, config.revision)):
         try:
-            return model, AutoTokenizer.from_pretrained(place, revision=commit, token=token)
+            return model, AutoTokenizer.from_pretrained(source, revision=commit, token=token)
         except (OSError, ValueError) as error:
-            logger.info(f"No tokenizer in {place}: {error}")
+            logger.info(f"No tokenizer in {source}: {error}")
     return model, None

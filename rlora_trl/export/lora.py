@@ -1,26 +1,26 @@
-"""A multi-head adapter under a fixed mixture as the two matrices of a LoRA adapter, exactly.
+"""Writes a multi-head adapter under fixed head weights as the two matrices of a LoRA adapter, exactly.
 
-With the weights w fixed, s the scaling, Bw = sum_i w_i B_i and the anchor A0, B0 the delta of a layer is
+With fixed head weights w, scaling s, Bw = sum_i w_i B_i and the anchor A0, B0, the delta of a layer is
 
     s (Bw A - B0 A0)  =  s (Bw (A - A0) + (Bw - B0) A0)
 
-The second form is the one written: A' = [A - A0; A0], B' = s [Bw, Bw - B0], of rank 2r. Engines round A' and B' to 16
-bits. In the first form, A' = [A; A0], what they round are the large terms that cancel; here it is what training
-changed. Without an anchor A' = A, B' = s Bw. With an A for each head, the heads stand side by side: A' = [A_i - A0_i;
-A0_i], B' = s [w_i B_i, w_i B_i - B0_i / N], of rank 2 N r.
+The second form is exported: A' = [A - A0; A0], B' = s [Bw, Bw - B0], of rank 2r. Engines round A' and B' to 16 bits.
+In the first form, A' = [A; A0], they would round large terms that cancel; in the second, what training changed.
+Without an anchor A' = A, B' = s Bw. With one A per head the heads are concatenated: A' = [A_i - A0_i; A0_i],
+B' = s [w_i B_i, w_i B_i - B0_i / N], of rank 2 N r.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn import functional as F
@@ -36,15 +36,15 @@ PREFIX = "base_model.model."
 
 def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The delta of an adapter under fixed weights of its heads, as a product.
+    Factor the delta of an adapter under fixed head weights as B' A'.
 
     Args:
         adapter ([`MultiHeadAdapter`]): The adapter.
-        weights (`torch.Tensor` of shape `[N]`): The weights.
+        weights (`torch.Tensor` of shape `[N]`): The head weights.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: A' `[k, d_in]` and B' `[d_out, k]` in float64 on the CPU, scaling
-        included; k is as small as the adapter's parts allow.
+        included. The rank k depends on the parts that the adapter has.
     """
     A, B, A0, B0 = (
         None if tensor is None else tensor.detach().to("cpu", torch.float64)
@@ -52,6 +52,7 @@ def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torc
     )
     assert A is not None and B is not None
     weighted = weights.to("cpu", torch.float64)[:, None, None] * B  # [N, d_out, r]
+
     if adapter.share_a:
         downs, ups = [A], [weighted.sum(0)]
         if A0 is not None and B0 is not None:
@@ -61,53 +62,82 @@ def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torc
         if A0 is not None and B0 is not None:
             downs = [*(A - A0), *A0]
             ups = [*weighted, *(weighted - B0 / adapter.num_heads)]
+
     return torch.cat(downs), adapter.scaling * torch.cat(ups, dim=1)
 
 
+def tensor_names(layer: str) -> tuple[str, str]:
+    """Names of A' and B' of a layer in PEFT's files."""
+    return f"{PREFIX}{layer}.lora_A.weight", f"{PREFIX}{layer}.lora_B.weight"
+
+
 def lora_tensors(
-    layers: Mapping[str, RLoraLayer], adapter_name: str, mixtures: Mapping[str, torch.Tensor]
+    layers: Mapping[str, RLoraLayer], adapter_name: str, head_weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    The tensors of a LoRA adapter, named as PEFT names them in files, in float32.
+    The tensors of a LoRA adapter in float32, named as in PEFT's files.
 
-    All layers get the rank of the largest, filled with zeros: engines such as llama.cpp know one rank and one scaling.
+    All layers get the largest rank, padded with zeros: engines such as llama.cpp know one rank and one scaling.
+
+    Args:
+        layers (`Mapping[str, RLoraLayer]`): The adapted layers by name.
+        adapter_name (`str`): The adapter.
+        head_weights (`Mapping[str, torch.Tensor]`): Head weights `[N]` by layer.
     """
-    factors = {name: lora_factors(adapter_of(layer, adapter_name), mixtures[name]) for name, layer in layers.items()}
+    factors = {
+        name: lora_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in layers.items()
+    }
     rank = max(down.shape[0] for down, _ in factors.values())
     tensors = {}
     for name, (down, up) in factors.items():
-        missing = rank - down.shape[0]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = F.pad(down, (0, 0, 0, missing)).float().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = F.pad(up, (0, missing)).float().contiguous()
+        padding = rank - down.shape[0]
+        A, B = tensor_names(name)
+        tensors[A] = F.pad(down, (0, 0, 0, padding)).float().contiguous()  # [rank, d_in]
+        tensors[B] = F.pad(up, (0, padding)).float().contiguous()  # [d_out, rank]
     return tensors
+
+
+def base_module(module: nn.Module) -> nn.Module:
+    """The module of the base model that adapters were put around, or the module itself."""
+    while isinstance(module, RLoraLayer | AuxiliaryTrainingWrapper):
+        module = module.base_layer if isinstance(module, RLoraLayer) else module.original_module
+    return module
+
+
+def base_module_names(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of all modules of a model as they are without the adapters in it."""
+    for name, child in module.named_children():
+        yield f"{prefix}{name}"
+        yield from base_module_names(base_module(child), f"{prefix}{name}.")
 
 
 def target_names(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
     """
-    The shortest ends of names that select the adapted layers and no other module.
+    The shortest suffixes of names that select the adapted layers and no other module.
 
     Args:
         adapted (`Iterable[str]`): Names of the adapted layers.
         modules (`Iterable[str]`): Names of all modules of the base.
     """
-    wanted, known = set(adapted), [name for name in modules if name]
-    for parts in range(1, max(name.count(".") for name in wanted) + 2):
-        ends = {".".join(name.split(".")[-parts:]) for name in wanted}
-        chosen = {name for name in known if any(name == end or name.endswith(f".{end}") for end in ends)}
-        if chosen == wanted:
-            return sorted(ends)
-    return sorted(wanted)
+    targets, names = set(adapted), list(modules)
+    for parts in range(1, max(name.count(".") for name in targets) + 2):
+        suffixes = {".".join(name.split(".")[-parts:]) for name in targets}
+        if targets == {
+            name for name in names if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+        }:
+            return sorted(suffixes)
+    return sorted(targets)
 
 
 def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: bool) -> LoraConfig:
     """
-    The configuration of the exported adapter: scaling 1, which is in B' already.
+    The configuration of the exported adapter. Its scaling is 1, as B' includes the adapter's.
 
     Args:
-        config ([`RLoraConfig`]): Configuration of the adapter.
+        config ([`RLoraConfig`]): Configuration of the R-LoRA adapter.
         rank (`int`): Rank of all layers.
         targets (`list[str]`): Names of the layers.
-        transposed (`bool`): The base stores weights as `[d_in, d_out]`.
+        transposed (`bool`): Whether the base stores weights as `[d_in, d_out]`.
     """
     options: dict[str, Any] = {
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -131,14 +161,14 @@ def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: 
 
 def check_targets_kept(config: LoraConfig, base: nn.Module) -> None:
     """
-    Check that PEFT will put the export where the adapter is.
+    Check that PEFT will load the export into the layers that the adapter adapts.
 
-    Where transformers 5 has fused the experts of a mixture, PEFT (0.21) takes `gate_proj`, `up_proj` and `down_proj`
-    for theirs, and leaves dense and shared MLPs of these names out (https://github.com/huggingface/peft/issues/3711).
+    In models whose experts transformers 5 has fused, PEFT (0.21) takes `gate_proj`, `up_proj` and `down_proj` for
+    experts and skips dense and shared MLPs of these names (https://github.com/huggingface/peft/issues/3711).
 
     Args:
         config (`LoraConfig`): Configuration of the export.
-        base (`torch.nn.Module`): The base without adapters.
+        base (`torch.nn.Module`): The base model.
 
     Raises:
         ValueError: If PEFT would change the targets.
@@ -147,21 +177,20 @@ def check_targets_kept(config: LoraConfig, base: nn.Module) -> None:
     converted = copy.deepcopy(config)
     try:
         convert_peft_config_for_transformers(converted, model=base, conversions=None)
-    except ValueError as error:  # of those that belong together only some are adapted
+    except ValueError as error:  # only some of the layers that PEFT would fuse are adapted
         why, lost = f" ({error})", targets
     else:
         why, lost = "", targets - set(converted.target_modules or ())
     if lost:
         raise ValueError(
-            f"The adapter can't be exported as LoRA: it adapts {first_few(lost)}, and on a "
-            f"{type(base).__name__} PEFT takes such names for the weights of fused experts{why}, which the adapter "
-            "leaves alone. Export a full model with `merge=True`, or leave `gate_proj`, `up_proj` and `down_proj` out "
-            "of `target_modules` when the adapter is trained. Nothing was written."
+            f"The adapter can't be exported as LoRA: it adapts {first_few(lost)}, and for {type(base).__name__} PEFT "
+            f"takes these names for fused experts{why}, which the adapter does not adapt. Train an adapter whose "
+            "`target_modules` do not include `gate_proj`, `up_proj` and `down_proj`. Nothing was written."
         )
 
 
 def save_lora_config(config: LoraConfig, folder: Path) -> None:
-    """Write a configuration as PEFT does, but its lists of names sorted: PEFT keeps sets, in the order of a hash."""
+    """Save a configuration as PEFT does, but with sorted lists: PEFT writes sets in the order of their hashes."""
     config.save_pretrained(str(folder))
     path = folder / CONFIG_NAME
     values = json.loads(path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..analysis.heads import head_cosines, mean_between
 from ..kernels import RoutingTally
 from ..kernels.balance import new_record
 from ..kernels.rank_space import Layout
@@ -180,18 +181,14 @@ class RoutingMonitor:
 
 def head_similarity(adapters: Sequence[MultiHeadAdapter]) -> float | None:
     """
-    The mean cosine between the heads B of an adapter, over pairs and adapters; `None` where heads are not at hand.
+    The mean cosine between the heads B of an adapter, over pairs and adapters.
 
-    They are not on a rank that holds parts of them (DeepSpeed ZeRO-3, FSDP), nor with a single head.
+    `None` on a rank that holds only parts of the heads (DeepSpeed ZeRO-3, FSDP), or with a single head.
     """
     cosines = []
     for adapter in adapters:
         B = adapter.B.detach()
         if B.shape[0] < 2 or type(B) is not torch.Tensor or B.numel() == 0:
             return None
-        flat = torch.nn.functional.normalize(B.flatten(1).float(), dim=1)
-        total = flat.sum(0)
-        pairs = B.shape[0] * (B.shape[0] - 1)
-        # The sum of all cosines, without those of heads with themselves.
-        cosines.append(((total * total).sum() - (flat * flat).sum()) / pairs)
+        cosines.append(mean_between(head_cosines(B)))
     return torch.stack(cosines).mean().item() if cosines else None

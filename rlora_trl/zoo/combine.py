@@ -1,8 +1,10 @@
-"""Several published adapters on one base model: to switch between, or to mix."""
+"""Loads several published adapters on one base model, to switch between them or to mix them."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from ..files.checks import CheckedAdapter
 from ..files.record import hub_name
 from ..hub.pull import pull_checked
 from ..tuner import RLoraLayer
-from .names import adapter_name, split_revision
+from .search import split_revision
 
 
 def load(
@@ -26,14 +28,14 @@ def load(
     **base_kwargs: Any,
 ) -> PeftModel:
     """
-    Load adapters on one base model; the first is active, `set_adapter` switches.
+    Load adapters on one base model. The first is active; `set_adapter` switches to another.
 
     Args:
         adapters (`str`, `Sequence[str]` or `Mapping[str, str]`):
-            Repositories or folders; `"user/name@revision"` names a revision. With a mapping, by the names that they
-            get; otherwise they are called as their repositories.
+            Repositories or folders; `"user/name@revision"` names a revision. A mapping gives their names in the model,
+            which otherwise are those of the repositories.
         base (`torch.nn.Module` or `str`, *optional*):
-            The base model, or its name. Defaults to the one that the adapters name, at the revision that they name.
+            The base model or its name. Defaults to the base model and revision that the adapters name.
         token (`str` or `bool`, *optional*), cache_dir (`str`, *optional*):
             As in [`pull_adapter`].
         base_kwargs:
@@ -43,42 +45,46 @@ def load(
         `PeftModel`: In eval mode.
 
     Raises:
-        AdapterCheckError: If an adapter is damaged, hostile, or of another base model than `base`.
-        ValueError: If the adapters belong to different base models, or to different revisions of one.
+        AdapterCheckError: If an adapter is damaged, hostile, or was trained on another base model than `base`.
+        ValueError: If the adapters have different base models, or different revisions of one.
     """
-    by_name = _named(adapters)
+    # Pull and check all of them before a model is loaded.
     pulled: dict[str, CheckedAdapter] = {}
-    for name, place in by_name.items():
-        repo_id, revision = split_revision(place)
+    for name, source in _named(adapters).items():
+        repo_id, revision = split_revision(source)
         pulled[name] = pull_checked(
-            repo_id, revision=revision, token=token, cache_dir=cache_dir, base_model=_name_of(base)
+            repo_id, revision=revision, token=token, cache_dir=cache_dir, base_model=_hub_name_of(base)
         )
+
     if base is None or isinstance(base, str):
         base = _load_base(base, pulled, {"token": token, **base_kwargs})
-    model: PeftModel | None = None
-    for name, adapter in pulled.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, str(adapter.folder), adapter_name=name)
-        else:
-            model.load_adapter(str(adapter.folder), name)
-    assert model is not None
+    (first, adapter), *others = pulled.items()
+    model = PeftModel.from_pretrained(base, str(adapter.folder), adapter_name=first)
+    for name, adapter in others:
+        model.load_adapter(str(adapter.folder), name)
     return model.eval()
 
 
 def _named(adapters: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Repositories or folders by adapter name: the last part of the repository's name, numbered if it is taken."""
+    if not adapters:
+        raise ValueError(f"`load` needs at least one adapter, got {adapters!r}. Name a repository or a folder.")
     if isinstance(adapters, Mapping):
-        named = dict(adapters)
-    else:
-        named = {}
-        for place in [adapters] if isinstance(adapters, str) else adapters:
-            named[adapter_name(split_revision(place)[0], named)] = place
-    if not named:
-        raise ValueError(f"`load` needs adapters, got {adapters!r}.")
+        return dict(adapters)
+
+    named: dict[str, str] = {}
+    for source in [adapters] if isinstance(adapters, str) else adapters:
+        # PyTorch separates the names of modules by dots.
+        plain = re.sub(r"[^\w-]", "_", split_revision(source)[0].rstrip("/").rsplit("/", 1)[-1])
+        name, count = plain, 2
+        while name in named:
+            name, count = f"{plain}_{count}", count + 1
+        named[name] = source
     return named
 
 
-def _name_of(base: torch.nn.Module | str | None) -> str | None:
-    """The Hub name of a base model. A folder may hold the model of any name, and may have moved."""
+def _hub_name_of(base: torch.nn.Module | str | None) -> str | None:
+    """The Hub name of a base model, `None` for a folder, which may hold any model."""
     if isinstance(base, torch.nn.Module):
         config = getattr(base, "config", None)
         return hub_name(getattr(config, "_name_or_path", None) or getattr(base, "name_or_path", None))
@@ -89,17 +95,20 @@ def _load_base(name: str | None, pulled: Mapping[str, CheckedAdapter], kwargs: d
     bases = {adapter.base_model for adapter in pulled.values()}
     if name is None:
         if len(bases) != 1 or None in bases:
-            told = ", ".join(f"{name}: {adapter.base_model}" for name, adapter in pulled.items())
-            raise ValueError(f"The adapters do not share one base model ({told}). Load those of each by themselves.")
+            by_adapter = ", ".join(f"{name}: {adapter.base_model}" for name, adapter in pulled.items())
+            raise ValueError(
+                f"The adapters do not share one base model ({by_adapter}). Call `load` once for each base model."
+            )
         name = next(iter(bases))
+
     pinned = {key: adapter.base_model_revision for key, adapter in pulled.items() if adapter.base_model_revision}
-    # A revision of the adapters' own base model means nothing for another, such as a copy in a folder.
+    # The revision belongs to the base model that the adapters name, not to a copy of it in a folder.
     if bases == {name} and "revision" not in kwargs and pinned:
         if len(set(pinned.values())) > 1:
-            told = ", ".join(f"{key}: {revision}" for key, revision in pinned.items())
+            by_adapter = ", ".join(f"{key}: {revision}" for key, revision in pinned.items())
             raise ValueError(
-                f"The adapters were trained on different revisions of {name} ({told}). Load those of each by "
-                "themselves, or choose one with `revision`."
+                f"The adapters were trained on different revisions of {name} ({by_adapter}). Choose one with "
+                "`revision`, or call `load` once for each."
             )
         kwargs = {"revision": next(iter(pinned.values())), **kwargs}
     return AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -107,26 +116,27 @@ def _load_base(name: str | None, pulled: Mapping[str, CheckedAdapter], kwargs: d
 
 def mix(model: PeftModel, weights: Mapping[str, float]) -> None:
     """
-    Run several adapters at once: the sum of their deltas, each times its weight, is added to the base model.
+    Run several adapters at once: the weighted sum of their deltas is added to the base model.
 
-    Adapters that are not listed are off. `model.set_adapter(name)` goes back to one, as it is.
+    Other adapters are inactive. `model.set_adapter(name)` returns to a single adapter at weight 1.
 
     Args:
-        model (`PeftModel`): With R-LoRA adapters.
-        weights (`Mapping[str, float]`): Weights by adapter name, any finite numbers; 1.0 is the adapter as it is.
+        model (`PeftModel`): A model with R-LoRA adapters.
+        weights (`Mapping[str, float]`): Weights by adapter name, any finite numbers; 1.0 leaves an adapter unchanged.
 
     Raises:
-        ValueError: If there are no weights, one is not finite, or an adapter is not loaded.
+        ValueError: If `weights` is empty, a weight is not finite, or an adapter is not loaded.
     """
     unknown = [name for name in weights if name not in model.peft_config]
     if unknown or not weights:
         raise ValueError(
-            f"`mix` needs weights of loaded adapters ({', '.join(model.peft_config)}), got {dict(weights)!r}."
+            f"`mix` needs weights of loaded adapters ({', '.join(model.peft_config)}), got {dict(weights)!r}. Name "
+            "these only."
         )
-    scaled = {name: torch.tensor(float(weight)) for name, weight in weights.items()}
-    if not all(bool(torch.isfinite(weight)) for weight in scaled.values()):
-        raise ValueError(f"Weights must be finite numbers, got {dict(weights)!r}.")
-    # First, as it sets all scales to 1.0.
+    if not all(math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(f"Weights must be finite numbers, got {dict(weights)!r}. Correct them.")
+
+    # Activation comes first, as it resets all scales to 1.0.
     model.base_model.set_adapter(list(weights), inference_mode=True)
     for module in model.modules():
         if isinstance(module, RLoraLayer):

@@ -1,13 +1,12 @@
-"""Adapters side by side, by task, from what their cards say."""
+"""A table of adapters by task, from the metadata of their cards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .names import split_revision
-from .search import AdapterInfo, show
+from .search import AdapterInfo, show, split_revision
 
 
 BASE_METRIC = "base_accuracy"  # accuracy of the base model without the adapter
@@ -20,9 +19,9 @@ class Comparison:
 
     Attributes:
         adapters (`tuple[AdapterInfo, ...]`): The columns.
-        tasks (`tuple[str, ...]`): The rows: all tasks that one of them has the metric of.
-        metric (`str`): What is compared.
-        names (`tuple[str, ...]`): What the columns are called. Defaults to the repositories.
+        tasks (`tuple[str, ...]`): The rows: all tasks that at least one of them has the metric for.
+        metric (`str`): The metric.
+        names (`tuple[str, ...]`): Names of the columns. Defaults to the repositories.
     """
 
     adapters: tuple[AdapterInfo, ...]
@@ -35,74 +34,74 @@ class Comparison:
             object.__setattr__(self, "names", tuple(adapter.repo_id for adapter in self.adapters))
 
     def value(self, task: str, adapter: AdapterInfo) -> float | None:
-        """The metric of one adapter for one task, if its card has it."""
+        """The metric of one adapter for one task, or `None` if its card does not have it."""
         return adapter.metrics.get(task, {}).get(self.metric)
 
     def gain(self, task: str, adapter: AdapterInfo) -> float | None:
-        """Accuracy of one adapter for one task less that of its base model, if its card has both."""
+        """Accuracy of one adapter for one task minus that of its base model, or `None` if its card lacks either."""
         value, base = self.value(task, adapter), adapter.metrics.get(task, {}).get(BASE_METRIC)
         return value - base if self.metric == "accuracy" and value is not None and base is not None else None
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The tasks that all adapters have the metric of."""
+        """The tasks that all adapters have the metric for."""
         return tuple(t for t in self.tasks if all(self.value(t, adapter) is not None for adapter in self.adapters))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary for each task, and the mean over the tasks that all have; values by column."""
-        rows = [{"task": t, **{name: self.value(t, a) for name, a in self._columns()}} for t in self.tasks]
-        if self.shared:
-            label = "mean" if self.shared == self.tasks else f"mean of {len(self.shared)} shared"
-            rows.append({"task": label, **{name: self._mean(a) for name, a in self._columns()}})
+        """Values by column, one dictionary for each task, and one for the mean over the tasks that all have."""
+        values = {task: [self.value(task, adapter) for adapter in self.adapters] for task in self.tasks}
+        rows = [{"task": task, **self._by_name(values[task])} for task in self.tasks]
+        if shared := self.shared:
+            label = "mean" if shared == self.tasks else f"mean of {len(shared)} shared"
+            means = self._by_name(
+                [sum(adapter.metrics[task][self.metric] for task in shared) / len(shared) for adapter in self.adapters]
+            )
+            rows.append({"task": label, **means})
         return rows
 
     @property
     def cells(self) -> list[list[str]]:
-        """The rows as text for people: gains over the base model stand behind the accuracies where they are known."""
-        shown = []
-        for place, row in enumerate(self.rows):
-            # The mean, which is the last row, is of tasks with gains and of tasks without.
-            task = self.tasks[place] if place < len(self.tasks) else None
-            cells = [format_metric(self.metric, row[name]) for name in self.names]
-            gains = [None if task is None else self.gain(task, adapter) for adapter in self.adapters]
-            told = [
-                cell if gain is None else f"{cell} ({100 * gain:+.1f})"
-                for cell, gain in zip(cells, gains, strict=True)
-            ]
-            shown.append([row["task"], *told])
-        return shown
+        """The rows as text, accuracies followed by the gain over the base model in points where cards have it."""
+        cells = [[task, *(self._cell(task, adapter) for adapter in self.adapters)] for task in self.tasks]
+        for row in self.rows[len(self.tasks) :]:  # the mean
+            cells.append([row["task"], *(format_metric(self.metric, row[name]) for name in self.names)])
+        return cells
 
-    def _columns(self) -> Iterator[tuple[str, AdapterInfo]]:
-        return zip(self.names, self.adapters, strict=True)
+    def _cell(self, task: str, adapter: AdapterInfo) -> str:
+        text, gain = format_metric(self.metric, self.value(task, adapter)), self.gain(task, adapter)
+        return text if gain is None else f"{text} ({100 * gain:+.1f})"
 
-    def _mean(self, adapter: AdapterInfo) -> float:
-        return sum(self.value(task, adapter) or 0.0 for task in self.shared) / len(self.shared)
+    def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.names, values, strict=True))
 
     def to_markdown(self) -> str:
-        """The table as Markdown; ratios as percentages, other metrics as they are."""
+        """The table as Markdown, ratios as percentages."""
         head = [[self.metric, *self.names], ["---"] * (1 + len(self.names))]
         return "\n".join(f"| {' | '.join(map(_escape, cells))} |" for cells in head + self.cells)
 
     __str__ = to_markdown
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
-        bases = {name: adapter.base_model for name, adapter in self._columns()}
-        gains = [{"task": t, **{name: self.gain(t, adapter) for name, adapter in self._columns()}} for t in self.tasks]
+        """The table as JSON values."""
+        bases = self._by_name([adapter.base_model for adapter in self.adapters])
+        gains = [
+            {"task": task, **self._by_name([self.gain(task, adapter) for adapter in self.adapters])}
+            for task in self.tasks
+        ]
         return {"metric": self.metric, "base_models": bases, "rows": self.rows, "gains": gains}
 
 
 def _escape(text: str) -> str:
-    """Text of others as one cell."""
+    """Text from a card as one cell of a Markdown table."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def format_metric(metric: str, value: float | None) -> str:
-    """A metric for people: a ratio as a percentage, "-" where there is none."""
+    """A metric as text: a ratio as a percentage, "-" for `None`."""
     if value is None:
         return "-"
-    # Beyond 1 somebody has written percents by hand.
+    # Values above 1 are percentages that were written by hand.
     is_ratio = metric in ("accuracy", BASE_METRIC, "f1", "exact_match") and 0 <= value <= 1
     return f"{100 * value:.1f} %" if is_ratio else f"{value:.4f}"
 
@@ -111,29 +110,29 @@ def compare(repo_ids: Sequence[str], *, metric: str = "accuracy", token: str | b
     """
     Compare published adapters by task, from the metadata of their cards alone.
 
-    What cards say is what their authors measured: on data of their own, perhaps, and on other rows.
+    The values are those that their authors measured, perhaps on different data.
 
     Args:
         repo_ids (`Sequence[str]`): Repositories; `"user/name@revision"` names a revision.
-        metric (`str`, *optional*, defaults to `"accuracy"`): What to compare.
+        metric (`str`, *optional*, defaults to `"accuracy"`): The metric to compare.
         token (`str` or `bool`, *optional*): As in `huggingface_hub.model_info`.
 
     Raises:
         ValueError: If there is nothing to compare.
-        HfHubHTTPError: If a repository is not there or may not be read.
+        HfHubHTTPError: If a repository does not exist or may not be read.
     """
     if isinstance(repo_ids, str) or not repo_ids:
         raise ValueError(f"`compare` needs a list of repositories, got {repo_ids!r}.")
-    adapters = []
     names = tuple(dict.fromkeys(repo_ids))
-    for name in names:
-        repo_id, revision = split_revision(name)
+    adapters = []
+    for repo_id, revision in map(split_revision, names):
         adapters.append(show(repo_id, revision=revision, token=token))
+
     tasks = dict.fromkeys(t for adapter in adapters for t, values in adapter.metrics.items() if metric in values)
     if not tasks:
-        known = sorted({name for adapter in adapters for values in adapter.metrics.values() for name in values})
+        metrics = sorted({name for adapter in adapters for values in adapter.metrics.values() for name in values})
         raise ValueError(
-            f"None of {', '.join(repo_ids)} tells `{metric}` of a task. Their cards have "
-            f"{', '.join(known) or 'no metrics'}. Name one of these in `metric`."
+            f"None of the cards of {', '.join(repo_ids)} has `{metric}` for a task. They have "
+            f"{', '.join(metrics) or 'no metrics'}. Name one of these in `metric`."
         )
     return Comparison(tuple(adapters), tuple(tasks), metric, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -15,14 +16,14 @@ from ..hub.card_reading import read_card_info
 
 Order = Literal["downloads", "updated", "accuracy"]
 
-# What the Hub is asked to tell of each repository.
+# Fields to request for each repository.
 _FIELDS: list[Any] = ["author", "cardData", "downloads", "lastModified", "private", "sha", "tags"]
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
     """
-    What is known of a published adapter from its card, without downloading it.
+    A published adapter as its card describes it, without downloading it.
 
     Attributes:
         repo_id (`str`): Its repository.
@@ -30,12 +31,12 @@ class AdapterInfo:
         tasks (`tuple[str, ...]`): Names of its tasks.
         metrics (`dict[str, dict[str, float]]`): By task, metrics by name; `accuracy` is a ratio in `[0, 1]`.
         r (`int`, *optional*), num_heads (`int`, *optional*), router (`str`, *optional*): As in [`RLoraConfig`].
-        sha (`str`, *optional*): Commit.
-        downloads (`int`, *optional*): In the last 30 days.
+        sha (`str`, *optional*): Commit hash.
+        downloads (`int`, *optional*): Number in the last 30 days.
         last_modified (`datetime`, *optional*): Time of the last commit.
-        digest (`str`, *optional*): Of its tensors.
-        exports (`dict[str, str]`): By task, folders with plain LoRA adapters.
-        private (`bool`): Whether only its owners see it.
+        digest (`str`, *optional*): Digest of its tensors.
+        exports (`dict[str, str]`): Folders with plain LoRA adapters, by task.
+        private (`bool`): Whether only its owners can see it.
     """
 
     repo_id: str
@@ -54,7 +55,7 @@ class AdapterInfo:
 
     @classmethod
     def from_model_info(cls, info: ModelInfo) -> AdapterInfo:
-        """From what the Hub tells of a repository."""
+        """Create it from what the Hub returns for a repository."""
         card = read_card_info(info.card_data or {})
         return cls(
             repo_id=info.id,
@@ -78,7 +79,7 @@ class AdapterInfo:
         return sum(values) / len(values) if values else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
+        """The fields as JSON values."""
         modified = self.last_modified.isoformat() if self.last_modified else None
         return {**asdict(self), "tasks": list(self.tasks), "last_modified": modified}
 
@@ -93,31 +94,31 @@ def search(
     token: str | bool | None = None,
 ) -> list[AdapterInfo]:
     """
-    Published R-LoRA adapters.
+    Search the Hub for R-LoRA adapters.
 
     Args:
-        base_model (`str`, *optional*): Those of this base model.
-        task (`str`, *optional*): Those trained on a task of this name.
-        author (`str`, *optional*): Those of this user or organization.
-        limit (`int`, *optional*): How many at most. Defaults to all.
-        sort (`str`, *optional*, defaults to `"downloads"`): Which come first: those most downloaded, `"updated"`:
-            changed last, or `"accuracy"`: those whose cards tell the highest mean, of whatever tasks they have.
-        token (`str` or `bool`, *optional*): As in `huggingface_hub.list_models`; shows private ones too.
+        base_model (`str`, *optional*): Only adapters of this base model.
+        task (`str`, *optional*): Only adapters trained on a task of this name.
+        author (`str`, *optional*): Only adapters of this user or organization.
+        limit (`int`, *optional*): Maximum number of results. Defaults to all.
+        sort (`str`, *optional*, defaults to `"downloads"`): Order of the results, highest first: `"downloads"`,
+            `"updated"` (time of the last commit) or `"accuracy"` (mean over the tasks of each card).
+        token (`str` or `bool`, *optional*): As in `huggingface_hub.list_models`; includes private ones.
 
     Returns:
-        `list[AdapterInfo]`: What their cards say.
+        `list[AdapterInfo]`: The adapters as their cards describe them.
 
     Raises:
-        ValueError: If `limit` is not positive, or `sort` is none of these.
+        ValueError: If `limit` is not positive, or `sort` is unknown.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}. Leave it out for all adapters.")
     if sort not in get_args(Order):
         raise ValueError(f"`sort` must be one of {', '.join(get_args(Order))}, got {sort!r}.")
-    found = _matching(base_model, task, author, sort, token)
-    if sort == "accuracy":  # which the Hub does not know
-        found = iter(sorted(found, key=lambda info: info.mean() or 0.0, reverse=True))
-    return list(islice(found, limit))
+    matches = _matching(base_model, task, author, sort, token)
+    if sort == "accuracy":  # the Hub can't sort by it
+        matches = iter(sorted(matches, key=lambda info: info.mean() or 0.0, reverse=True))
+    return list(islice(matches, limit))
 
 
 def _matching(
@@ -130,21 +131,21 @@ def _matching(
         tags.append(f"task:{_one_line(task)}")
     order: Any = "last_modified" if sort == "updated" else "downloads"
     for info in HfApi(token=token).list_models(filter=tags, author=author, sort=order, expand=_FIELDS):
-        found = AdapterInfo.from_model_info(info)
-        # Tags are free text: a card may carry one and describe something else.
-        of_task = task is None or _one_line(task) in map(_one_line, found.tasks)
-        if base_model in (None, found.base_model) and of_task:
-            yield found
+        adapter = AdapterInfo.from_model_info(info)
+        # Tags are free text: a card may have a tag and describe something else.
+        has_task = task is None or _one_line(task) in map(_one_line, adapter.tasks)
+        if base_model in (None, adapter.base_model) and has_task:
+            yield adapter
 
 
 def _one_line(task: str) -> str:
-    """A task as the tags of cards have it."""
+    """The name of a task as tags spell it."""
     return " ".join(task.split())
 
 
 def show(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> AdapterInfo:
     """
-    What the card of one adapter says.
+    Read the card of one adapter.
 
     Args:
         repo_id (`str`): Its repository.
@@ -153,7 +154,7 @@ def show(repo_id: str, *, revision: str | None = None, token: str | bool | None 
 
     Raises:
         ValueError: If the repository is not tagged as an R-LoRA adapter.
-        HfHubHTTPError: If it is not there or may not be read.
+        HfHubHTTPError: If it does not exist or may not be read.
     """
     info = HfApi(token=token).model_info(repo_id, revision=revision)
     if "rlora" not in (info.tags or ()):
@@ -162,3 +163,19 @@ def show(repo_id: str, *, revision: str | None = None, token: str | bool | None 
             "`zoo.search()`."
         )
     return AdapterInfo.from_model_info(info)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """
+    Split `"user/name@revision"`.
+
+    Args:
+        name (`str`): A repository, with or without a revision, or a folder, whose name may contain the character.
+
+    Returns:
+        `tuple[str, str | None]`: The repository or folder, and the revision if there is one.
+    """
+    if os.path.isdir(name):
+        return name, None
+    repo_id, _, revision = name.partition("@")
+    return repo_id, revision or None

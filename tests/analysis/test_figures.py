@@ -19,7 +19,7 @@ ALL = (*MLP, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 SIZES = {"small": (2, 2, MLP, 2), "usual": (10, 24, MLP, 3), "large": (40, 12, ALL, 16)}
 
 
-def mixtures(tasks=3, depth=2, kinds=MLP, heads=3, names=None):
+def head_weights(tasks=3, depth=2, kinds=MLP, heads=3, names=None):
     generator = torch.Generator().manual_seed(0)
     layers = tuple(f"model.layers.{i}.{kind}" for i in range(depth) for kind in kinds)
     names = names or [f"task_{i}" for i in range(tasks)]
@@ -29,33 +29,32 @@ def mixtures(tasks=3, depth=2, kinds=MLP, heads=3, names=None):
 
 def similarities(depth=2, kinds=MLP, heads=3):
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    matrices = {}
     for i in range(depth):
         for kind in kinds:
             B = torch.nn.functional.normalize(torch.randn(heads, 20, generator=generator), dim=1)
-            found[f"model.layers.{i}.{kind}"] = B @ B.T
-    return found
+            matrices[f"model.layers.{i}.{kind}"] = B @ B.T
+    return matrices
 
 
 def chunks(path):
     """Chunks of a PNG file by type, their check sums checked."""
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    found, at = {}, 8
+    by_kind, at = {}, 8
     while at < len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
         kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
         assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
-        found.setdefault(kind.decode(), []).append(body)
+        by_kind.setdefault(kind.decode(), []).append(body)
         at += 12 + length
-    return found
+    return by_kind
 
 
 @pytest.mark.parametrize("tasks, depth, kinds, heads", SIZES.values(), ids=SIZES)
 def test_routing_at_all_sizes(tmp_path, tasks, depth, kinds, heads):
-    path = plot_routing(mixtures(tasks, depth, kinds, heads), tmp_path / "figures" / "routing.png")
-    found = chunks(path)
-    width, height = struct.unpack(">II", found["IHDR"][0][:8])
+    path = plot_routing(head_weights(tasks, depth, kinds, heads), tmp_path / "figures" / "routing.png")
+    width, height = struct.unpack(">II", chunks(path)["IHDR"][0][:8])
     assert width == 1500
     # Each row of each panel has at least 13 pixels: its label stays readable.
     assert height > len(kinds) * tasks * 13
@@ -69,7 +68,7 @@ def test_similarity_at_all_sizes(tmp_path, depth, kinds, heads):
 
 
 def test_same_bytes_and_nothing_of_the_machine(tmp_path):
-    for draw, content in ((plot_routing, mixtures()), (plot_head_similarity, similarities())):
+    for draw, content in ((plot_routing, head_weights()), (plot_head_similarity, similarities())):
         first = draw(content, tmp_path / "first.png")
         second = draw(content, str(tmp_path / "second.png"))
         assert first.read_bytes() == second.read_bytes()
@@ -77,7 +76,7 @@ def test_same_bytes_and_nothing_of_the_machine(tmp_path):
 
 
 def test_the_picture_shows_the_weights(tmp_path):
-    even = mixtures()
+    even = head_weights()
     for weights in even.weights.values():
         weights.fill_(1 / 3)
     one = HeadWeights(even.layers, {task: w.clone() for task, w in even.weights.items()}, even.tokens)
@@ -93,7 +92,7 @@ def drawn(monkeypatch):
 
 
 def with_strong_cells(count):
-    content = mixtures(tasks=5, depth=10)
+    content = head_weights(tasks=5, depth=10)
     for weights in content.weights.values():
         weights.copy_(1 / 3 + torch.tensor([0.06, -0.04, -0.02]))
     strong = torch.tensor([0.98, 0.01, 0.01])
@@ -102,21 +101,27 @@ def with_strong_cells(count):
 
 
 def test_a_strong_cell_does_not_wash_out_the_rest(drawn):
-    *_, scale = plot_routing(with_strong_cells(1), "").axes
+    panel, *_, scale = plot_routing(with_strong_cells(1), "").axes
     low, high = scale.get_ylim()
     assert low == pytest.approx(1 / 3 - 0.06, abs=1e-4) and high == pytest.approx(1 / 3 + 0.06, abs=1e-4)
-    assert "colours end where 95% of the cells lie" in " ".join(scale.get_ylabel().split())
-    assert [tick.get_text() for tick in scale.get_yticklabels()] == ["≤ 0.273", "0.333", "≥ 0.393"]
+    assert [tick.get_text() for tick in scale.get_yticklabels()] == ["0.273", "0.333", "0.393"]
+    assert panel.images[0].norm.vmax == pytest.approx(high) and color_bar(panel).extend == "both"
     # Many are no exception: the scale is theirs, and ends at 0 below.
-    *_, scale = plot_routing(with_strong_cells(30), "").axes
-    assert scale.get_ylim() == pytest.approx((0.0, 0.98)) and "colours end" not in scale.get_ylabel()
+    panel, *_, scale = plot_routing(with_strong_cells(30), "").axes
+    assert scale.get_ylim() == pytest.approx((0.0, 0.98))
     assert [tick.get_text() for tick in scale.get_yticklabels()] == ["0", "0.333", "0.98"]
+    assert color_bar(panel).extend == "neither"
+
+
+def color_bar(panel):
+    """The color bar that all panels share belongs to the image of the last."""
+    return next(axes.images[0].colorbar for axes in panel.figure.axes if axes.images and axes.images[0].colorbar)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.94])
 def test_the_axis_of_cosines_fits_them(drawn, level):
-    found = {name: matrix * 0.02 + level for name, matrix in similarities(depth=8).items()}
-    matrix, by_depth = plot_head_similarity(found, "").axes
+    matrices = {name: matrix * 0.02 + level for name, matrix in similarities(depth=8).items()}
+    matrix, by_depth = plot_head_similarity(matrices, "").axes
     low, high = by_depth.get_ylim()
     values = [float(value) for line in by_depth.lines for value in line.get_ydata() if len(line.get_ydata()) == 8]
     assert low < min(values) and max(values) < high and high - low == pytest.approx(0.1)
@@ -125,25 +130,25 @@ def test_the_axis_of_cosines_fits_them(drawn, level):
 
 def test_names_that_mean_something_to_matplotlib(tmp_path):
     names = ["$a$", "$\\frac{1}{$", "_hidden", "two\nlines", "x" * 200, "a|b<c>&", ""]
-    content = mixtures(names=names[:-1])
+    content = head_weights(names=names[:-1])
     assert plot_routing(content, tmp_path / "routing.png").is_file()
-    found = {f"blocks.{i}.$x$": matrix for i, matrix in enumerate(similarities().values())}
-    assert plot_head_similarity(found, tmp_path / "similarity.png").is_file()
+    matrices = {f"blocks.{i}.$x$": matrix for i, matrix in enumerate(similarities().values())}
+    assert plot_head_similarity(matrices, tmp_path / "similarity.png").is_file()
 
 
 def test_layers_without_a_depth_and_experts(tmp_path):
     layers = ("lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj")
     weights = torch.full((3, 2), 0.5)
     assert plot_routing(HeadWeights(layers, {"a": weights}, {"a": 1}), tmp_path / "routing.png").is_file()
-    found = dict(zip(layers, similarities(heads=2).values(), strict=False))
-    assert plot_head_similarity(found, tmp_path / "similarity.png").is_file()
+    matrices = dict(zip(layers, similarities(heads=2).values(), strict=False))
+    assert plot_head_similarity(matrices, tmp_path / "similarity.png").is_file()
 
 
 def test_the_users_settings_stay_and_do_not_matter(tmp_path):
-    plain = plot_routing(mixtures(), tmp_path / "plain.png").read_bytes()
+    plain = plot_routing(head_weights(), tmp_path / "plain.png").read_bytes()
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "green", "savefig.dpi": 30}):
         before = dict(matplotlib.rcParams)
-        styled = plot_routing(mixtures(), tmp_path / "styled.png").read_bytes()
+        styled = plot_routing(head_weights(), tmp_path / "styled.png").read_bytes()
         assert dict(matplotlib.rcParams) == before
     assert styled == plain
 
@@ -166,13 +171,13 @@ def test_no_back_end_is_chosen_and_matplotlib_is_imported_late(tmp_path):
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install rlora-trl\[analysis\]"):
-        plot_routing(mixtures(), tmp_path / "routing.png")
+        plot_routing(head_weights(), tmp_path / "routing.png")
     with pytest.raises(ImportError, match=r"pip install rlora-trl\[analysis\]"):
         plot_head_similarity(similarities(), tmp_path / "similarity.png")
 
 
 def test_nothing_to_draw(tmp_path):
-    with pytest.raises(ValueError, match="no mixtures to draw"):
+    with pytest.raises(ValueError, match="no head weights to draw"):
         plot_routing(HeadWeights(("a",), {}, {}), tmp_path / "routing.png")
     with pytest.raises(ValueError, match="one head has none"):
         plot_head_similarity({"a": torch.ones(1, 1)}, tmp_path / "similarity.png")

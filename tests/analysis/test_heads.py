@@ -47,9 +47,9 @@ def test_all_sources_agree(model, folder):
     file = folder / "adapter_model.safetensors"
     sources = (folder, str(folder), file, load_file(file), model.state_dict(), model.base_model.model.state_dict())
     for source in sources:
-        found = head_similarities(source)
-        assert set(found) == set(expected)
-        assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+        cosines = head_similarities(source)
+        assert set(cosines) == set(expected)
+        assert all(torch.equal(cosines[layer], expected[layer]) for layer in expected)
 
 
 def test_mean_is_that_of_the_trainer(model):
@@ -88,7 +88,7 @@ def test_several_adapters(folder):
 
 
 def test_nothing_to_compare(tmp_path, model):
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist. Pass the folder"):
         head_similarities(tmp_path)
     save_file({"base_model.model.layer.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="found those of none"):

@@ -1,4 +1,4 @@
-"""Measured mixtures: means over the right tokens, all state restored; and fixed mixtures in every forward path."""
+"""Measured head weights: means over the right tokens, all state restored; and fixed ones in every forward path."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from testing_utils import TINY_MODELS, perturb, random_ids, task_rows
 
-from rlora_trl import RLoraConfig
+from rlora_trl import RLoraConfig, analysis
 from rlora_trl.analysis.measuring import HeadWeights, measure_head_weights
 from rlora_trl.tuner import find_routings
 from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights
@@ -65,26 +65,26 @@ def by_hand(model, tokenizer, rows):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_means_over_all_tokens_but_padding(tokenizer, router, name):
     model = adapted(name, **ROUTERS[router])
-    mixtures = measure_head_weights(model, tokenizer, TASKS, batch_size=5)
-    assert mixtures.layers == tuple(adapted_layers(model, "default"))
-    assert all(layer.startswith(("model.layers.", "transformer.h.")) for layer in mixtures.layers)
+    measured = measure_head_weights(model, tokenizer, TASKS, batch_size=5)
+    assert measured.layers == tuple(adapted_layers(model, "default"))
+    assert all(layer.startswith(("model.layers.", "transformer.h.")) for layer in measured.layers)
     for task, rows in TASKS.items():
         expected, count = by_hand(model, tokenizer, rows)
-        assert mixtures.tokens[task] == count
-        assert torch.allclose(mixtures.weights[task], expected, atol=1e-5)
-        assert torch.allclose(mixtures.weights[task].sum(-1), torch.ones(len(mixtures.layers)), atol=1e-5)
+        assert measured.tokens[task] == count
+        assert torch.allclose(measured.weights[task], expected, atol=1e-5)
+        assert torch.allclose(measured.weights[task].sum(-1), torch.ones(len(measured.layers)), atol=1e-5)
     # Tasks differ, and so do layers: nothing was added up twice.
-    assert (mixtures.weights["first"] - mixtures.weights["same"]).abs().max() > 1e-3
-    assert mixtures.weights["first"].std(0).max() > 1e-2
+    assert (measured.weights["first"] - measured.weights["same"]).abs().max() > 1e-3
+    assert measured.weights["first"].std(0).max() > 1e-2
 
 
-def test_learned_mixtures_are_given_as_they_are(tokenizer):
+def test_learned_head_weights_are_read_as_they_are(tokenizer):
     model = adapted(**ROUTERS["task"])
-    mixtures = measure_head_weights(model, tokenizer, TASKS)
-    for place, task in enumerate(("first", "same")):
-        for layer, weights in mixtures.for_task(task).items():
+    measured = measure_head_weights(model, tokenizer, TASKS)
+    for index, task in enumerate(("first", "same")):
+        for layer, weights in measured.for_task(task).items():
             router = adapted_layers(model, "default")[layer].rlora_adapters["default"].router
-            assert torch.allclose(weights, router[place].softmax(-1))
+            assert torch.allclose(weights, router[index].softmax(-1))
     with pytest.raises(ValueError, match="'colour' is unknown.*first.*same"):
         measure_head_weights(model, tokenizer, {"colour": task_rows("colour", 3)})
     uniform = measure_head_weights(adapted(**ROUTERS["uniform"]), tokenizer, TASKS)
@@ -132,13 +132,13 @@ def test_state_is_restored(tokenizer):
         measure_head_weights(model, tokenizer, {"t": [{"x": 1}]}, adapter_name="default")
     before = routing.batch
     with model.disable_adapter():
-        mixtures = measure_head_weights(model, tokenizer, TASKS, adapter_name="default")
+        measured = measure_head_weights(model, tokenizer, TASKS, adapter_name="default")
     assert routing.batch is before
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
     assert model.active_adapters == ["other"]
     # Whatever is active besides: the adapter runs alone.
-    assert torch.equal(mixtures.weights["first"], alone.weights["first"])
+    assert torch.equal(measured.weights["first"], alone.weights["first"])
     assert measure_head_weights(model, tokenizer, TASKS).weights["first"].shape == (6, 2)  # the active one
     with pytest.raises(ValueError, match="'third' is unknown; R-LoRA adapters of the model: 'default', 'other'"):
         measure_head_weights(model, tokenizer, TASKS, adapter_name="third")
@@ -211,13 +211,13 @@ def one_head_only(model, ids, head, **kwargs):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("router", ROUTERS)
-def test_fixed_mixtures_in_every_path(router):
+def test_fixed_head_weights_in_every_path(router):
     """Weight one on one head is that head; in the packed, the fused and the compiled path, and restored after."""
     model, ids = adapted(**ROUTERS[router]), random_ids(2, 40)
     layers = adapted_layers(model, "default")
     before = logits(model, ids)
     for head in (0, 2):
-        weights = dict.fromkeys(layers, [float(place == head) for place in range(3)])
+        weights = dict.fromkeys(layers, [float(index == head) for index in range(3)])
         expected = one_head_only(model, ids, head)
         with fixed_head_weights(model, "default", weights):
             packed = logits(model, ids)
@@ -225,7 +225,7 @@ def test_fixed_mixtures_in_every_path(router):
             short = logits(model, ids[:1, :3])  # few tokens: another kernel
             adapter = next(iter(layers.values())).rlora_adapters["default"]
             x = torch.randn(5, adapter.in_features)
-            told = adapter.mixture(x)
+            fixed = adapter.mixture(x)
             if router in ("softmax", "top_k"):
                 compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)(x)
                 assert error(compiled, adapter(x)) <= 1e-5
@@ -233,13 +233,13 @@ def test_fixed_mixtures_in_every_path(router):
             assert torch.isfinite(got).all()
             assert error(got, expected) <= 1e-5
         assert error(short, expected[:1, :3]) <= 1e-5
-        assert torch.equal(told, torch.tensor(weights[next(iter(layers))]).expand(5, -1))
+        assert torch.equal(fixed, torch.tensor(weights[next(iter(layers))]).expand(5, -1))
         assert (expected - before).abs().max() > 1e-3
         # No stale weights in what inference keeps.
         assert torch.equal(logits(model, ids), before)
 
 
-def test_fixed_mixtures_in_training_and_half_precision():
+def test_fixed_head_weights_in_training_and_half_precision():
     model, ids = adapted(), random_ids()
     weights = dict.fromkeys(adapted_layers(model, "default"), [0.0, 1.0, 0.0])
     model.train()
@@ -255,7 +255,7 @@ def test_fixed_mixtures_in_training_and_half_precision():
         assert torch.isfinite(logits(half)).all()
 
 
-def test_fixed_mixtures_are_restored_after_errors_and_not_copied():
+def test_fixed_head_weights_are_restored_after_errors_and_not_copied():
     model = adapted()
     before = logits(model)
     layers = adapted_layers(model, "default")
@@ -286,3 +286,17 @@ def test_weights_that_are_none(weights):
         del fixed["model.layers.0.mlp.up_proj"]
         with fixed_head_weights(model, "default", fixed):
             pass
+
+
+@pytest.mark.parametrize("old", ["HeadMixtures", "measure_mixtures"])
+def test_former_names_warn_once(old):
+    analysis.__dict__.pop(old, None)
+    with pytest.warns(
+        FutureWarning, match=rf"`rlora_trl.analysis.{old}` is now called `(HeadWeights|measure_head_weights)`"
+    ) as warned:
+        exec(f"from rlora_trl.analysis import {old}", namespace := {})
+        assert namespace[old] is getattr(analysis, old)
+    assert len(warned) == 1 and warned[0].filename == "<string>"
+    assert namespace[old] in (HeadWeights, measure_head_weights)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = analysis.nothing

@@ -1,10 +1,14 @@
-"""The zoo against a real HTTP server: search, compare, load, mix, and pinned sets."""
+"""The zoo against a real HTTP server: search, compare, load and mix."""
 
 from pathlib import Path
 
 import pytest
 from samples import BASE, save_adapter, save_base, tiny_record
 from worker import WorkerError
+
+from rlora_trl import zoo as zoo_module
+from rlora_trl.zoo import AdapterInfo, Comparison
+from rlora_trl.zoo.search import split_revision
 
 
 OTHER_BASE = "user/other-llama"
@@ -52,21 +56,21 @@ def zoo(hub, worker, folders):
 
 
 def test_search(zoo):
-    def found(arguments=""):
+    def results(arguments=""):
         return zoo(f"[info.repo_id for info in zoo.search({arguments})]")
 
-    assert found() == ["user/colours", "user/words", "org/elsewhere"], "those most downloaded first"
-    assert found(f"base_model={BASE!r}") == ["user/colours", "user/words"]
-    assert found(f"base_model={BASE!r}, task='first'") == ["user/words"]
-    assert found("author='org'") == ["org/elsewhere"]
-    assert found("task='nothing'") == [] and found("limit=1") == ["user/colours"]
-    assert found("task=' first '") == ["user/words", "org/elsewhere"], "tags have tasks on one line"
-    assert found("sort='updated'")[0] == "org/elsewhere" and found("sort='updated', limit=1") == ["org/elsewhere"]
-    assert found("sort='accuracy'")[0] == "user/colours"
+    assert results() == ["user/colours", "user/words", "org/elsewhere"], "those most downloaded first"
+    assert results(f"base_model={BASE!r}") == ["user/colours", "user/words"]
+    assert results(f"base_model={BASE!r}, task='first'") == ["user/words"]
+    assert results("author='org'") == ["org/elsewhere"]
+    assert results("task='nothing'") == [] and results("limit=1") == ["user/colours"]
+    assert results("task=' first '") == ["user/words", "org/elsewhere"], "tags have tasks on one line"
+    assert results("sort='updated'")[0] == "org/elsewhere" and results("sort='updated', limit=1") == ["org/elsewhere"]
+    assert results("sort='accuracy'")[0] == "user/colours"
     with pytest.raises(WorkerError, match="one of downloads, updated, accuracy"):
-        found("sort='likes'")
+        results("sort='likes'")
     with pytest.raises(WorkerError, match="at least 1"):
-        found("limit=0")
+        results("limit=0")
 
 
 def test_search_does_not_believe_tags(hub, zoo):
@@ -111,8 +115,6 @@ def test_compare_revisions_of_one_repository(hub, zoo, folders):
 
 
 def test_names_of_strangers_stay_in_their_cells():
-    from rlora_trl.zoo import AdapterInfo, Comparison
-
     info = AdapterInfo("user/x", metrics={"a|b\nc": {"accuracy": 0.5}})
     assert str(Comparison((info,), ("a|b\nc",))).splitlines()[2] == r"| a\|b c | 50.0 % |"
 
@@ -125,6 +127,17 @@ def test_load_switches_and_mixes(zoo):
     assert result["sum"] < 1e-5, "deltas of a mixed layer are not the weighted sum"
     assert result["zero"] < 1e-6, "weights of zero are not the base model"
     assert result["back"] < 1e-6 and result["other"] < 1e-6, "scales of a mix are left on one adapter"
+
+
+def test_names_of_loaded_adapters(zoo, folders, tmp_path):
+    for name in ("v1.words", "deep/words"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(folders / "words")
+    places = ["user/words", str(tmp_path / "deep" / "words"), str(tmp_path / "v1.words")]
+    assert zoo("list(zoo.load(places).peft_config)", places=places) == ["words", "words_2", "v1_words"]
+    assert zoo("list(zoo.load({'mine': places[0]}).peft_config)", places=places) == ["mine"]
+    with pytest.raises(WorkerError, match="at least one adapter"):
+        zoo("zoo.load([])")
 
 
 def test_load_refuses_different_bases(zoo):
@@ -151,81 +164,30 @@ def test_load_refuses_different_revisions_of_a_base(hub, zoo, tmp_path):
 
 
 def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path):
-    from rlora_trl.zoo.names import split_revision
-
     (tmp_path / "run@2").mkdir()
     assert split_revision(str(tmp_path / "run@2")) == (str(tmp_path / "run@2"), None)
     assert split_revision("user/name@next") == ("user/name", "next")
     assert split_revision("user/name") == ("user/name", None)
 
 
-def test_manifest(hub, zoo, tmp_path):
-    path = str(tmp_path / "zoo.yaml")
-    zoo("str(zoo.Manifest.pin(['user/words', 'user/colours'], base_model=base).save(path))", path=path, base=BASE)
-    text = Path(path).read_text()
-    assert hub.head("user/words") in text and "sha256:" in text
-    pinned = hub.head("user/words")
-    hub.commit("user/words", {"README.md": "---\ntags: [rlora]\n---\nNewer"})
-    folders = zoo("zoo.Manifest.load(path).install()", path=path)
-    assert Path(folders["words"]).name == pinned and set(folders) == {"words", "colours"}
-    hub.requests.clear()
-    assert zoo("zoo.Manifest.load(path).install(local_files_only=True)", path=path) == folders
-    assert hub.requests == []
-
-
-def test_pinned_names_are_those_of_adapters(hub, zoo, folders, tmp_path):
-    path = str(tmp_path / "zoo.yaml")
-    source = (
-        "from rlora_trl import push_adapter; push_adapter(folder, 'org/v1.words'); push_adapter(folder, 'org/words')"
-    )
-    zoo("exec(source, {'folder': folder})", source=source, folder=str(folders / "words"))
-    zoo("str(zoo.Manifest.pin(['user/words', 'org/words', 'org/v1.words']).save(path))", path=path)
-    manifest = zoo("[zoo.Manifest.load(path).base_model, list(zoo.Manifest.load(path).install())]", path=path)
-    assert manifest == [BASE, ["words", "words_2", "v1_words"]]
-
-
-def test_command_line(hub, zoo, folders, tmp_path):
+def test_command_line(hub, zoo, folders):
     def rlora(*words):
         return zoo("__import__('zoo_check').rlora(words)", words=[str(word) for word in words])
 
-    code, told, _ = rlora("push", folders / "words", "user/again")
-    assert code == 0 and told.startswith("Published") and hub.head("user/again") in told
-    code, told, _ = rlora("push", folders / "words", "user/again")
-    assert code == 0 and told.startswith("Unchanged") and hub.head("user/again") in told
-    code, told, remarks = rlora("zoo", "pin", "user/again", "--output", tmp_path / "own.yaml")
-    assert code == 0 and hub.head("user/again") in told and "rlora zoo install" in remarks
-    code, told, _ = rlora("pull", "user/again")
-    assert code == 0 and told.splitlines()[0].split() == ["Repository", "user/again"]
+    code, output, _ = rlora("push", folders / "words", "user/again")
+    assert code == 0 and output.startswith("Published") and hub.head("user/again") in output
+    code, output, _ = rlora("push", folders / "words", "user/again")
+    assert code == 0 and output.startswith("Unchanged") and hub.head("user/again") in output
+    code, output, _ = rlora("pull", "user/again")
+    assert code == 0 and output.splitlines()[0].split() == ["Repository", "user/again"]
     assert rlora("zoo", "compare", "user/again", "--metric", "f1")[2].strip().endswith("one of these with `--metric`.")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("format: 2\nadapters: []", "format: 1"),
-        ("- a", "mapping"),
-        ("format: 1\nadapters: [{repo_id: a/b, revision: main}]", "40 hexadecimal"),
-        ("format: 1\nadapters: [{repo_id: a/b, revision: main, colour: red}]", "may have"),
-        ("format: 1\nadapters: 3", "list of mappings"),
-        ("format: [", "no YAML"),
-        (f"format: 1\nadapters: [{{repo_id: a/b, revision: {'a' * 40}, digest: x}}]", "sha256"),
-        (f"format: 1\nadapters: [{{repo_id: a/b, revision: {'a' * 40}, name: v1.2}}]", "letters, digits"),
-        ("format: 1\nadapters: [" + f"{{repo_id: a/b, revision: '{'a' * 40}'}}, " * 2 + "]", "more than one"),
-    ],
-)
-def test_manifests_that_are_none(tmp_path, text, message):
-    from rlora_trl import zoo
-
-    (tmp_path / "zoo.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        zoo.Manifest.load(tmp_path / "zoo.yaml")
-
-
-def test_manifest_refuses_another_digest(hub, zoo, tmp_path):
-    path = tmp_path / "zoo.yaml"
-    head = hub.head("user/words")
-    entry = f"{{repo_id: user/words, revision: {head}, digest: 'sha256:{'0' * 64}'}}"
-    path.write_text(f"format: 1\nadapters: [{entry}]\n")
-    with pytest.raises(WorkerError, match="Do not use it") as caught:
-        zoo("zoo.Manifest.load(path).install()", path=str(path))
-    assert caught.value.type == "AdapterCheckError"
+@pytest.mark.parametrize("name", ["Manifest", "PinnedAdapter"])
+def test_manifests_are_gone(name):
+    with pytest.raises(
+        ImportError, match=r"removed together with `zoo.yaml`.*`pull_adapter\(repo_id, revision=...\)`"
+    ):
+        exec(f"from rlora_trl.zoo import {name}")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = zoo_module.nothing

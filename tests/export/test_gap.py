@@ -1,4 +1,4 @@
-"""What the export of measured mixtures loses, on the real 135M model."""
+"""How far exports with measured head weights are from the adapter, on the real 135M model."""
 
 import pytest
 import torch
@@ -49,19 +49,17 @@ def test_measured_loss_on_a_real_model(smollm2, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     train = load_tiny_flan("train", seed=0, rows_per_task=12)
     test = load_tiny_flan("test", seed=0, rows_per_task=12)
-    mixtures = measure_head_weights(model, tokenizer, {task: train[task] for task in TASKS})
+    measured = measure_head_weights(model, tokenizer, {task: train[task] for task in TASKS})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "rlora_adapters" in name}
 
-    # One task is measured with its own mixture and, as a lower bar, with equal weights.
+    # One task is measured with its own head weights and, as a lower bar, with equal weights.
     task = TASKS[0]
     data = {task: test[task]}
-    report = export_lora(model, tmp_path / "export", task=task, routing=mixtures, data=data, tokenizer=tokenizer)
-    equal = dict.fromkeys(mixtures.layers, torch.full((3,), 1 / 3))
+    report = export_lora(model, tmp_path / "export", task=task, routing=measured, data=data, tokenizer=tokenizer)
+    equal = dict.fromkeys(measured.layers, torch.full((3,), 1 / 3))
     lower_bar = measure_export_gap(model, tokenizer, "default", data, equal)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert (report.rank, report.layers, report.exact) == (8, 90, False)
-    # 1.5e-6 was seen.
-    assert report.max_logit_error <= 1e-5
     # A function of its own, but near: after 24 steps on three tasks 0.008 nats a token were seen (with equal weights
     # 0.018), and not one of 60 answers changed. A wrong export is nats away.
     assert 1e-6 < report.kl < 0.1
