@@ -715,12 +715,9 @@ class RLoraSFTTrainer(StagedCheckpoints):
         Raises:
             ValueError: If `exports` are asked for where the model is divided among processes, or in the background.
         """
-        if kwargs.get("exports") and (is_sharded(self.model, self.is_fsdp_enabled) or not blocking):
-            where = (
-                "of a model that is divided among processes"
-                if is_sharded(self.model, self.is_fsdp_enabled)
-                else "in the background"
-            )
+        sharded = is_sharded(self.model, self.is_fsdp_enabled)
+        if kwargs.get("exports") and (sharded or not blocking):
+            where = "of a model that is divided among processes" if sharded else "in the background"
             raise ValueError(
                 f"`exports` can't be made {where}: they run the whole model. Push without them, and afterwards, in "
                 f"one process: `push_adapter({self.args.output_dir!r}, {self.args.hub_model_id!r}, exports=[...])`."
@@ -728,14 +725,15 @@ class RLoraSFTTrainer(StagedCheckpoints):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self._make_repository(token, private)
+
+        # Metadata of the card, whose title is the name of the repository
+        kwargs.pop("model_name", None)
         datasets = [*as_list(kwargs.pop("dataset_name", None)), *as_list(kwargs.pop("datasets", None))]
-        datasets += as_list(self._run_record.dataset_name)
         tags = [*self._tag_names, *as_list(kwargs.pop("tags", None)), *as_list(self.model.model_tags)]
-        kwargs.pop("model_name", None)  # the card is headed by the repository's
+
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(tags=tags, dataset_name=datasets)
         self._finish_current_push()
         options = {
             "commit_message": commit_message or "End of training",
@@ -744,10 +742,8 @@ class RLoraSFTTrainer(StagedCheckpoints):
             "private": private if private is not None else self.args.hub_private_repo,
             "base_model": self.args.hub_base_model,
             "tags": list(dict.fromkeys(tags)),
-            "datasets": datasets,
-            "export_from": None
-            if is_sharded(self.model, self.is_fsdp_enabled)
-            else self.accelerator.unwrap_model(self.model),
+            "datasets": [*datasets, *as_list(self._run_record.dataset_name)],
+            "export_from": None if sharded else self.accelerator.unwrap_model(self.model),
             "export_data": rows_to_measure(self._option_rows),
             "tokenizer": self.processing_class,
             **kwargs,
