@@ -14,13 +14,13 @@ class EarlyStopping:
     """
     Keeps `EarlyStoppingCallback` out of evaluations that don't have its metric.
 
-    `Trainer` calls its callbacks after the evaluation of each data set of a dictionary, and this one warns of being
+    `Trainer` calls its callbacks after the evaluation of each dataset of a dictionary, and this one warns of being
     disabled wherever it does not find `metric_for_best_model` (no upstream issue as of transformers 5.23).
 
     Args:
         handler (`CallbackHandler`): The callbacks of the trainer.
         args (`TrainingArguments`): Has `metric_for_best_model`.
-        tasks (`Sequence[str]`): Names of the data sets.
+        tasks (`Sequence[str]`): Names of the datasets.
         prefix (`str`): Prefix of the metrics, such as `"eval"`.
     """
 

@@ -197,7 +197,7 @@ class LostRows:
         return [tasks[place] for place in staying]
 
     def renumber(self, dataset: Any) -> Any:
-        """The data set with the new numbers of tasks, if it has any; rows of tasks that are gone have none."""
+        """The dataset with the new numbers of tasks, if it has any; rows of tasks that are gone have none."""
         is_data = isinstance(dataset, Dataset | IterableDataset)
         if self.places is None or not is_data or self.is_known(dataset) or TASK_IDS not in columns_of(dataset):
             return dataset

@@ -9,7 +9,7 @@ The rates are those of T5 (Exploring the Limits of Transfer Learning with a Unif
     temperature     min(n_i, K) ^ (1/T)
 
 `TaskMixture` turns sizes into shares and into whole rows for each epoch, `MixtureSampler` chooses the rows, and
-`mix_tasks` applies both to data sets.
+`mix_tasks` applies both to datasets.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ class MixtureSampler(Sampler[int]):
     > `skip_first_batches`: its `set_epoch` does not find the sampler otherwise, and would resume in epoch 0.
 
     Args:
-        task_of_row (`Sequence[int]` or `np.ndarray`): Index of the task of each row of the data set.
+        task_of_row (`Sequence[int]` or `np.ndarray`): Index of the task of each row of the dataset.
         draws (`Sequence[int]`): Rows of each task in one epoch, by index of the task.
         seed (`int`, *optional*, defaults to `42`): Seed of the draws.
 
@@ -237,7 +237,7 @@ class MixtureSampler(Sampler[int]):
 
     def __init__(self, task_of_row: Sequence[int] | np.ndarray, draws: Sequence[int], seed: int = 42) -> None:
         super().__init__()
-        # `[:]` for the column of a data set, which is read row by row otherwise.
+        # `[:]` for the column of a dataset, which is read row by row otherwise.
         tasks = np.asarray(task_of_row[:], dtype=np.int64)  # [rows]
         self.draws = [int(number) for number in draws]
         outside = tasks[(tasks < 0) | (tasks >= len(self.draws))]
@@ -298,13 +298,13 @@ class MixtureSampler(Sampler[int]):
 
 class PartSampler(Sampler[int]):
     """
-    Goes through one part of a data set in each epoch, in random order, and from the last on to the first again.
+    Goes through one part of a dataset in each epoch, in random order, and from the last on to the first again.
 
     For packed data, whose parts are the packed draws of one epoch each. Packing gives parts of slightly different
     lengths; an epoch has as many rows as the shortest, so that its steps are known.
 
     Args:
-        lengths (`Sequence[int]`): Rows of the parts, which follow each other in the data set.
+        lengths (`Sequence[int]`): Rows of the parts, which follow each other in the dataset.
         seed (`int`, *optional*, defaults to `42`): Seed of the order.
     """
 
@@ -329,7 +329,7 @@ class PartSampler(Sampler[int]):
 
 def count_tasks(dataset: Dataset, num_tasks: int, column: str = "task_ids") -> tuple[list[int], list[int]]:
     """
-    Rows and tokens of each task in a tokenized data set that names tasks by number.
+    Rows and tokens of each task in a tokenized dataset that names tasks by number.
 
     Args:
         dataset (`Dataset`): With a column `input_ids`.
@@ -345,7 +345,7 @@ def count_tasks(dataset: Dataset, num_tasks: int, column: str = "task_ids") -> t
     for name in (column, "input_ids"):
         if name not in dataset.column_names:
             raise ValueError(
-                f"Counting tasks needs a column {name!r}; the data set has {', '.join(dataset.column_names)}. "
+                f"Counting tasks needs a column {name!r}; the dataset has {', '.join(dataset.column_names)}. "
                 "Tokenize it, and number its tasks, before."
             )
     rows = np.zeros(num_tasks, dtype=np.int64)
@@ -392,9 +392,9 @@ def mix_tasks(
     any_format: bool = False,
 ) -> AnyDataset:
     """
-    Mix the data sets of several tasks into one, with the shares of T5 (https://arxiv.org/abs/1910.10683, 3.5.2).
+    Mix the datasets of several tasks into one, with the shares of T5 (https://arxiv.org/abs/1910.10683, 3.5.2).
 
-    Map-style data sets give the rows that one epoch draws; see [`TaskMixture`] for their number and [`MixtureSampler`]
+    Map-style datasets give the rows that one epoch draws; see [`TaskMixture`] for their number and [`MixtureSampler`]
     for which. Streams give a stream, whose `set_epoch` draws anew:
 
     - In proportion to all rows, tasks take turns until each row was seen once.
@@ -406,12 +406,12 @@ def mix_tasks(
     > what an epoch draws, all epochs see the same first rows: `shuffle` that stream, with a large buffer, before.
 
     Args:
-        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all of one of TRL's formats.
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Datasets by task, all of one of TRL's formats.
         mixing (`str`, *optional*, defaults to `"proportional"`): `"proportional"`, `"equal"` or `"temperature"`.
         temperature (`float`, *optional*, defaults to `1.0`): T of `"temperature"`, at least 1.
         cap (`int`, *optional*): Rows (or tokens) beyond which a task counts as no larger.
         unit (`str`, *optional*, defaults to `"rows"`):
-            What sizes and the cap count: `"rows"`, or `"tokens"` of map-style data sets with a column `input_ids`.
+            What sizes and the cap count: `"rows"`, or `"tokens"` of map-style datasets with a column `input_ids`.
         sizes (`Mapping[str, int]`, *optional*):
             Rows by task, of streams. Where it is needed and not given, it is what the stream's `info` says of its
             split. That is the number before any `filter`, `take` or `skip`: give `sizes` after those.
@@ -428,7 +428,7 @@ def mix_tasks(
 
     Raises:
         ValueError: See [`TaskMixture`] and [`join_tasks`]; and if sizes are unknown, or given and of no use.
-        TypeError: If a task is not a data set, or streamed and map-style ones are mixed.
+        TypeError: If a task is not a dataset, or streamed and map-style ones are mixed.
     """
     check_options(mixing, temperature, cap, unit)
     _check_draw(seed, epoch)
@@ -438,11 +438,11 @@ def mix_tasks(
     labeled = label_tasks(datasets, task_column=task_column, text_column=text_column, any_format=any_format)
     if isinstance(next(iter(labeled.values())), Dataset):
         if sizes is not None:
-            raise ValueError("`sizes` is for streams; the rows of these data sets are counted. Leave `sizes` unset.")
+            raise ValueError("`sizes` is for streams; the rows of these datasets are counted. Leave `sizes` unset.")
         return _mix_rows(labeled, plan, unit, seed, epoch)
     if unit == "tokens":
         raise ValueError(
-            '`unit="tokens"` needs data sets whose tokens can be counted, got streams. Use `unit="rows"`, or load '
+            '`unit="tokens"` needs datasets whose tokens can be counted, got streams. Use `unit="rows"`, or load '
             "them without `streaming=True`."
         )
     if mixing != "equal" and temperature == 1 and cap is None:
@@ -508,7 +508,7 @@ def _tokens(task: str, dataset: Dataset) -> int:
     if "input_ids" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(
-            f"`unit='tokens'` counts the column 'input_ids', and task {task!r} has {columns}. Tokenize the data sets "
+            f"`unit='tokens'` counts the column 'input_ids', and task {task!r} has {columns}. Tokenize the datasets "
             "before, or use `unit='rows'`."
         )
     return sum(int(_lengths(batch).sum()) for batch in arrow_batches(dataset.select_columns(["input_ids"])))
@@ -535,7 +535,7 @@ def _rows_of_streams(streams: Mapping[str, IterableDataset], sizes: Mapping[str,
         if set(sizes) != set(streams):
             given, needed = ", ".join(map(str, sizes)), ", ".join(map(str, streams))
             raise ValueError(
-                f"`sizes` names the tasks {given}, and the data sets are {needed}. Give the rows of each data set."
+                f"`sizes` names the tasks {given}, and the datasets are {needed}. Give the rows of each dataset."
             )
         return {task: sizes[task] for task in streams}
     rows = {}

@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 from trl import ScriptArguments, TrlParser, get_quantization_config
 
 from ..evaluation import TaskScore, score_tasks
-from ..evaluation.columns import why_no_tasks
-from ..evaluation.data import READING_ERRORS, check_rows, explained, is_scorable, load_splits, rows_by_task
+from ..evaluation.formats import check_rows
+from ..evaluation.loading import READING_ERRORS, explain_read_errors, load_splits
+from ..evaluation.rows import is_scorable, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
 from .trainer import RLoraSFTTrainer
@@ -109,7 +110,7 @@ def make_parser(arguments: type[RLoraScriptArguments] = RLoraScriptArguments, **
 
 def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> TrainingData:
     """
-    The data set that the arguments name.
+    The dataset that the arguments name.
 
     Raises:
         ValueError: If they name none, or a split that it does not have.
@@ -117,7 +118,7 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
     if args.dataset_name is None:
         raise ValueError(
             "`--dataset_name` is missing: the data to train on, as a JSON-lines, Parquet or CSV file, a folder of "
-            "such files, or the name of a data set on the Hub."
+            "such files, or the name of a dataset on the Hub."
         )
     splits = load_splits(
         args.dataset_name,
@@ -134,7 +135,7 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
     test = splits.get(args.dataset_test_split)
     if training_args.eval_strategy != "no":
         data.evaluation = test
-    with explained(Path(args.dataset_name), READING_ERRORS):
+    with explain_read_errors(Path(args.dataset_name), READING_ERRORS):
         if not (training_args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             used = {args.dataset_train_split: data.train, args.dataset_test_split: data.evaluation}
             for name, split in used.items():
@@ -151,11 +152,12 @@ def _call(args: RLoraScriptArguments, splits: Mapping[str, Any], split: str) -> 
 
 
 def _rows_to_score(test: Any, column: str, limit: int, where: str) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    # As in training, a column that happens to be called like the default need not name tasks.
-    if column not in test.column_names or (column == "task" and why_no_tasks(test, column) is not None):
+    if column not in test.column_names:
         return {}
+    # As in training, the default column need not name tasks; the trainer warns of that.
+    warn = (lambda text: None) if column == "task" else None
     try:
-        return rows_by_task(test, column, limit, scored_as=where)
+        return rows_by_task(test, column, limit, scored_as=where, warn=warn)
     except ValueError as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
 
@@ -176,7 +178,7 @@ def train(
         training_args ([`RLoraSFTConfig`]), model_args ([`RLoraModelConfig`]), rlora_args ([`RLoraArguments`]): As
             parsed.
     """
-    with nullcontext() if data.source is None else explained(Path(data.source), READING_ERRORS):
+    with nullcontext() if data.source is None else explain_read_errors(Path(data.source), READING_ERRORS):
         return _train(model, data, training_args, model_args, rlora_args)
 
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import score_tasks
 from ..evaluation.columns import by_row, encode_tasks, is_text, task_namer, tells_tasks
+from ..evaluation.formats import has_transform
 from ..tuner import Routing
-from .tasks import has_transform, name_tasks, tasks_in
+from .tasks import name_tasks, tasks_in
 
 
 logger = get_logger(__name__)
@@ -29,7 +30,7 @@ _SCORED = ("prompt", "completion", "options")
 
 def split_by_task(dataset: Any, task_column: str) -> Any:
     """
-    Evaluation data by task: a map-style data set with a column that names several tasks becomes a dictionary.
+    Evaluation data by task: a map-style dataset with a column that names several tasks becomes a dictionary.
 
     Everything else is returned as it is, a dictionary with its keys as strings.
 
@@ -81,10 +82,10 @@ class OptionRows:
 
 def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> dict[str, OptionRows]:
     """
-    The rows that can be scored, by the name of their data set, with `prefix` and an underscore before it if given.
+    The rows that can be scored, by the name of their dataset, with `prefix` and an underscore before it if given.
 
     Args:
-        eval_dataset: What `SFTTrainer` takes as `eval_dataset`. A data set by itself has the name "".
+        eval_dataset: What `SFTTrainer` takes as `eval_dataset`. A dataset by itself has the name "".
         task_column (`str`): Column that names the task of each row.
         prefix (`str`, *optional*): Prefix of the names.
     """

@@ -39,16 +39,16 @@ class _DifferentTypes(Exception):
 
 def align_features(datasets: Mapping[str, Dataset | IterableDataset], *, may_drop: bool = False) -> dict[str, Any]:
     """
-    The data sets of several tasks with the same features, whatever their order.
+    The datasets of several tasks with the same features, whatever their order.
 
     - Columns of nulls take the type that other tasks give them; integers, floats, texts and lists the wider type.
-    - Structs that differ in their fields become `Json`, so that a row reads as in the data set of its task alone.
+    - Structs that differ in their fields become `Json`, so that a row reads as in the dataset of its task alone.
       (Where they hold what JSON does not, such as pictures, they become one struct, with nulls for what is absent.)
     - Pictures take the mode that one of them gives. Tools that are JSON in one task become JSON in all.
     - Class labels whose names differ become integers, as which they are read; beside texts they become their names.
 
     Args:
-        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all with the same columns.
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Datasets by task, all with the same columns.
         may_drop (`bool`, *optional*, defaults to `False`):
             Columns whose types can't be brought together are dropped, with a warning, as long as others are left.
 
@@ -180,7 +180,7 @@ def _fits_json(feature: Any) -> bool:
 
 
 def _cast(dataset: Dataset | IterableDataset, given: Features, common: Features) -> Dataset | IterableDataset:
-    common = Features({column: common[column] for column in given})  # in the order of the data set's own columns
+    common = Features({column: common[column] for column in given})  # in the order of the dataset's own columns
     for column, feature in given.items():
         if isinstance(feature, ClassLabel) and getattr(common[column], "dtype", None) in TEXT_TYPES:
             given = Features({**given, column: common[column]})
@@ -204,7 +204,7 @@ def _cast(dataset: Dataset | IterableDataset, given: Features, common: Features)
 
 def _cast_batch(batch: pa.Table, schema: pa.Schema) -> pa.Table:
     """
-    A batch cast by `datasets`, which casts each part by itself, one for each row of a data set with indices, and
+    A batch cast by `datasets`, which casts each part by itself, one for each row of a dataset with indices, and
     casts all values of a list of which a batch is a slice. `take` copies the rows into one part of their own.
 
     No upstream issue as of datasets 5.2.

@@ -13,11 +13,11 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..evaluation.columns import add_column, by_row, encode, task_namer
-from ..evaluation.data import as_shown
-from .tasks import AnyDataset, has_transform
+from ..evaluation.formats import as_shown, has_transform
+from .tasks import AnyDataset
 
 
-# Not a name that data sets use; a user's own column `task_ids` is none of the trainer's business.
+# Not a name that datasets use; a user's own column `task_ids` is none of the trainer's business.
 TASK_IDS = "rlora_task_ids"
 # Where rows of the data begin, in batches whose rows are packed or joined.
 ROW_STARTS = "rlora_row_starts"
@@ -67,7 +67,7 @@ def number_tasks(
 
 
 def ids_of(dataset: Dataset) -> np.ndarray:
-    """The task id of each row `[rows]`, of a data set with a column of them that is not packed."""
+    """The task id of each row `[rows]`, of a dataset with a column of them that is not packed."""
     return by_row(dataset, [TASK_IDS], lambda ids: ids)
 
 
@@ -77,7 +77,7 @@ def with_ids(features: Features | None) -> Features | None:
 
 
 def add_ids(dataset: Dataset, numbers: np.ndarray) -> Dataset:
-    """The data set with a column of task ids, which a transform passes on beside what it makes of a row."""
+    """The dataset with a column of task ids, which a transform passes on beside what it makes of a row."""
     numbered = add_column(as_shown(dataset), TASK_IDS, numbers)  # which drops formats
     if not has_transform(dataset):
         return numbered
@@ -101,7 +101,7 @@ def number_alike(dataset: AnyDataset, task_id: int) -> AnyDataset:
 
 
 def is_packed(dataset: Any) -> bool:
-    """Whether a data set has the task of each token, as [`spread_over_tokens`] gives it, rather than of each row."""
+    """Whether a dataset has the task of each token, as [`spread_over_tokens`] gives it, rather than of each row."""
     features = dataset.features if isinstance(dataset, Dataset) else None
     return features is not None and isinstance(features.get(TASK_IDS), List | LargeList)
 

@@ -1,9 +1,9 @@
-"""Data sets of several tasks: from a dictionary, or from a column, to one data set that names the task of each row."""
+"""Datasets of several tasks: from a dictionary, or from a column, to one dataset that names the task of each row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
@@ -17,8 +17,8 @@ from datasets import (
     interleave_datasets,
 )
 
-from ..evaluation.columns import add_column, describe_no_tasks, encode_tasks, why_no_tasks
-from ..evaluation.data import COMPANIONS_OF_TEXT, as_shown, check_rows, find_format
+from ..evaluation.columns import AnyDataset, add_column, encode_default_tasks, encode_tasks
+from ..evaluation.formats import COMPANIONS_OF_TEXT, as_shown, check_rows, find_format, has_transform
 from ..tuner.task_names import MAX_TASKS, task_name
 from .task_features import align_features
 
@@ -31,19 +31,12 @@ _COMPANIONS = (
 
 logger = get_logger(__name__)
 
-AnyDataset: TypeAlias = Dataset | IterableDataset
-
 
 def columns_of(dataset: AnyDataset) -> list[str]:
     """Names of the columns; a stream that does not say is asked for its first row."""
     if dataset.column_names is not None:
         return list(dataset.column_names)
     return list(next(iter(dataset.with_format(None))))
-
-
-def has_transform(dataset: Any) -> bool:
-    """Whether rows are made by a function of the user's as they are read (`Dataset.with_transform`)."""
-    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 def values_of(dataset: Dataset, column: str) -> list[Any]:
@@ -83,13 +76,13 @@ def join_tasks(
     any_format: bool = False,
 ) -> AnyDataset:
     """
-    Join the data sets of several tasks into one with a column that names the task.
+    Join the datasets of several tasks into one with a column that names the task.
 
-    Map-style data sets are concatenated and shuffled. Streamed ones are interleaved row by row until each has ended
+    Map-style datasets are concatenated and shuffled. Streamed ones are interleaved row by row until each has ended
     once.
 
     Args:
-        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all of one of TRL's formats.
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Datasets by task, all of one of TRL's formats.
         task_column (`str`, *optional*, defaults to `"task"`): Name of the new column.
         text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
         seed (`int`, *optional*, defaults to `42`): Seed of the shuffle.
@@ -101,7 +94,7 @@ def join_tasks(
     Raises:
         ValueError: If there is no task, a task is empty or has a transform, formats or types differ, or what is given
             is a `DatasetDict`, which holds splits.
-        TypeError: If a task is not a data set or its key can't name one, or streamed and map-style ones are mixed.
+        TypeError: If a task is not a dataset or its key can't name one, or streamed and map-style ones are mixed.
     """
     options = {"task_column": task_column, "text_column": text_column}
     labeled = list(label_tasks(datasets, **options, any_format=any_format).values())
@@ -118,10 +111,10 @@ def label_tasks(
     any_format: bool = False,
 ) -> dict[str, AnyDataset]:
     """
-    The data sets of several tasks, ready to be joined: of one format, of the same columns, each naming its task.
+    The datasets of several tasks, ready to be joined: of one format, of the same columns, each naming its task.
 
     Args:
-        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all of one of TRL's formats.
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Datasets by task, all of one of TRL's formats.
         task_column (`str`, *optional*, defaults to `"task"`): Name of the new column.
         text_column (`str`, *optional*, defaults to `"text"`): Column of the format that is plain text.
         any_format (`bool`, *optional*, defaults to `False`):
@@ -134,7 +127,7 @@ def label_tasks(
     Raises:
         ValueError: If there is no task, a task is empty or has a transform, formats or types differ, or what is given
             is a `DatasetDict`, which holds splits.
-        TypeError: If a task is not a data set or its key can't name one, or streamed and map-style ones are mixed.
+        TypeError: If a task is not a dataset or its key can't name one, or streamed and map-style ones are mixed.
     """
     refuse_splits(datasets)
     datasets = name_tasks(datasets)
@@ -183,7 +176,7 @@ def _label_all(
 
 
 def _check_datasets(datasets: Mapping[str, AnyDataset]) -> None:
-    """Check that each task is a data set with rows and that all are of one kind."""
+    """Check that each task is a dataset with rows and that all are of one kind."""
     if not datasets:
         raise ValueError("Got a dictionary without tasks. Give it at least one, {name: Dataset}.")
     kinds = set()
@@ -195,7 +188,7 @@ def _check_datasets(datasets: Mapping[str, AnyDataset]) -> None:
             )
         if has_transform(dataset):
             raise ValueError(
-                f"Task {task!r} is a data set with a transform (`with_transform` or `set_transform`), which can't be "
+                f"Task {task!r} is a dataset with a transform (`with_transform` or `set_transform`), which can't be "
                 "joined with others: its rows are made as they are read. Apply the function with `Dataset.map` "
                 "instead, or remove it with `with_format(None)`."
             )
@@ -203,7 +196,7 @@ def _check_datasets(datasets: Mapping[str, AnyDataset]) -> None:
         kinds.add(isinstance(dataset, IterableDataset))
     if len(kinds) > 1:
         raise TypeError(
-            "Tasks mix streamed and map-style data sets. Load all of them with, or without, `streaming=True`."
+            "Tasks mix streamed and map-style datasets. Load all of them with, or without, `streaming=True`."
         )
 
 
@@ -237,10 +230,10 @@ def _label(dataset: AnyDataset, task: str, task_column: str) -> AnyDataset:
 
 def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[str] | None:
     """
-    The names of the tasks in a data set, sorted; `None` for a stream or without the column.
+    The names of the tasks in a dataset, sorted; `None` for a stream or without the column.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): The data set.
+        dataset (`Dataset` or `IterableDataset`): The dataset.
         task_column (`str`): Column that names the task of each row.
         required (`bool`): Whether the column must be there.
 
@@ -251,18 +244,18 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
     if task_column not in columns:
         if required:
             raise ValueError(
-                f"`task_column={task_column!r}` is not a column of the data set, which has {', '.join(columns)}. Name "
+                f"`task_column={task_column!r}` is not a column of the dataset, which has {', '.join(columns)}. Name "
                 "one of them, or give the tasks as a dictionary {name: dataset}."
             )
         return None
     if isinstance(dataset, IterableDataset):
         return None
-    reason = None if required else why_no_tasks(dataset, task_column)
-    if reason is not None:
-        if reason:
-            logger.warning(describe_no_tasks(task_column, reason))
+    tasks = (
+        encode_tasks(dataset, task_column) if required else encode_default_tasks(dataset, task_column, logger.warning)
+    )
+    if tasks is None:
         return None
-    names = sorted(set(encode_tasks(dataset, task_column)[0]))
+    names = sorted(set(tasks[0]))
     if len(names) > MAX_TASKS:
         raise ValueError(
             f"Column {task_column!r} names {len(names)} tasks, and an adapter has at most {MAX_TASKS}. Set "
@@ -273,7 +266,7 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
 
 def task_names(tasks: Iterable[Any], of: str = "train_dataset") -> list[str]:
     """
-    The names of the tasks in a dictionary of data sets.
+    The names of the tasks in a dictionary of datasets.
 
     Args:
         tasks (`Iterable`): Its keys.
@@ -299,7 +292,7 @@ def task_names(tasks: Iterable[Any], of: str = "train_dataset") -> list[str]:
 
 
 def name_tasks(datasets: Mapping[Any, Any], of: str = "train_dataset") -> dict[str, Any]:
-    """The data sets by the names of their tasks; see [`task_names`]."""
+    """The datasets by the names of their tasks; see [`task_names`]."""
     return dict(zip(task_names(datasets, of), datasets.values(), strict=True))
 
 
@@ -308,7 +301,7 @@ def refuse_splits(datasets: Any) -> None:
     Refuse a `DatasetDict`, whose splits would be taken for tasks: a test split must not become training data.
 
     Args:
-        datasets: What was given as data sets by task.
+        datasets: What was given as datasets by task.
 
     Raises:
         ValueError: If it is a `DatasetDict` or `IterableDatasetDict`, whatever its keys.
@@ -326,17 +319,17 @@ def collect_tasks(
     train_dataset: Any, *, task_column: str, text_column: str, seed: int, any_format: bool = False
 ) -> tuple[Any, list[str] | None]:
     """
-    What `RLoraSFTTrainer` takes as `train_dataset`, as one data set and the names of its tasks.
+    What `RLoraSFTTrainer` takes as `train_dataset`, as one dataset and the names of its tasks.
 
     Args:
-        train_dataset: A dictionary of data sets by task, a data set with or without a task column, or `None`.
+        train_dataset: A dictionary of datasets by task, a dataset with or without a task column, or `None`.
         task_column (`str`): Column that names the task of each row.
         text_column (`str`): Column of the format that is plain text.
         seed (`int`): Seed of the shuffle when tasks are joined.
         any_format (`bool`, *optional*, defaults to `False`): See [`label_tasks`].
 
     Returns:
-        `tuple`: The data set, and the names of the tasks or `None` if it does not tell.
+        `tuple`: The dataset, and the names of the tasks or `None` if it does not tell.
 
     Raises:
         ValueError: See [`join_tasks`] and [`tasks_in`].

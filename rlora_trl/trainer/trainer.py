@@ -23,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import pack_dataset
 
 from ..evaluation.columns import tells_tasks
-from ..evaluation.data import check_pictures, check_rows
+from ..evaluation.formats import check_pictures, check_rows
 from ..kernels import RoutingTally, capture_loss_grad, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from ..tuner.routing import describe_batch

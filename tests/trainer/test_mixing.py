@@ -1,4 +1,4 @@
-"""Shares and draws of tasks, the sampler that follows them over epochs, and mixed data sets and streams."""
+"""Shares and draws of tasks, the sampler that follows them over epochs, and mixed datasets and streams."""
 
 import math
 from collections import Counter
@@ -319,9 +319,9 @@ def test_count_tasks_over_batches():
 
 def test_count_tasks_checks_its_columns():
     dataset = tokenized([1, 2])
-    with pytest.raises(ValueError, match="needs a column 'task_ids'; the data set has input_ids. Tokenize"):
+    with pytest.raises(ValueError, match="needs a column 'task_ids'; the dataset has input_ids. Tokenize"):
         count_tasks(dataset, 2)
-    with pytest.raises(ValueError, match="needs a column 'input_ids'; the data set has text, task_ids"):
+    with pytest.raises(ValueError, match="needs a column 'input_ids'; the dataset has text, task_ids"):
         count_tasks(text("a", 1).add_column("task_ids", [0]), 1)
     with pytest.raises(ValueError, match="'task_ids' must hold one integer in each row, got string with 0 empty"):
         count_tasks(dataset.add_column("task_ids", ["a", "b"]), 2)
@@ -379,7 +379,7 @@ def test_what_can_not_be_mixed():
         mix_tasks({"a": text("a", 3)}, sizes={"a": 3})
     with pytest.raises(TypeError, match="mix streamed and map-style"):
         mix_tasks({"a": text("a", 3), **streams(b=3)})
-    with pytest.raises(ValueError, match='`unit="tokens"` needs data sets whose tokens can be counted, got streams'):
+    with pytest.raises(ValueError, match='`unit="tokens"` needs datasets whose tokens can be counted, got streams'):
         mix_tasks({"a": tokenized([1]).to_iterable_dataset()}, unit="tokens")
 
 
@@ -483,7 +483,7 @@ def test_unknown_sizes_of_streams():
         mix_tasks({"a": known, **streams(b=3)}, cap=5)
     with pytest.raises(ValueError, match="Task 'b' is a stream of unknown length"):
         mix_tasks(streams(b=3), mixing="temperature", temperature=2)
-    with pytest.raises(ValueError, match="`sizes` names the tasks a, c, and the data sets are a, b. Give"):
+    with pytest.raises(ValueError, match="`sizes` names the tasks a, c, and the datasets are a, b. Give"):
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "c": 3})
     with pytest.raises(ValueError, match="`rows\\['b'\\]` must be a whole number of at least 1, got 0"):
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "b": 0})

@@ -1,4 +1,4 @@
-"""Tasks whose columns have other types, in either order; and data sets with transforms and formats."""
+"""Tasks whose columns have other types, in either order; and datasets with transforms and formats."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_datasets, task_rows
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer, mix_tasks
-from rlora_trl.evaluation.data import check_rows
+from rlora_trl.evaluation.formats import check_rows
 from rlora_trl.trainer import task_features
 from rlora_trl.trainer import tasks as tasks_module
 from rlora_trl.trainer import trainer as trainer_module
@@ -207,14 +207,14 @@ def test_a_transform_is_not_dropped(model_folders, tmp_path):
     tasks = task_datasets(8)
     for transformed in (tasks["same"].with_transform(shout), tasks["same"].with_format("custom", transform=shout)):
         train = {**tasks, "same": transformed}
-        with pytest.raises(ValueError, match="Task 'same' is a data set with a transform.*Dataset.map.*with_format"):
+        with pytest.raises(ValueError, match="Task 'same' is a dataset with a transform.*Dataset.map.*with_format"):
             make_trainer(model_folders, tmp_path, train=train)
         for join in (join_tasks, mix_tasks):
-            with pytest.raises(ValueError, match="Task 'same' is a data set with a transform"):
+            with pytest.raises(ValueError, match="Task 'same' is a dataset with a transform"):
                 join(train)
     in_place = Dataset.from_list(task_rows("first", 4))
     in_place.set_transform(shout)
-    with pytest.raises(ValueError, match="Task 'only' is a data set with a transform"):
+    with pytest.raises(ValueError, match="Task 'only' is a dataset with a transform"):
         join_tasks({"only": in_place})
 
 
@@ -236,7 +236,7 @@ def test_transforms_of_evaluation_data_and_of_one_data_set_are_refused_as_by_trl
     trainer = make_trainer(model_folders, tmp_path)
     with pytest.raises(ValueError, match=message):
         trainer.evaluate({"same": scored.with_transform(shout)})
-    with pytest.raises(ValueError, match="Task 'a' is a data set with a transform"):
+    with pytest.raises(ValueError, match="Task 'a' is a dataset with a transform"):
         make_trainer(model_folders, tmp_path, train={"a": column.with_transform(fails)})
 
 

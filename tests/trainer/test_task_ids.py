@@ -157,7 +157,7 @@ def test_a_column_of_texts_called_task_is_not_taken_for_tasks(model_folders, tmp
     caplog.set_level("WARNING")
     rows = [{**row, "task": f"Solve problem {i}"} for i, row in enumerate(task_rows("first", 24))]
     trainer = make_trainer(model_folders, tmp_path, train=Dataset.from_list(rows), max_steps=1)
-    assert "don't seem to be names of tasks" in caplog.text and trainer.tasks_seen() == {}
+    assert "does not look like task names" in caplog.text and trainer.tasks_seen() == {}
     trainer.train()
 
 

@@ -141,7 +141,7 @@ def test_columns_that_name_no_tasks(case, caplog):
     values, feature, reason = NO_TASKS[case]
     dataset = with_tasks(values, feature)
     assert collect(dataset) == (dataset, None)
-    assert re.search(f"Column 'task' {reason}.*: they don't seem to be names of tasks.* rename this one", caplog.text)
+    assert re.search(f"Column 'task' {reason}.*: it does not look like task names.* rename this one", caplog.text)
     assert split_by_task(dataset, "task") is dataset
     with pytest.raises(ValueError, match="which can't name tasks|rows have no task|names 10001 tasks"):
         collect(dataset.rename_column("task", "kind"), task_column="kind")
@@ -177,7 +177,7 @@ def test_long_texts_of_a_column_do_not_name_tasks(caplog):
     caplog.set_level("WARNING")
     dataset = Dataset.from_dict({"text": ["x", "y"], "task": ["a", "b" * 600]})
     assert collect(dataset) == (dataset, None)
-    assert "some longer than 512 characters: they don't seem to be names of tasks" in caplog.text
+    assert "some longer than 512 characters: it does not look like task names" in caplog.text
     with pytest.raises(ValueError, match="Column 'kind' has a value that can't be used.*600 characters"):
         tasks_in(dataset.rename_column("task", "kind"), "kind", required=True)
 

@@ -1,4 +1,4 @@
-"""Joining the data sets of tasks, and finding the tasks in one."""
+"""Joining the datasets of tasks, and finding the tasks in one."""
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
