@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from trl import pack_dataset
 
-from ..evaluation.columns import tells_tasks
-from ..evaluation.formats import check_pictures, check_rows
+from ..evaluation.columns import AnyDataset, tells_tasks
+from ..evaluation.formats import check_pictures, check_rows, has_transform
 from ..kernels import RoutingTally, capture_loss_grad, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
 from ..tuner.routing import describe_batch
@@ -35,19 +35,20 @@ from .given_model import active_config, choose_peft_config, how_to_train, name_r
 from .gradients import FirstGradients, gradient_norms
 from .ledger import TaskLedger
 from .lost_rows import LostRows, rows_of_tasks, warn_of_unseen_tasks
-from .mixing import MixtureSampler, PartSampler, TaskMixture, count_tasks, mix_streams
+from .mixing import TaskMixture, collect_tasks, count_tasks, mix_streams
 from .monitor import RoutingMonitor, head_similarity
 from .nan_policy import NanGuard, check_deepspeed_settings
 from .optimizer import set_learning_rates
 from .publishing import PublishingTrainer, check_publishing
 from .run_settings import describe_data
+from .samplers import MixtureSampler, PartSampler
 from .sharding import keep_adapters_wide, keep_outputs_wide, wait_for_backward
+from .task_collator import TaskCollator
 from .task_evaluation import OptionRows, count_correct_options, find_option_rows, mean_over_tasks, split_by_task
 from .task_ids import (
     ROW_STARTS,
     TASK_IDS,
     TOKEN_MASK,
-    TaskCollator,
     count_tokens,
     ids_of,
     is_packed,
@@ -56,7 +57,7 @@ from .task_ids import (
     spread_over_tokens,
     token_mask_of,
 )
-from .tasks import AnyDataset, collect_tasks, columns_of, has_transform, task_names
+from .tasks import columns_of, task_names
 
 
 logger = get_logger(__name__)

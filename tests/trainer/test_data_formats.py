@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_datasets, task_rows
+from trainer_utils import arguments, make_trainer
 
 from rlora_trl import RLoraSFTTrainer
 

@@ -3,8 +3,8 @@
 import logging
 
 import pytest
-from test_trainer import make_trainer
 from testing_utils import task_datasets
+from trainer_utils import make_trainer, scored_rows
 from transformers import EarlyStoppingCallback
 
 
@@ -109,3 +109,12 @@ def test_other_callbacks_see_every_evaluation(model_folders, tmp_path):
     trainer.args.metric_for_best_model = "eval_loss"
     trainer.evaluate()
     assert All.seen == 4  # three tasks and their means
+
+
+@pytest.mark.parametrize(
+    "metric, by_task", [("eval_same_accuracy", True), ("eval_accuracy", True), ("eval_accuracy", False)]
+)
+def test_it_stops_by_accuracy(model_folders, tmp_path, metric, by_task):
+    evaluate = {task: scored_rows(task, 6) for task in ("colour", "same")}
+    trainer, _ = run(model_folders, tmp_path, metric, evaluate if by_task else evaluate["same"])
+    assert trainer.state.global_step == 3

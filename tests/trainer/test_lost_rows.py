@@ -5,8 +5,8 @@ import json
 import pytest
 from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM
-from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_rows
+from trainer_utils import arguments, make_trainer
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer
 from rlora_trl.trainer.task_ids import TASK_IDS

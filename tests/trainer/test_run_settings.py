@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset, List, Value
-from test_trainer import make_trainer
 from testing_utils import task_datasets, task_rows
+from trainer_utils import make_trainer
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig
 from rlora_trl.trainer.run_settings import RunSettings, describe_data

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Json, LargeList, List, Value
 from datasets.table import table_cast
-from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_datasets, task_rows
+from trainer_utils import arguments, make_trainer
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer, mix_tasks
 from rlora_trl.evaluation.formats import check_rows

@@ -9,14 +9,14 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json, Value
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from test_trainer import make_trainer
 from testing_utils import TINY_MODELS, random_ids, task_datasets, task_rows
+from trainer_utils import collect, make_trainer
 
 from rlora_trl import RLoraConfig, mix_tasks
 from rlora_trl.files.checks import check_adapter
 from rlora_trl.trainer.task_evaluation import split_by_task
 from rlora_trl.trainer.task_ids import TASK_IDS
-from rlora_trl.trainer.tasks import collect_tasks, join_tasks, label_tasks, tasks_in
+from rlora_trl.trainer.tasks import join_tasks, label_tasks, tasks_in
 from rlora_trl.tuner.task_names import MAX_TASK_NAME, task_name
 
 
@@ -52,10 +52,6 @@ ACCEPTED = {
 
 def rows(count=8):
     return Dataset.from_list(task_rows("first", count))
-
-
-def collect(dataset, **kwargs):
-    return collect_tasks(dataset, **{"task_column": "task", "text_column": "text", "seed": 0, **kwargs})
 
 
 @pytest.mark.parametrize("case", REFUSED)

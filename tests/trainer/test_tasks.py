@@ -3,12 +3,9 @@
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from testing_utils import task_datasets
+from trainer_utils import collect
 
-from rlora_trl.trainer.tasks import collect_tasks, join_tasks, tasks_in
-
-
-def collect(dataset, **kwargs):
-    return collect_tasks(dataset, **{"task_column": "task", "text_column": "text", "seed": 0, **kwargs})
+from rlora_trl.trainer.tasks import join_tasks, tasks_in
 
 
 def test_dictionary_is_joined_and_shuffled():
