@@ -562,8 +562,7 @@ class RLoraSFTTrainer(PublishingTrainer):
 
     def _watch_first_gradients(self) -> None:
         self._end_first_gradients(tell=False)
-        scaled = self.accelerator.scaler is not None
-        self._first_gradients = FirstGradients(self._adapters, fresh=self._is_first_run, scaled=scaled)
+        self._first_gradients = FirstGradients(self._adapters, fresh=self._is_first_run)
 
     def _check_same_adapters(self) -> None:
         """
@@ -760,7 +759,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             if self._nan_guard.skipped:
                 logs["skipped_steps"] = self._nan_guard.skipped
             if self._ledger is not None:
-                by_task = self._ledger.tell(self._reduce)
+                by_task = self._ledger.pop_mean_losses(self._reduce)
                 # A task may be called like something else that is logged.
                 logs.update({name if name not in logs else f"task_{name}": loss for name, loss in by_task.items()})
         super().log(logs, *args, **kwargs)

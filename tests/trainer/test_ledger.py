@@ -141,7 +141,7 @@ def test_counts_need_no_outputs(caplog):
     for _ in range(3):
         counts.note(batch, None)
     assert counts.totals(same) == {"a": {"rows": 0, "tokens": 0}, "b": {"rows": 3, "tokens": 12}}
-    assert counts.tell(same) == {}
+    assert counts.pop_mean_losses(same) == {}
     assert caplog.text.count("no forward pass of the model was seen") == 1
 
 
@@ -157,7 +157,7 @@ def test_packed_rows():
     log_probs = torch.tensor([[-1.0, 0.0, -2.0, -4.0, 0.0]])
     counts.note(batch, SimpleNamespace(log_probs=log_probs))
     assert counts.totals(same) == {"a": {"rows": 1, "tokens": 2}, "b": {"rows": 2, "tokens": 3}}
-    assert counts.tell(same) == {"a_loss": 1.0, "b_loss": 3.0}
+    assert counts.pop_mean_losses(same) == {"a_loss": 1.0, "b_loss": 3.0}
 
 
 def test_what_is_not_finite_does_not_count():
@@ -168,7 +168,7 @@ def test_what_is_not_finite_does_not_count():
         "labels": torch.ones(2, 3, dtype=torch.long),
     }
     counts.note(batch, SimpleNamespace(log_probs=torch.tensor([[float("nan"), -2.0], [-1.0, -float("inf")]])))
-    assert counts.tell(same) == {"a_loss": 2.0, "b_loss": 1.0}
+    assert counts.pop_mean_losses(same) == {"a_loss": 2.0, "b_loss": 1.0}
 
 
 def test_log_probs_of_logits():
@@ -204,7 +204,7 @@ def test_shape_of_a_batch():
     assert batch_shape({"input_ids": torch.zeros(2, 3)}) == (2, 3)
     assert batch_shape({"inputs_embeds": torch.zeros(2, 3, 8)}) == (2, 3)
     assert batch_shape({"pixel_values": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2, 5)}) == (2, 5)
-    with pytest.raises(ValueError, match="counted by its `input_ids`.*a batch of pixel_values.*Have the collator"):
+    with pytest.raises(ValueError, match="needs `input_ids` .*the collator returned pixel_values. Have it add"):
         batch_shape({"pixel_values": torch.zeros(2, 3, 4, 4)})
 
 
