@@ -427,7 +427,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             self._adapter_config().tasks = list(self._tasks) or None
             self._tell_adapters_their_tasks(self.model)
             self._lost_rows.places = None  # all that was numbered before has its new numbers
-        self._lost_rows.tell()
+        self._lost_rows.warn()
 
     def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, dataset_name: str, is_training: bool) -> AnyDataset:
         """
@@ -795,7 +795,7 @@ class RLoraSFTTrainer(PublishingTrainer):
             self._scored = None
             if not is_part:
                 self._given_rows = self._stopping = None
-                self._lost_rows.tell()
+                self._lost_rows.warn()
 
     def _add_means(self, metrics: dict[str, float], tasks: list[str], prefix: str) -> dict[str, float]:
         means = mean_over_tasks(metrics, tasks, prefix)

@@ -87,7 +87,7 @@ def test_all_differences_are_named_and_what_to_do(model_folders, folder):
         resume(model_folders, folder, learning_rate=0.02, seed=7, mixing="equal")
     text = str(raised.value)
     assert all(name in text for name in ("learning_rate:", "seed:", "mixing:"))
-    assert "Resume with these." in text and "is_trainable=True" in text
+    assert "Resume with the settings of the checkpoint." in text and "is_trainable=True" in text
 
 
 SAME = [{"max_length": 128}, {"data_seed": 42}, {"packing_strategy": "wrapped"}, {"dataset_num_proc": 1}]

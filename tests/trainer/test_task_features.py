@@ -392,8 +392,8 @@ def test_which_rows_can_be_scored(caplog, order, types, rows, scorable, outside)
     caplog.clear()
     assert bool(find_option_rows({"x": dataset}, "task")) == scorable
     times = list(order).count(3)
-    told = f"have {outside * times} rows whose completion is none of their `options`" in caplog.text
-    assert told == bool(outside) and bool(caplog.text) == bool(outside)
+    warned = f"have {outside * times} rows with a completion that is not among their `options`" in caplog.text
+    assert warned == bool(outside) and bool(caplog.text) == bool(outside)
 
 
 def test_spread_rows_of_each_task(model_folders, tmp_path):
