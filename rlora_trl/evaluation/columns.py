@@ -289,5 +289,5 @@ def _has_scalars(dataset: Dataset, column: str) -> bool:
     if not isinstance(feature, Json):
         return isinstance(feature, Value) and feature.dtype != "null"
     stored = (value for batch in dataset.select_columns([column]).iter(1000) for value in batch[column])
-    first = next((value for value in stored if value is not None), [])
-    return not isinstance(first, list | dict)
+    first = next((value for value in stored if value is not None), None)
+    return first is not None and not isinstance(first, list | dict)

@@ -109,11 +109,10 @@ def explain_read_errors(path: Path, errors: tuple[type[Exception], ...] = (Excep
             if mistake is not None:
                 raise ValueError(f"{file}{mistake}") from error
 
-        columns = {file: names for file in files if (names := _columns(file))}
-        first = next(iter(columns), None)
-        differing = next((file for file in columns if set(columns[file]) != set(columns[first])), None)
-        if first is not None and differing is not None:
-            both = "; ".join(f"{file.name}: {', '.join(columns[file])}" for file in (first, differing))
+        columns = [(file.name, names) for file in files if (names := _columns(file))]
+        differing = [entry for entry in columns if set(entry[1]) != set(columns[0][1])]
+        if differing:
+            both = "; ".join(f"{name}: {', '.join(names)}" for name, names in (columns[0], differing[0]))
             raise ValueError(f"The files of {path} have different columns ({both}). Give all the same.") from error
         raise
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -17,7 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import score_tasks
-from ..evaluation.columns import by_row, encode_tasks, is_text, task_namer, tells_tasks
+from ..evaluation.columns import encode_tasks, task_namer, tells_tasks
 from ..evaluation.formats import has_transform
 from ..tuner import Routing
 from .tasks import name_tasks, tasks_in
@@ -112,47 +110,20 @@ def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> d
     return scorable
 
 
-def _count_outside(dataset: Dataset) -> int | None:
-    """The number of rows whose completion is not among their options; `None` if a row lacks one of these."""
-    if by_row(dataset, _SCORED, _are_lacking).any():
-        return None
-    return len(dataset) - int(by_row(dataset, ["completion", "options"], _are_among).sum())
-
-
-def _are_lacking(prompts: pa.Array, completions: pa.Array, options: pa.Array) -> pa.Array:
-    without = pc.equal(pc.fill_null(pc.list_value_length(options), 0), 0)
-    return pc.or_(pc.or_(pc.is_null(prompts), pc.is_null(completions)), without)
-
-
-def _are_among(completions: pa.Array, options: pa.Array) -> pa.Array:
-    rows = pc.list_parent_indices(options)
-    equal = pc.equal(completions.take(rows), pc.list_flatten(options))
-    among = np.zeros(len(options), dtype=bool)
-    among[rows.filter(equal)] = True
-    return pa.array(among)
-
-
-def _count_outside_by_row(dataset: Dataset) -> int | None:
-    """As [`_count_outside`], for columns that are not all strings, such as JSON."""
-    outside = 0
-    for row in dataset:
-        if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str) and row["options"]):
-            return None
-        outside += row["completion"] not in row["options"]
-    return outside
-
-
 def _is_scorable(dataset: Dataset, name: str) -> bool:
-    dataset = dataset.select_columns(list(_SCORED))
-    prompt, completion, options = (dataset.features[column] for column in _SCORED)
-    are_texts = is_text(prompt) and is_text(completion) and is_text(getattr(options, "feature", None))
-    outside = _count_outside(dataset) if are_texts else _count_outside_by_row(dataset)
-    if outside is None:
-        return False
+    """Whether all rows have a completion among their options; warns if only some have."""
+    outside = 0
+    for batch in dataset.select_columns(list(_SCORED)).iter(batch_size=1000):
+        for prompt, completion, options in zip(*(batch[column] for column in _SCORED), strict=True):
+            is_text = isinstance(prompt, str) and isinstance(completion, str)
+            if not (is_text and isinstance(options, list) and options):
+                return False
+            outside += completion not in options
     if outside:
         logger.warning(
             f"Evaluation data{f' of {name!r}' if name else ''} have {outside} rows with a completion that is not "
-            "among their `options`: no accuracy is computed. Make them agree, spaces too, or remove the column `options`."
+            "among their `options`: no accuracy is computed. Make them agree, spaces too, or remove the column "
+            "`options`."
         )
     return outside == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,18 +110,17 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
         return None
     if isinstance(dataset, IterableDataset):
         return None
-    if required:
-        names, _ = encode_tasks(dataset, task_column)
-    else:
-        names, _ = encode_default_tasks(dataset, task_column, logger.warning) or (None, None)
-    if names is None:
+    find = encode_tasks if required else partial(encode_default_tasks, warn=logger.warning)
+    tasks = find(dataset, task_column)
+    if tasks is None:
         return None
-    if len(set(names)) > MAX_TASKS:
+    names = sorted(set(tasks[0]))
+    if len(names) > MAX_TASKS:
         raise ValueError(
-            f"Column {task_column!r} names {len(set(names))} tasks, and an adapter has at most {MAX_TASKS}. Set "
+            f"Column {task_column!r} names {len(names)} tasks, and an adapter has at most {MAX_TASKS}. Set "
             "`task_column` to the column that names them, or name groups of them."
         )
-    return sorted(set(names))
+    return names
 
 
 def refuse_splits(datasets: Any) -> None:

@@ -179,23 +179,7 @@ def test_count_tasks_over_batches():
     assert tokens == np.bincount(tasks, weights=lengths).astype(int).tolist()
 
 
-def test_count_tasks_checks_its_columns():
-    dataset = tokenized([1, 2])
-    with pytest.raises(ValueError, match="needs a column 'task_ids'; the dataset has input_ids. Tokenize"):
-        count_tasks(dataset, 2)
-    with pytest.raises(ValueError, match="needs a column 'input_ids'; the dataset has text, task_ids"):
-        count_tasks(text("a", 1).add_column("task_ids", [0]), 1)
-    with pytest.raises(ValueError, match="'task_ids' must hold one integer in each row, got string with 0 empty"):
-        count_tasks(dataset.add_column("task_ids", ["a", "b"]), 2)
-    with pytest.raises(ValueError, match="got int64 with 1 empty"):
-        count_tasks(dataset.add_column("task_ids", [0, None]), 2)
-    with pytest.raises(ValueError, match="'task_ids' names tasks 0 to 2, and there are 2, from 0"):
-        count_tasks(dataset.add_column("task_ids", [0, 2]), 2)
-    with pytest.raises(ValueError, match="names tasks -1 to 0"):
-        count_tasks(dataset.add_column("task_ids", [0, -1]), 2)
-
-
-# Data sets
+# Datasets
 
 
 def test_datasets_are_mixed():
