@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -70,7 +71,7 @@ def task_names(tasks: Iterable[Any], of: str = "train_dataset") -> list[str]:
             names.append(task_name(task))
         except (ValueError, TypeError) as error:
             raise type(error)(f"`{of}` has a key that can't be used. {error}") from error
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(
             f"`{of}` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give each "

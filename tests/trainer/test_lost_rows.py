@@ -90,9 +90,8 @@ def test_each_task_keeps_its_rows_when_others_are_gone(model_folders, tmp_path, 
     assert seen == {(words[0], 0), (words[1], 1)}
 
 
-@pytest.mark.parametrize("kind", [as_datasets, as_column])
 @pytest.mark.parametrize("preparation", PREPARATIONS)
-def test_a_mixture_needs_rows(model_folders, tmp_path, preparation, kind):
+def test_head_weights_of_a_task_need_rows(model_folders, tmp_path, preparation):
     with pytest.raises(
         ValueError,
         match="`router=\"task\"` learns the head weights of each task.*none is left of 'gone' \\(a 1 of 9, gone 8",
@@ -100,7 +99,7 @@ def test_a_mixture_needs_rows(model_folders, tmp_path, preparation, kind):
         make_trainer(
             model_folders,
             tmp_path,
-            train=kind({"a": short() + long(1), "gone": long()}),
+            train=as_datasets({"a": short() + long(1), "gone": long()}),
             peft_config=RLoraConfig(router="task"),
             **PREPARATIONS[preparation],
         )

@@ -11,9 +11,9 @@ from accelerate import Accelerator, skip_first_batches
 from datasets import Dataset, DatasetDict, IterableDataset, NamedSplit, SplitDict, SplitInfo
 from testing_utils import task_datasets
 from torch.utils.data import DataLoader
-from trainer_utils import rows_of
+from trainer_utils import arguments, rows_of
 
-from rlora_trl.trainer.mixing import TaskMixture, count_tasks, mix_tasks
+from rlora_trl.trainer.mixing import TaskMixture, count_tasks, mix_tasks, prepare_tasks
 
 
 ROWS = {"small": 10, "middle": 100, "large": 1000}
@@ -335,3 +335,31 @@ def test_unknown_sizes_of_streams():
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "c": 3})
     with pytest.raises(ValueError, match="`rows\\['b'\\]` must be a whole number of at least 1, got 0"):
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "b": 0})
+
+
+# The training data of a trainer
+
+
+def test_training_data_are_joined_or_mixed(tmp_path):
+    datasets = {"a": text("a", 4), "b": text("b", 36)}
+    parts = streams(a=4, b=36)
+    plain, equal = (arguments(tmp_path, mixing=mixing) for mixing in ("proportional", "equal"))
+
+    # Map-style data are joined, and mixed as they are sampled; their rows are checked.
+    for args in (plain, equal):
+        rows = prepare_tasks(datasets, args)
+        assert rows.names == ["a", "b"] and rows.are_checked
+        assert Counter(rows.dataset["task"]) == {"a": 4, "b": 36}
+    # Streams are mixed here.
+    assert Counter(row["task"] for row in prepare_tasks(parts, plain).dataset) == {"a": 4, "b": 36}
+    mixed = prepare_tasks(parts, equal)
+    assert mixed.names == ["a", "b"] and not mixed.are_checked
+    assert Counter(row["task"] for row in mixed.dataset)["a"] > 4
+    # One dataset is left as it is.
+    joined = prepare_tasks(datasets, plain).dataset
+    assert prepare_tasks(joined, equal) == (joined, ["a", "b"], False)
+    assert prepare_tasks(parts["a"], plain) == (parts["a"], None, False)
+    with pytest.raises(ValueError, match="`mixing='equal'` needs a stream for each task"):
+        prepare_tasks(parts["a"], equal)
+    with pytest.raises(ValueError, match="has 10001 tasks, and an adapter has at most 10000. Join some"):
+        prepare_tasks(dict.fromkeys(range(10_001), parts["a"]), equal)
