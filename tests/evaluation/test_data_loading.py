@@ -21,7 +21,7 @@ def test_files_are_one_split(tmp_path, kind):
     assert {name: data.to_list() for name, data in splits.items()} == {"mine": ROWS}
 
 
-def test_data_that_are_nowhere(monkeypatch):
+def test_missing_data(monkeypatch):
     # Without a network the library raises an error of the connection.
     monkeypatch.setattr(loading, "load_dataset", mock.Mock(side_effect=ConnectionError("can't be reached")))
     with pytest.raises(FileNotFoundError, match="There is no file or folder words here, .* can't be reached"):

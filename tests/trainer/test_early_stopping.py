@@ -68,7 +68,7 @@ def test_a_single_data_set_is_as_before(model_folders, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("as_dictionary", [True, False])
-def test_evaluation_of_test_data_is_none_of_its_business(model_folders, tmp_path, caplog, as_dictionary):
+def test_evaluation_of_test_data_does_not_count(model_folders, tmp_path, caplog, as_dictionary):
     trainer, callback = run(model_folders, tmp_path, "eval_loss")
     seen = list(callback.seen)
     data = task_datasets(4, seed=4)
@@ -78,7 +78,7 @@ def test_evaluation_of_test_data_is_none_of_its_business(model_folders, tmp_path
     assert trainer._stopping is None
 
 
-def test_a_metric_that_is_nowhere_is_warned_of_once(model_folders, tmp_path, caplog):
+def test_a_missing_metric_is_warned_of_once(model_folders, tmp_path, caplog):
     trainer = make_trainer(
         model_folders,
         tmp_path,

@@ -9,7 +9,7 @@ def first_step_warnings(caplog):
     return [r.getMessage() for r in caplog.records if "The first step gave" in r.getMessage()]
 
 
-def test_a_healthy_first_step_says_nothing(model_folders, tmp_path, caplog):
+def test_a_healthy_first_step_has_no_warning(model_folders, tmp_path, caplog):
     caplog.set_level("WARNING")
     for config in (RLoraConfig(), RLoraConfig.hydra_lora(), RLoraConfig(router="task"), RLoraConfig.multi_lora()):
         make_trainer(model_folders, tmp_path, peft_config=config, max_steps=1).train()

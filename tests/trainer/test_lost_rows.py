@@ -1,4 +1,4 @@
-"""Rows that preparation leaves nothing to learn from: what is said of them, and what becomes of their task."""
+"""Rows that preparation leaves nothing to learn from: warnings, and their tasks."""
 
 import json
 
@@ -124,7 +124,7 @@ def test_one_data_set_without_tasks(model_folders, tmp_path, caplog):
         make_trainer(model_folders, tmp_path, train=Dataset.from_list(long()), **CUT)
 
 
-def test_nothing_is_said_where_nothing_is_lost(model_folders, tmp_path, caplog):
+def test_no_warning_without_lost_rows(model_folders, tmp_path, caplog):
     caplog.set_level("WARNING")
     for options in (
         CUT,

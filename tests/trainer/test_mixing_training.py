@@ -153,7 +153,7 @@ def test_resuming_within_the_second_epoch(model_folders, tmp_path, settings):
     assert resumed.tasks_seen() == whole.tasks_seen()
 
 
-def test_counts_begin_anew_without_a_state_file(model_folders, tmp_path):
+def test_counts_start_at_zero_without_a_state_file(model_folders, tmp_path):
     trainer = make_trainer(model_folders, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
     (tmp_path / "checkpoint-1" / "rlora_state.json").write_text('{"tasks": ')

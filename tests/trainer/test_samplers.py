@@ -118,7 +118,7 @@ def test_accelerate_sets_the_epoch():
     sampler.set_epoch(0)
     prepared = Accelerator(cpu=True).prepare(loader(sampler))
     assert [rows_of(prepared, epoch) for epoch in (2, 0, 1)] == [expected[2], expected[0], expected[1]]
-    # Without being told, it counts its iterations.
+    # Without `set_epoch`, it counts its iterations.
     assert [row for batch in prepared for row in batch.tolist()] == expected[2]
 
 

@@ -125,21 +125,21 @@ def test_the_command_and_the_example_load_pytorch_after_that():
 
 
 def steps(monkeypatch, seconds, total, scoring=0.0, first=0):
-    """Run the callback through a training of so many steps; when it spoke, and what it said."""
+    """Run the callback through a training of so many steps; the steps after which it printed, and the texts."""
     clock = itertools.accumulate(itertools.chain([100.0], itertools.repeat(seconds)))
     monkeypatch.setattr(script.time, "perf_counter", lambda: next(clock))
-    said = []
-    monkeypatch.setattr(script.tqdm, "write", lambda text, file: said.append((state.global_step, text)))
+    printed = []
+    monkeypatch.setattr(script.tqdm, "write", lambda text, file: printed.append((state.global_step, text)))
     state = SimpleNamespace(max_steps=total, global_step=first, is_local_process_zero=True)
     callback = script.ExpectedTime(scoring)
     callback.on_train_begin(None, state, None)
     for _ in range(total - first):
         state.global_step += 1
         callback.on_step_end(None, state, None)
-    return said
+    return printed
 
 
-def test_the_time_of_a_run_is_said_early(monkeypatch):
+def test_the_time_of_a_run_is_printed_early(monkeypatch):
     assert steps(monkeypatch, 2.0, 60, scoring=30.4) == [
         (3, "About 2 min left: 57 steps of 2.0 s, and 30 s of scoring.")
     ]

@@ -257,7 +257,7 @@ def test_collator_wraps_any_other():
     assert TASK_IDS not in TaskCollator(default_data_collator)([{"input_ids": [1, 2]}])
 
 
-def test_padding_of_joined_rows_is_told():
+def test_padding_of_joined_rows_is_masked():
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     collator = TaskCollator(DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=8))

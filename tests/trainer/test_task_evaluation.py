@@ -25,7 +25,7 @@ def test_evaluation_by_task(model_folders, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_{task}_loss"] for task in TASKS) / 3)
     accuracies = [metrics["eval_colour_accuracy"], metrics["eval_same_accuracy"]]
     assert metrics["eval_accuracy"] == pytest.approx(sum(accuracies) / 2)
-    # By hand: the most likely option, with the task told.
+    # By hand: the most likely option, with the task set.
     tokenizer = build_tokenizer()
     correct = 0
     trainer.model.set_task("colour")
@@ -96,7 +96,7 @@ def test_accuracy_is_never_that_of_other_data(model_folders, tmp_path):
     assert "eval_accuracy" not in trainer.evaluate(tokenized)
 
 
-def test_options_without_the_completion_are_told_and_passed_over(model_folders, tmp_path, caplog):
+def test_options_without_the_completion_are_reported_and_skipped(model_folders, tmp_path, caplog):
     caplog.set_level("WARNING")
     rows = Dataset.from_list([{**row, "options": ["A", "B"]} for row in task_rows("same", 4)])
     trainer = make_trainer(model_folders, tmp_path, evaluate={"same": rows}, max_steps=1)
@@ -104,7 +104,7 @@ def test_options_without_the_completion_are_told_and_passed_over(model_folders, 
     assert "eval_same_accuracy" not in trainer.evaluate()
 
 
-def test_absent_tasks_are_told(model_folders, tmp_path, caplog):
+def test_absent_tasks_are_reported(model_folders, tmp_path, caplog):
     caplog.set_level("WARNING")
     make_trainer(model_folders, tmp_path, evaluate={"colour": scored_rows("colour", 4)})
     assert "`eval_dataset` has no data for first, same" in caplog.text

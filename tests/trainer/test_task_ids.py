@@ -253,7 +253,7 @@ def test_errors_of_data(model_folders, tmp_path):
         make_trainer(model_folders, tmp_path, train={1: task_datasets()["first"], "1": task_datasets()["same"]})
 
 
-def test_a_task_router_goes_on_with_the_tasks_it_has(model_folders, tmp_path):
+def test_a_task_router_continues_with_its_tasks(model_folders, tmp_path):
     trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(**TASK_ROUTER), max_steps=1)
     trainer.train()
     again = RLoraSFTTrainer(

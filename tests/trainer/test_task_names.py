@@ -144,7 +144,7 @@ def test_columns_that_name_no_tasks(case, caplog):
 
 
 @pytest.mark.parametrize("values", [[None, None], [["a"], ["b"]], [{"a": 1}, {"a": 2}]])
-def test_lists_structs_and_nulls_are_left_without_a_word(values, caplog):
+def test_lists_structs_and_nulls_are_ignored_without_a_warning(values, caplog):
     caplog.set_level("WARNING")
     dataset = with_tasks(values)
     assert collect(dataset) == (dataset, None) and not caplog.records
@@ -163,7 +163,7 @@ def test_odd_columns_of_evaluation_data_are_those_of_their_key(model_folders, tm
     assert "eval_loss" in trainer.evaluate(odd)
 
 
-def test_training_data_with_an_odd_column_go_on_with_an_adapter_of_tasks(model_folders, tmp_path):
+def test_training_data_with_an_odd_column_train_an_adapter_with_tasks(model_folders, tmp_path):
     odd = Dataset.from_list([{**row, "task": 0.5} for row in rows(4)])
     trainer = make_trainer(model_folders, tmp_path, train=odd, peft_config=RLoraConfig(tasks=["a"]), max_steps=1)
     assert trainer.train().global_step == 1
