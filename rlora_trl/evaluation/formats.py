@@ -31,57 +31,26 @@ _ACCEPTED = {
 }
 
 
-def find_format(
-    columns: Iterable[str], first: Mapping[str, Any], *, text_column: str = "text"
-) -> tuple[str, ...] | None:
+def check_format(
+    columns: Iterable[str], first: Mapping[str, Any], where: str, *, text_column: str = "text"
+) -> tuple[str, ...]:
     """
     The columns that TRL's preparation trains on. It looks at the first row, not at names of columns alone.
 
     Args:
         columns (`Iterable[str]`): Names of all columns.
         first (`Mapping[str, Any]`): The first row.
+        where (`str`): Name of the data in messages.
         text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
 
     Returns:
-        `tuple[str, ...]`, *optional*: `("prompt", "completion")`, `("conversations",)`, `("messages",)` or
-        `(text_column,)`; `None` if there is none of these.
-    """
-    columns = list(columns)
-    if set(PAIR) <= set(columns):
-        return PAIR
-    chats = [name for name in ("conversations", "messages") if name in columns]
-    usable = [name for name in chats if _is_chat(first.get(name), name)]
-    text = [text_column] if text_column in columns else []
-    # If nothing is usable, an error about the messages helps more than one about missing text.
-    return next(((name,) for name in (*usable, *text, *chats[::-1])), None)
-
-
-def _is_chat(value: Any, name: str) -> bool:
-    # As `trl.data_utils.is_conversational`, which fails on an empty list, even beside a text.
-    if not isinstance(value, list):
-        return False
-    required = SHAREGPT_KEYS.get(name, ("role",))
-    return not value or (isinstance(value[0], dict) and all(key in value[0] for key in required))
-
-
-def check_format(
-    columns: Iterable[str], first: Mapping[str, Any], where: str, *, text_column: str = "text"
-) -> tuple[str, ...]:
-    """
-    The columns that TRL's preparation reads.
-
-    Args:
-        columns (`Iterable[str]`), first (`Mapping[str, Any]`), text_column (`str`): See [`find_format`].
-        where (`str`): Name of the data in messages.
-
-    Returns:
-        `tuple[str, ...]`: See [`find_format`].
+        `tuple[str, ...]`: `("prompt", "completion")`, `("conversations",)`, `("messages",)` or `(text_column,)`.
 
     Raises:
         ValueError: If there is none of these, or a prompt without a completion.
     """
     columns = list(columns)
-    names = find_format(columns, first, text_column=text_column)
+    names = _find_format(columns, first, text_column)
     accepted = f"accepted are 'prompt' with 'completion', {text_column!r}, or 'messages'"
     if names is None:
         separator = wrong_separator(columns)
@@ -97,6 +66,24 @@ def check_format(
             f"{'it' if is_prompt else repr(names[0])}, or add the completions."
         )
     return names
+
+
+def _find_format(columns: list[str], first: Mapping[str, Any], text_column: str) -> tuple[str, ...] | None:
+    if set(PAIR) <= set(columns):
+        return PAIR
+    chats = [name for name in ("conversations", "messages") if name in columns]
+    usable = [name for name in chats if _is_chat(first.get(name), name)]
+    text = [text_column] if text_column in columns else []
+    # If nothing is usable, an error about the messages helps more than one about missing text.
+    return next(((name,) for name in (*usable, *text, *chats[::-1])), None)
+
+
+def _is_chat(value: Any, name: str) -> bool:
+    # As `trl.data_utils.is_conversational`, which fails on an empty list, even beside a text.
+    if not isinstance(value, list):
+        return False
+    required = SHAREGPT_KEYS.get(name, ("role",))
+    return not value or (isinstance(value[0], dict) and all(key in value[0] for key in required))
 
 
 def _list_columns(columns: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ def rows_by_task(
     task_column: str,
     limit: int | None = None,
     *,
-    scored_as: str | None = None,
+    where: str = "The data",
+    scored: bool = False,
     warn: Callable[[str], Any] | None = None,
 ) -> dict[str, list[dict]]:
     """
@@ -42,8 +44,8 @@ def rows_by_task(
         dataset (`Dataset`): A dataset with a column that names the task.
         task_column (`str`): That column, of strings, integers or classes.
         limit (`int`, *optional*): Only the first rows of each task.
-        scored_as (`str`, *optional*): Name of the data in messages, if their prompts, completions and options are to
-            be scored.
+        where (`str`, *optional*): Name of the data in messages.
+        scored (`bool`, *optional*, defaults to `False`): Check that prompts, completions and options can be scored.
         warn (`Callable`, *optional*): For a column that the user did not choose; see [`encode_default_tasks`].
 
     Returns:
@@ -53,7 +55,11 @@ def rows_by_task(
         ValueError: If the column is of another type, or has rows without a task or with a value that can't name one;
             if rows can't be scored, with the row, counted from 1, and the column.
     """
-    tasks = encode_tasks(dataset, task_column) if warn is None else encode_default_tasks(dataset, task_column, warn)
+    encode = encode_tasks if warn is None else partial(encode_default_tasks, warn=warn)
+    try:
+        tasks = encode(dataset, task_column)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if tasks is None:
         return {}
     names, numbers = tasks
@@ -62,8 +68,7 @@ def rows_by_task(
     indices = np.sort(np.concatenate(firsts))
     rows: dict[str, list[dict]] = {name: [] for name in names}
     for index, row in zip(indices.tolist(), dataset.select(indices), strict=True):
-        checked = row if scored_as is None else _scorable_row(row, index, scored_as)
-        rows[names[numbers[index]]].append(checked)
+        rows[names[numbers[index]]].append(_scorable_row(row, index, where) if scored else row)
     return rows
 
 
@@ -134,10 +139,7 @@ def load_task_rows(
     column, tasks = task_column or "task", {}
     if column in dataset.column_names:
         warn = None if task_column else lambda text: warnings.warn(f"{name}: {text}", stacklevel=4)
-        try:
-            tasks = rows_by_task(dataset, column, limit, warn=warn)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        tasks = rows_by_task(dataset, column, limit, where=where, warn=warn)
     one_task = default_task or Path(name).stem
     return tasks or {one_task: dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()}
 

@@ -164,10 +164,7 @@ def _rows_to_score(test: Any, column: str, limit: int, where: str) -> Mapping[st
         return {}
     # As in training, the default column need not name tasks; the trainer warns of that.
     warn = (lambda text: None) if column == "task" else None
-    try:
-        return rows_by_task(test, column, limit, scored_as=where, warn=warn)
-    except ValueError as error:
-        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
+    return rows_by_task(test, column, limit, where=where, scored=True, warn=warn)
 
 
 def train(

@@ -20,7 +20,7 @@ from datasets import (
 )
 
 from ..evaluation.columns import AnyDataset, add_column, encode_default_tasks, encode_tasks
-from ..evaluation.formats import COMPANIONS_OF_TEXT, as_shown, check_rows, find_format, has_transform
+from ..evaluation.formats import COMPANIONS_OF_TEXT, as_shown, check_format, check_rows, has_transform
 from ..tuner.task_names import MAX_TASKS, task_name
 from .task_features import align_features
 
@@ -259,13 +259,7 @@ def _format_of(task: str, dataset: AnyDataset, text_column: str) -> tuple[str, .
     columns = columns_of(dataset)
     if "input_ids" in columns:
         return ("input_ids",)
-    names = find_format(columns, next(iter(dataset.with_format(None))), text_column=text_column)
-    if names is not None:
-        return names
-    accepted = f"'input_ids'; 'messages'; 'conversations'; 'prompt' and 'completion'; {text_column!r}"
-    raise ValueError(
-        f"Task {task!r} has columns {', '.join(sorted(columns))}; a task needs one of: {accepted}. Rename its columns."
-    )
+    return check_format(columns, next(iter(dataset.with_format(None))), f"Task {task!r}", text_column=text_column)
 
 
 def _check_rows(datasets: Mapping[str, AnyDataset], names: tuple[str, ...], text_column: str) -> None:

@@ -20,8 +20,8 @@ ACCEPTED = "accepted are 'prompt' with 'completion', 'text', or 'messages'. Rena
     [
         (OTHER, f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
         (OTHER.to_iterable_dataset(), f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
-        ({"a": OTHER}, "Task 'a' has columns answer, question; a task needs one of: .*'prompt' and 'completion'"),
-        ({"a": OTHER.to_iterable_dataset()}, "Task 'a' has columns answer, question; a task needs one of: "),
+        ({"a": OTHER}, f"Task 'a' has the columns 'question', 'answer'; {ACCEPTED}"),
+        ({"a": OTHER.to_iterable_dataset()}, f"Task 'a' has the columns 'question', 'answer'; {ACCEPTED}"),
         (NULL, "The data set 'train', row 6, column 'completion': it is missing or null, and must be text"),
         ({"a": Dataset.from_list(ROWS), "b": NULL}, "Task 'b', row 6, column 'completion': it is missing or null"),
         (Dataset.from_list([{"prompt": "w1", "completion": 4}]), "column 'completion': it is 4, of type int"),

@@ -57,7 +57,7 @@ def test_formats_must_agree():
     tasks = {**task_datasets(5), "text": Dataset.from_dict({"text": ["a"]})}
     with pytest.raises(ValueError, match="different formats.*text: text"):
         collect(tasks)
-    with pytest.raises(ValueError, match="Task 'odd' has columns question.*'prompt' and 'completion'"):
+    with pytest.raises(ValueError, match="Task 'odd' has the columns 'question'; accepted are 'prompt' with"):
         collect({"odd": Dataset.from_dict({"question": ["a"]})})
 
 
