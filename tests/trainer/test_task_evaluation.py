@@ -13,13 +13,22 @@ from transformers import (
 from rlora_trl import RLoraConfig, RLoraSFTTrainer
 
 
-def test_evaluation_by_task(model_folders, tmp_path):
-    evaluate = {task: scored_rows(task, 12) for task in ("colour", "same")} | {"first": scored_rows("first", 12)}
+@pytest.fixture(scope="module")
+def trained(model_folders, tmp_path_factory):
+    """A trainer that has learned something of each task."""
     trainer = make_trainer(
-        model_folders, tmp_path, evaluate=evaluate, peft_config=RLoraConfig(**TASK_ROUTER), max_steps=60
+        model_folders,
+        tmp_path_factory.mktemp("trained"),
+        evaluate={task: scored_rows(task, 12) for task in ("colour", "same", "first")},
+        peft_config=RLoraConfig(**TASK_ROUTER),
+        max_steps=60,
     )
     trainer.train()
-    metrics = trainer.evaluate()
+    return trainer
+
+
+def test_evaluation_by_task(trained):
+    metrics = trained.evaluate()
     assert {f"eval_{task}_loss" for task in TASKS} <= set(metrics)
     assert {"eval_colour_accuracy", "eval_same_accuracy"} <= set(metrics) and "eval_first_accuracy" not in metrics
     assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_{task}_loss"] for task in TASKS) / 3)
@@ -28,18 +37,19 @@ def test_evaluation_by_task(model_folders, tmp_path):
     # By hand: the most likely option, with the task set.
     tokenizer = build_tokenizer()
     correct = 0
-    trainer.model.set_task("colour")
-    for row in evaluate["colour"]:
+    trained.model.set_task("colour")
+    for row in scored_rows("colour", 12):
         scores = []
         for option in row["options"]:
             prompt = tokenizer(row["prompt"])["input_ids"]
             ids = tokenizer(row["prompt"] + option, return_tensors="pt")["input_ids"]
             with torch.no_grad():
-                log_probs = trainer.model(ids).logits[0].log_softmax(-1)
+                log_probs = trained.model(ids).logits[0].log_softmax(-1)
             scores.append(sum(log_probs[i - 1, ids[0, i]].item() for i in range(len(prompt), ids.shape[1])))
         correct += row["options"][max(range(3), key=scores.__getitem__)] == row["completion"]
+    trained.model.set_task(None)
     assert metrics["eval_colour_accuracy"] == pytest.approx(correct / 12)
-    assert any("eval_accuracy" in entry for entry in trainer.state.log_history)
+    assert any("eval_accuracy" in entry for entry in trained.state.log_history)
 
 
 def test_evaluation_data_with_a_task_column_and_given_to_evaluate(model_folders, tmp_path):
@@ -74,18 +84,16 @@ def test_best_model_by_the_mean_over_tasks(model_folders, tmp_path):
     assert trainer.state.best_metric is not None
 
 
-def test_accuracy_is_that_of_the_task_whatever_the_data_are_called(model_folders, tmp_path):
-    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(**TASK_ROUTER), max_steps=60)
-    trainer.train()
+def test_accuracy_is_that_of_the_task_whatever_the_data_are_called(trained):
     rows = scored_rows("same", 24)
     column = rows.add_column("task", ["same"] * 24)
-    known = trainer.evaluate({"same": rows})
+    known = trained.evaluate({"same": rows})
     for given, prefix in (({"val": column}, "my_test"), ({"same": rows}, "my_test"), (column, "my_test")):
-        metrics = trainer.evaluate(given, metric_key_prefix=prefix)
+        metrics = trained.evaluate(given, metric_key_prefix=prefix)
         name = prefix if given is column else f"{prefix}_{next(iter(given))}"
         assert metrics[f"{name}_loss"] == pytest.approx(known["eval_same_loss"], rel=1e-5)
         assert metrics[f"{name}_accuracy"] == known["eval_same_accuracy"]
-    mean = trainer.evaluate({"unknown": rows})
+    mean = trained.evaluate({"unknown": rows})
     assert mean["eval_unknown_loss"] != pytest.approx(known["eval_same_loss"], rel=1e-3)
 
 
