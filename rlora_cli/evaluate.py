@@ -73,7 +73,7 @@ def evaluate(
     A row with options counts if its completion is the most likely of them; one without, if greedy decoding writes it.
     """
     with results_only():
-        from rlora_trl.evaluation.data import text_rows
+        from rlora_trl.evaluation.rows import text_rows
 
         checked = find_adapter(adapter, revision)
         record = local_record(checked, adapter) if save else None

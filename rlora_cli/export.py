@@ -75,7 +75,7 @@ def export(
     if routing is not None and task is not None:
         raise typer.BadParameter("`--task` and `--weights` both say how to mix the heads. Give one of them.")
     with results_only():
-        from rlora_trl.evaluation.data import text_rows
+        from rlora_trl.evaluation.rows import text_rows
         from rlora_trl.export import export_lora
 
         checked = find_adapter(adapter, revision)

@@ -129,7 +129,7 @@ def load_rows(
 
     Rows with `answers` are to be scored; those of conversations become text with [`text_rows`].
     """
-    from rlora_trl.evaluation.data import load_task_rows
+    from rlora_trl.evaluation.rows import load_task_rows
 
     hide_progress_in_logs()
     tasks = checked.config.tasks or ()

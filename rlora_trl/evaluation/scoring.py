@@ -1,8 +1,9 @@
-"""Accuracy by task: options are ranked by likelihood, free answers must be what greedy decoding gives.
+"""
+Accuracy by task: options are ranked by likelihood, free answers must be what greedy decoding gives.
 
 Neither needs generation. An option's log-likelihood is the sum over its tokens, and over the end of the sequence after
-them wherever the tokens of one option of the row begin those of another. Greedy decoding writes an answer exactly if,
-with the answer fed in, each of its tokens (and the end of the sequence after it) is the most likely one.
+them wherever the tokens of one option of the row are a prefix of another's. Greedy decoding gives an answer exactly
+if, with the answer as input, each of its tokens (and the end of the sequence after it) is the most likely one.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ class _Candidate:
 
 
 class TokenLimits(NamedTuple):
-    """How many tokens a sequence may have: as asked for, and as the model has positions."""
+    """How many tokens a sequence may have: by `max_length`, and by the positions of the model."""
 
     max_length: int | None = None
     positions: int | None = None
 
     def warn(self, room: int) -> None:
-        """Say once that prompts are cut, on one process."""
+        """Warn once, on one process, that prompts are cut."""
         if os.environ.get("RANK", "0") != "0":
             return
         logger.warning_once(
@@ -69,15 +70,15 @@ class TokenLimits(NamedTuple):
 
 
 def position_limit(model: torch.nn.Module) -> int | None:
-    """The number of positions that a model has, where its configuration says so."""
+    """The number of positions of a model, if its configuration has it."""
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     config = config if get_text_config is None else get_text_config()
-    # Through `attribute_map`, other names such as `n_positions` too; MPT has one of its own.
+    # `attribute_map` resolves other names such as `n_positions`; MPT has its own.
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    # RoBERTa and its relatives count positions from behind the padding.
+    # RoBERTa and its relatives count positions from `padding_idx` + 1.
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), None)
     return limit if padding is None else limit - padding - 1
@@ -94,27 +95,28 @@ def encode_row(
     """
     Token ids of a prompt with each of its possible completions, cut to fit.
 
-    Where the tokens of one completion begin those of another, or there is nothing of one, each gets the end of the
-    sequence: it is part of what is generated, and without it the shorter one could never be less likely.
+    Each completion gets the end of the sequence if the tokens of one are a prefix of another's, or one has no tokens:
+    generation produces it, and without it the shorter completion could never be less likely.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
         prompt (`str`), completions (`Sequence[str]`): A row of data.
         limits (`TokenLimits`): How many tokens there may be. A prompt loses its beginning, a completion nothing.
-        end (`bool`, *optional*, defaults to `False`): Each gets the end of the sequence anyway.
+        end (`bool`, *optional*, defaults to `False`): Each completion gets the end of the sequence in any case.
 
     Returns:
-        `tuple`: A list of token ids for each completion, and where the completions begin, which is the same place in
-        all: tokens may merge across the boundary, of some completions only.
+        `tuple[list[list[int]], int]`: Token ids for each completion, and the index at which the completions begin,
+        the same for all: with some completions only, tokens may merge across the boundary.
 
     Raises:
         ValueError: If a completion has no tokens, or more than the model has positions.
     """
     prompt_ids = encode_text(tokenizer, prompt)
     sequences = [encode_text(tokenizer, prompt + completion) for completion in completions]
-    begin = min(_common_length(prompt_ids, ids) for ids in sequences)
+    begin = min(len(os.path.commonprefix([prompt_ids, ids])) for ids in sequences)
     tails = [ids[begin:] for ids in sequences]
-    if (end or _one_begins_another(tails)) and tokenizer.eos_token_id is not None:
+
+    if (end or _has_prefix_pair(tails)) and tokenizer.eos_token_id is not None:
         eos = [tokenizer.eos_token_id]
         tails = [tail if tail[-1:] == eos else tail + eos for tail in tails]
     if not all(tails):
@@ -122,6 +124,7 @@ def encode_row(
             f"The completion {completions[tails.index([])]!r} of prompt {prompt[-40:]!r} has no tokens, and the "
             "tokenizer has no end of the sequence. Set `eos_token`, or give it a text."
         )
+
     head = _cut_prompt(prompt_ids[:begin], max(map(len, tails)), limits, tokenizer)
     return [head + tail for tail in tails], len(head)
 
@@ -135,28 +138,24 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def pad_sequences(
     tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask `[B, S]` of sequences, padded on the right; what stands there is masked."""
+    """Token ids and attention mask `[B, S]` of sequences, padded on the right; padding is masked."""
     pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(pad_id for pad_id in pad_ids if pad_id is not None)
     width = max(map(len, sequences))
-    input_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in sequences])
+    input_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in sequences])  # [B, S]
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
     return input_ids, attention_mask
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    length = min(len(first), len(second))
-    return next((k for k in range(length) if first[k] != second[k]), length)
-
-
-def _one_begins_another(tails: Sequence[list[int]]) -> bool:
-    ordered = sorted(tails)  # what begins another comes right before one that it begins
+def _has_prefix_pair(tails: Sequence[list[int]]) -> bool:
+    """Whether one is a proper prefix of another, or one is empty."""
+    ordered = sorted(tails)  # a prefix comes right before one of the longer ones
     pairs = zip(ordered, ordered[1:], strict=False)
     return not all(tails) or any(a != b and b[: len(a)] == a for a, b in pairs)
 
 
 def _cut_prompt(head: list[int], answer: int, limits: TokenLimits, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end of a prompt that leaves room for the longest answer, with the beginning of the sequence before it."""
+    """The end of a prompt that leaves room for the longest answer, after the beginning of the sequence."""
     if limits.positions is not None and answer >= limits.positions:
         raise ValueError(
             f"A completion has {answer} tokens, and the model has {limits.positions} positions, of which the prompt "
@@ -168,9 +167,9 @@ def _cut_prompt(head: list[int], answer: int, limits: TokenLimits, tokenizer: Pr
     if room is None or len(head) + answer <= room:
         return head
     limits.warn(room)
-    kept = max(room - answer, 1)
-    has_bos = head[0] == tokenizer.bos_token_id and kept > 1
-    return [head[0], *head[len(head) - kept + 1 :]] if has_bos else head[len(head) - kept :]
+    length = max(room - answer, 1)
+    has_bos = head[0] == tokenizer.bos_token_id and length > 1
+    return [head[0], *head[len(head) - length + 1 :]] if has_bos else head[-length:]
 
 
 def _tokenize(
@@ -203,13 +202,15 @@ def _score_batch(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[_Candidate], device: torch.device
 ) -> None:
     input_ids, attention_mask = pad_sequences(tokenizer, [candidate.input_ids for candidate in batch])  # [B, S]
-    # Only the positions that predict a completion are projected onto the vocabulary. They are given as indices: a
-    # slice would be a strided view, which PyTorch multiplies with a frozen weight by copying the weight for each row.
+
+    # Only the positions that predict a completion are projected onto the vocabulary. As indices: a slice would be a
+    # strided view, which PyTorch multiplies with a frozen weight by copying the weight for each row.
     first = min(candidate.prompt_length for candidate in batch) - 1
-    kept = torch.arange(first, input_ids.shape[1] - 1, device=device)
+    positions = torch.arange(first, input_ids.shape[1] - 1, device=device)
     logits = model(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), logits_to_keep=kept
-    ).logits.float()
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), logits_to_keep=positions
+    ).logits.float()  # [B, positions, vocabulary]
+
     for i, candidate in enumerate(batch):
         start, end = candidate.prompt_length, len(candidate.input_ids)
         rows = logits[i, start - 1 - first : end - 1 - first]
@@ -238,15 +239,15 @@ def score_tasks(
         tasks (`Mapping[str, Sequence[Mapping]]`):
             Rows by task. A row has `prompt`, `completion` and, where the task has them, `options` (which contain the
             completion). With options a row is correct if the completion is the most likely one, the end of the
-            sequence included wherever the tokens of one option begin those of another; without, if greedy decoding of
-            the prompt gives the completion and then the end of the sequence.
+            sequence included wherever the tokens of one option are a prefix of another's; without, if greedy decoding
+            of the prompt gives the completion and then the end of the sequence.
         batch_size (`int`, *optional*, defaults to `32`):
             Sequences in one forward pass.
         description (`str`, *optional*):
             Shows a progress bar with this text.
         max_length (`int`, *optional*):
-            Tokens of a prompt with a completion, beyond which the prompt loses its beginning, with a warning. Defaults
-            to the positions of the model.
+            Maximum number of tokens of a prompt with its completion; longer prompts lose their beginning, with a
+            warning. Defaults to the positions of the model.
 
     Returns:
         `dict[str, TaskScore]`: Scores by task, in the order of `tasks`.
@@ -254,6 +255,7 @@ def score_tasks(
     Raises:
         ValueError: If a task has no rows, or a completion is not among its options or longer than the model allows.
     """
+    # Tokenize all rows.
     limits = TokenLimits(max_length, position_limit(model))
     candidates: dict[str, list[_Candidate]] = {}
     for task, rows in tasks.items():
@@ -262,9 +264,11 @@ def score_tasks(
         candidates[task] = [
             entry for index, row in enumerate(rows) for entry in _tokenize(tokenizer, row, index, limits)
         ]
-    # Sequences of about one length share a batch, whatever their task: less padding.
+
+    # Sequences of similar length share a batch, whatever their task: less padding.
     ordered = sorted((entry for entries in candidates.values() for entry in entries), key=lambda e: len(e.input_ids))
     device = next(model.parameters()).device
+
     was_training = model.training
     model.eval()
     try:

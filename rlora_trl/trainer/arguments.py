@@ -12,7 +12,7 @@ from trl import ModelConfig
 from ..tuner import RLoraConfig
 
 
-# How each argument of another shape than its field is written on the command line.
+# Types on the command line, of fields whose own type the parser can't read.
 _ARGUMENT_TYPES: dict[str, Any] = {
     "target_modules": list[str] | None,
     "exclude_modules": list[str] | None,
@@ -24,9 +24,10 @@ _ARGUMENT_TYPES: dict[str, Any] = {
     "rank_pattern": str | None,
     "alpha_pattern": str | None,
 }
-# ModelConfig already has these two, so they stay there.
+# Arguments that `ModelConfig` already has.
 _SHARED = ("lora_alpha", "use_rslora")
-# Arguments of ModelConfig that configure LoRA, and what R-LoRA has in their place.
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+# Arguments of `ModelConfig` that configure LoRA, and their replacements.
 _LORA_ONLY = {
     "use_peft": "nothing: R-LoRA is always on",
     "lora_r": "--r",
@@ -39,20 +40,15 @@ _LORA_ONLY = {
 
 
 def _rlora_fields() -> list[tuple[str, Any, Any]]:
-    inherited = {entry.name for entry in fields(PeftConfig)} | {"peft_type"}
+    skipped = {entry.name for entry in fields(PeftConfig)} | {"peft_type", *_SHARED}
+    types = {**get_type_hints(RLoraConfig), **_ARGUMENT_TYPES}
     entries = []
-    hints = get_type_hints(RLoraConfig)
     for entry in fields(RLoraConfig):
-        name = entry.name
-        if name in inherited or name in _SHARED:
+        if entry.name in skipped:
             continue
         default = None if entry.default is MISSING else entry.default
-        help_text = entry.metadata["help"]
-        if name in ("rank_pattern", "alpha_pattern"):
-            help_text += " As JSON."
-        entries.append(
-            (name, _ARGUMENT_TYPES.get(name, hints[name]), field(default=default, metadata={"help": help_text}))
-        )
+        help_text = entry.metadata["help"] + (" As JSON." if entry.name in _PATTERNS else "")
+        entries.append((entry.name, types[entry.name], field(default=default, metadata={"help": help_text})))
     return entries
 
 
@@ -66,20 +62,20 @@ class RLoraModelConfig(ModelConfig):
     TRL's `ModelConfig` with R-LoRA's default for `use_rslora`.
 
     Raises:
-        ValueError: If an argument is set that configures LoRA; the message names R-LoRA's.
+        ValueError: If an argument is set that configures LoRA; the message names its replacement.
     """
 
     use_rslora: bool = field(
-        default=True, metadata={"help": "Scale by `lora_alpha / sqrt(r)` rather than by `lora_alpha / r`."}
+        default=True, metadata={"help": "Scale by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, instead in _LORA_ONLY.items():
+        for name, replacement in _LORA_ONLY.items():
             if getattr(self, name) != ModelConfig.__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"`--{name} {getattr(self, name)}` configures LoRA, and this command trains R-LoRA. In its place: "
-                    f"{instead}."
+                    f"`--{name} {getattr(self, name)}` configures LoRA, and this command trains R-LoRA. Use instead: "
+                    f"{replacement}."
                 )
 
 
@@ -89,26 +85,27 @@ def _one_or_many(value: list[Any] | None) -> Any:
 
 
 def _mapping(name: str, value: str | dict | None) -> dict:
-    if not value:
-        return {}
     try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`--{name}` must be a JSON object such as '{{\"down_proj\": 8}}', got {value!r} ({error})."
-        ) from error
+        parsed = json.loads(value) if isinstance(value, str) and value else value or {}
+    except json.JSONDecodeError:
+        parsed = None
     if not isinstance(parsed, dict):
-        raise ValueError(f"`--{name}` must be a JSON object such as '{{\"down_proj\": 8}}', got {value!r}.")
+        raise ValueError(
+            f"`--{name}` must be a JSON object, got {value!r}. Write it such as '{{\"down_proj\": 8}}', in quotes."
+        )
     return parsed
 
 
 def rlora_config_from_arguments(rlora_args: Any, model_args: ModelConfig) -> RLoraConfig:
     """
-    The configuration of the adapter that the command line describes.
+    Build the configuration of the adapter from the command line.
 
     Args:
-        rlora_args ([`RLoraArguments`]): R-LoRA's own arguments.
-        model_args ([`RLoraModelConfig`]): TRL's, which have `lora_alpha`, `use_rslora` and `lora_task_type`.
+        rlora_args ([`RLoraArguments`]): The fields of [`RLoraConfig`].
+        model_args ([`RLoraModelConfig`]): Has `lora_alpha`, `use_rslora` and `lora_task_type`.
+
+    Returns:
+        [`RLoraConfig`].
 
     Raises:
         ValueError: If a pattern is not a JSON object, or a field is outside its range.
@@ -116,7 +113,7 @@ def rlora_config_from_arguments(rlora_args: Any, model_args: ModelConfig) -> RLo
     values = dict(vars(rlora_args))
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         values[name] = _one_or_many(values[name])
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in _PATTERNS:
         values[name] = _mapping(name, values[name])
     if str(values["init_weights"]).lower() == "false":
         values["init_weights"] = False

@@ -1,4 +1,4 @@
-"""Early stopping where evaluation goes task by task: its callback sees the evaluation that has its metric."""
+"""Early stopping in evaluation by task: its callback sees only the evaluation that has its metric."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class EarlyStopping:
     """
     Keeps `EarlyStoppingCallback` out of evaluations that don't have its metric.
 
-    `Trainer` calls its callbacks after the evaluation of each data set of a dictionary, and this one warns of being
-    disabled wherever it does not find `metric_for_best_model` (no upstream issue as of transformers 5.23).
+    `Trainer` calls its callbacks after the evaluation of each dataset of a dictionary, and this one warns that it is
+    disabled if it does not find `metric_for_best_model` (no upstream issue as of transformers 5.23).
 
     Args:
         handler (`CallbackHandler`): The callbacks of the trainer.
         args (`TrainingArguments`): Has `metric_for_best_model`.
-        tasks (`Sequence[str]`): Names of the data sets.
+        tasks (`Sequence[str]`): Names of the datasets.
         prefix (`str`): Prefix of the metrics, such as `"eval"`.
     """
 
@@ -29,16 +29,16 @@ class EarlyStopping:
         self.is_for_training = prefix == "eval"
         metric = args.metric_for_best_model or "loss"
         self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-        # A name may begin another.
-        of_tasks = sorted((f"{prefix}_{task}" for task in tasks), key=len)
-        self.part = next((name for name in reversed(of_tasks) if self.metric.startswith(f"{name}_")), None)
+        # The longest first: a name may be a prefix of another.
+        names = sorted((f"{prefix}_{task}" for task in tasks), key=len, reverse=True)
+        self.part = next((name for name in names if self.metric.startswith(f"{name}_")), None)
 
     def at_task(self, prefix: str) -> AbstractContextManager[None]:
-        """For the evaluation of one task, whose metrics have this prefix."""
+        """A context for the evaluation of one task, whose metrics have this prefix."""
         return nullcontext() if prefix == self.part else self._without_callback()
 
     def at_means(self, metrics: Mapping[str, float], means: Mapping[str, float]) -> AbstractContextManager[None]:
-        """For the means over tasks; a metric that is nowhere is warned of here."""
+        """A context for the means over tasks, where the callback may warn of a missing metric."""
         seen = self.metric in metrics and self.metric not in means
         return self._without_callback() if seen or not self.is_for_training else nullcontext()
 

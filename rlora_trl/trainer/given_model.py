@@ -1,4 +1,4 @@
-"""The model that a trainer is given: which adapter trains, or why none can."""
+"""Checks of the `model` argument of the trainer: which adapter trains, or why none can."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ def active_config(model: Any) -> RLoraConfig:
 
 def name_revision(config: RLoraConfig, model_init_kwargs: Any) -> None:
     """
-    Have the adapter name the revision of the base that it is trained on, which loading it asks for.
+    Write the revision of the base model into the configuration of the adapter, for loading.
+
+    Args:
+        config ([`RLoraConfig`]): The configuration, which is changed.
+        model_init_kwargs (`dict`, *optional*): `SFTConfig.model_init_kwargs`.
 
     Raises:
-        ValueError: If it names another one.
+        ValueError: If the configuration names another revision.
     """
     loaded = (model_init_kwargs or {}).get("revision")
     if config.revision is not None and config.revision != (loaded or "main"):
@@ -32,34 +36,34 @@ def name_revision(config: RLoraConfig, model_init_kwargs: Any) -> None:
             f"`peft_config` names revision {config.revision!r} of the base model, and "
             f"`model_init_kwargs` loads {loaded or 'main'!r}. Name one of them in both, or none in `peft_config`."
         )
-    if loaded != "main":  # which is what no name means
+    if loaded != "main":  # the default
         config.revision = loaded
 
 
 def _check_trains(model: PeftModel, config: RLoraConfig) -> None:
     """
-    See that the active adapter of a model trains.
+    Check that the active adapter of a model trains: otherwise `Trainer` would make all steps and change nothing.
 
     Raises:
-        ValueError: If it does not; `Trainer` would go through all steps and change nothing.
+        ValueError: If it does not.
     """
     name = model.active_adapter
     adapters = [module.rlora_adapters[name] for module in model.modules() if _has_adapter(module, name)]
     merged = any(module.merged_adapters for module in model.modules() if isinstance(module, RLoraLayer))
     if merged:
         raise ValueError(
-            "Adapters are merged into the base, which would be trained on as it is then. Call "
-            "`model.unmerge_adapter()` before the trainer is made."
+            "Adapters are merged into the base model, which would stay so in training. Call `model.unmerge_adapter()` "
+            "before creating the trainer."
         )
     if any(adapter.trains for adapter in adapters):
         return
     if config.inference_mode:
         raise ValueError(
-            f"Adapter {name!r} was loaded for inference, so that none of its parameters trains. Load it with "
+            f"Adapter {name!r} was loaded for inference, with all its parameters frozen. Load it with "
             "`is_trainable=True`, as in `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
         )
     raise ValueError(
-        f"No parameter of adapter {name!r} trains: it is frozen or disabled. Before the trainer is made, "
+        f"No parameter of adapter {name!r} trains: it is frozen or disabled. Before creating the trainer, "
         f"{how_to_train([name])}."
     )
 
@@ -69,23 +73,23 @@ def _has_adapter(module: nn.Module, name: str) -> bool:
 
 
 def how_to_train(names: list[str]) -> str:
-    """What to call so that these adapters train."""
-    chosen = repr(names[0] if len(names) == 1 else names)
-    return f"call `model.base_model.enable_adapter_layers()` and `model.base_model.set_adapter({chosen})`"
+    """The calls that make these adapters train, for messages."""
+    argument = repr(names[0] if len(names) == 1 else names)
+    return f"call `model.base_model.enable_adapter_layers()` and `model.base_model.set_adapter({argument})`"
 
 
 def _adapted_already(model: nn.Module) -> str:
-    """Why no new adapter is put into a model that has some, and what to do."""
+    """Why a model with adapters gets no new one, and the remedy."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return (
-            "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would put new ones "
-            "over them. To train them further, load with "
+            "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would add new ones "
+            "on top. To train them further, load with "
             "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
         )
     return (
-        "The model has adapters in its layers: an earlier trainer or `get_peft_model` has put them into this very "
-        "object, and new ones would come on top. To train those further, pass the `PeftModel` (`trainer.model` of the "
-        "earlier trainer). For a new adapter take the base from `peft_model.unload()`, or load it again."
+        "The model has adapters in its layers: an earlier trainer or `get_peft_model` added them to this object, and "
+        "new ones would come on top. To train those further, pass the `PeftModel` (`trainer.model` of the earlier "
+        "trainer). For a new adapter take the base model from `peft_model.unload()`, or load it again."
     )
 
 
@@ -94,28 +98,44 @@ def _check_not_compiled(model: Any) -> None:
     Refuse compiled modules, whose parameters have other names than those of the model.
 
     Raises:
-        ValueError: If there are some, with what to do.
+        ValueError: If there are some.
     """
     if isinstance(model, str):
         return
     if is_compiled_module(model):
         raise ValueError(
-            "`model` was compiled with `torch.compile`, so that its parameters are named `_orig_mod....` and an "
-            "adapter saved from it would not load on the model. Pass the model itself (`model._orig_mod`), and have "
-            "the trainer compile it with `RLoraSFTConfig(torch_compile=True)`."
+            "`model` was compiled with `torch.compile`, so its parameters are named `_orig_mod....` and an adapter "
+            "saved from it would not load on the model. Pass the model itself (`model._orig_mod`), and have the "
+            "trainer compile it with `RLoraSFTConfig(torch_compile=True)`."
         )
     compiled = next((name for name, module in model.named_modules() if is_compiled_module(module)), None)
     if compiled is not None:
         raise ValueError(
-            f"{compiled!r} of `model` was replaced by what `torch.compile` returned, so that its parameters are named "
+            f"{compiled!r} of `model` was replaced by the result of `torch.compile`, so its parameters are named "
             "`_orig_mod....` and an adapter saved from it would not load on the model. Compile it in place, with "
             "`module.compile()`, or have the trainer do so with `RLoraSFTConfig(torch_compile=True)`."
         )
 
 
 def choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConfig | None:
-    """The configuration of the adapter to create, a copy; `None` for a model that has an adapter."""
+    """
+    Choose the configuration of the adapter to create.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): The `model` of the trainer.
+        peft_config (`PeftConfig`, *optional*): Its `peft_config`.
+
+    Returns:
+        [`RLoraConfig`], *optional*: A copy of `peft_config`, or the default; `None` for a `PeftModel`, which has an
+        adapter.
+
+    Raises:
+        TypeError: If the adapter is not an R-LoRA adapter, or the model has adapters in its layers.
+        ValueError: If the adapter of a `PeftModel` does not train, or the model is compiled or a folder of an adapter.
+    """
     _check_not_compiled(model)
+
+    # A model with an adapter.
     if isinstance(model, PeftModel):
         active = model.peft_config[model.active_adapter]
         if not isinstance(active, RLoraConfig):
@@ -125,7 +145,9 @@ def choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConfi
             )
         if peft_config is None:
             _check_trains(model, active)
-        return peft_config  # `SFTTrainer` refuses a second one and says why
+        return peft_config  # `SFTTrainer` refuses a second one
+
+    # A base model.
     if not isinstance(model, str) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TypeError(_adapted_already(model))
     if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
@@ -134,6 +156,8 @@ def choose_peft_config(model: Any, peft_config: PeftConfig | None) -> RLoraConfi
                 f"`model={model!r}` is an adapter, not a model. To train it further, pass "
                 "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
             )
+
+    # The configuration of a new adapter.
     if peft_config is None:
         peft_config = RLoraConfig()
     elif not isinstance(peft_config, RLoraConfig):

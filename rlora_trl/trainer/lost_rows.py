@@ -1,8 +1,8 @@
 """
-Rows that preparation leaves nothing to learn from, by task.
+Rows that preparation leaves without a token to learn from, by task.
 
-`SFTTrainer` drops a row whose labels `max_length` cuts off: a prompt that fills it leaves no completion. Packing keeps
-such a row without a label. Both are silent there, so a task can vanish from a run that names it.
+`SFTTrainer` drops a row if `max_length` cuts off all its labels: a prompt that fills it leaves no completion. Packing
+keeps such a row without a label. Both are silent, so a task that the adapter names could disappear from its training.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ logger = get_logger(__name__)
 
 def rows_of_tasks(dataset: Dataset, num_tasks: int) -> np.ndarray:
     """
-    How many rows each task has.
+    Count the rows of each task.
 
     Args:
-        dataset (`Dataset`): With a column of task ids, or without, where no task is known.
+        dataset (`Dataset`): With a column of task ids; without, the task of all rows is unknown.
         num_tasks (`int`): Number of tasks.
 
     Returns:
@@ -42,15 +42,15 @@ def rows_of_tasks(dataset: Dataset, num_tasks: int) -> np.ndarray:
 
 def learnable_rows(dataset: Dataset, num_tasks: int, max_length: int | None = None) -> np.ndarray:
     """
-    How many rows of each task have a token with a loss.
+    Count the rows of each task that have a token with a loss.
 
     Args:
         dataset (`Dataset`): Tokenized, with task ids and `labels`.
         num_tasks (`int`): Number of tasks.
-        max_length (`int`, *optional*): Tokens of a row that are used, where it is still to be cut.
+        max_length (`int`, *optional*): Tokens of a row that are used, if rows are cut later.
 
     Returns:
-        `np.ndarray` of shape `[num_tasks + 1]`: As of [`rows_of_tasks`].
+        `np.ndarray` of shape `[num_tasks + 1]`: See [`rows_of_tasks`].
     """
     counts = np.zeros(num_tasks + 1, dtype=np.int64)
     for batch in arrow_batches(dataset.select_columns([TASK_IDS, "labels"])):
@@ -59,30 +59,32 @@ def learnable_rows(dataset: Dataset, num_tasks: int, max_length: int | None = No
     return counts
 
 
-def _count(numbers: np.ndarray, num_tasks: int) -> np.ndarray:
-    return np.bincount(np.where(numbers < 0, num_tasks, numbers), minlength=num_tasks + 1)
+def _count(task_ids: np.ndarray, num_tasks: int) -> np.ndarray:
+    return np.bincount(np.where(task_ids < 0, num_tasks, task_ids), minlength=num_tasks + 1)
 
 
 def _have_loss(labels: pa.ChunkedArray, max_length: int | None) -> np.ndarray:
-    lengths = pc.fill_null(pc.list_value_length(labels), 0).to_numpy()
-    values = pc.list_flatten(labels).to_numpy()
-    ends = np.cumsum(lengths)
-    places = np.arange(values.size) - np.repeat(ends - lengths, lengths)
-    # The first token of a row is predicted from nothing, and has no loss whatever its label.
-    counted = (values != IGNORED_LABEL) & (places > 0)
+    """Which rows `[rows]` have a token with a loss."""
+    lengths = pc.fill_null(pc.list_value_length(labels), 0).to_numpy()  # [rows]
+    values = pc.list_flatten(labels).to_numpy()  # [tokens]
+    columns = np.arange(values.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # [tokens]
+
+    # The first token of a row has no loss, whatever its label: nothing predicts it.
+    has_loss = (values != IGNORED_LABEL) & (columns > 0)
     if max_length is not None:
-        counted &= places < max_length
-    have = np.zeros(lengths.size, dtype=bool)
-    have[np.repeat(np.arange(lengths.size), lengths)[counted]] = True
-    return have
+        has_loss &= columns < max_length
+
+    rows = np.zeros(lengths.size, dtype=bool)
+    rows[np.repeat(np.arange(lengths.size), lengths)[has_loss]] = True
+    return rows
 
 
 def warn_of_unseen_tasks(seen: Mapping[str, Mapping[str, int]]) -> None:
     """
-    Warn of tasks of which training saw no row, which of streams is not known before.
+    Warn of tasks without a row in training, which is not known before for streams.
 
     Args:
-        seen (`Mapping[str, Mapping[str, int]]`): Rows by task, as `RLoraSFTTrainer.tasks_seen` gives them.
+        seen (`Mapping[str, Mapping[str, int]]`): Rows by task; see [`RLoraSFTTrainer.tasks_seen`].
     """
     unseen = [task for task, counts in seen.items() if not counts["rows"]]
     if unseen:
@@ -95,16 +97,16 @@ def warn_of_unseen_tasks(seen: Mapping[str, Mapping[str, int]]) -> None:
 
 class LostRows:
     """
-    What preparation leaves of each task, of one trainer: refuses, remembers for a warning, and numbers tasks again.
+    Finds rows that preparation loses, refuses or warns of them, and removes tasks that have no rows left.
 
     Args:
         max_length (`int`, *optional*): `SFTConfig.max_length`, for messages.
-        labels_are_used (`bool`): Whether the labels of the data are those of the batch, not a collator of the user's.
-        routes_by_task (`bool`): Whether each task has a mixture of its own, which must not stay untrained.
+        labels_are_used (`bool`): Whether batches have the labels of the data; a collator of the user may make others.
+        routes_by_task (`bool`): Whether each task has its own head weights, which must not stay untrained.
 
     Attributes:
-        places (`np.ndarray`, *optional*): The new number of each task by the old one, -1 of those without rows; `None`
-            where all tasks have rows.
+        places (`np.ndarray` of shape `[tasks]`, *optional*): The new id of each task by the old one, -1 for those
+            without rows; `None` if all tasks have rows.
     """
 
     def __init__(self, max_length: int | None, *, labels_are_used: bool, routes_by_task: bool) -> None:
@@ -118,47 +120,50 @@ class LostRows:
             f"Note that {cause}a row whose labels are all -100 has no loss. Raise `max_length`, or shorten or remove "
             "these rows."
         )
+        # To be warned of, evaluation data that are noted already, and earlier warnings.
         self._training = ""
         self._evaluation: list[str] = []
-        self._known: list[Dataset] = []
-        self._told: set[str] = set()
+        self._noted: list[Dataset] = []
+        self._warned: set[str] = set()
 
     def is_known(self, dataset: Any) -> bool:
-        """Whether this is evaluation data that was prepared, and noted, since the last [`tell`]."""
-        return any(dataset is known for known in self._known)
+        """Whether this is prepared evaluation data that were noted since the last [`warn`]."""
+        return any(dataset is noted for noted in self._noted)
 
     def note_training(
         self, dataset: Dataset, given: np.ndarray, tasks: Sequence[str], cut_at: int | None
     ) -> list[int]:
         """
-        Note what is left of the training data.
+        Note the rows that training data lost.
 
         Args:
             dataset (`Dataset`): The prepared data.
-            given (`np.ndarray`): Rows of each task before; see [`rows_of_tasks`].
+            given (`np.ndarray`): Rows of each task before preparation; see [`rows_of_tasks`].
             tasks (`Sequence[str]`): Names of the tasks.
             cut_at (`int`, *optional*): See `max_length` of [`learnable_rows`].
 
         Returns:
-            `list[int]`: The tasks of which nothing is left.
+            `list[int]`: Ids of the tasks without rows.
 
         Raises:
-            ValueError: If nothing is left of all tasks or, where each has a mixture of its own, of one.
+            ValueError: If no row is left, or none of a task that has its own head weights.
         """
         left = self._left(dataset, tasks, cut_at)
-        lost = _list_losses(given, left, tasks)
-        if not lost:
+        losses = _list_losses(given, left, tasks)
+        if not losses:
             return []
         if not left.any():
-            raise ValueError(f"The training data has no row with a token to learn from ({lost}). {self._remedy}")
-        gone = [place for place in range(len(tasks)) if given[place] and not left[place]]
-        names = ", ".join(repr(tasks[place]) for place in gone)
+            raise ValueError(f"The training data has no row with a token to learn from ({losses}). {self._remedy}")
+
+        # Tasks without rows.
+        gone = [task_id for task_id in range(len(tasks)) if given[task_id] and not left[task_id]]
+        names = ", ".join(repr(tasks[task_id]) for task_id in gone)
         if gone and self._routes_by_task:
             raise ValueError(
-                f'With `router="task"` each task needs rows to learn its mixture from, and none is left of {names} '
-                f"({lost}). {self._remedy}"
+                f'`router="task"` learns the head weights of each task from its rows, and none is left of {names} '
+                f"({losses}). {self._remedy}"
             )
-        self._training = f"Training data has rows without a token to learn from, which are not trained on: {lost}."
+        self._training = f"Training data has rows without a token to learn from, which are not trained on: {losses}."
         if gone:
             self._training += f" Nothing is left of {names}, and the adapter is not recorded as trained on it."
         return gone
@@ -166,8 +171,17 @@ class LostRows:
     def note_evaluation(
         self, name: str, dataset: Dataset, given: np.ndarray, tasks: Sequence[str], cut_at: int | None
     ) -> Dataset:
-        """Note what is left of evaluation data, which is returned; arguments as of [`note_training`]."""
-        self._known.append(dataset)
+        """
+        Note the rows that evaluation data lost.
+
+        Args:
+            name (`str`): Name of the data in messages.
+            dataset, given, tasks, cut_at: See [`note_training`].
+
+        Returns:
+            `Dataset`: The data.
+        """
+        self._noted.append(dataset)
         before, after = int(given.sum()), int(self._left(dataset, tasks, cut_at).sum())
         if after < before:
             self._evaluation.append(f"{name} {before - after} of {before}{'' if after else ', so it gets no loss'}")
@@ -180,52 +194,51 @@ class LostRows:
 
     def forget(self, gone: Sequence[int], tasks: Sequence[str], kept: Collection[str]) -> list[str]:
         """
-        Number tasks again without those that are gone.
+        Remove tasks, and number the others from 0.
 
         Args:
-            gone (`Sequence[int]`): Tasks of which nothing is left.
+            gone (`Sequence[int]`): Ids of the tasks without rows.
             tasks (`Sequence[str]`): Names of all tasks.
-            kept (`Collection[str]`): Names that stay, as the adapter was trained on these tasks before.
+            kept (`Collection[str]`): Names that stay, because the adapter was trained on these tasks before.
 
         Returns:
-            `list[str]`: Names of the tasks that stay, by their new numbers.
+            `list[str]`: Names of the tasks that stay, by their new ids.
         """
-        staying = [place for place, task in enumerate(tasks) if place not in gone or task in kept]
+        staying = [task_id for task_id, task in enumerate(tasks) if task_id not in gone or task in kept]
         if len(staying) < len(tasks):
             self.places = np.full(len(tasks), -1, dtype=np.int64)
             self.places[staying] = np.arange(len(staying))
-        return [tasks[place] for place in staying]
+        return [tasks[task_id] for task_id in staying]
 
     def renumber(self, dataset: Any) -> Any:
-        """The data set with the new numbers of tasks, if it has any; rows of tasks that are gone have none."""
+        """The dataset with the new task ids, if any changed; rows of tasks that are gone have -1."""
         is_data = isinstance(dataset, Dataset | IterableDataset)
         if self.places is None or not is_data or self.is_known(dataset) or TASK_IDS not in columns_of(dataset):
             return dataset
-        places = np.append(self.places, -1)  # of the number -1
+        new_ids = np.append(self.places, -1)  # the id -1 stays
         if isinstance(dataset, IterableDataset):
             features = with_ids(dataset.features)
-            return dataset.map(lambda row: {TASK_IDS: int(places[row[TASK_IDS]])}, features=features)
-        return add_ids(dataset.remove_columns(TASK_IDS), places[ids_of(dataset)])
+            return dataset.map(lambda row: {TASK_IDS: int(new_ids[row[TASK_IDS]])}, features=features)
+        return add_ids(dataset.remove_columns(TASK_IDS), new_ids[ids_of(dataset)])
 
-    def tell(self) -> None:
-        """Warn once of what was noted, and forget it."""
+    def warn(self) -> None:
+        """Warn, once for each text, of the rows that were noted, and forget them."""
         texts = [self._training] if self._training else []
         if self._evaluation:
-            listed = "; ".join(self._evaluation)
-            texts.append(f"Evaluation data has rows without a token to learn from, which are not evaluated: {listed}.")
+            texts.append(
+                "Evaluation data has rows without a token to learn from, which are not evaluated: "
+                f"{'; '.join(self._evaluation)}."
+            )
         for text in texts:
-            if text not in self._told:
+            if text not in self._warned:
                 logger.warning(f"{text} {self._remedy}")
-        self._told.update(texts)
-        self._training, self._evaluation, self._known = "", [], []
+        self._warned.update(texts)
+        self._training, self._evaluation, self._noted = "", [], []
 
 
 def _list_losses(given: np.ndarray, left: np.ndarray, tasks: Sequence[str]) -> str:
-    """`"sst2 3 of 40, rte 40 of 40"`: the rows that each task lost of those that were given; "" if none did."""
-    if not given[:-1].any():
-        names = ["all"] * len(given)
-    else:
-        names = [*tasks, "(no task)"]
+    """The rows that each task lost, as `"sst2 3 of 40, rte 40 of 40"`; "" if no task lost any."""
+    names = [*tasks, "(no task)"] if given[:-1].any() else ["all"] * len(given)
     return ", ".join(
         f"{name} {before - after} of {before}"
         for name, before, after in zip(names, given.tolist(), left.tolist(), strict=True)

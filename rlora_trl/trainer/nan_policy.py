@@ -1,4 +1,4 @@
-"""What happens in a step whose gradients are not finite."""
+"""The policy for steps with gradients that contain NaN or Inf."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from accelerate.logging import get_logger
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from ..files.reading import first_few
+
 
 logger = get_logger(__name__)
 
 NAN_POLICIES = ("stop", "skip", "ignore")
-# More skipped steps in a row than this are no bad batch, but a run that has diverged.
+# More skipped steps in a row are not a bad batch: the run has diverged.
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 class NanGuard:
     """
-    Looks at the gradients of each step before the optimizer does.
+    Checks the gradients of each step before the optimizer uses them.
 
-    All ranks decide alike: gradients are averaged over ranks before, or their norm is summed over them.
+    All ranks decide the same: gradients are averaged over ranks before, or their norm is summed over ranks.
 
     Args:
-        policy (`str`): `"stop"`: raise an error before any weight changes; `"skip"`: leave out the step; `"ignore"`.
-        model (`torch.nn.Module`): What trains.
+        policy (`str`): `"stop"` raises an error before any weight changes, `"skip"` skips the step, `"ignore"` checks
+            nothing.
+        model (`torch.nn.Module`): The model in training.
 
     Attributes:
-        skipped (`int`): Steps left out so far.
+        skipped (`int`): Number of skipped steps.
     """
 
     def __init__(self, policy: str, model: nn.Module) -> None:
@@ -39,20 +42,20 @@ class NanGuard:
         self._in_a_row = 0
 
     def restart(self) -> None:
-        """Forget the steps that were left out."""
+        """Reset the number of skipped steps."""
         self.skipped = self._in_a_row = 0
 
     def look(self, step: int, *, skipped_by_engine: bool | None = None) -> bool:
         """
-        Act on the gradients of a step, once they are complete.
+        Apply the policy to the gradients of a step, once they are complete.
 
         Args:
-            step (`int`): Its number, for messages.
-            skipped_by_engine (`bool`, *optional*): Whether DeepSpeed, which steps by itself, has left it out because
-                its gradients were not finite.
+            step (`int`): Number of the step, for messages.
+            skipped_by_engine (`bool`, *optional*): Whether DeepSpeed's engine, which makes the steps there, skipped
+                this one because its gradients were not finite.
 
         Returns:
-            `bool`: Whether the step is left out.
+            `bool`: Whether the step is skipped.
 
         Raises:
             FloatingPointError: If gradients are not finite and the policy is to stop, or too many steps were skipped.
@@ -63,14 +66,16 @@ class NanGuard:
         if not bad:
             self._in_a_row = 0
             return False
+
         names = [name for name, grad in self._gradients() if not bool(torch.isfinite(_local(grad)).all())]
-        where = f" of {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}" if names else ""
+        where = f" of {first_few(names)}" if names else ""
         if self.policy == "stop":
             raise FloatingPointError(
                 f"The gradients{where} are not finite in step {step}; no weight has changed in it. The newest "
                 "checkpoint is finite. Look for rows without labels or with extreme values, lower the learning rate "
-                "or `lora_alpha`, or set `nan_policy='skip'` to leave such steps out."
+                "or `lora_alpha`, or set `nan_policy='skip'` to skip such steps."
             )
+
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row > MAX_SKIPPED_IN_A_ROW:
@@ -78,8 +83,8 @@ class NanGuard:
                 f"The gradients{where} were not finite in {self._in_a_row} steps in a row, up to step {step}: the run "
                 "has diverged. Resume from an earlier checkpoint with a lower learning rate."
             )
-        logger.warning(f"Step {step} is left out: its gradients{where} are not finite (nan_policy='skip').")
-        # Optimizers leave parameters without a gradient as they are: neither momentum nor weight decay moves them.
+        logger.warning(f"Step {step} is skipped: its gradients{where} are not finite (nan_policy='skip').")
+        # Optimizers skip parameters without a gradient: neither momentum nor weight decay moves them.
         self.model.zero_grad(set_to_none=True)
         return True
 
@@ -95,7 +100,7 @@ class NanGuard:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor (FSDP2)."""
+    """The part of a tensor that this process holds (FSDP2)."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -103,14 +108,15 @@ def check_deepspeed_settings(config: dict[str, Any], policy: str) -> None:
     """
     Refuse settings with which DeepSpeed would write NaN into the weights.
 
-    DeepSpeed leaves steps out whose gradients are not finite; the trainer can't, as its engine steps by itself.
+    With DeepSpeed the engine makes the steps, so it must be the engine that skips those with gradients that are not
+    finite.
 
     Args:
         config (`dict`): The DeepSpeed configuration.
         policy (`str`): The `nan_policy`.
 
     Raises:
-        ValueError: If the policy can't be kept.
+        ValueError: If the engine would not apply the policy.
     """
     if policy == "ignore":
         return
@@ -118,8 +124,8 @@ def check_deepspeed_settings(config: dict[str, Any], policy: str) -> None:
     bf16 = config.get("bf16") or {}
     if not zero.get("stage") and not any((config.get(name) or {}).get("enabled") for name in ("bf16", "fp16")):
         raise ValueError(
-            "DeepSpeed without ZeRO, in float32, does not notice gradients that are not finite, and "
-            f"`nan_policy={policy!r}` can't be kept. Set `zero_optimization.stage`, or `nan_policy='ignore'`."
+            f"`nan_policy={policy!r}` has no effect with DeepSpeed without ZeRO in float32, which does not check "
+            "whether gradients are finite. Set `zero_optimization.stage`, or `nan_policy='ignore'`."
         )
     for section, settings, name in (
         ("bf16", bf16, "check_grad_overflow"),
@@ -127,7 +133,6 @@ def check_deepspeed_settings(config: dict[str, Any], policy: str) -> None:
     ):
         if settings.get(name, True) is False:
             raise ValueError(
-                f"`{section}.{name}` is false in the DeepSpeed configuration, with which it does not notice gradients "
-                f"that are not finite, and `nan_policy={policy!r}` can't be kept. Remove it, or set "
-                "`nan_policy='ignore'`."
+                f"`nan_policy={policy!r}` has no effect with `{section}.{name}` false in the DeepSpeed configuration, "
+                "with which it does not check whether gradients are finite. Remove it, or set `nan_policy='ignore'`."
             )

@@ -75,7 +75,7 @@ class StepObserver:
     @contextmanager
     def watching_first_step(self, *, is_fresh: bool) -> Generator[None, None, None]:
         """
-        Report gradients that are missing, zero or not finite in the first step of a run.
+        Report gradients that are missing or zero in the first step of a run.
 
         Args:
             is_fresh (`bool`): Whether the adapters have their initial values.
@@ -98,8 +98,7 @@ class StepObserver:
 
     def _watch_first_gradients(self) -> None:
         self._end_first_gradients(report=False)
-        is_scaled = self._accelerator.scaler is not None
-        self._first_gradients = FirstGradients(self.adapters, fresh=self._is_fresh, scaled=is_scaled)
+        self._first_gradients = FirstGradients(self.adapters, fresh=self._is_fresh)
 
     def _end_first_gradients(self, *, report: bool) -> None:
         watched, self._first_gradients = self._first_gradients, None
@@ -193,7 +192,7 @@ class StepObserver:
         if self.nan_guard.skipped:
             logs["skipped_steps"] = self.nan_guard.skipped
         if self.ledger is not None:
-            by_task = self.ledger.tell(self.reduce)
+            by_task = self.ledger.pop_mean_losses(self.reduce)
             # A task may have the name of another entry.
             logs.update({name if name not in logs else f"task_{name}": loss for name, loss in by_task.items()})
 

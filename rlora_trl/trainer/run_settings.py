@@ -1,4 +1,4 @@
-"""What a run is trained with: compared with its checkpoint when it is resumed, and recorded as it really was."""
+"""The settings of a run: compared with the checkpoint when it is resumed, and recorded as they were used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset
 
+from ..evaluation.formats import has_transform
 from ..files.reading import shorten
 from ..files.record import Scalar, is_plain, select_hyperparameters
 from .resuming import FRESH_START_HINT, read_state, step_of
@@ -24,14 +26,14 @@ from .task_ids import TASK_IDS
 
 logger = get_logger(__name__)
 
-# Settings of the optimizer, which its state in a checkpoint overrides, and what the place in the data depends on.
+# Settings that the optimizer's state in a checkpoint overrides, or that the position in the data depends on.
 _MUST_MATCH = (
     *("learning_rate", "router_learning_rate", "loraplus_lr_ratio", "train_a", "optim", "optim_args", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "train_sampling_strategy"),
     *("mixing", "mixing_temperature", "mixing_cap", "mixing_unit", "packing", "packing_strategy"),
     "dataset_num_proc",
 )
-# What takes effect when it is changed, and changes what the run is.
+# Settings that take effect when they are changed, and change the run.
 _WARN_IF_CHANGED = (
     *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("max_length", "dataloader_drop_last", "ignore_data_skip", "average_tokens_across_devices", "nan_policy"),
@@ -40,20 +42,20 @@ _WARN_IF_CHANGED = (
     *("completion_only_loss", "assistant_only_loss", "padding_free", "bf16", "fp16", "tf32"),
 )
 _DATA = "training data"
-# Rows whose tokens are compared, at even distances; and rows of other data, which are compared as text.
+# Numbers of rows to compare: by their tokens, or by their text if they are not tokenized.
 _SAMPLED_ROWS, _SAMPLED_TEXTS = 10_000, 64
-# Implementations of one algorithm, whose state is the same.
+# Implementations of one algorithm with the same state.
 _SAME_OPTIMIZER = {"adamw_torch_fused": "adamw_torch"}
 
 
 @dataclass
 class RunSettings:
     """
-    The settings of a run, from its first step on, also where it was resumed with others.
+    The settings of a run, including those of its earlier parts if it was resumed with others.
 
     Attributes:
-        parts (`list[dict]`): One for each time that it began or was resumed: `from_step`; `compared`, all settings by
-            name, as JSON has them; `recorded`, those that may be published.
+        parts (`list[dict]`): One for each start and resumption: `from_step`; `compared`, all settings by name, as
+            JSON values; `recorded`, those that may be published.
     """
 
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -67,27 +69,31 @@ class RunSettings:
         batch_size: int | None = None,
     ) -> None:
         """
-        Take in what the run does from now on.
+        Start a part of the run.
 
         Args:
-            step (`int`): Steps that it has behind it.
+            step (`int`): Number of steps before it.
             args ([`RLoraSFTConfig`]): The configuration.
             data (`dict`, *optional*): See [`describe_data`].
             earlier (`list[dict]`, *optional*): The parts of the run that is resumed.
-            batch_size (`int`, *optional*): Rows of a micro-batch of a device, where `auto_find_batch_size` has found
-                another number than `args` has.
+            batch_size (`int`, *optional*): Rows of a micro-batch of a device, if `auto_find_batch_size` uses another
+                number than `args` has.
         """
-        # What ended before it made a step has left no trace.
+        # Parts that ended before their first step changed nothing.
         before = [part for part in earlier or [] if part["from_step"] < step]
-        found = {} if batch_size is None else {"per_device_train_batch_size": batch_size}
-        compared, recorded = {**settings_of(args, data), **found}, {**select_hyperparameters(args), **found}
+        used = {} if batch_size is None else {"per_device_train_batch_size": batch_size}
+        compared, recorded = {**settings_of(args, data), **used}, {**select_hyperparameters(args), **used}
         self.parts = [*before, {"from_step": step, "compared": compared, "recorded": recorded}]
 
     def recorded(self, step: int) -> dict[str, Scalar]:
         """
-        The settings that the steps of the run, `step` up to now, were really made with, to be published.
+        The settings that the steps of the run used, to be published.
 
-        A setting that was changed is text such as "0.01 until step 10, then 0.02".
+        Args:
+            step (`int`): Number of steps so far.
+
+        Returns:
+            `dict[str, Scalar]`: Settings by name; one that changed is text such as "0.01 until step 10, then 0.02".
         """
         trained = [part for part in self.parts if part["from_step"] < step] or self.parts[-1:]
         names = dict.fromkeys(name for part in trained for name in part["recorded"])
@@ -96,50 +102,53 @@ class RunSettings:
     @staticmethod
     def _over_time(name: str, parts: list[dict[str, Any]]) -> Scalar:
         values = [(part["from_step"], part["recorded"].get(name, "unset")) for part in parts]
-        changes = [values[0], *(now for before, now in zip(values, values[1:], strict=False) if now[1] != before[1])]
+        changes = [values[0], *(after for before, after in pairwise(values) if after[1] != before[1])]
         if len(changes) == 1:
             return changes[0][1]
-        steps = [f"{value} until step {until}" for (_, value), (until, _) in zip(changes, changes[1:], strict=False)]
+        steps = [f"{value} until step {until}" for (_, value), (until, _) in pairwise(changes)]
         text = f"{', then '.join(steps)}, then {changes[-1][1]}"
         return text if is_plain(text) else f"{changes[-1][1]} since step {changes[-1][0]}, others before"
 
 
 def settings_of(args: Any, data: Any) -> dict[str, Any]:
-    """All settings that are compared, as JSON has them; see [`RunSettings`]."""
+    """All settings that are compared, as JSON values; see [`RunSettings`]."""
     values = {name: getattr(args, name, None) for name in (*_MUST_MATCH, *_WARN_IF_CHANGED)}
     values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     values["optim"] = _SAME_OPTIMIZER.get(str(values["optim"]), values["optim"])
     values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
-    if not values["packing"]:  # where alone these say which rows there are
+    if not values["packing"]:  # without it, these do not change the rows
         values["packing_strategy"] = values["dataset_num_proc"] = None
     return json.loads(json.dumps({**values, _DATA: data}, default=str))
 
 
 def describe_data(dataset: Any, rows: int | None = None) -> dict[str, Any] | None:
     """
-    What shows whether prepared training data are the same: the number of rows, and a digest of their tokens and tasks.
+    Fingerprint prepared training data, to see whether a resumed run has the same.
 
-    Of more than 10,000 rows that many are digested, at even distances.
+    The digest is that of the tokens and tasks of at most 10,000 rows, at even distances.
 
     Args:
         dataset: The data.
-        rows (`int`, *optional*): Only the first ones.
+        rows (`int`, *optional*): Only the first rows.
 
     Returns:
-        `dict` with `rows` and `digest`, or `None` for streams and for data with a transform, whose rows are not known.
+        `dict`, *optional*: The number of `rows`, and a `digest`; `None` for streams and for data with a transform,
+        whose rows are not known.
     """
-    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+    if not isinstance(dataset, Dataset) or has_transform(dataset):
         return None
+
     total = len(dataset) if rows is None else min(rows, len(dataset))
     tokens = [name for name in ("input_ids", "labels", TASK_IDS) if name in dataset.column_names]
     count = min(total, _SAMPLED_ROWS if "input_ids" in tokens else _SAMPLED_TEXTS)
-    sample = dataset.with_format("arrow").select([place * total // count for place in range(count)])
+    sample = dataset.with_format("arrow").select([index * total // count for index in range(count)])
+
     digest = hashlib.sha256()
     if "input_ids" in tokens:
         for batch in sample.select_columns(tokens).iter(batch_size=1000):
             for name in tokens:
                 _digest_numbers(digest, batch[name])
-    else:  # pictures are large, and their files may lie elsewhere
+    else:  # pictures are large, and their files may have moved
         columns = [name for name in dataset.column_names if name not in ("image", "images")]
         texts = sample.with_format(None).select_columns(columns).to_list()
         digest.update(json.dumps(texts, sort_keys=True, default=str).encode())
@@ -147,7 +156,7 @@ def describe_data(dataset: Any, rows: int | None = None) -> dict[str, Any] | Non
 
 
 def _digest_numbers(digest: Any, column: pa.ChunkedArray) -> None:
-    """Add the numbers of a column, or the lists of them, to a digest, whatever their type and their chunks."""
+    """Add a column of integers, or of lists of integers, to a digest that does not depend on their type or chunks."""
     if not pa.types.is_integer(column.type):
         digest.update(pc.fill_null(pc.list_value_length(column), -1).to_numpy().astype(np.int64).tobytes())
         column = pc.list_flatten(column)
@@ -156,16 +165,15 @@ def _digest_numbers(digest: Any, column: pa.ChunkedArray) -> None:
 
 def check_run(checkpoint: Path, args: Any, data: Any) -> None:
     """
-    Compare what a run is to be trained with, with what its checkpoint was trained with.
+    Compare the settings of a run with those of the checkpoint that it resumes from, and warn of differences.
 
     Args:
-        checkpoint (`Path`): The checkpoint; one without such settings, of an earlier version, is not compared.
+        checkpoint (`Path`): The checkpoint. One of an earlier version without settings is not compared.
         args ([`RLoraSFTConfig`]): The configuration of the run.
         data (`dict`, *optional*): See [`describe_data`].
 
     Raises:
-        ValueError: If settings differ that the state of the optimizer or the place in the data depends on, with each.
-            Others that differ are warned of by name.
+        ValueError: If settings differ that the state of the optimizer or the position in the data depends on.
     """
     parts = read_state(checkpoint).get("runs")
     if not parts:
@@ -176,13 +184,13 @@ def check_run(checkpoint: Path, args: Any, data: Any) -> None:
         raise ValueError(
             f"The run can't be resumed from {str(checkpoint)!r}, which was trained with other settings:\n  "
             + "\n  ".join(refused)
-            + "\nThe state of the optimizer and the place in the data in the checkpoint are those of its settings. "
-            f"Resume with these. {FRESH_START_HINT}"
+            + "\nThe optimizer state and the position in the data that the checkpoint has depend on them. Resume with "
+            f"the settings of the checkpoint. {FRESH_START_HINT}"
         )
     changed = _differences(saved, present, _WARN_IF_CHANGED)
     if changed:
         logger.warning(
-            f"The run is resumed from step {step_of(checkpoint)} with other settings, which its record will say: "
+            f"The run is resumed from step {step_of(checkpoint)} with other settings, which its record will list: "
             + "; ".join(changed)
             + ". Pass the earlier values to continue the run unchanged."
         )

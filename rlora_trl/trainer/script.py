@@ -1,13 +1,12 @@
-"""What a training program consists of: arguments, data, training, scores. `rlora train` and the examples use it.
+"""
+The parts of a training program: arguments, data, training, scores. `rlora train` and the examples use them.
 
-All fields of `RLoraConfig`, `RLoraSFTConfig` and TRL's `ModelConfig` are arguments, and keys of a YAML file given by
+All fields of `RLoraConfig`, `RLoraSFTConfig` and TRL's `ModelConfig` are arguments, and keys of a YAML file for
 `--config`.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,23 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import ScriptArguments, TrlParser, get_quantization_config
 
 from ..evaluation import TaskScore, score_tasks
-from ..evaluation.columns import why_no_tasks
-from ..evaluation.data import READING_ERRORS, check_rows, explained, is_scorable, load_splits, rows_by_task
+from ..evaluation.formats import check_rows
+from ..evaluation.loading import READING_ERRORS, explain_read_errors, load_splits
+from ..evaluation.rows import is_scorable, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
+from .cores import use_all_cores
 from .trainer import RLoraSFTTrainer
 
 
-# What `accelerate launch` leaves in the environment of each process.
-_LAUNCHED = "ACCELERATE_USE_CPU"
-# Steps after the first from which the time of a run is told, and the shortest time worth it, in seconds.
+# Steps after the first that are timed, and the shortest time worth printing, in seconds.
 _TIMED_STEPS, _LONG = 2, 20
 
 
@@ -43,12 +41,13 @@ class RLoraScriptArguments(ScriptArguments):
 
     Args:
         score_rows (`int`, *optional*, defaults to `25`):
-            Test rows of each task to score before and after training. Scoring needs prompt-completion data with a test
-            split and tasks; 0 turns it off.
+            Number of test rows of each task to score before and after training; 0 turns it off. Scoring needs
+            prompt-completion data with a test split and tasks.
     """
 
     score_rows: int = field(
-        default=25, metadata={"help": "Test rows of each task to score before and after training; 0 turns it off."}
+        default=25,
+        metadata={"help": "Number of test rows of each task to score before and after training; 0 turns it off."},
     )
 
 
@@ -58,10 +57,10 @@ class TrainingData:
     The data of a run.
 
     Args:
-        train: What [`RLoraSFTTrainer`] takes as `train_dataset`.
-        evaluation (*optional*): What it takes as `eval_dataset`.
+        train: The `train_dataset` of [`RLoraSFTTrainer`].
+        evaluation (*optional*): Its `eval_dataset`.
         scored (`Mapping[str, Sequence[Mapping]]`, *optional*): Rows by task to score before and after training.
-        source (`str`, *optional*): Where they are from, for messages about files that can't be read.
+        source (`str`, *optional*): File, folder or dataset on the Hub, for messages about files that can't be read.
     """
 
     train: Any
@@ -73,11 +72,11 @@ class TrainingData:
 @dataclass
 class TrainingResult:
     """
-    What a run leaves behind.
+    The result of a run.
 
     Args:
         trainer ([`RLoraSFTTrainer`]): The trainer, with the trained model.
-        before (`dict[str, TaskScore]`), after (`dict[str, TaskScore]`): Scores by task; empty if none were asked for.
+        before (`dict[str, TaskScore]`), after (`dict[str, TaskScore]`): Scores by task; empty if nothing was scored.
     """
 
     trainer: RLoraSFTTrainer
@@ -85,7 +84,7 @@ class TrainingResult:
     after: dict[str, TaskScore]
 
     def describe(self) -> str:
-        """The scores as a table, if there are any, and how to load the adapter."""
+        """A table of the scores, if there are any, and the code that loads the adapter."""
         folder = self.trainer.args.output_dir
         table = f"\n{format_scores(self.before, self.after)}\n" if self.before else ""
         return (
@@ -102,22 +101,32 @@ def make_parser(arguments: type[RLoraScriptArguments] = RLoraScriptArguments, **
 
     Args:
         arguments (`type[RLoraScriptArguments]`, *optional*): The program's own arguments.
-        options: For `argparse.ArgumentParser`, such as `prog`.
+        options: Options of `argparse.ArgumentParser`, such as `prog`.
+
+    Returns:
+        `TrlParser`: Parses into `arguments`, [`RLoraSFTConfig`], [`RLoraModelConfig`] and [`RLoraArguments`].
     """
     return TrlParser((arguments, RLoraSFTConfig, RLoraModelConfig, RLoraArguments), **options)
 
 
 def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> TrainingData:
     """
-    The data set that the arguments name.
+    Load and check the dataset that the arguments name.
+
+    Args:
+        args ([`RLoraScriptArguments`]): Has the dataset, its splits, and the number of rows to score.
+        training_args ([`RLoraSFTConfig`]): Has the names of columns, and whether there is evaluation.
+
+    Returns:
+        [`TrainingData`].
 
     Raises:
-        ValueError: If they name none, or a split that it does not have.
+        ValueError: If there is no `dataset_name` or no such split, or rows can't be trained on or scored.
     """
     if args.dataset_name is None:
         raise ValueError(
             "`--dataset_name` is missing: the data to train on, as a JSON-lines, Parquet or CSV file, a folder of "
-            "such files, or the name of a data set on the Hub."
+            "such files, or the name of a dataset on the Hub."
         )
     splits = load_splits(
         args.dataset_name,
@@ -128,36 +137,34 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
     if args.dataset_train_split not in splits:
         raise ValueError(
             f"`--dataset_train_split {args.dataset_train_split}` is not a split of {args.dataset_name}, which has "
-            f"{', '.join(splits)}."
+            f"{', '.join(splits)}. Name one of them."
         )
-    data = TrainingData(splits[args.dataset_train_split], source=args.dataset_name)
+
     test = splits.get(args.dataset_test_split)
-    if training_args.eval_strategy != "no":
-        data.evaluation = test
-    with explained(Path(args.dataset_name), READING_ERRORS):
+    evaluation = test if training_args.eval_strategy != "no" else None
+    data = TrainingData(splits[args.dataset_train_split], evaluation, source=args.dataset_name)
+    with explain_read_errors(Path(args.dataset_name), READING_ERRORS):
         if not (training_args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            used = {args.dataset_train_split: data.train, args.dataset_test_split: data.evaluation}
+            used = {args.dataset_train_split: data.train, args.dataset_test_split: evaluation}
             for name, split in used.items():
                 if split is not None:
-                    check_rows(split, _call(args, splits, name), text_column=training_args.dataset_text_field)
+                    check_rows(split, _split_name(args, splits, name), text_column=training_args.dataset_text_field)
         if args.score_rows > 0 and test is not None and is_scorable(test):
-            where = _call(args, splits, args.dataset_test_split)
+            where = _split_name(args, splits, args.dataset_test_split)
             data.scored = _rows_to_score(test, training_args.task_column, args.score_rows, where)
     return data
 
 
-def _call(args: RLoraScriptArguments, splits: Mapping[str, Any], split: str) -> str:
+def _split_name(args: RLoraScriptArguments, splits: Mapping[str, Any], split: str) -> str:
     return args.dataset_name if len(splits) == 1 else f"{args.dataset_name}, split {split!r}"
 
 
 def _rows_to_score(test: Any, column: str, limit: int, where: str) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    # As in training, a column that happens to be called like the default need not name tasks.
-    if column not in test.column_names or (column == "task" and why_no_tasks(test, column) is not None):
+    if column not in test.column_names:
         return {}
-    try:
-        return rows_by_task(test, column, limit, scored_as=where)
-    except ValueError as error:
-        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
+    # As in training, the default column need not name tasks; the trainer warns of that.
+    warn = (lambda text: None) if column == "task" else None
+    return rows_by_task(test, column, limit, where=where, scored=True, warn=warn)
 
 
 def train(
@@ -172,17 +179,21 @@ def train(
 
     Args:
         model (`str`): Folder or Hub name of the base model.
-        data ([`TrainingData`]): What to train and to score on.
-        training_args ([`RLoraSFTConfig`]), model_args ([`RLoraModelConfig`]), rlora_args ([`RLoraArguments`]): As
-            parsed.
+        data ([`TrainingData`]): The data to train on and to score.
+        training_args ([`RLoraSFTConfig`]), model_args ([`RLoraModelConfig`]), rlora_args ([`RLoraArguments`]): The
+            parsed arguments.
+
+    Returns:
+        [`TrainingResult`].
     """
-    with nullcontext() if data.source is None else explained(Path(data.source), READING_ERRORS):
+    with nullcontext() if data.source is None else explain_read_errors(Path(data.source), READING_ERRORS):
         return _train(model, data, training_args, model_args, rlora_args)
 
 
 def _train(
     model: str, data: TrainingData, training_args: RLoraSFTConfig, model_args: RLoraModelConfig, rlora_args: Any
 ) -> TrainingResult:
+    # The trainer.
     use_all_cores()
     transformers_logging.set_verbosity_warning()
     training_args.model_init_kwargs = {
@@ -199,89 +210,36 @@ def _train(
         peft_config=rlora_config_from_arguments(rlora_args, model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    # DeepSpeed places and shards the model when training starts; there is nothing to score before.
+
+    # Scores before. DeepSpeed places and shards the model only when training starts.
     scored = {} if trainer.is_deepspeed_enabled else data.scored
     tokenizer = trainer.processing_class
     start = time.perf_counter()
     before = score_tasks(trainer.model, tokenizer, scored, description="Scoring, before") if scored else {}
     trainer.add_callback(ExpectedTime(time.perf_counter() - start if scored else 0.0))
+
+    # Training. On the command line "true" is the last checkpoint in the output folder.
     resume = training_args.resume_from_checkpoint
-    # On the command line "true" stands for the last checkpoint in the output folder.
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+
+    # Scores after, which are saved and published in the adapter's record.
     after = score_tasks(trainer.model, tokenizer, scored, description="Scoring, after") if scored else {}
-    # The record that is saved and published with the adapter has them too.
     measured = {f"eval_{task}_accuracy": score.accuracy for task, score in after.items()}
     measured |= {f"eval_{task}_base_accuracy": score.accuracy for task, score in before.items()}
     trainer.note_metrics(measured, scored)
+
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return TrainingResult(trainer, before, after)
 
 
-def use_all_cores() -> None:
-    """
-    Give a single process on a CPU a thread for each core that it may use: `accelerate launch` sets one thread.
-
-    `OMP_NUM_THREADS` holds if it is the user's: if it is not the 1 that the launcher sets where there is none.
-    """
-    threads = os.environ.get("OMP_NUM_THREADS")
-    is_default = threads is None or (threads == "1" and _LAUNCHED in os.environ)
-    if is_default and not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        torch.set_num_threads(available_cores())
-
-
-def available_cores(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """
-    The cores that this process may use: of its affinity (`taskset`, Slurm), or fewer by its quota (containers).
-
-    Args:
-        groups (`Path`, *optional*, defaults to `/sys/fs/cgroup`): Where Linux shows control groups.
-        membership (`Path`, *optional*, defaults to `/proc/self/cgroup`): Where it names those of this process.
-    """
-    # `sched_getaffinity` is missing on macOS and Windows; `os.process_cpu_count` comes with Python 3.13.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = min((_cpu_quota(group) for group in _own_groups(groups, membership)), default=math.inf)
-    return max(1, math.ceil(min(cores, quota)))
-
-
-def _own_groups(groups: Path, membership: Path) -> list[Path]:
-    """The folders of the control group of this process, of version 1 or 2, and of all groups around it."""
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    found = [groups, groups / "cpu"]
-    for line in lines:
-        _, controllers, name = line.split(":", 2)  # "0::/job" of version 2, "4:cpu,cpuacct:/job" of version 1
-        root = groups if not controllers else groups / "cpu" if "cpu" in controllers.split(",") else None
-        parts = Path(name.lstrip("/")).parts
-        # A container may show its own group as the root, beside the path that the host knows. Then only the root is
-        # there; and a name with ".." is of a group outside it.
-        if root is not None and ".." not in parts:
-            found += [root.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
-    return found
-
-
-def _cpu_quota(group: Path) -> float:
-    """Cores' worth of time that a control group has, of version 2 or 1; infinite without a limit."""
-    try:
-        if (group / "cpu.max").is_file():
-            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
-        else:
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            quota, period = ((group / name).read_text(encoding="ascii") for name in names)
-        return float(quota) / float(period) if float(quota) > 0 else math.inf
-    except (OSError, ValueError, ZeroDivisionError):  # "max", or no such file
-        return math.inf
-
-
 class ExpectedTime(TrainerCallback):
     """
-    Say after the first steps how long a run will take, scoring included.
+    Prints after the first steps how long the run will take, scoring included.
 
     Args:
-        scoring (`float`): Seconds that scoring takes after training.
+        scoring (`float`, *optional*, defaults to `0.0`): Seconds of scoring after training.
     """
 
     def __init__(self, scoring: float = 0.0) -> None:
@@ -297,7 +255,8 @@ class ExpectedTime(TrainerCallback):
         self._ends.append(time.perf_counter())
         if len(self._ends) <= _TIMED_STEPS:
             return
-        # The first step is longer: memory is taken, kernels are chosen.
+
+        # The first step is left out: it allocates memory and selects kernels.
         step = (self._ends[-1] - self._ends[0]) / _TIMED_STEPS
         steps = state.max_steps - state.global_step
         seconds = steps * step + self.scoring

@@ -14,16 +14,17 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl import pack_dataset
 
-from ..evaluation.columns import tells_tasks
-from ..evaluation.data import check_rows
+from ..evaluation.columns import AnyDataset, tells_tasks
+from ..evaluation.formats import check_rows, has_transform
 from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
 from .lost_rows import LostRows, rows_of_tasks
-from .mixing import MixtureSampler, PartSampler, TaskMixture, count_tasks, mix_streams
+from .mixing import TaskMixture, count_tasks, prepare_tasks
 from .run_settings import describe_data
+from .samplers import MixtureSampler, PartSampler
 from .task_evaluation import split_by_task
 from .task_ids import TASK_IDS, ids_of, is_packed, number_alike, number_tasks, spread_over_tokens
-from .tasks import AnyDataset, collect_tasks, columns_of, has_transform, task_names
+from .tasks import columns_of
 
 
 logger = get_logger(__name__)
@@ -88,24 +89,7 @@ class TaskData:
         Raises:
             ValueError, TypeError: See [`RLoraSFTTrainer`].
         """
-        args = self._args
-        # `collect_tasks` checks rows that are not streamed, and names them by their task.
-        self._rows_are_checked = isinstance(train_dataset, Mapping) and not any(
-            isinstance(dataset, IterableDataset) for dataset in train_dataset.values()
-        )
-        tasks: list[str] | None
-        mixed = mix_streams(train_dataset, args, any_format=any_format)
-        if mixed is not train_dataset:
-            train_dataset, tasks = mixed, task_names(train_dataset)
-        else:
-            train_dataset, tasks = collect_tasks(
-                train_dataset,
-                task_column=args.task_column,
-                text_column=args.dataset_text_field,
-                seed=args.seed,
-                any_format=any_format,
-            )
-
+        train_dataset, tasks, self._rows_are_checked = prepare_tasks(train_dataset, self._args, any_format=any_format)
         self.names = name_tasks_of_adapter(self._config, tasks, is_new=self._is_new)
         self._config.tasks = list(self.names) or None
         # A stream names its tasks row by row.
@@ -294,7 +278,7 @@ class TaskData:
 
     def report_lost_rows(self) -> None:
         """Warn once of rows that preparation has dropped since the last report."""
-        self._lost_rows.tell()
+        self._lost_rows.warn()
 
     def _plan_epochs(self, train_dataset: Any) -> None:
         args = self._args

@@ -1,4 +1,4 @@
-"""Evaluation by task: data split by task, accuracy of rows with options, means over tasks."""
+"""Evaluation by task: splitting data by task, accuracy of rows with options, means over tasks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -17,9 +15,10 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import score_tasks
-from ..evaluation.columns import by_row, encode_tasks, is_text, task_namer, tells_tasks
+from ..evaluation.columns import encode_tasks, task_namer, tells_tasks
+from ..evaluation.formats import has_transform
 from ..tuner import Routing
-from .tasks import has_transform, name_tasks, tasks_in
+from .tasks import name_tasks, tasks_in
 
 
 logger = get_logger(__name__)
@@ -29,13 +28,15 @@ _SCORED = ("prompt", "completion", "options")
 
 def split_by_task(dataset: Any, task_column: str) -> Any:
     """
-    Evaluation data by task: a map-style data set with a column that names several tasks becomes a dictionary.
-
-    Everything else is returned as it is, a dictionary with its keys as strings.
+    Split evaluation data by task.
 
     Args:
-        dataset: What `SFTTrainer` takes as `eval_dataset`. A `DatasetDict` is evaluated split by split, as there.
+        dataset: The `eval_dataset` of `SFTTrainer`. A `DatasetDict` is evaluated split by split, as there.
         task_column (`str`): Column that names the task of each row.
+
+    Returns:
+        A dictionary by task, if `dataset` is a map-style dataset with a column of several tasks; a dictionary with its
+        keys as strings; all else as it is.
 
     Raises:
         ValueError, TypeError: See [`task_names`] and [`tasks_in`].
@@ -50,19 +51,20 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
     if tasks is None or len(tasks) < 2:
         return dataset
     names, numbers = encode_tasks(dataset, task_column)
-    places = np.asarray([tasks.index(name) for name in names])[numbers]
-    return {task: dataset.select(np.flatnonzero(places == place)) for place, task in enumerate(tasks)}
+    task_of_row = np.asarray([tasks.index(name) for name in names])[numbers]
+    return {task: dataset.select(np.flatnonzero(task_of_row == index)) for index, task in enumerate(tasks)}
 
 
 @dataclass(frozen=True)
 class OptionRows:
     """
-    Rows of evaluation data that can be scored, kept apart because preparation for training drops their options.
+    Rows of evaluation data that can be scored. Preparation for training drops their options.
 
     Args:
-        rows (`Dataset`): With `prompt`, `completion` and `options`, which contain it, and perhaps a task column.
-        task (`str`): The task of rows that don't name one.
-        task_column (`str`, *optional*): Column that names it, if there is one.
+        rows (`Dataset`): With `prompt`, `completion` and `options` that contain the completion, and perhaps a task
+            column.
+        task (`str`): The task of rows without a task column.
+        task_column (`str`, *optional*): Column that names the task of each row.
     """
 
     rows: Dataset
@@ -81,72 +83,47 @@ class OptionRows:
 
 def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> dict[str, OptionRows]:
     """
-    The rows that can be scored, by the name of their data set, with `prefix` and an underscore before it if given.
+    Find the rows that can be scored.
 
     Args:
-        eval_dataset: What `SFTTrainer` takes as `eval_dataset`. A data set by itself has the name "".
+        eval_dataset: The `eval_dataset` of `SFTTrainer`. A single dataset has the name "".
         task_column (`str`): Column that names the task of each row.
-        prefix (`str`, *optional*): Prefix of the names.
+        prefix (`str`, *optional*): Prefix of the names, followed by an underscore.
+
+    Returns:
+        `dict[str, OptionRows]`: By the name of their dataset. Without datasets that are tokenized (preparation adds
+        the end of the sequence to completions, which then match no option) or have pictures or a transform.
     """
     named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-    found = {}
+    scorable = {}
     for name, dataset in named.items():
         columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set()
-        # Preparation adds the end of the sequence to completions, which then are none of the options. Options are
-        # scored as text alone, which says little about pictures; and a transform makes other rows than are stored.
         unscored = {"input_ids", "image", "images"}
         if not set(_SCORED) <= columns or columns & unscored or len(dataset) == 0 or has_transform(dataset):
             continue
         dataset = dataset.with_format(None)
         key = "_".join(part for part in (prefix, str(name)) if part)
         if _is_scorable(dataset, str(name)):
-            tells = task_column in columns and tells_tasks(dataset, task_column)
-            kept = dataset.select_columns([*_SCORED, task_column] if tells else list(_SCORED))
-            found[key] = OptionRows(kept, str(name), task_column if tells else None)
-    return found
-
-
-def _count_outside(dataset: Dataset) -> int | None:
-    """Rows whose completion is none of their options, of columns of texts; `None` if one of these is missing."""
-    if by_row(dataset, _SCORED, _are_lacking).any():
-        return None
-    return len(dataset) - int(by_row(dataset, ["completion", "options"], _are_among).sum())
-
-
-def _are_lacking(prompts: pa.Array, completions: pa.Array, options: pa.Array) -> pa.Array:
-    without = pc.equal(pc.fill_null(pc.list_value_length(options), 0), 0)
-    return pc.or_(pc.or_(pc.is_null(prompts), pc.is_null(completions)), without)
-
-
-def _are_among(completions: pa.Array, options: pa.Array) -> pa.Array:
-    rows = pc.list_parent_indices(options)
-    equal = pc.equal(completions.take(rows), pc.list_flatten(options))
-    found = np.zeros(len(options), dtype=bool)
-    found[rows.filter(equal)] = True
-    return pa.array(found)
-
-
-def _count_outside_by_row(dataset: Dataset) -> int | None:
-    """As [`_count_outside`], of columns that may hold something else, such as JSON."""
-    outside = 0
-    for row in dataset:
-        if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str) and row["options"]):
-            return None
-        outside += row["completion"] not in row["options"]
-    return outside
+            has_tasks = task_column in columns and tells_tasks(dataset, task_column)
+            rows = dataset.select_columns([*_SCORED, task_column] if has_tasks else list(_SCORED))
+            scorable[key] = OptionRows(rows, str(name), task_column if has_tasks else None)
+    return scorable
 
 
 def _is_scorable(dataset: Dataset, name: str) -> bool:
-    dataset = dataset.select_columns(list(_SCORED))
-    prompt, completion, options = (dataset.features[column] for column in _SCORED)
-    are_texts = is_text(prompt) and is_text(completion) and is_text(getattr(options, "feature", None))
-    outside = _count_outside(dataset) if are_texts else _count_outside_by_row(dataset)
-    if outside is None:
-        return False
+    """Whether all rows have a completion among their options; warns if only some have."""
+    outside = 0
+    for batch in dataset.select_columns(list(_SCORED)).iter(batch_size=1000):
+        for prompt, completion, options in zip(*(batch[column] for column in _SCORED), strict=True):
+            is_text = isinstance(prompt, str) and isinstance(completion, str)
+            if not (is_text and isinstance(options, list) and options):
+                return False
+            outside += completion not in options
     if outside:
         logger.warning(
-            f"Evaluation data{f' of {name!r}' if name else ''} have {outside} rows whose completion is none of their "
-            "`options`: no accuracy is computed. Make them agree, spaces too, or remove the column `options`."
+            f"Evaluation data{f' of {name!r}' if name else ''} have {outside} rows with a completion that is not "
+            "among their `options`: no accuracy is computed. Make them agree, spaces too, or remove the column "
+            "`options`."
         )
     return outside == 0
 
@@ -163,36 +140,51 @@ def count_correct_options(
     max_length: int | None = None,
 ) -> list[int]:
     """
-    Rows whose completion is the most likely of its options, and all rows, of this rank.
+    Count the rows of this rank whose completion is the most likely of its options.
 
     Args:
-        model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`), scored ([`OptionRows`]): What to score.
+        model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`): The model, and its tokenizer.
+        scored ([`OptionRows`]): The rows.
         batch_size (`int`): Sequences in one forward pass.
-        accelerator (`Accelerator`): Ranks over which rows are shared out.
+        accelerator (`Accelerator`): Has the ranks.
         share_rows (`bool`): Whether each rank scores a part of the rows, rather than all.
-        routings (`Sequence[Routing]`): State of the adapters, which get the task.
+        routings (`Sequence[Routing]`): Routing states of the adapters, which get the task.
         max_length (`int`, *optional*): See [`score_tasks`].
+
+    Returns:
+        `list[int]`: Correct rows and all rows of this rank.
     """
     ranks = accelerator.num_processes if share_rows else 1
     counts = [0, 0]
     for task, rows in scored.by_task().items():
-        own = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
-        if not len(own):
+        part = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
+        if not len(part):
             continue
         with ExitStack() as stack:
             for routing in routings:
-                known = routing.kind == "task" and task in routing.tasks
-                # These passes repeat rows whose use of heads was counted.
-                stack.enter_context(routing.using(usage=None, task=routing.index_of(task) if known else None))
-            score = score_tasks(model, tokenizer, {"": own.to_list()}, batch_size=batch_size, max_length=max_length)[
-                ""
-            ]
+                has_task = routing.kind == "task" and task in routing.tasks
+                # The use of heads was counted in the evaluation of the same rows.
+                stack.enter_context(routing.using(usage=None, task=routing.index_of(task) if has_task else None))
+            scores = score_tasks(
+                model, tokenizer, {task: part.to_list()}, batch_size=batch_size, max_length=max_length
+            )
+        score = scores[task]
         counts = [counts[0] + score.correct, counts[1] + score.total]
     return counts
 
 
 def mean_over_tasks(metrics: Mapping[str, float], tasks: Sequence[str], prefix: str) -> dict[str, float]:
-    """`<prefix>_loss` and `<prefix>_accuracy`: plain means over the tasks that have them."""
+    """
+    Plain means over the tasks that have a metric.
+
+    Args:
+        metrics (`Mapping[str, float]`): With `<prefix>_<task>_loss` and `<prefix>_<task>_accuracy`.
+        tasks (`Sequence[str]`): Names of the tasks.
+        prefix (`str`): Prefix of the metrics, such as `"eval"`.
+
+    Returns:
+        `dict[str, float]`: `<prefix>_loss` and `<prefix>_accuracy`.
+    """
     means = {}
     for name in ("loss", "accuracy"):
         values = [metrics[key] for task in tasks if (key := f"{prefix}_{task}_{name}") in metrics]

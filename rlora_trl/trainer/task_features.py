@@ -1,18 +1,18 @@
 """
-Types of the columns of several tasks, brought together so that each task keeps what its rows say.
+Aligns the column types of several tasks, so that each row reads as in the dataset of its task alone.
 
-Messages of chats differ between tasks by the fields that happen to be there: `name`, `tool_calls`, a `content` that
-is always empty. Arrow has one type for a column, and a struct of all fields would fill the ones that a task lacks with
-nulls. A chat template sees those (`"tool_calls" in message`) and renders the task otherwise than alone. So where
-structs differ in their fields, each is kept as JSON, `datasets.Json`, which reads back with the fields that it was
-written with. (It rounds floats in such structs to ten decimals.) `datasets` aligns columns, and no structs, by itself
-(https://github.com/huggingface/datasets/issues/6466, open).
+Messages of chats differ between tasks in their fields: `name`, `tool_calls`, a `content` that is always empty. Arrow
+has one type for a column, and a struct of all fields would fill those that a task lacks with nulls. A chat template
+sees these (`"tool_calls" in message`) and renders the task in another way than alone. So structs that differ in their
+fields become `datasets.Json`, which reads back with the fields that were written. (It rounds floats in such structs to
+ten decimals.) `datasets` aligns columns, but not structs (https://github.com/huggingface/datasets/issues/6466, open).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial, reduce
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..evaluation.columns import INTEGER_TYPES, TEXT_TYPES, is_text
 
 _FLOATS = ("float16", "float32", "float64")
 _FIRST_ROWS = 5
-# What JSON has as well.
+# Types that JSON can hold.
 _PLAIN = (*INTEGER_TYPES, *_FLOATS, *TEXT_TYPES, "bool", "null")
 
 logger = get_logger(__name__)
@@ -39,29 +39,33 @@ class _DifferentTypes(Exception):
 
 def align_features(datasets: Mapping[str, Dataset | IterableDataset], *, may_drop: bool = False) -> dict[str, Any]:
     """
-    The data sets of several tasks with the same features, whatever their order.
+    Cast the datasets of several tasks to the same features, whatever their order.
 
     - Columns of nulls take the type that other tasks give them; integers, floats, texts and lists the wider type.
-    - Structs that differ in their fields become `Json`, so that a row reads as in the data set of its task alone.
-      (Where they hold what JSON does not, such as pictures, they become one struct, with nulls for what is absent.)
-    - Pictures take the mode that one of them gives. Tools that are JSON in one task become JSON in all.
-    - Class labels whose names differ become integers, as which they are read; beside texts they become their names.
+    - Structs that differ in their fields become `Json`, so that a row reads as in the dataset of its task alone. (If
+      JSON can't hold their values, such as pictures, they become one struct, with nulls for absent fields.)
+    - Pictures take the mode that one of them has. Tools that are JSON in one task become JSON in all.
+    - Class labels with different names become integers; if other tasks have texts, they become their names.
 
     Args:
-        datasets (`Mapping[str, Dataset | IterableDataset]`): Data sets by task, all with the same columns.
+        datasets (`Mapping[str, Dataset | IterableDataset]`): Datasets by task, all with the same columns.
         may_drop (`bool`, *optional*, defaults to `False`):
-            Columns whose types can't be brought together are dropped, with a warning, as long as others are left.
+            Columns with types that can't be aligned are dropped, with a warning, as long as others are left.
+
+    Returns:
+        `dict[str, Dataset | IterableDataset]`: Datasets by task.
 
     Raises:
-        ValueError: If a column has types that can't be brought together, such as texts and lists of messages.
+        ValueError: If a column has types that can't be aligned, such as texts and lists of messages.
     """
-    given = {task: _features_of(dataset) for task, dataset in datasets.items()}
+    features = {task: _features_of(dataset) for task, dataset in datasets.items()}
     common, problems = Features(), {}
-    for column in next(iter(given.values())):
+    for column in next(iter(features.values())):
         try:
-            common[column] = _common_column(column, given)
+            common[column] = _common_column(column, features)
         except ValueError as error:
             problems[column] = error
+
     if problems and not (may_drop and common):
         raise next(iter(problems.values()))
     if problems:
@@ -70,14 +74,14 @@ def align_features(datasets: Mapping[str, Dataset | IterableDataset], *, may_dro
             + " ".join(map(str, problems.values()))
         )
         datasets = {task: dataset.select_columns(list(common)) for task, dataset in datasets.items()}
-        given = {task: Features({column: features[column] for column in common}) for task, features in given.items()}
-    return {task: _cast(dataset, given[task], common) for task, dataset in datasets.items()}
+        features = {task: Features({column: own[column] for column in common}) for task, own in features.items()}
+    return {task: _cast(dataset, features[task], common) for task, dataset in datasets.items()}
 
 
 def _features_of(dataset: Dataset | IterableDataset) -> Features:
     if dataset.features is not None:
         return dataset.features
-    # As `datasets` infers them; but later rows of such a stream may have more fields than the first ones.
+    # As `datasets` infers them; but later rows of such a stream may have more fields than the first.
     first = Dataset.from_list(list(dataset.take(_FIRST_ROWS))).features
     return Features({column: _any_fields(feature) for column, feature in first.items()})
 
@@ -90,8 +94,8 @@ def _any_fields(feature: Any) -> Any:
     return feature
 
 
-def _common_column(column: str, given: Mapping[str, Features]) -> Any:
-    features = {task: features[column] for task, features in given.items()}
+def _common_column(column: str, by_task: Mapping[str, Features]) -> Any:
+    features = {task: features[column] for task, features in by_task.items()}
     if any(isinstance(feature, ClassLabel) for feature in features.values()):
         others = [f for f in features.values() if not isinstance(f, ClassLabel) and not _is_null(f)]
         if others and all(map(is_text, others)):
@@ -112,8 +116,8 @@ def _common_column(column: str, given: Mapping[str, Features]) -> Any:
 
 
 def _common(one: Any, other: Any) -> Any:
-    """The type that holds the values of both, the same for either order."""
-    # Not `==`, which passes over the order of the fields of a struct.
+    """The type that holds the values of both, in either order."""
+    # Not `==`, which ignores the order of the fields of a struct.
     if repr(one) == repr(other) or _is_null(other):
         return one
     if _is_null(one):
@@ -149,12 +153,10 @@ def _common_dtype(one: str, other: str) -> str:
 def _common_struct(one: Any, other: Any) -> Any:
     if not all(isinstance(feature, dict | Json) for feature in (one, other)):
         raise _DifferentTypes
-    # The order of fields is kept too: a template may write a struct out.
+    # The order of fields matters: a template may print a struct.
     if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
-        try:
+        with suppress(_DifferentTypes):  # as a content that is a text in some rows and a list of parts in others
             return {name: _common(one[name], other[name]) for name in one}
-        except _DifferentTypes:
-            pass  # some fields differ by row, as a content that is a text or a list of parts
     if _fits_json(one) and _fits_json(other):
         return Json()
     if isinstance(one, Json) or isinstance(other, Json):
@@ -179,23 +181,26 @@ def _fits_json(feature: Any) -> bool:
     return isinstance(feature, Json | ClassLabel) or (isinstance(feature, Value) and feature.dtype in _PLAIN)
 
 
-def _cast(dataset: Dataset | IterableDataset, given: Features, common: Features) -> Dataset | IterableDataset:
-    common = Features({column: common[column] for column in given})  # in the order of the data set's own columns
-    for column, feature in given.items():
+def _cast(dataset: Dataset | IterableDataset, present: Features, common: Features) -> Dataset | IterableDataset:
+    common = Features({column: common[column] for column in present})  # in the order of the dataset's own columns
+
+    # What Arrow can't cast: classes to their names, tools to JSON.
+    for column, feature in present.items():
         if isinstance(feature, ClassLabel) and getattr(common[column], "dtype", None) in TEXT_TYPES:
-            given = Features({**given, column: common[column]})
-            named = {"column": column, "labels": feature}
-            dataset = dataset.map(_name_classes, fn_kwargs=named, features=given)
-    tools = given.get("tools")
+            present = Features({**present, column: common[column]})
+            arguments = {"column": column, "labels": feature}
+            dataset = dataset.map(_name_classes, fn_kwargs=arguments, features=present)
+    tools = present.get("tools")
     if is_text(common.get("tools")) and not is_text(tools) and not _is_null(tools):
-        given = Features({**given, "tools": common["tools"]})
-        dataset = dataset.map(_write_tools, features=given)
-    # A stream without features has to be given those that read more than its first rows.
-    if repr(given) == repr(common) and (dataset.features is not None or "Json" not in repr(common)):
+        present = Features({**present, "tools": common["tools"]})
+        dataset = dataset.map(_write_tools, features=present)
+
+    # A stream without features needs those that can read more than its first rows.
+    if repr(present) == repr(common) and (dataset.features is not None or "Json" not in repr(common)):
         return dataset
     if isinstance(dataset, IterableDataset):
         return dataset.cast(common)
-    # As `Dataset.cast`, of copies: see `_cast_batch`.
+    # As `Dataset.cast`, but of copies: see `_cast_batch`.
     cast = dataset.with_format("arrow").map(
         partial(_cast_batch, schema=common.arrow_schema), batched=True, features=common, desc="Casting the dataset"
     )
@@ -204,10 +209,10 @@ def _cast(dataset: Dataset | IterableDataset, given: Features, common: Features)
 
 def _cast_batch(batch: pa.Table, schema: pa.Schema) -> pa.Table:
     """
-    A batch cast by `datasets`, which casts each part by itself, one for each row of a data set with indices, and
-    casts all values of a list of which a batch is a slice. `take` copies the rows into one part of their own.
+    Cast a batch by `datasets`, after copying its rows into one part (`take`).
 
-    No upstream issue as of datasets 5.2.
+    `datasets` casts each part alone, one for each row of a dataset with indices, and all values of a list of which a
+    batch is a slice. No upstream issue as of datasets 5.2.
     """
     return table_cast(batch.take(np.arange(len(batch))), schema)
 

@@ -23,7 +23,8 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import PushInProgress
 
-from ..evaluation.data import check_pictures
+from ..evaluation.columns import AnyDataset
+from ..evaluation.formats import check_pictures
 from ..files.layout import CARD_NAME
 from ..files.record import AdapterRecord, select_hyperparameters
 from ..hub.card_reading import read_card
@@ -50,10 +51,10 @@ from .run_record import RunRecord, loaded_commit
 from .saving import adapter_folder
 from .setup import as_rlora_config, check_balance, check_devices, check_parallelism
 from .sharding import keep_outputs_wide, wait_for_backward
+from .task_collator import TaskCollator
 from .task_data import TaskData
 from .task_evaluation import OptionRows, count_correct_options, find_option_rows, mean_over_tasks, split_by_task
-from .task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, token_mask_of
-from .tasks import AnyDataset
+from .task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, token_mask_of
 
 
 logger = get_logger(__name__)

@@ -13,7 +13,7 @@ from rlora_cli.loading import chosen_tasks, load_adapter, local_record
 from rlora_trl import RLoraConfig, set_task
 from rlora_trl.analysis import head_similarities
 from rlora_trl.evaluation import score_tasks
-from rlora_trl.evaluation.data import load_task_rows
+from rlora_trl.evaluation.rows import load_task_rows
 from rlora_trl.files.checks import check_adapter
 from rlora_trl.files.layout import task_slug
 from rlora_trl.files.record import AdapterRecord
@@ -176,7 +176,7 @@ def test_eval_of_rows_without_tasks(rlora, make_adapter, tmp_path):
         (["--task-column", "kind"], "has no column 'kind' to name tasks; it has prompt, completion, task, options."),
         (["--split", "validation"], "has no split 'validation'; it has train, test."),
         (["--data", "missing.jsonl"], "There is no data at missing.jsonl."),
-        (["--data", "missing"], "There is no file or folder missing here, and no such data set was found on the Hub"),
+        (["--data", "missing"], "There is no file or folder missing here, and no such dataset was found on the Hub"),
         (["--base", "./missing"], "./missing"),
     ],
 )

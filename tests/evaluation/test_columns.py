@@ -1,4 +1,4 @@
-"""Columns of data sets whose rows are not in the order in which they are stored."""
+"""Columns of datasets whose rows are not in the order in which they are stored."""
 
 import numpy as np
 import pytest

@@ -228,8 +228,8 @@ def test_long_prompts_lose_their_beginning(caplog, max_length, room, bos):
         row["completion"] = row["options"][scores.index(max(scores))]
     for _ in range(2):
         assert score_tasks(model, tokenizer, {"t": rows}, max_length=max_length)["t"] == TaskScore(4, 4)
-    said = [record.getMessage() for record in caplog.records if "without their beginning" in record.getMessage()]
-    assert len(said) == 1 and f"more than {room} tokens" in said[0]
+    warnings = [record.getMessage() for record in caplog.records if "without their beginning" in record.getMessage()]
+    assert len(warnings) == 1 and f"more than {room} tokens" in warnings[0]
 
 
 def test_prompts_that_fit_are_left_alone(caplog):

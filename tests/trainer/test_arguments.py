@@ -96,7 +96,7 @@ def test_help_renders():
         ({"mixing_temperature": 2.0}, "`mixing_temperature=2.0` has no effect with `mixing='proportional'`"),
         ({"mixing": "temperature", "mixing_temperature": 0.5}, "`mixing_temperature` must be a number of at least 1"),
         ({"mixing_cap": 0}, "`mixing_cap` must be a whole number of at least 1"),
-        ({"mixing": "equal", "mixing_cap": 5}, "`mixing_cap=5` has no meaning"),
+        ({"mixing": "equal", "mixing_cap": 5}, "`mixing_cap=5` has no effect"),
         ({"mixing_unit": "bytes"}, "`mixing_unit` must be one of 'rows', 'tokens', got 'bytes'"),
     ],
 )

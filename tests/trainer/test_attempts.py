@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import make_trainer
+from trainer_utils import make_trainer
 
 from rlora_trl import RLoraSFTTrainer
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import arguments
 from testing_utils import TINY_MODELS, build_tokenizer, task_datasets, task_rows
+from trainer_utils import arguments
 from transformers import TrainerCallback
 from trl import SFTTrainer
 

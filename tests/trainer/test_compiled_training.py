@@ -5,8 +5,8 @@ import torch
 import torch._dynamo
 import transformers
 from packaging import version
-from test_trainer import losses, make_trainer
 from torch._dynamo.utils import counters
+from trainer_utils import losses, make_trainer
 
 from rlora_trl import RLoraConfig
 

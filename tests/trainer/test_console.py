@@ -1,8 +1,8 @@
 """What the console shows of the logs, and what trackers get."""
 
 import pytest
-from test_trainer import make_trainer
 from testing_utils import task_datasets
+from trainer_utils import make_trainer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from rlora_trl.trainer.console import (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import arguments, make_trainer
-from testing_utils import build_tokenizer, task_datasets, task_rows
+from testing_utils import build_tokenizer, task_rows
+from trainer_utils import arguments, make_trainer
 
 from rlora_trl import RLoraSFTTrainer
 
@@ -20,8 +20,8 @@ ACCEPTED = "accepted are 'prompt' with 'completion', 'text', or 'messages'. Rena
     [
         (OTHER, f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
         (OTHER.to_iterable_dataset(), f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
-        ({"a": OTHER}, "Task 'a' has columns answer, question; a task needs one of: .*'prompt' and 'completion'"),
-        ({"a": OTHER.to_iterable_dataset()}, "Task 'a' has columns answer, question; a task needs one of: "),
+        ({"a": OTHER}, f"Task 'a' has the columns 'question', 'answer'; {ACCEPTED}"),
+        ({"a": OTHER.to_iterable_dataset()}, f"Task 'a' has the columns 'question', 'answer'; {ACCEPTED}"),
         (NULL, "The data set 'train', row 6, column 'completion': it is missing or null, and must be text"),
         ({"a": Dataset.from_list(ROWS), "b": NULL}, "Task 'b', row 6, column 'completion': it is missing or null"),
         (Dataset.from_list([{"prompt": "w1", "completion": 4}]), "column 'completion': it is 4, of type int"),
@@ -84,10 +84,6 @@ def test_what_trl_accepts_still_trains(model_folders, tmp_path, option):
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
-
-
-def test_tasks_still_train(model_folders, tmp_path):
-    assert make_trainer(model_folders, tmp_path, train=task_datasets(), max_steps=1).train().global_step == 1
 
 
 CHAT = [{"role": "user", "content": "w1"}]

@@ -3,8 +3,8 @@
 import logging
 
 import pytest
-from test_trainer import make_trainer
 from testing_utils import task_datasets
+from trainer_utils import make_trainer, scored_rows
 from transformers import EarlyStoppingCallback
 
 
@@ -68,7 +68,7 @@ def test_a_single_data_set_is_as_before(model_folders, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("as_dictionary", [True, False])
-def test_evaluation_of_test_data_is_none_of_its_business(model_folders, tmp_path, caplog, as_dictionary):
+def test_evaluation_of_test_data_does_not_count(model_folders, tmp_path, caplog, as_dictionary):
     trainer, callback = run(model_folders, tmp_path, "eval_loss")
     seen = list(callback.seen)
     data = task_datasets(4, seed=4)
@@ -77,7 +77,7 @@ def test_evaluation_of_test_data_is_none_of_its_business(model_folders, tmp_path
     assert WARNING not in caplog.text and callback.seen == seen
 
 
-def test_a_metric_that_is_nowhere_is_warned_of_once(model_folders, tmp_path, caplog):
+def test_a_missing_metric_is_warned_of_once(model_folders, tmp_path, caplog):
     trainer = make_trainer(
         model_folders,
         tmp_path,
@@ -108,3 +108,12 @@ def test_other_callbacks_see_every_evaluation(model_folders, tmp_path):
     trainer.args.metric_for_best_model = "eval_loss"
     trainer.evaluate()
     assert All.seen == 4  # three tasks and their means
+
+
+@pytest.mark.parametrize(
+    "metric, by_task", [("eval_same_accuracy", True), ("eval_accuracy", True), ("eval_accuracy", False)]
+)
+def test_it_stops_by_accuracy(model_folders, tmp_path, metric, by_task):
+    evaluate = {task: scored_rows(task, 6) for task in ("colour", "same")}
+    trainer, _ = run(model_folders, tmp_path, metric, evaluate if by_task else evaluate["same"])
+    assert trainer.state.global_step == 3

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import adapter_state, make_trainer
 from testing_utils import random_ids
+from trainer_utils import adapter_state, make_trainer
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig

@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from test_trainer import make_trainer
+from testing_utils import task_datasets
 from torch.nn import functional as F
+from trainer_utils import PREPARATIONS, TASKS, make_trainer
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer
 from rlora_trl.trainer.ledger import TaskLedger, batch_shape, label_log_probs
@@ -141,7 +142,7 @@ def test_counts_need_no_outputs(caplog):
     for _ in range(3):
         counts.note(batch, None)
     assert counts.totals(same) == {"a": {"rows": 0, "tokens": 0}, "b": {"rows": 3, "tokens": 12}}
-    assert counts.tell(same) == {}
+    assert counts.pop_mean_losses(same) == {}
     assert caplog.text.count("no forward pass of the model was seen") == 1
 
 
@@ -157,7 +158,7 @@ def test_packed_rows():
     log_probs = torch.tensor([[-1.0, 0.0, -2.0, -4.0, 0.0]])
     counts.note(batch, SimpleNamespace(log_probs=log_probs))
     assert counts.totals(same) == {"a": {"rows": 1, "tokens": 2}, "b": {"rows": 2, "tokens": 3}}
-    assert counts.tell(same) == {"a_loss": 1.0, "b_loss": 3.0}
+    assert counts.pop_mean_losses(same) == {"a_loss": 1.0, "b_loss": 3.0}
 
 
 def test_what_is_not_finite_does_not_count():
@@ -168,7 +169,7 @@ def test_what_is_not_finite_does_not_count():
         "labels": torch.ones(2, 3, dtype=torch.long),
     }
     counts.note(batch, SimpleNamespace(log_probs=torch.tensor([[float("nan"), -2.0], [-1.0, -float("inf")]])))
-    assert counts.tell(same) == {"a_loss": 2.0, "b_loss": 1.0}
+    assert counts.pop_mean_losses(same) == {"a_loss": 2.0, "b_loss": 1.0}
 
 
 def test_log_probs_of_logits():
@@ -204,5 +205,62 @@ def test_shape_of_a_batch():
     assert batch_shape({"input_ids": torch.zeros(2, 3)}) == (2, 3)
     assert batch_shape({"inputs_embeds": torch.zeros(2, 3, 8)}) == (2, 3)
     assert batch_shape({"pixel_values": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2, 5)}) == (2, 5)
-    with pytest.raises(ValueError, match="counted by its `input_ids`.*a batch of pixel_values.*Have the collator"):
+    with pytest.raises(ValueError, match="needs `input_ids` .*the collator returned pixel_values. Have it add"):
         batch_shape({"pixel_values": torch.zeros(2, 3, 4, 4)})
+
+
+@pytest.mark.parametrize("preparation", ["padded", "bfd", "padding_free"])
+def test_training_loss_by_task(model_folders, tmp_path, preparation):
+    """Against the loss of each row by itself, at weights that stay."""
+    trainer = make_trainer(
+        model_folders,
+        tmp_path,
+        train=task_datasets(12),
+        max_steps=-1,
+        num_train_epochs=1,
+        learning_rate=1e-30,
+        logging_steps=100,
+        logging_strategy="epoch",
+        peft_config=RLoraConfig(head_dropout=0.0),
+        **PREPARATIONS[preparation],
+    )
+    plain = make_trainer(
+        model_folders, tmp_path, train=task_datasets(12), peft_config=RLoraConfig(head_dropout=0.0), max_length=None
+    )
+    expected = {}
+    for index, task in enumerate(TASKS):
+        losses, tokens = 0.0, 0
+        for row in plain.train_dataset:
+            if row[TASK_IDS] != index:
+                continue
+            with torch.no_grad():
+                labels = torch.tensor([row["labels"]])
+                output = plain.model.get_base_model()(input_ids=torch.tensor([row["input_ids"]])).logits
+            chosen = labels[0, 1:] != -100
+            log_probs = output[0, :-1].log_softmax(-1)
+            losses -= log_probs[chosen, labels[0, 1:][chosen]].sum().item()
+            tokens += chosen.sum().item()
+        expected[task] = losses / tokens
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    for task in TASKS:
+        assert entry[f"{task}_loss"] == pytest.approx(expected[task], rel=1e-3), task
+
+
+@pytest.mark.parametrize(("strategy", "logs"), [("no", 0), ("epoch", 2)])
+def test_other_logging_strategies(model_folders, tmp_path, strategy, logs):
+    trainer = make_trainer(
+        model_folders, tmp_path, train=task_datasets(8), logging_strategy=strategy, max_steps=-1, num_train_epochs=2
+    )
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == logs
+    assert all({"head_load_max", "grad_norm_router", "first_loss"} <= set(entry) for entry in entries)
+
+
+def test_a_task_called_like_something_that_is_logged(model_folders, tmp_path):
+    train = {"balance": task_datasets()["first"], "other": task_datasets()["same"]}
+    trainer = make_trainer(model_folders, tmp_path, train=train, max_steps=1, balance_loss="switch")
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert 0.9 < entry["balance_loss"] < 1.2 and {"task_balance_loss", "other_loss"} <= set(entry)

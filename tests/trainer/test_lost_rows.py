@@ -1,12 +1,12 @@
-"""Rows that preparation leaves nothing to learn from: what is said of them, and what becomes of their task."""
+"""Rows that preparation leaves nothing to learn from: warnings, and their tasks."""
 
 import json
 
 import pytest
 from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM
-from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_rows
+from trainer_utils import arguments, make_trainer
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer
 from rlora_trl.trainer.task_ids import TASK_IDS
@@ -90,16 +90,16 @@ def test_each_task_keeps_its_rows_when_others_are_gone(model_folders, tmp_path, 
     assert seen == {(words[0], 0), (words[1], 1)}
 
 
-@pytest.mark.parametrize("kind", [as_datasets, as_column])
 @pytest.mark.parametrize("preparation", PREPARATIONS)
-def test_a_mixture_needs_rows(model_folders, tmp_path, preparation, kind):
+def test_head_weights_of_a_task_need_rows(model_folders, tmp_path, preparation):
     with pytest.raises(
-        ValueError, match="`router=\"task\"` each task needs rows.*none is left of 'gone' \\(a 1 of 9, gone 8"
+        ValueError,
+        match="`router=\"task\"` learns the head weights of each task.*none is left of 'gone' \\(a 1 of 9, gone 8",
     ):
         make_trainer(
             model_folders,
             tmp_path,
-            train=kind({"a": short() + long(1), "gone": long()}),
+            train=as_datasets({"a": short() + long(1), "gone": long()}),
             peft_config=RLoraConfig(router="task"),
             **PREPARATIONS[preparation],
         )
@@ -124,7 +124,7 @@ def test_one_data_set_without_tasks(model_folders, tmp_path, caplog):
         make_trainer(model_folders, tmp_path, train=Dataset.from_list(long()), **CUT)
 
 
-def test_nothing_is_said_where_nothing_is_lost(model_folders, tmp_path, caplog):
+def test_no_warning_without_lost_rows(model_folders, tmp_path, caplog):
     caplog.set_level("WARNING")
     for options in (
         CUT,

@@ -1,4 +1,4 @@
-"""Shares and draws of tasks, the sampler that follows them over epochs, and mixed data sets and streams."""
+"""Shares and draws of tasks, and mixed datasets and streams."""
 
 import math
 from collections import Counter
@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, DatasetDict, IterableDataset, NamedSplit, SplitDict, SplitInfo
-from datasets.arrow_dataset import Column
 from testing_utils import task_datasets
 from torch.utils.data import DataLoader
+from trainer_utils import arguments, rows_of
 
-from rlora_trl.trainer.mixing import MixtureSampler, TaskMixture, count_tasks, mix_tasks
+from rlora_trl.trainer.mixing import TaskMixture, count_tasks, mix_tasks, prepare_tasks
 
 
 ROWS = {"small": 10, "middle": 100, "large": 1000}
-# Tasks of 2, 5 and 11 rows, out of order. Of one epoch, task 0 gets more than its rows, 1 as many, and 2 fewer.
-TASK_OF_ROW = [2, 0, 1, 2, 2, 1, 2, 2, 0, 2, 2, 1, 2, 1, 2, 2, 1, 2]
-DRAWS = [5, 5, 4]
 
 
 def text(name, rows):
@@ -40,11 +36,6 @@ def of_known_length(dataset, rows):
     stream = IterableDataset.from_generator(dataset.__iter__, split=NamedSplit("train"))
     stream.info.splits = SplitDict({"train": SplitInfo("train", num_examples=rows)})
     return stream
-
-
-def order(sampler, epoch):
-    sampler.set_epoch(epoch)
-    return list(sampler)
 
 
 # Shares and draws
@@ -135,7 +126,7 @@ def test_table_of_tokens():
         ({"cap": 0}, "`cap` must be a whole number of at least 1, or None, got 0. It counts rows"),
         ({"cap": 2.5}, "`cap` must be a whole number .* got 2.5"),
         ({"cap": True}, "`cap` must be a whole number .* got True"),
-        ({"mixing": "equal", "cap": 5}, '`cap=5` has no meaning with `mixing="equal"`.*unset'),
+        ({"mixing": "equal", "cap": 5}, '`cap=5` has no effect with `mixing="equal"`.*unset'),
         ({"unit": "tokens"}, "needs the tokens of each task \\(small, middle, large\\), got those of: none"),
         ({"unit": "tokens", "tokens": {"small": 1}}, "got those of: small. Give them as `tokens="),
         ({"unit": "tokens", "tokens": {**ROWS, "large": 0}}, "`tokens\\['large'\\]` must be .* got 0"),
@@ -168,135 +159,6 @@ def test_task_without_a_row():
         TaskMixture(dict.fromkeys("abcde", 1), tokens=tokens, unit="tokens", mixing="equal")
 
 
-# The sampler
-
-
-def test_each_epoch_draws_what_it_should():
-    sampler = MixtureSampler(TASK_OF_ROW, DRAWS, seed=3)
-    assert len(sampler) == 14
-    for epoch in range(5):
-        drawn = order(sampler, epoch)
-        assert Counter(TASK_OF_ROW[row] for row in drawn) == {0: 5, 1: 5, 2: 4}
-    # Task 1 draws as many rows as it has: all of them, each once.
-    assert sorted(row for row in drawn if TASK_OF_ROW[row] == 1) == [2, 5, 11, 13, 16]
-
-
-def test_rows_are_used_evenly_over_epochs():
-    sampler = MixtureSampler(TASK_OF_ROW, DRAWS, seed=0)
-    used = np.zeros(len(TASK_OF_ROW), dtype=int)
-    for epoch in range(24):
-        np.add.at(used, order(sampler, epoch), 1)
-        for task, draws in enumerate(DRAWS):
-            counts = used[np.array(TASK_OF_ROW) == task]
-            assert counts.sum() == (epoch + 1) * draws
-            assert counts.max() - counts.min() <= 1
-
-
-def test_tasks_are_shuffled_among_each_other():
-    """Runs of one task are as short as in a random order, in which half of all neighbors differ."""
-    drawn = order(MixtureSampler([0] * 500 + [1] * 500, [500, 500], seed=0), 0)
-    changes = sum((a < 500) != (b < 500) for a, b in zip(drawn, drawn[1:], strict=False))
-    assert 420 < changes < 580  # 5 standard deviations
-
-
-def test_draws_depend_on_seed_and_epoch_alone():
-    sampler = MixtureSampler(TASK_OF_ROW, DRAWS, seed=7)
-    epochs = [order(sampler, epoch) for epoch in range(4)]
-    torch.manual_seed(5)
-    np.random.seed(5)
-    again = MixtureSampler(np.array(TASK_OF_ROW), DRAWS, seed=7)
-    assert [order(again, epoch) for epoch in (3, 1, 0, 2)] == [epochs[epoch] for epoch in (3, 1, 0, 2)]
-    assert len(set(map(tuple, epochs))) == 4
-    assert order(MixtureSampler(TASK_OF_ROW, DRAWS, seed=8), 0) != epochs[0]
-    # Neither does drawing move the global generators.
-    assert torch.initial_seed() == 5
-    assert np.random.get_state()[1][0] == 5 and np.random.get_state()[2] == 624
-
-
-def test_without_set_epoch_it_stays_in_epoch_0():
-    sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
-    assert list(sampler) == list(sampler) == order(sampler, 0)
-
-
-def test_epochs_are_reached_without_replaying():
-    """Epoch 10 million of a task that draws all 1000 rows makes one permutation of its rows, not 10 million."""
-    sampler = MixtureSampler([0] * 1000, [1000])
-    made = []
-    generator = sampler._generator
-    sampler._generator = lambda *key: made.append(key) or generator(*key)
-    assert sorted(order(sampler, 10_000_000)) == list(range(1000))
-    assert made == [(0, 0, 10_000_000), (1, 10_000_000)]
-
-
-def test_task_that_is_not_drawn():
-    sampler = MixtureSampler([0, 1, 0], [2, 0, 0])
-    assert sorted(sampler) == [0, 2]
-
-
-def test_arguments_of_the_sampler_are_checked():
-    with pytest.raises(ValueError, match="`task_of_row` has task 3, and `draws` are those of 3 tasks"):
-        MixtureSampler([0, 3], [1, 1, 1])
-    with pytest.raises(ValueError, match="`task_of_row` has task -1"):
-        MixtureSampler([-1], [1])
-    with pytest.raises(ValueError, match="`draws\\[1\\]` is 2, and the task has 0 rows"):
-        MixtureSampler([0, 0], [1, 2])
-    with pytest.raises(ValueError, match="`draws\\[0\\]` is -1, and the task has 1 rows. Draw 0 or more"):
-        MixtureSampler([0], [-1])
-    with pytest.raises(ValueError, match="`draws` are \\[0\\], an epoch without rows"):
-        MixtureSampler([0], [0])
-    with pytest.raises(ValueError, match="`seed` must be 0 or more, got -1"):
-        MixtureSampler([0], [1], seed=-1)
-    with pytest.raises(ValueError, match="`epoch` must be 0 or more, got -2"):
-        MixtureSampler([0], [1]).set_epoch(-2)
-    with pytest.raises(ValueError, match="`epoch` must be 0 or more, got -1"):
-        mix_tasks(streams(a=2), epoch=-1)
-
-
-# Data loaders
-
-
-def rows_of(dataloader, epoch):
-    dataloader.set_epoch(epoch)
-    return [row for batch in dataloader for row in batch.tolist()]
-
-
-def loader(sampler):
-    return DataLoader(torch.arange(len(TASK_OF_ROW)), batch_size=2, sampler=sampler)
-
-
-def test_accelerate_sets_the_epoch():
-    sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
-    expected = [order(sampler, epoch) for epoch in range(3)]
-    sampler.set_epoch(0)
-    prepared = Accelerator(cpu=True).prepare(loader(sampler))
-    assert [rows_of(prepared, epoch) for epoch in (2, 0, 1)] == [expected[2], expected[0], expected[1]]
-    # Without being told, it counts its iterations.
-    assert [row for batch in prepared for row in batch.tolist()] == expected[2]
-
-
-def test_resume_takes_the_rest_of_the_epoch():
-    sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
-    expected = order(sampler, 2)
-    prepared = Accelerator(cpu=True).prepare(loader(MixtureSampler(TASK_OF_ROW, DRAWS)))
-    # The order of transformers.Trainer: skip, then set the epoch.
-    assert rows_of(skip_first_batches(prepared, 3), 2) == expected[6:]
-
-
-def test_processes_share_an_epoch():
-    Accelerator(cpu=True)
-    expected = order(MixtureSampler(TASK_OF_ROW, DRAWS), 1)
-    batches = [expected[i : i + 2] for i in range(0, 14, 2)]
-    for index in range(2):
-        sampler = MixtureSampler(TASK_OF_ROW, DRAWS)
-        prepared = prepare_data_loader(loader(sampler), num_processes=2, process_index=index, even_batches=False)
-        own = batches[index:6:2] + (batches[6:] if index == 0 else [])
-        assert rows_of(prepared, 1) == sum(own, [])
-        # What the note of `MixtureSampler` asks for; without it this is epoch 0.
-        sampler.set_epoch(0)
-        prepared.set_sampler(sampler)
-        assert rows_of(skip_first_batches(prepared, 2), 1) == sum(own[2:], [])
-
-
 # Counting
 
 
@@ -317,26 +179,10 @@ def test_count_tasks_over_batches():
     assert tokens == np.bincount(tasks, weights=lengths).astype(int).tolist()
 
 
-def test_count_tasks_checks_its_columns():
-    dataset = tokenized([1, 2])
-    with pytest.raises(ValueError, match="needs a column 'task_ids'; the data set has input_ids. Tokenize"):
-        count_tasks(dataset, 2)
-    with pytest.raises(ValueError, match="needs a column 'input_ids'; the data set has text, task_ids"):
-        count_tasks(text("a", 1).add_column("task_ids", [0]), 1)
-    with pytest.raises(ValueError, match="'task_ids' must hold one integer in each row, got string with 0 empty"):
-        count_tasks(dataset.add_column("task_ids", ["a", "b"]), 2)
-    with pytest.raises(ValueError, match="got int64 with 1 empty"):
-        count_tasks(dataset.add_column("task_ids", [0, None]), 2)
-    with pytest.raises(ValueError, match="'task_ids' names tasks 0 to 2, and there are 2, from 0"):
-        count_tasks(dataset.add_column("task_ids", [0, 2]), 2)
-    with pytest.raises(ValueError, match="names tasks -1 to 0"):
-        count_tasks(dataset.add_column("task_ids", [0, -1]), 2)
+# Datasets
 
 
-# Data sets
-
-
-def test_data_sets_are_mixed():
+def test_datasets_are_mixed():
     tasks = {"a": text("a", 4), "b": text("b", 36)}
     options = {"mixing": "temperature", "temperature": 2}
     mixed = mix_tasks(tasks, **options)
@@ -352,7 +198,7 @@ def test_data_sets_are_mixed():
     assert set(mixed["text"]) | set(second["text"]) == {*tasks["a"]["text"], *tasks["b"]["text"]}
 
 
-def test_data_sets_in_proportion_are_all_of_their_rows():
+def test_datasets_in_proportion_are_all_of_their_rows():
     tasks = task_datasets(7)
     mixed = mix_tasks(tasks, task_column="kind")
     assert set(mixed.column_names) == {"prompt", "completion", "kind"}
@@ -360,7 +206,7 @@ def test_data_sets_in_proportion_are_all_of_their_rows():
         assert sorted(row["prompt"] for row in mixed if row["kind"] == name) == sorted(dataset["prompt"])
 
 
-def test_data_sets_are_mixed_by_tokens():
+def test_datasets_are_mixed_by_tokens():
     tasks = {"short": tokenized([10] * 100), "long": tokenized([100, 500] * 5)}
     mixed = mix_tasks(tasks, unit="tokens", mixing="equal")
     assert Counter(mixed["task"]) == {"short": 200, "long": 7}  # 2000 tokens each: see test_tokens_as_unit
@@ -375,11 +221,13 @@ def test_what_can_not_be_mixed():
         mix_tasks({})
     with pytest.raises(ValueError, match="splits train, test, which are not tasks"):
         mix_tasks(DatasetDict({"train": text("a", 3), "test": text("b", 3)}))
+    with pytest.raises(ValueError, match="`epoch` must be 0 or more, got -1"):
+        mix_tasks(streams(a=2), epoch=-1)
     with pytest.raises(ValueError, match="`sizes` is for streams"):
         mix_tasks({"a": text("a", 3)}, sizes={"a": 3})
     with pytest.raises(TypeError, match="mix streamed and map-style"):
         mix_tasks({"a": text("a", 3), **streams(b=3)})
-    with pytest.raises(ValueError, match='`unit="tokens"` needs data sets whose tokens can be counted, got streams'):
+    with pytest.raises(ValueError, match='`unit="tokens"` needs datasets whose tokens can be counted, got streams'):
         mix_tasks({"a": tokenized([1]).to_iterable_dataset()}, unit="tokens")
 
 
@@ -483,15 +331,35 @@ def test_unknown_sizes_of_streams():
         mix_tasks({"a": known, **streams(b=3)}, cap=5)
     with pytest.raises(ValueError, match="Task 'b' is a stream of unknown length"):
         mix_tasks(streams(b=3), mixing="temperature", temperature=2)
-    with pytest.raises(ValueError, match="`sizes` names the tasks a, c, and the data sets are a, b. Give"):
+    with pytest.raises(ValueError, match="`sizes` names the tasks a, c, and the datasets are a, b. Give"):
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "c": 3})
     with pytest.raises(ValueError, match="`rows\\['b'\\]` must be a whole number of at least 1, got 0"):
         mix_tasks(streams(a=3, b=3), cap=5, sizes={"a": 3, "b": 0})
 
 
-def test_a_column_is_not_read_row_by_row(monkeypatch):
-    """Which takes 14 s for a million rows."""
-    column = Dataset.from_dict({"task": [0, 1] * 20}).shuffle(seed=0)["task"]
-    wanted = list(MixtureSampler(list(column), [5, 10]))
-    monkeypatch.delattr(Column, "__iter__")
-    assert list(MixtureSampler(column, [5, 10])) == wanted
+# The training data of a trainer
+
+
+def test_training_data_are_joined_or_mixed(tmp_path):
+    datasets = {"a": text("a", 4), "b": text("b", 36)}
+    parts = streams(a=4, b=36)
+    plain, equal = (arguments(tmp_path, mixing=mixing) for mixing in ("proportional", "equal"))
+
+    # Map-style data are joined, and mixed as they are sampled; their rows are checked.
+    for args in (plain, equal):
+        rows = prepare_tasks(datasets, args)
+        assert rows.names == ["a", "b"] and rows.are_checked
+        assert Counter(rows.dataset["task"]) == {"a": 4, "b": 36}
+    # Streams are mixed here.
+    assert Counter(row["task"] for row in prepare_tasks(parts, plain).dataset) == {"a": 4, "b": 36}
+    mixed = prepare_tasks(parts, equal)
+    assert mixed.names == ["a", "b"] and not mixed.are_checked
+    assert Counter(row["task"] for row in mixed.dataset)["a"] > 4
+    # One dataset is left as it is.
+    joined = prepare_tasks(datasets, plain).dataset
+    assert prepare_tasks(joined, equal) == (joined, ["a", "b"], False)
+    assert prepare_tasks(parts["a"], plain) == (parts["a"], None, False)
+    with pytest.raises(ValueError, match="`mixing='equal'` needs a stream for each task"):
+        prepare_tasks(parts["a"], equal)
+    with pytest.raises(ValueError, match="has 10001 tasks, and an adapter has at most 10000. Join some"):
+        prepare_tasks(dict.fromkeys(range(10_001), parts["a"]), equal)

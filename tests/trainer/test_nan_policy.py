@@ -8,19 +8,19 @@ from rlora_trl.trainer.nan_policy import MAX_SKIPPED_IN_A_ROW, NanGuard, check_d
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (
             {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True, "check_grad_overflow": False}},
             "bf16.check_gr",
         ),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm"),
-        ({"zero_optimization": {"stage": 0}}, "without ZeRO, in float32"),
+        ({"zero_optimization": {"stage": 0}}, "without ZeRO in float32"),
     ],
 )
-def test_settings_with_which_nan_would_pass(config, said):
+def test_settings_with_which_nan_would_pass(config, message):
     for policy in ("stop", "skip"):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             check_deepspeed_settings(config, policy)
     check_deepspeed_settings(config, "ignore")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 from test_task_features import USER
-from test_trainer import arguments
 from testing_utils import TINY_MODELS, build_tokenizer, task_rows
+from trainer_utils import arguments
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig, RLoraSFTTrainer

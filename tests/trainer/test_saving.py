@@ -5,8 +5,8 @@ import torch
 from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_trainer import make_trainer
 from testing_utils import _DECODER, VOCAB, perturb, random_ids, task_datasets
+from trainer_utils import make_trainer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlora_trl import RLoraConfig

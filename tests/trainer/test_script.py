@@ -1,4 +1,4 @@
-"""The parts of a training program: its data, its threads, and the time that it says it takes."""
+"""The parts of a training program: its data, how its threads wait, and the time that it says it takes."""
 
 import itertools
 import json
@@ -88,69 +88,6 @@ def test_a_file_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, line
         script.train("m", data, None, None, None)
 
 
-def test_cores_are_those_of_the_process(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert script.available_cores(tmp_path, tmp_path / "missing") == 6
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    for quota, cores in (("-1", 6), ("250000", 3), ("10000", 1), ("900000", 6)):
-        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert script.available_cores(tmp_path, tmp_path / "missing") == cores
-    for quota, cores in (("max", 6), ("400000", 4), ("50000", 1)):
-        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-        assert script.available_cores(tmp_path, tmp_path / "missing") == cores
-
-
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(
-    "name, quotas, cores",
-    [
-        ("/jobs/mine", {"jobs/mine": 2, "jobs/other": 1}, 2),
-        ("/jobs/mine", {"jobs": 3}, 3),  # of a group around it
-        ("/jobs/mine", {"jobs": 1, "jobs/mine": 2}, 1),
-        ("/docker/1234", {"": 4}, 4),  # named as the host does, seen from a container
-        ("/../other", {"": 4, "other": 1}, 4),
-        ("/", {"": 2, "jobs": 1}, 2),
-    ],
-)
-def test_cores_are_those_of_the_control_group(monkeypatch, tmp_path, version, name, quotas, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    membership = tmp_path / "membership"
-    membership.write_text(f"4:memory:/none\n3:cpu,cpuacct:{name}\n0::/\n" if version == 1 else f"0::{name}\n")
-    for group, quota in quotas.items():
-        folder = tmp_path / "groups" / ("cpu" if version == 1 else ".") / group
-        folder.mkdir(parents=True, exist_ok=True)
-        if version == 1:
-            (folder / "cpu.cfs_quota_us").write_text(f"{quota}00000\n")
-            (folder / "cpu.cfs_period_us").write_text("100000\n")
-        else:
-            (folder / "cpu.max").write_text(f"{quota}00000 100000\n")
-    assert script.available_cores(tmp_path / "groups", membership) == cores
-
-
-@pytest.mark.parametrize(
-    "environment, threads",
-    [
-        ({}, 6),
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "False"}, 6),  # the launcher's default
-        ({"OMP_NUM_THREADS": "3", "ACCELERATE_USE_CPU": "False"}, None),
-        ({"OMP_NUM_THREADS": "1"}, None),
-        ({"WORLD_SIZE": "2"}, None),
-    ],
-)
-def test_threads(monkeypatch, environment, threads):
-    for name in ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    chosen = []
-    monkeypatch.setattr(script, "available_cores", lambda: 6)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    script.use_all_cores()
-    assert chosen == ([threads] if threads else [])
-
-
 def waiting(lines, **environment):
     """What OpenMP says of itself when it is loaded."""
     library = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
@@ -188,21 +125,21 @@ def test_the_command_and_the_example_load_pytorch_after_that():
 
 
 def steps(monkeypatch, seconds, total, scoring=0.0, first=0):
-    """Run the callback through a training of so many steps; when it spoke, and what it said."""
+    """Run the callback through a training of so many steps; the steps after which it printed, and the texts."""
     clock = itertools.accumulate(itertools.chain([100.0], itertools.repeat(seconds)))
     monkeypatch.setattr(script.time, "perf_counter", lambda: next(clock))
-    said = []
-    monkeypatch.setattr(script.tqdm, "write", lambda text, file: said.append((state.global_step, text)))
+    printed = []
+    monkeypatch.setattr(script.tqdm, "write", lambda text, file: printed.append((state.global_step, text)))
     state = SimpleNamespace(max_steps=total, global_step=first, is_local_process_zero=True)
     callback = script.ExpectedTime(scoring)
     callback.on_train_begin(None, state, None)
     for _ in range(total - first):
         state.global_step += 1
         callback.on_step_end(None, state, None)
-    return said
+    return printed
 
 
-def test_the_time_of_a_run_is_said_early(monkeypatch):
+def test_the_time_of_a_run_is_printed_early(monkeypatch):
     assert steps(monkeypatch, 2.0, 60, scoring=30.4) == [
         (3, "About 2 min left: 57 steps of 2.0 s, and 30 s of scoring.")
     ]

@@ -1,4 +1,4 @@
-"""Tasks whose columns have other types, in either order; and data sets with transforms and formats."""
+"""Tasks whose columns have other types, in either order; and datasets with transforms and formats."""
 
 import itertools
 import json
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Json, LargeList, List, Value
 from datasets.table import table_cast
-from test_trainer import arguments, make_trainer
 from testing_utils import build_tokenizer, task_datasets, task_rows
+from trainer_utils import arguments, make_trainer
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer, mix_tasks
-from rlora_trl.evaluation.data import check_rows
+from rlora_trl.evaluation.formats import check_rows
 from rlora_trl.trainer import task_data as task_data_module
 from rlora_trl.trainer import task_features
 from rlora_trl.trainer import tasks as tasks_module
@@ -207,14 +207,14 @@ def test_a_transform_is_not_dropped(model_folders, tmp_path):
     tasks = task_datasets(8)
     for transformed in (tasks["same"].with_transform(shout), tasks["same"].with_format("custom", transform=shout)):
         train = {**tasks, "same": transformed}
-        with pytest.raises(ValueError, match="Task 'same' is a data set with a transform.*Dataset.map.*with_format"):
+        with pytest.raises(ValueError, match="Task 'same' is a dataset with a transform.*Dataset.map.*with_format"):
             make_trainer(model_folders, tmp_path, train=train)
         for join in (join_tasks, mix_tasks):
-            with pytest.raises(ValueError, match="Task 'same' is a data set with a transform"):
+            with pytest.raises(ValueError, match="Task 'same' is a dataset with a transform"):
                 join(train)
     in_place = Dataset.from_list(task_rows("first", 4))
     in_place.set_transform(shout)
-    with pytest.raises(ValueError, match="Task 'only' is a data set with a transform"):
+    with pytest.raises(ValueError, match="Task 'only' is a dataset with a transform"):
         join_tasks({"only": in_place})
 
 
@@ -236,7 +236,7 @@ def test_transforms_of_evaluation_data_and_of_one_data_set_are_refused_as_by_trl
     trainer = make_trainer(model_folders, tmp_path)
     with pytest.raises(ValueError, match=message):
         trainer.evaluate({"same": scored.with_transform(shout)})
-    with pytest.raises(ValueError, match="Task 'a' is a data set with a transform"):
+    with pytest.raises(ValueError, match="Task 'a' is a dataset with a transform"):
         make_trainer(model_folders, tmp_path, train={"a": column.with_transform(fails)})
 
 
@@ -392,8 +392,8 @@ def test_which_rows_can_be_scored(caplog, order, types, rows, scorable, outside)
     caplog.clear()
     assert bool(find_option_rows({"x": dataset}, "task")) == scorable
     times = list(order).count(3)
-    told = f"have {outside * times} rows whose completion is none of their `options`" in caplog.text
-    assert told == bool(outside) and bool(caplog.text) == bool(outside)
+    warned = f"have {outside * times} rows with a completion that is not among their `options`" in caplog.text
+    assert warned == bool(outside) and bool(caplog.text) == bool(outside)
 
 
 def test_spread_rows_of_each_task(model_folders, tmp_path):

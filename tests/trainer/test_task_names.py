@@ -9,14 +9,14 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json, Value
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from test_trainer import make_trainer
 from testing_utils import TINY_MODELS, random_ids, task_datasets, task_rows
+from trainer_utils import collect, make_trainer
 
 from rlora_trl import RLoraConfig, mix_tasks
 from rlora_trl.files.checks import check_adapter
 from rlora_trl.trainer.task_evaluation import split_by_task
 from rlora_trl.trainer.task_ids import TASK_IDS
-from rlora_trl.trainer.tasks import collect_tasks, join_tasks, label_tasks, tasks_in
+from rlora_trl.trainer.tasks import join_tasks, label_tasks, tasks_in
 from rlora_trl.tuner.task_names import MAX_TASK_NAME, task_name
 
 
@@ -52,10 +52,6 @@ ACCEPTED = {
 
 def rows(count=8):
     return Dataset.from_list(task_rows("first", count))
-
-
-def collect(dataset, **kwargs):
-    return collect_tasks(dataset, **{"task_column": "task", "text_column": "text", "seed": 0, **kwargs})
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -141,14 +137,14 @@ def test_columns_that_name_no_tasks(case, caplog):
     values, feature, reason = NO_TASKS[case]
     dataset = with_tasks(values, feature)
     assert collect(dataset) == (dataset, None)
-    assert re.search(f"Column 'task' {reason}.*: they don't seem to be names of tasks.* rename this one", caplog.text)
+    assert re.search(f"Column 'task' {reason}.*: it does not look like task names.* rename this one", caplog.text)
     assert split_by_task(dataset, "task") is dataset
     with pytest.raises(ValueError, match="which can't name tasks|rows have no task|names 10001 tasks"):
         collect(dataset.rename_column("task", "kind"), task_column="kind")
 
 
 @pytest.mark.parametrize("values", [[None, None], [["a"], ["b"]], [{"a": 1}, {"a": 2}]])
-def test_lists_structs_and_nulls_are_left_without_a_word(values, caplog):
+def test_lists_structs_and_nulls_are_ignored_without_a_warning(values, caplog):
     caplog.set_level("WARNING")
     dataset = with_tasks(values)
     assert collect(dataset) == (dataset, None) and not caplog.records
@@ -169,7 +165,7 @@ def test_odd_columns_of_evaluation_data_are_those_of_their_key(model_folders, tm
     assert "eval_loss" in trainer.evaluate(odd)
 
 
-def test_training_data_with_an_odd_column_go_on_with_an_adapter_of_tasks(model_folders, tmp_path):
+def test_training_data_with_an_odd_column_train_an_adapter_with_tasks(model_folders, tmp_path):
     odd = Dataset.from_list([{**row, "task": 0.5} for row in rows(4)])
     trainer = make_trainer(model_folders, tmp_path, train=odd, peft_config=RLoraConfig(tasks=["a"]), max_steps=1)
     assert trainer.train().global_step == 1
@@ -179,7 +175,7 @@ def test_long_texts_of_a_column_do_not_name_tasks(caplog):
     caplog.set_level("WARNING")
     dataset = Dataset.from_dict({"text": ["x", "y"], "task": ["a", "b" * 600]})
     assert collect(dataset) == (dataset, None)
-    assert "some longer than 512 characters: they don't seem to be names of tasks" in caplog.text
+    assert "some longer than 512 characters: it does not look like task names" in caplog.text
     with pytest.raises(ValueError, match="Column 'kind' has a value that can't be used.*600 characters"):
         tasks_in(dataset.rename_column("task", "kind"), "kind", required=True)
 

@@ -1,14 +1,11 @@
-"""Joining the data sets of tasks, and finding the tasks in one."""
+"""Joining the datasets of tasks, and finding the tasks in one."""
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from testing_utils import task_datasets
+from trainer_utils import collect
 
-from rlora_trl.trainer.tasks import collect_tasks, join_tasks, tasks_in
-
-
-def collect(dataset, **kwargs):
-    return collect_tasks(dataset, **{"task_column": "task", "text_column": "text", "seed": 0, **kwargs})
+from rlora_trl.trainer.tasks import join_tasks
 
 
 def test_dictionary_is_joined_and_shuffled():
@@ -47,12 +44,6 @@ def test_missing_column():
     assert collect(plain, task_column="kind")[1] == ["x", "y"]
 
 
-def test_rows_without_a_task():
-    dataset = Dataset.from_dict({"text": ["a", "b", "c"], "task": ["x", None, ""]})
-    with pytest.raises(ValueError, match="2 rows have no task in column 'task'"):
-        tasks_in(dataset, "task", required=False)
-
-
 def test_empty_task():
     tasks = task_datasets(5)
     tasks["empty"] = tasks["first"].select([])
@@ -66,7 +57,7 @@ def test_formats_must_agree():
     tasks = {**task_datasets(5), "text": Dataset.from_dict({"text": ["a"]})}
     with pytest.raises(ValueError, match="different formats.*text: text"):
         collect(tasks)
-    with pytest.raises(ValueError, match="Task 'odd' has columns question.*'prompt' and 'completion'"):
+    with pytest.raises(ValueError, match="Task 'odd' has the columns 'question'; accepted are 'prompt' with"):
         collect({"odd": Dataset.from_dict({"question": ["a"]})})
 
 
@@ -75,9 +66,6 @@ def test_kinds_of_task_columns():
     assert collect(Dataset.from_dict({**text, "task": [0, 1]}))[1] == ["0", "1"]
     features = Features({"text": Value("string"), "task": ClassLabel(names=["no", "yes"])})
     assert collect(Dataset.from_dict({**text, "task": [0, 1]}, features=features))[1] == ["no", "yes"]
-    # A column that only happens to be called so.
-    assert collect(Dataset.from_dict({**text, "task": [["x"], ["y"]]}))[1] is None
-    assert collect(Dataset.from_dict({**text, "task": [None, None]}))[1] is None
     with pytest.raises(ValueError, match="can't name tasks"):
         collect(Dataset.from_dict({**text, "kind": [["x"], ["y"]]}), task_column="kind")
 
@@ -132,6 +120,3 @@ def test_streams_are_interleaved():
 def test_wrong_types():
     with pytest.raises(TypeError, match="Task 'a' is a list.*from_list"):
         collect({"a": [{"text": "x"}]})
-    splits = DatasetDict({"train": task_datasets(3)["first"], "test": task_datasets(3)["first"]})
-    with pytest.raises(ValueError, match='splits train, test.*dataset\\["train"\\]'):
-        collect(splits)

@@ -1,4 +1,4 @@
-"""`trainable_token_indices` in the trainer: rows of the input train; rows of the head can't, which is said early."""
+"""`trainable_token_indices` in the trainer: rows of the input train; rows of the head are refused."""
 
 import pytest
 import torch

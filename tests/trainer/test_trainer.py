@@ -8,50 +8,11 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from testing_utils import build_tokenizer, task_datasets, task_rows
+from trainer_utils import adapter_state, arguments, losses, make_trainer
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
-
-
-def arguments(folder, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 30,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_length": 64,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return RLoraSFTConfig(str(folder), **{**defaults, **kwargs})
-
-
-def make_trainer(
-    model_folders, folder, name="llama", train=None, peft_config=None, model=None, evaluate=None, **kwargs
-):
-    return RLoraSFTTrainer(
-        model=model_folders[name] if model is None else model,
-        args=arguments(folder, **kwargs),
-        train_dataset=task_datasets() if train is None else train,
-        eval_dataset=evaluate,
-        # Not left to AutoTokenizer, which takes the tokenizer class of the architecture.
-        processing_class=build_tokenizer(),
-        peft_config=peft_config,
-    )
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def adapter_state(trainer):
-    return {k: v.detach().clone() for k, v in trainer.model.named_parameters() if "rlora_adapters" in k}
 
 
 def assert_trains(trainer):

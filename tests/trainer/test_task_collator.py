@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_task_ids import TASKS, marked_datasets
-from test_trainer import arguments
 from testing_utils import build_tokenizer
-from transformers import BatchEncoding, DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from trainer_utils import TASKS, arguments, marked_datasets
+from transformers import BatchEncoding, DataCollatorForSeq2Seq, DataCollatorWithFlattening, default_data_collator
 from transformers import DataCollatorForLanguageModeling as HFCollator
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlora_trl import RLoraConfig, RLoraSFTTrainer
-from rlora_trl.trainer.task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, TaskCollator, token_mask_of
+from rlora_trl.trainer.task_collator import TaskCollator
+from rlora_trl.trainer.task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, token_mask_of
 
 
 WORDS = build_tokenizer().convert_tokens_to_ids([f"w{index}" for index in range(3)])
@@ -247,3 +247,24 @@ def test_padding_without_a_mask_gives_the_same_losses(model_folders, tmp_path):
         # On the left, positions differ by the padding, which rotary embeddings don't see.
         for left, right in zip(losses(lambda rows: pad(rows, "left"), train), wanted, strict=True):
             assert left == pytest.approx(right, rel=1e-4)
+
+
+def test_collator_wraps_any_other():
+    collator = TaskCollator(default_data_collator)
+    examples = [{"input_ids": [1, 2], "attention_mask": [1, 1], TASK_IDS: id} for id in (1, 0)]
+    batch = collator(examples)
+    assert batch[TASK_IDS].tolist() == [1, 0] and batch["input_ids"].tolist() == [[1, 2], [1, 2]]
+    assert TASK_IDS not in TaskCollator(default_data_collator)([{"input_ids": [1, 2]}])
+
+
+def test_padding_of_joined_rows_is_masked():
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collator = TaskCollator(DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=8))
+    batch = collator([{"input_ids": [5, 6, 7], TASK_IDS: 1}, {"input_ids": [8, 9], TASK_IDS: -1}])
+    assert batch[TASK_IDS].tolist() == [[1, 1, 1, -1, -1, -1, -1, -1]]
+    assert batch[ROW_STARTS].nonzero()[:, 1].tolist() == [0, 3]
+    assert batch[TOKEN_MASK].tolist() == [[True] * 5 + [False] * 3]
+    alone = collator([{"input_ids": torch.tensor([5, 6, 7]), TASK_IDS: torch.tensor(1)}])
+    assert alone[TASK_IDS].tolist() == [[1, 1, 1, -1, -1, -1, -1, -1]]
+    assert alone[TOKEN_MASK].sum() == 3

@@ -1,0 +1,276 @@
+"""Datasets by the names that users type: a file, a folder, a dataset on the Hub; and what is wrong with a file."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import sys
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pandas.errors import ParserError
+
+
+_FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# Errors of reading rows after loading: of a stream, and of text that is not UTF-8.
+READING_ERRORS = (UnicodeDecodeError, json.JSONDecodeError, pa.ArrowInvalid, ParserError, DatasetGenerationError)
+
+_ONE_ROW = "Give a file with at least one row."
+_REWRITE = "or it was cut off. Write or download it again."
+
+
+def load_splits(
+    name: str, config_name: str | None = None, *, file_split: str = "train", streaming: bool = False
+) -> DatasetDict:
+    """
+    Load the splits of a dataset. Cells of a CSV file are text as written, also `NA` and `007`; empty ones are missing.
+
+    Args:
+        name (`str`):
+            A JSON-lines (`.jsonl`, `.ndjson`), JSON, Parquet or CSV file, also with `.gz`; a folder of such files; or
+            a dataset on the Hub.
+        config_name (`str`, *optional*):
+            Configuration of a dataset on the Hub.
+        file_split (`str`, *optional*, defaults to `"train"`):
+            Name for the only split of a file.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they are needed.
+
+    Returns:
+        `DatasetDict`: The splits by name.
+
+    Raises:
+        FileNotFoundError: If there is no file, folder or dataset of this name.
+        ValueError: If a file is empty or can't be read; with the line, where it is known.
+    """
+    path = Path(name)
+    kind = _kind(path)
+
+    # One file.
+    if path.is_file():
+        if kind is None:
+            raise ValueError(
+                f"{name} is a file of another kind; accepted are those whose names end in {', '.join(_FORMATS)}, also "
+                "with .gz. Write the rows to one of these, or rename the file if it is one."
+            )
+        options = {"data_files": {file_split: name}, "streaming": streaming, **_csv_options([path])}
+        with explain_read_errors(path):
+            return load_dataset(kind, **options)
+
+    # A path to nothing.
+    is_path = kind is not None or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if is_path and "://" not in name and not path.exists():
+        raise FileNotFoundError(
+            f"There is no data at {name}. Give a JSON-lines, Parquet or CSV file, a folder of such files, or the name "
+            "of a dataset on the Hub."
+        )
+
+    # A folder, or a dataset on the Hub.
+    options = _csv_options(_data_files(path))
+    try:
+        with explain_read_errors(path):
+            return load_dataset(name, config_name, streaming=streaming, **options)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(
+            f"There is no file or folder {name} here, and no such dataset was found on the Hub: {error}"
+        ) from error
+
+
+@contextmanager
+def explain_read_errors(path: Path, errors: tuple[type[Exception], ...] = (Exception,)) -> Generator[None, None, None]:
+    """
+    Name the local file and the line that are wrong, if reading fails.
+
+    Args:
+        path (`Path`): The file or folder that is read; a name on the Hub is left alone.
+        errors (`tuple`, *optional*): The errors to explain, by default all.
+
+    Raises:
+        ValueError: If one of these errors comes from a mistake in a file, or from files of different columns.
+    """
+    try:
+        yield
+    except errors as error:
+        files = _data_files(path)
+        for file in files:
+            mistake = _find_mistake(file)
+            if mistake is not None:
+                raise ValueError(f"{file}{mistake}") from error
+
+        columns = [(file.name, names) for file in files if (names := _columns(file))]
+        differing = [entry for entry in columns if set(entry[1]) != set(columns[0][1])]
+        if differing:
+            both = "; ".join(f"{name}: {', '.join(names)}" for name, names in (columns[0], differing[0]))
+            raise ValueError(f"The files of {path} have different columns ({both}). Give all the same.") from error
+        raise
+
+
+def wrong_separator(columns: Sequence[str]) -> str | None:
+    """The character that separates the names in the only column of a CSV header, if it is not a comma."""
+    return next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+
+
+def _kind(path: Path) -> str | None:
+    """The format of a file for `datasets`, by the end of its name; `None` if it is not a data file."""
+    name = path.name.lower().removesuffix(".gz")
+    return _FORMATS.get(Path(name).suffix)
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The data files in a folder; a file itself."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if _kind(file) is not None and file.is_file())
+
+
+def _open(file: Path, newline: str | None = None) -> TextIO:
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    return cast(TextIO, opened(file, "rt", encoding="utf-8-sig", newline=newline))
+
+
+# Reading CSV and JSON
+
+
+def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
+    """
+    Options that keep the cells of CSV files text: pandas reads "007" as a number and "NA" as missing.
+
+    Raises:
+        ValueError: If rows have more cells than there are columns: pandas takes their first cells for an index.
+    """
+    if not files or any(_kind(file) != "csv" for file in files):
+        return {}
+    names = set()
+    for file in files:
+        header, *rows = _first_lines(file, 2)
+        names.update(header)
+        if rows and len(rows[0]) > len(header):
+            raise ValueError(f"{file}{_mistake_in_csv(file)}")
+    return {"converters": dict.fromkeys(sorted(names), _cell), "na_filter": False} if names else {}
+
+
+def _cell(text: str) -> str | None:
+    return text or None
+
+
+def _first_lines(file: Path, number: int) -> list[list[str]]:
+    """The cells of the first lines of a CSV file, and at least one list."""
+    try:
+        with _csv_cells(file) as lines:
+            return list(islice(filter(None, lines), number)) or [[]]
+    except (UnicodeDecodeError, csv.Error):
+        return [[]]  # `_find_mistake` explains it once reading the file has failed
+
+
+@contextmanager
+def _csv_cells(file: Path, *, strict: bool = False) -> Generator[Any, None, None]:
+    """A reader of the cells of a CSV file, of any length."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with _open(file, newline="") as lines:
+            yield csv.reader(lines, strict=strict)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _columns(file: Path) -> list[str]:
+    """The columns in the first row of a CSV or JSON-lines file."""
+    if _kind(file) == "csv":
+        return _first_lines(file, 1)[0]
+    if _kind(file) != "json":
+        return []
+    try:
+        with _open(file) as lines:
+            row = json.loads(next(line for line in lines if line.strip()))
+    except json.JSONDecodeError:
+        return []  # one document of many lines
+    return list(row) if isinstance(row, dict) else []
+
+
+# What is wrong with a file that could not be read: the end of a sentence that begins with its name
+
+
+def _find_mistake(file: Path) -> str | None:
+    if _kind(file) == "parquet":
+        return _mistake_in_parquet(file)
+    try:
+        with _open(file) as lines:
+            if not any(line.strip() for line in lines):
+                return f" is empty. {_ONE_ROW}"
+        return (_mistake_in_csv if _kind(file) == "csv" else _mistake_in_json)(file)
+    except UnicodeDecodeError as error:
+        return f" is not UTF-8 text: {error.reason}, byte {error.object[error.start]:#04x}. Save it in UTF-8."
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return f" is no gzip file, {_REWRITE}"
+
+
+def _mistake_in_parquet(file: Path) -> str | None:
+    if not file.stat().st_size:
+        return f" is empty. {_ONE_ROW}"
+    try:
+        pq.read_schema(file)
+    except (pa.ArrowInvalid, OSError):
+        return f" is no Parquet file, {_REWRITE}"
+    return None
+
+
+def _mistake_in_json(file: Path) -> str | None:
+    accepted = 'Each line must be one JSON object, such as {"prompt": "...", "completion": "..."}.'
+    with _open(file) as lines:
+        text = lines.read()
+
+    # One document is accepted too.
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError:
+        document = None
+    if document is not None:
+        return f" has no rows. {_ONE_ROW}" if document in ([], {}) else None
+
+    has_fields = False
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return f", line {number}: {error.msg} at column {error.colno}. {accepted}"
+        if not isinstance(row, dict):
+            return f", line {number}: the line is a {type(row).__name__}. {accepted}"
+        has_fields |= bool(row)
+    return None if has_fields else f" has no rows with a field. {_ONE_ROW}"
+
+
+def _mistake_in_csv(file: Path) -> str | None:
+    with _csv_cells(file, strict=True) as reader:
+        header = next(reader)
+        separator = wrong_separator(header)
+        if separator is not None:
+            return f" names its columns {header[0]!r}. Separate cells by commas instead of {separator!r}."
+
+        rows, begin = 0, reader.line_num + 1
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                return f", line {begin}: {error}. Close each double quote, and write one inside a cell as two."
+            if cells is None:
+                return None if rows else f" has a header and no rows. {_ONE_ROW}"
+            if len(cells) > len(header):
+                return (
+                    f", line {reader.line_num}: {len(cells)} cells, and the first line names {len(header)} columns. "
+                    "Put cells that contain commas into double quotes."
+                )
+            rows, begin = rows + bool(cells), reader.line_num + 1

@@ -1,0 +1,73 @@
+"""CPU threads: as many as the cores that this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+
+# An environment variable that `accelerate launch` sets in each process.
+_LAUNCHED = "ACCELERATE_USE_CPU"
+
+
+def use_all_cores() -> None:
+    """
+    Use a thread for each available core, in a single process on a CPU: `accelerate launch` sets one thread.
+
+    An `OMP_NUM_THREADS` that the user set is respected: any value but the 1 that the launcher sets if there is none.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    is_default = threads is None or (threads == "1" and _LAUNCHED in os.environ)
+    if is_default and not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.set_num_threads(available_cores())
+
+
+def available_cores(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """
+    The number of cores that this process may use, by its affinity (`taskset`, Slurm) and its quota (containers).
+
+    Args:
+        groups (`Path`, *optional*, defaults to `/sys/fs/cgroup`): Folder of the control groups of Linux.
+        membership (`Path`, *optional*, defaults to `/proc/self/cgroup`): File with the groups of this process.
+
+    Returns:
+        `int`: At least 1.
+    """
+    # `sched_getaffinity` is missing on macOS and Windows; `os.process_cpu_count` comes with Python 3.13.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = min((_cpu_quota(group) for group in _groups(groups, membership)), default=math.inf)
+    return max(1, math.ceil(min(cores, quota)))
+
+
+def _groups(groups: Path, membership: Path) -> list[Path]:
+    """The folders of the control group of this process, of version 1 or 2, and of all groups around it."""
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    folders = [groups, groups / "cpu"]
+    for line in lines:
+        _, controllers, name = line.split(":", 2)  # "0::/job" of version 2, "4:cpu,cpuacct:/job" of version 1
+        root = groups if not controllers else groups / "cpu" if "cpu" in controllers.split(",") else None
+        parts = Path(name.lstrip("/")).parts
+        # A container may see its own group as the root, with the path that the host uses: then only the root exists.
+        # A name with ".." is a group outside the container.
+        if root is not None and ".." not in parts:
+            folders += [root.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return folders
+
+
+def _cpu_quota(group: Path) -> float:
+    """The quota of a control group in cores, of version 2 or 1; infinite without a limit."""
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((group / name).read_text(encoding="ascii") for name in names)
+        return float(quota) / float(period) if float(quota) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # "max", or no such file
+        return math.inf
