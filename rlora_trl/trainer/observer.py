@@ -39,6 +39,7 @@ class StepObserver:
         monitor ([`RoutingMonitor`], *optional*): Use of heads, where adapters have a router.
         ledger ([`TaskLedger`], *optional*): Counts and losses by task, where there are tasks.
         nan_guard ([`NanGuard`]): Decides what happens to a step whose gradients are not finite.
+        records_step (`bool`): Whether layers write statistics in the step that is running.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class StepObserver:
             self.monitor = RoutingMonitor(routed, args.balance_loss, args.balance_coef, scope, args.device)
 
         self._accelerator = accelerator
-        self._records_step = False
+        self.records_step = False
         self._gradient_norms: dict[str, float] = {}
         self._first_gradients: FirstGradients | None = None
         self._is_fresh = False
@@ -119,8 +120,8 @@ class StepObserver:
             will_log (`bool`): Whether the step ends in a log.
             ranks_alike (`int`): Number of ranks that have the same batches.
         """
-        self._records_step = bool(batches) and self.monitor is not None and (self.balances or will_log)
-        if self.monitor is None or not self._records_step:
+        self.records_step = bool(batches) and self.monitor is not None and (self.balances or will_log)
+        if self.monitor is None or not self.records_step:
             return
         tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float32)
         if self.balances:
@@ -129,16 +130,15 @@ class StepObserver:
         else:
             self.monitor.begin_step(tokens, 1, lambda tensor: tensor)
 
-    def tally(self, batch: dict[str, Any], divided_by: int) -> RoutingTally | None:
+    def tally(self, batch: dict[str, Any], divided_by: int) -> RoutingTally:
         """
-        Where the layers write the statistics of a micro-batch; `None` if this step has none.
+        Where the layers write the statistics of a micro-batch, in a step that has them.
 
         Args:
             batch (`dict`): The micro-batch.
             divided_by (`int`): What the trainer will divide its loss by.
         """
-        if self.monitor is None or not self._records_step:
-            return None
+        assert self.monitor is not None
         return self.monitor.tally(divided_by, count_tokens(batch))
 
     @contextmanager

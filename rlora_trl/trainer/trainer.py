@@ -377,9 +377,11 @@ class RLoraSFTTrainer(StagedCheckpoints):
             with self._batch_context(inputs):
                 return super().compute_loss(model, batch, **options)
 
-        # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
-        undivided = num_items_in_batch is not None or self.compute_loss_func is not None
-        tally = self._observer.tally(inputs, 1 if undivided else self.current_gradient_accumulation_steps)
+        tally = None
+        if self._observer.records_step:
+            # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
+            undivided = num_items_in_batch is not None or self.compute_loss_func is not None
+            tally = self._observer.tally(inputs, 1 if undivided else self.current_gradient_accumulation_steps)
         base_model = self.model.get_base_model()
         with self._batch_context(inputs, tally), self._observer.reading_outputs(base_model, inputs):
             result = super().compute_loss(model, batch, **options)

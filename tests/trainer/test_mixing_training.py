@@ -29,7 +29,7 @@ def test_mixture_is_drawn_printed_and_counted(model_folders, tmp_path, capsys):
     assert seen["first"]["tokens"] == 6 * sum(lengths["first"])
     trainer.create_model_card(model_name="tiny")
     card = (tmp_path / "README.md").read_text()
-    assert f"| first | 60 | {seen['first']['tokens']:,} | 33.3 % |" in card
+    assert f"| first | 60 | {seen['first']['tokens']:,} | 33.3% |" in card
 
 
 def _tokens(trainer, task):
@@ -95,7 +95,7 @@ def test_mixing_needs_tasks_and_its_own_sampling(model_folders, tmp_path):
     with pytest.raises(ValueError, match="the training data has no column of tasks"):
         make_trainer(model_folders, tmp_path, train=plain, mixing="equal")
     for packing in (False, True):
-        with pytest.raises(ValueError, match="can't go with `train_sampling_strategy='sequential'`"):
+        with pytest.raises(ValueError, match="can't be combined with `train_sampling_strategy='sequential'`"):
             make_trainer(
                 model_folders, tmp_path, mixing="equal", train_sampling_strategy="sequential", packing=packing
             )

@@ -58,7 +58,7 @@ def test_frozen_a(model_folders, tmp_path):
 def test_learning_rates_need_an_optimizer_of_the_trainer(model_folders, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="one was passed ready-made"):
+    with pytest.raises(ValueError, match="one was passed in `optimizers`"):
         RLoraSFTTrainer(
             model,
             arguments(tmp_path, router_learning_rate=1e-3),
