@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.checkpoint
+from kernel_helpers import DEVICE, INTERPRETED, fused_multihead
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlora_trl.kernels import fused, fused_multihead, keep_mask
+from rlora_trl import MultiHeadAdapter
+from rlora_trl.kernels import fused, keep_mask
 from rlora_trl.kernels.rank_space import Layout
 from rlora_trl.kernels.reference import multihead_delta_reference
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRAINED = ("x", "A", "B", "router", "logits")
 # (N, r, d_in, d_out, tokens): one head; odd and prime sizes; a rank that needs no padding; more tokens than a block,
 # and one more or one less than a multiple of it; a single token, as in decoding.
@@ -219,16 +219,12 @@ def test_only_what_is_asked_for():
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_saved_for_backward(routed, dropout):
-    """x, the [T, 2r + N] projections, the packed weights; no mask, and nothing of the size of the output."""
+    """x, the [T, 2r + N] projections, the concatenated weights; no mask, and nothing of the size of the output."""
     size = num_heads, r, d_in, d_out, tokens = (5, 4, 32, 64, 100)
     tensors = make(size, torch.bfloat16 if DEVICE == "cuda" else torch.float32, routed)
     saved = []
 
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fused_multihead(**tensors, dropout=dropout, seed=1 if dropout else None)
     size_of_element = tensors["x"].element_size()
     saved_bytes = sum(t.numel() * t.element_size() for t in saved)
@@ -246,27 +242,26 @@ def test_inference_of_the_other_kinds(shared, top_k, given_logits, tokens):
     x, logits = weights.pop("x"), weights.pop("logits", None)
     spec = fused.DeltaSpec(Layout(3, 4, shared=shared, top_k=top_k), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    packed = fused.InferenceDelta(fused.concat_weights(*map(weights.get, names), spec, torch.float32))
+    delta = fused.InferenceDelta(fused.concat_weights(*map(weights.get, names), spec, torch.float32))
     expected = fused_multihead(x, **weights, scaling=1.7, logits=logits, top_k=top_k)
-    torch.testing.assert_close(packed.apply(x, logits=logits), expected)
+    torch.testing.assert_close(delta.apply(x, logits=logits), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("anchored", [True, False])
-def test_inference_with_packed_weights(anchored, routed, tokens):
+def test_inference(anchored, routed, tokens):
     tensors = {name: t.detach() for name, t in make((3, 4, 13, 17, tokens), torch.float32, routed, anchored).items()}
     x, weights = tensors.pop("x"), tensors
     spec = fused.DeltaSpec(Layout(3, 4, routed, anchored), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    weights_packed = fused.concat_weights(*[weights.get(name) for name in names], spec, torch.float32)
+    delta = fused.InferenceDelta(fused.concat_weights(*map(weights.get, names), spec, torch.float32))
     expected = fused_multihead(x, **weights, scaling=1.7)
     base = torch.randn(tokens, 17, device=DEVICE)
-    packed = fused.InferenceDelta(weights_packed)
-    torch.testing.assert_close(packed.apply(x), expected)
-    torch.testing.assert_close(packed.apply(x, base), base + expected)
+    torch.testing.assert_close(delta.apply(x), expected)
+    torch.testing.assert_close(delta.apply(x, base), base + expected)
     written = base.clone()
-    assert packed.apply(x, written, inplace=True) is written
+    assert delta.apply(x, written, inplace=True) is written
     torch.testing.assert_close(written, base + expected)
 
 
@@ -275,7 +270,7 @@ def test_inference_with_packed_weights(anchored, routed, tokens):
     ("routed", "anchored", "shared"),
     [(True, True, True), (False, True, True), (True, False, False), (True, True, False)],
 )
-def test_layers_packed_together_are_those_packed_one_by_one(routed, anchored, shared, dtype):
+def test_layers_concatenated_together_are_those_concatenated_one_by_one(routed, anchored, shared, dtype):
     names = ("A", "B", "router", "anchor_A", "anchor_B")
     layers = []
     for _ in range(3):
@@ -306,30 +301,6 @@ def test_an_input_that_has_to_be_copied_is_kept_once():
         torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="kernels get addresses; the torch twins get tensors")
-def test_a_mask_on_another_device_is_refused():
-    layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
-    P = torch.randn(67, 11)
-    partials = torch.empty(ops.statistics_rows(67), layout.statistics_columns)
-    with pytest.raises(ValueError, match="`token_mask` must be on cpu"):
-        ops.mix(P, 16, layout, partials=partials, token_mask=torch.ones(67, device="meta"))
-
-
-@pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
-def test_a_seed_in_memory_makes_the_masks_of_its_number(seed):
-    layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
-    P, dZ = torch.randn(67, 11, device=DEVICE), torch.randn(67, 16, device=DEVICE)
-    in_memory = torch.tensor(seed, device=DEVICE)
-    options = {"dropout": 0.3}
-    Z = ops.mix(P, 16, layout, seed=seed, **options)
-    assert torch.equal(ops.mix(P, 16, layout, seed=in_memory, **options), Z)
-    assert not torch.equal(ops.mix(P, 16, layout, seed=in_memory + 1, **options), Z)
-    expected = ops.mix_backward(P, dZ, layout, seed=seed, **options)
-    for actual, wanted in zip(ops.mix_backward(P, dZ, layout, seed=in_memory, **options), expected, strict=True):
-        # Two kernels, compiled apart, may add in another order; another mask is far away.
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_of_parameters_lie_as_the_parameters_do():
@@ -377,22 +348,21 @@ def test_a_recomputation_leaves_out_the_output_that_nobody_needs(mode):
 
 @pytest.mark.parametrize("mode", ["alone", "base", "weight"])
 def test_autocast(mode):
-    tensors = make((3, 4, 13, 17, 67), torch.float32)
-    extra = {}
+    """An adapter computes in the dtype of autocast; gradients are in the dtype of the parameters."""
+    adapter = MultiHeadAdapter(13, 17, 4, 3, 1.7, init_weights=False).to(DEVICE).train()
+    x, extra = torch.randn(67, 13, device=DEVICE, requires_grad=True), {}
     if mode != "alone":
         extra[mode] = torch.randn((67, 17) if mode == "base" else (17, 13), device=DEVICE, dtype=torch.bfloat16)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        y = fused_multihead(**tensors, **extra)
-    expected = fused_multihead(**{**tensors, "x": tensors["x"].bfloat16()}, **extra)
+        y = adapter(x, **extra)
+    expected = adapter(x.bfloat16(), **extra)
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
     y.float().square().sum().backward()
-    assert tensors["x"].grad.dtype == tensors["A"].grad.dtype == torch.float32
+    assert x.grad.dtype == adapter.A.grad.dtype == torch.float32
 
 
 def test_errors(monkeypatch):
     tensors = make((3, 4, 13, 17, 9), torch.float32)
-    with pytest.raises(ValueError, match="not both"):
-        fused_multihead(**tensors, base=torch.zeros(9, 17), weight=torch.zeros(17, 13))
     monkeypatch.setenv(fused.KERNELS_VARIABLE, "cuda")
     with pytest.raises(ValueError, match="must be one of auto, triton, torch, got 'cuda'"):
         fused_multihead(**tensors)
@@ -410,7 +380,9 @@ def test_triton_in_its_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
     tests = Path(__file__).parents[1]
-    files = [__file__, str(tests / "kernels" / "test_balance.py"), str(tests / "tuner" / "test_prefetch.py")]
+    names = ["kernels/test_fused.py", "kernels/test_balance.py", "kernels/test_rank_space.py"]
+    names += ["kernels/test_triton_ops.py", "tuner/test_prefetch.py"]
+    files = [str(tests / name) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
         env=environment,
