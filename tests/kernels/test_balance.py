@@ -1,4 +1,4 @@
-"""Balance losses: the gradient that layers add in their backward pass against autograd through the formula."""
+"""Balance losses: the gradients that layers add in their backward pass against autograd through the formulas."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def error(a, b):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_gradient_is_that_of_the_formula(size, kind, masked, form):
+def test_gradient_equals_the_formula(size, kind, masked, form):
     num_heads, r, tokens = size
     # The composed form has no kernels of its own: float64 shows that it is exact.
     dtype = torch.float32 if form is fused_multihead else torch.float64
@@ -58,12 +58,12 @@ def test_gradient_is_that_of_the_formula(size, kind, masked, form):
         mask = (torch.arange(tokens, device=DEVICE) % 3 != 1).to(torch.uint8)
     upstream = torch.randn(tokens, 17, dtype=dtype, device=DEVICE)
     probe = probe_for(kind, tokens, num_heads, dtype, mask)
-    got = gradients(form, tensors, probe, upstream, scale=3.0, dropout=0.2, seed=4)
+    actual = gradients(form, tensors, probe, upstream, scale=3.0, dropout=0.2, seed=4)
 
     plain = (form(**tensors, dropout=0.2, seed=4) * upstream).sum()
     formula = balance_loss(tensors["x"] @ tensors["router"].T, kind, mask)
-    wanted = torch.autograd.grad(3.0 * (plain + 0.7 * formula), list(tensors.values()))
-    for name, a, b in zip(tensors, got, wanted, strict=True):
+    expected = torch.autograd.grad(3.0 * (plain + 0.7 * formula), list(tensors.values()))
+    for name, a, b in zip(tensors, actual, expected, strict=True):
         assert error(a, b) < (1e-5 if dtype == torch.float32 else 1e-9), name
     loss = (probe.tally.stats.loss / probe.tally.stats.tokens)[0]
     torch.testing.assert_close(loss, formula.detach().to(loss), rtol=1e-4, atol=1e-6)
@@ -77,33 +77,33 @@ def test_gradient_in_16_bits(kind):
     probe = probe_for(kind, 300, 3, torch.float32)
     grads = gradients(fused_multihead, {**tensors, "x": x}, probe, upstream)
     formula = balance_loss(x.float() @ tensors["router"].T, kind)
-    (wanted,) = torch.autograd.grad(formula * 0.7, tensors["router"])
+    (expected,) = torch.autograd.grad(formula * 0.7, tensors["router"])
     # One rounding of the logits, one of their gradient: 2**-9 each. "switch" jumps where rounding reorders heads.
-    assert error(grads[3], wanted) < (5e-2 if kind == "switch" else 2e-2)
+    assert error(grads[3], expected) < (5e-2 if kind == "switch" else 2e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_top_k_is_balanced_by_its_probabilities(kind):
-    """So that a head which is never chosen gets a gradient too."""
+    """A head outside of the top k gets a gradient too."""
     tensors = make(4, 3, 100, torch.float64)
     upstream = torch.zeros(100, 17, dtype=torch.float64, device=DEVICE)
     probe = probe_for(kind, 100, 4, torch.float64)
-    got = gradients(fused_multihead, tensors, probe, upstream, top_k=2)[3]
-    (wanted,) = torch.autograd.grad(0.7 * balance_loss(tensors["x"] @ tensors["router"].T, kind), tensors["router"])
-    assert error(got, wanted) < 1e-9
-    assert (got.norm(dim=1) > 0).all()
+    actual = gradients(fused_multihead, tensors, probe, upstream, top_k=2)[3]
+    (expected,) = torch.autograd.grad(0.7 * balance_loss(tensors["x"] @ tensors["router"].T, kind), tensors["router"])
+    assert error(actual, expected) < 1e-9
+    assert (actual.norm(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_given_logits(kind):
+def test_logits_of_tasks(kind):
     tensors = make(3, 4, 30, torch.float64)
     del tensors["router"]
     tensors["logits"] = torch.randn(30, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     upstream = torch.zeros(30, 17, dtype=torch.float64, device=DEVICE)
     for form in (fused_multihead, multihead_delta):
-        got = gradients(form, tensors, probe_for(kind, 30, 3, torch.float64), upstream)[3]
-        (wanted,) = torch.autograd.grad(0.7 * balance_loss(tensors["logits"], kind), tensors["logits"])
-        assert error(got, wanted) < 1e-9
+        actual = gradients(form, tensors, probe_for(kind, 30, 3, torch.float64), upstream)[3]
+        (expected,) = torch.autograd.grad(0.7 * balance_loss(tensors["logits"], kind), tensors["logits"])
+        assert error(actual, expected) < 1e-9
 
 
 def test_equal_heads_share_a_token():
@@ -115,8 +115,8 @@ def test_equal_heads_share_a_token():
     tensors["router"] = torch.zeros_like(tensors["router"]).requires_grad_(True)
     upstream = torch.zeros(10, 17, dtype=torch.float64, device=DEVICE)
     for kind in ("switch", "importance", "mutual_information"):
-        got = gradients(fused_multihead, tensors, probe_for(kind, 10, 4, torch.float64), upstream)
-        assert got[3].abs().max() < 1e-12
+        actual = gradients(fused_multihead, tensors, probe_for(kind, 10, 4, torch.float64), upstream)
+        assert actual[3].abs().max() < 1e-12
 
 
 def test_without_upstream_only_the_statistics_are_written():

@@ -52,7 +52,7 @@ def some_mask(*shape):
 
 CASES = {
     "plain": {},
-    "own_a": {"shared": False},
+    "separate_a": {"shared": False},
     "top_k": {"top_k": 2, "anchored": False},
     "uniform": {"router": False},
     "logits": {"router": False, "logits": True},
@@ -94,9 +94,9 @@ def test_compiled_equals_eager(name):
         options = {**anchors, "scaling": 0.5, "dropout": 0.3, "top_k": top_k}
         tallies = (None, None) if name == "uniform" else (new_tally(), new_tally())
         mask = some_mask(2 * T)
-        wanted = results(fused_multihead, tensors, upstream, tallies[0], mask, seed=step + 2**40, **options)
-        got = results(compiled, tensors, upstream, tallies[1], mask, seed=torch.tensor(step + 2**40), **options)
-        for a, b in zip(got, wanted, strict=True):
+        expected = results(fused_multihead, tensors, upstream, tallies[0], mask, seed=step + 2**40, **options)
+        actual = results(compiled, tensors, upstream, tallies[1], mask, seed=torch.tensor(step + 2**40), **options)
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         if name != "uniform":
             assert tallies[1].stats.tokens[0] == mask.sum()
@@ -113,10 +113,10 @@ def test_input_dropout_and_balance_of_the_composed_form(form):
     position = {"dropout_position": "input"} if form is multihead_delta else {}
     options = {**anchors, "dropout": 0.3, "seed": torch.tensor(4), **position}
     first, second = new_tally(), new_tally()
-    wanted = results(form, tensors, upstream, first, mask, **options)
+    expected = results(form, tensors, upstream, first, mask, **options)
     compiled = torch.compile(form, backend="aot_eager", fullgraph=True)
-    got = results(compiled, tensors, upstream, second, mask, **options)
-    for a, b in zip(got, wanted, strict=True):
+    actual = results(compiled, tensors, upstream, second, mask, **options)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(second.stats.data, first.stats.data)
     assert second.stats.tokens[0] == mask.sum()
@@ -129,9 +129,9 @@ def test_inductor():
     compiled = torch.compile(compiled_multihead, fullgraph=True)
     upstream, tallies = torch.randn(2, T, D_OUT), (new_tally(), new_tally())
     options = {**anchors, "dropout": 0.3}
-    wanted = results(fused_multihead, tensors, upstream, tallies[0], seed=5, **options)
-    got = results(compiled, tensors, upstream, tallies[1], seed=torch.tensor(5), **options)
-    for a, b in zip(got, wanted, strict=True):
+    expected = results(fused_multihead, tensors, upstream, tallies[0], seed=5, **options)
+    actual = results(compiled, tensors, upstream, tallies[1], seed=torch.tensor(5), **options)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tallies[1].stats.data, tallies[0].stats.data)
 
@@ -214,21 +214,21 @@ def test_compiled_model(router, reentrant):
     options = {"router": "task", "tasks": ["a", "b"]} if router == "task" else {}
     net, adapters = adapted_net(reentrant, head_dropout=0.0, **options)
     routing, compiled = adapters[0].routing, torch.compile(net, backend="aot_eager", fullgraph=True)
-    known = []
+    graph_counts = []
     for rows, length in [(3, 5), (3, 5), (4, 7), (2, 6), (5, 8)]:
         x = torch.randn(rows, length, 12, requires_grad=True)
         mask = some_mask(rows, length)
         task_ids = torch.arange(rows) % 3 - 1 if router == "task" else None
-        wanted, wanted_stats = step(net, net, routing, x, mask, task_ids)
-        got, stats = step(net, compiled, routing, x, mask, task_ids)
-        for a, b in zip(got, wanted, strict=True):
+        expected, expected_stats = step(net, net, routing, x, mask, task_ids)
+        actual, stats = step(net, compiled, routing, x, mask, task_ids)
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert stats.tokens.tolist() == [mask.sum()] * 2
-        torch.testing.assert_close(stats.data, wanted_stats.data)
-        known.append(graphs())
-    assert known[:3] == [1, 1, 2]
+        torch.testing.assert_close(stats.data, expected_stats.data)
+        graph_counts.append(graphs())
+    assert graph_counts[:3] == [1, 1, 2]
     # torch 2.6 takes the sizes of a tensor that an object holds, as a routing state holds the mask, for constants.
-    assert torch.__version__.startswith("2.6") or known[3:] == [2, 2]
+    assert torch.__version__.startswith("2.6") or graph_counts[3:] == [2, 2]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -262,17 +262,17 @@ def test_usage_is_counted():
     net.eval()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for _ in range(2):
-        x, found = torch.randn(3, 5, 12), []
+        x, outputs = torch.randn(3, 5, 12), []
         routing = adapters[0].routing
         routing.update(token_mask=some_mask(3, 5))
         for forward in (net, compiled):
             usage = HeadUsage(1, 2, N)
             routing.update(usage=usage)
             with torch.no_grad():
-                found.append((forward(x), usage.weights, usage.tokens))
-        for a, b in zip(*found, strict=True):
+                outputs.append((forward(x), usage.weights, usage.tokens))
+        for a, b in zip(*outputs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert found[1][2].sum() == 2 * routing.batch.token_mask.sum()
+        assert outputs[1][2].sum() == 2 * routing.batch.token_mask.sum()
         assert graphs() == 1
 
 

@@ -41,7 +41,7 @@ TOLERANCE = {
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
-    """What is allocated and not written shows as NaN."""
+    """Memory that is allocated and never written shows as NaN."""
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
 
@@ -53,14 +53,14 @@ def poisoned_allocations(monkeypatch):
         monkeypatch.setattr(torch, name, poisoned)
 
 
-def make(size, dtype, routed=True, anchored=True, shared=True, given_logits=False):
+def make(size, dtype, routed=True, anchored=True, shared=True, task_logits=False):
     num_heads, r, d_in, d_out, tokens = size
     scale = {"x": 1.0, "B": r**-0.5, "anchor_B": r**-0.5, "logits": 1.0}
     heads = () if shared else (num_heads,)
     shapes = {"x": (tokens, d_in), "A": (*heads, r, d_in), "B": (num_heads, d_out, r)}
-    shapes |= {"router": (num_heads, d_in)} if routed and not given_logits else {}
+    shapes |= {"router": (num_heads, d_in)} if routed and not task_logits else {}
     shapes |= {"anchor_A": (*heads, r, d_in), "anchor_B": (*heads, d_out, r)} if anchored else {}
-    shapes |= {"logits": (tokens, num_heads)} if given_logits else {}
+    shapes |= {"logits": (tokens, num_heads)} if task_logits else {}
     weight_dtype = dtype if dtype == torch.float64 else torch.float32
     return {
         name: (scale.get(name, d_in**-0.5) * torch.randn(shape, dtype=torch.float64))
@@ -157,14 +157,14 @@ def test_of_equal_logits_the_first_are_kept():
     tensors["router"] = torch.zeros_like(tensors["router"])
     first = {**tensors, "router": None, "B": tensors["B"][:2]}
     anchors = {"anchor_A": None, "anchor_B": None}
-    kept = fused_multihead(**{**tensors, **anchors}, top_k=2)
-    torch.testing.assert_close(kept, fused_multihead(**{**first, **anchors}))
+    y = fused_multihead(**{**tensors, **anchors}, top_k=2)
+    torch.testing.assert_close(y, fused_multihead(**{**first, **anchors}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("anchored", [True, False])
-def test_given_logits(anchored, dtype):
-    tensors = make((3, 4, 13, 17, 67), dtype, anchored=anchored, given_logits=True)
+def test_logits_of_tasks(anchored, dtype):
+    tensors = make((3, 4, 13, 17, 67), dtype, anchored=anchored, task_logits=True)
     compare(tensors, dtype, dropout=0.3, seed=11, mode="base")
 
 
@@ -206,7 +206,7 @@ def test_non_contiguous_input_and_gradient():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_only_what_is_asked_for():
+def test_only_the_gradients_that_are_needed():
     tensors = make((3, 4, 13, 17, 8), torch.float32)
     for trained in TRAINED[:4]:
         for name in TRAINED[:4]:
@@ -235,9 +235,9 @@ def test_saved_for_backward(routed, dropout):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize(("shared", "top_k", "given_logits"), [(False, 0, False), (True, 2, False), (True, 0, True)])
-def test_inference_of_the_other_kinds(shared, top_k, given_logits, tokens):
-    made = make((3, 4, 13, 17, tokens), torch.float32, shared=shared, given_logits=given_logits)
+@pytest.mark.parametrize(("shared", "top_k", "task_logits"), [(False, 0, False), (True, 2, False), (True, 0, True)])
+def test_inference_of_the_other_kinds(shared, top_k, task_logits, tokens):
+    made = make((3, 4, 13, 17, tokens), torch.float32, shared=shared, task_logits=task_logits)
     weights = {name: t.detach() for name, t in made.items()}
     x, logits = weights.pop("x"), weights.pop("logits", None)
     spec = fused.DeltaSpec(Layout(3, 4, shared=shared, top_k=top_k), 1.7)
@@ -279,14 +279,14 @@ def test_layers_concatenated_together_are_those_concatenated_one_by_one(routed, 
     spec = fused.DeltaSpec(Layout(3, 4, routed, anchored, shared), 1.7)
     expected = [fused.concat_weights(*tensors, spec, dtype) for tensors in layers]
     for addresses in (None, expected[0].ops.addresses_of(layers)):
-        for found, wanted in zip(fused.concat_layers(layers, addresses, spec, dtype), expected, strict=True):
-            assert found[4:] == wanted[4:]
-            for tensor, one_by_one in zip(found[:4], wanted[:4], strict=True):
+        for together, alone in zip(fused.concat_layers(layers, addresses, spec, dtype), expected, strict=True):
+            assert together[4:] == alone[4:]
+            for tensor, one_by_one in zip(together[:4], alone[:4], strict=True):
                 assert torch.equal(tensor, one_by_one) and tensor.stride() == one_by_one.stride()
 
 
-def test_an_input_that_has_to_be_copied_is_kept_once():
-    """What has its rows apart is kept as it is, not as a copy beside it."""
+def test_an_input_that_must_be_copied_is_saved_once():
+    """An input with strided rows is saved itself, not as a copy beside it."""
     tensors = make((3, 4, 13, 17, 20), torch.float32)
     x = tensors.pop("x").detach().view(4, 5, 13).transpose(0, 1)
     saved = []
@@ -297,10 +297,10 @@ def test_an_input_that_has_to_be_copied_is_kept_once():
     expected = fused_multihead(x.contiguous(), **tensors)
     upstream = torch.randn_like(y)
     inputs = [tensors[name] for name in ("A", "B", "router")]
-    for found, wanted in zip(
+    for actual, reference in zip(
         torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(actual, reference)
 
 
 def test_gradients_of_parameters_lie_as_the_parameters_do():
@@ -330,7 +330,7 @@ class _CountedProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["alone", "base", "weight"])
-def test_a_recomputation_leaves_out_the_output_that_nobody_needs(mode):
+def test_a_recomputation_skips_the_unused_output(mode):
     """As for a plain frozen layer at the end of a checkpointed block, whose product is not run a second time."""
     tensors = make((3, 4, 13, 17, 67), torch.float32)
     extra = {} if mode == "alone" else {mode: torch.randn((67, 17) if mode == "base" else (17, 13), device=DEVICE)}

@@ -1,4 +1,4 @@
-"""The operators for `torch.compile`: sound for the compiler, whatever the strides of what they get."""
+"""The operators for `torch.compile`: sound for the compiler, for inputs of any strides."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from rlora_trl.kernels.rank_space import Layout
 T, N, R = 37, 3, 4
 LAYOUTS = {
     "plain": Layout(N, R),
-    "own_a": Layout(N, R, anchored=False, shared=False, top_k=2),
+    "separate_a": Layout(N, R, anchored=False, shared=False, top_k=2),
 }
 
 
@@ -43,5 +43,5 @@ def test_operators_take_any_strides():
     assert torch.equal(Z, operators.mix(P.contiguous(), None, 0.0, 12, *layout))
     dZ = torch.tensor(1.0).expand(5, 12)
     expected = rank_space.mix_backward(P.contiguous(), torch.ones(5, 12), layout)
-    for actual, wanted in zip(operators.mix_backward(P, dZ, None, 0.0, 1.0, 0, *layout), expected, strict=True):
-        assert torch.equal(actual, wanted)
+    for actual, reference in zip(operators.mix_backward(P, dZ, None, 0.0, 1.0, 0, *layout), expected, strict=True):
+        assert torch.equal(actual, reference)

@@ -21,9 +21,9 @@ def test_a_seed_in_memory_makes_the_masks_of_its_number(seed):
     assert torch.equal(ops.mix(P, 16, layout, seed=in_memory, **options), Z)
     assert not torch.equal(ops.mix(P, 16, layout, seed=in_memory + 1, **options), Z)
     expected = ops.mix_backward(P, dZ, layout, seed=seed, **options)
-    for actual, wanted in zip(ops.mix_backward(P, dZ, layout, seed=in_memory, **options), expected, strict=True):
+    for actual, reference in zip(ops.mix_backward(P, dZ, layout, seed=in_memory, **options), expected, strict=True):
         # Two kernels, compiled apart, may add in another order; another mask is far away.
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 301])
@@ -42,8 +42,8 @@ def test_statistics(tokens, top_k):
     largest = torch.nn.functional.one_hot(logits.argmax(-1), 5).double()
     weights = rank_space.routing_weights(logits, top_k)
     scalars = [len(logits), (logits.exp().sum(-1).log() ** 2).sum(), -(p * p.log()).sum()]
-    wanted = torch.cat([torch.tensor(scalars).to(p), largest.sum(0), p.sum(0), weights.sum(0)])
-    torch.testing.assert_close(partials.sum(0).double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = torch.cat([torch.tensor(scalars).to(p), largest.sum(0), p.sum(0), weights.sum(0)])
+    torch.testing.assert_close(partials.sum(0).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def random_sums(num_heads):
@@ -71,13 +71,13 @@ def test_shares_of_the_whole_step(kind, has_prior):
     P = p.mean(0)
     if has_prior:  # 100 of 400 tokens were seen
         f, P = 0.25 * f + 0.75 * prior[:3], 0.25 * P + 0.75 * prior[3:]
-    wanted = {
+    expected = {
         "switch": torch.cat([num_heads * f, torch.zeros(2).to(f)]),
         "importance": torch.cat([2 * num_heads * P, torch.zeros(2).to(f)]),
         "mutual_information": torch.cat([P.log(), torch.tensor([1.0, 0.0]).to(f)]),
         "z": torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]).to(f),
     }[kind]
-    torch.testing.assert_close(coeffs, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(coeffs, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stats[: rank_space.stats_columns(3)], (sums1 + sums2)[0])
 
 
