@@ -6,8 +6,8 @@ their published code in its order. Over heads i, with s the scaling and w the so
     HydraLoRA   y = W x + sum_i w_i B_i (A drop(x)) s       a fresh mask on x in each iteration
     R-LoRA      y = W x + sum_i w_i B_i (drop(A x)) s       a fresh mask on A x in each iteration
 
-Both compute the product with A inside of the loop, once for each head, and autograd keeps what each iteration needs.
-`a_once` takes it out, which changes nothing for R-LoRA but its cost; HydraLoRA then has one mask for all heads.
+Both compute the product with A inside the loop, once for each head, and autograd saves the tensors of each iteration.
+`a_once` moves it out, which changes only the cost of R-LoRA; HydraLoRA then has one mask for all heads.
 """
 
 import torch
@@ -23,7 +23,7 @@ class LoopLinear(nn.Module):
         r (`int`), num_heads (`int`), scaling (`float`): Rank of the heads, their number, and the factor of their sum.
         dropout (`float`): Probability that an element is dropped.
         head_dropout (`bool`): Dropout on A x (R-LoRA) rather than on x (HydraLoRA).
-        a_once (`bool`, *optional*, defaults to `False`): Compute A x before the loop.
+        a_once (`bool`, *optional*, defaults to `False`): Compute A x once, before the loop.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class LoopLinear(nn.Module):
         """x `[..., d_in]` to `[..., d_out]`, in the dtype of the base layer's output."""
         result = self.base_layer(x)
         weights = torch.softmax(self.lora_route(x), dim=-1, dtype=torch.float32).to(result.dtype)
-        known = None
+        h_once = None
         if self.a_once:
-            known = self.lora_A(x if self.head_dropout else self.dropout(x))
+            h_once = self.lora_A(x if self.head_dropout else self.dropout(x))  # [..., r]
         for i, head in enumerate(self.lora_B):
             if self.head_dropout:
-                h = self.dropout(self.lora_A(x) if known is None else known)
+                h = self.dropout(self.lora_A(x) if h_once is None else h_once)
             else:
-                h = self.lora_A(self.dropout(x)) if known is None else known
+                h = self.lora_A(self.dropout(x)) if h_once is None else h_once
             result = result + weights[..., i].unsqueeze(-1) * head(h) * self.scaling
         return result
 

@@ -272,7 +272,7 @@ CONTRACT = [Row(*row) for row in (
     ("torch._subclasses.fake_tensor", "FakeTensorMode", None, "memory of a step"),
     ("torch.utils._python_dispatch", "TorchDispatchMode", None, "memory of a step"),
     ("torch.utils._pytree", "tree_leaves", "tree", "memory of a step"),
-    ("triton.runtime.jit:JITFunction", "run", None, "how kernels are launched; see tests/kernels/test_launching.py"),
+    ("triton.runtime.jit:JITFunction", "run", None, "how kernels are launched; see tests/kernels/test_triton_ops.py"),
     ("bitsandbytes/functional.py", "packing_format_for_cpu = True", None, "4-bit weights in another order on some CPUs"),
     ("bitsandbytes/nn/modules.py", "support_avx512bf16_for_cpu", None, "4-bit weights in another order on some CPUs"),
     ("bitsandbytes.nn:Linear4bit", "_save_to_state_dict", "destination, prefix, keep_vars", "it puts 4-bit weights back in order"),

@@ -1,8 +1,8 @@
-"""Losses that keep the heads of a router in use, and how their gradients enter the backward pass.
+"""Balance losses keep all heads of a router in use; how their gradients enter the backward pass.
 
-A balance loss is a function of the router's logits alone, so its gradient is added where the gradient of the logits is
-made: in the backward pass of each layer. Nothing is collected in the forward pass, where gradient checkpointing would
-lose or double it, and no tensor is kept for it but a few sums of each layer.
+A balance loss is a function of the router's logits alone, so each layer adds its gradient where the backward pass
+computes the gradient of the logits. The forward pass collects nothing, because gradient checkpointing would lose or
+double it, and keeps no tensor but a few sums of each layer.
 
 With p_t the softmax of the logits of token t, P_i and f_i the mean over the tokens that count of p_ti and of [head i
 has the largest p_t], and H the entropy:
@@ -13,7 +13,8 @@ has the largest p_t], and H the entropy:
     z                    mean_t (log sum_i exp l_ti)^2         Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, section 3
 
 Each has, for one token, a derivative for p_ti that depends on the sums alone (N f_i, 2 N P_i, log P_i, 0), one for the
-token's entropy and one for its squared log-sum-exp: these N + 2 numbers are the `slope`.
+entropy of the token and one for its squared log-sum-exp: these N + 2 numbers are the coefficients (`coeffs`) of its
+gradient.
 """
 
 from __future__ import annotations
@@ -27,80 +28,90 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import rank_space
-from .rank_space import Layout
+from .rank_space import Layout, stats_columns
 
 
-BALANCE_LOSSES = ("none", "switch", "importance", "mutual_information", "z")
+# Rows of float32 start at multiples of 16 bytes, which loads and stores of the kernels prefer.
+_ALIGNED_COLUMNS = 4
 
 
-def balance_loss(logits: torch.Tensor, kind: str, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+class RoutingStats(NamedTuple):
     """
-    The balance loss of one layer, written out, for autograd; in float32 or wider.
+    Sums over the tokens that count, one row for each of L layers, with a name for each group of columns.
 
     Args:
-        logits (`torch.Tensor` of shape `[T, N]`): The router's logits.
-        kind (`str`): One of `BALANCE_LOSSES`; "none" gives zero.
-        token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count.
-
-    Returns:
-        `torch.Tensor`: A scalar.
-
-    Raises:
-        ValueError: If `kind` is unknown.
+        data (`torch.Tensor` of shape `[L, at least 3 + 3 N + 1]`): The columns of `rank_space.routing_stats`, then the
+            balance loss times its tokens.
+        num_heads (`int`): N.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if token_mask is not None:
-        logits = logits[token_mask.bool()]
-    num_heads = logits.shape[-1]
-    p = logits.softmax(-1)
-    mean = p.mean(0)
-    if kind == "none":
-        return logits.new_zeros(())
-    if kind == "switch":
-        top = (p == p.amax(-1, keepdim=True)).to(p.dtype)
-        return num_heads * ((top / top.sum(-1, keepdim=True)).mean(0) * mean).sum()
-    if kind == "importance":
-        return mean.var(correction=0) / mean.mean() ** 2
-    if kind == "mutual_information":
-        return (mean * mean.log()).sum() - (p * logits.log_softmax(-1)).sum(-1).mean()
-    if kind == "z":
-        return (logits.logsumexp(-1) ** 2).mean()
-    raise ValueError(f"`kind` must be one of {', '.join(BALANCE_LOSSES)}, got {kind!r}. Use 'switch', for example.")
+
+    data: torch.Tensor
+    num_heads: int
+
+    @classmethod
+    def zeros(cls, num_layers: int, num_heads: int, device: torch.device | str | None = None) -> RoutingStats:
+        """Statistics of no tokens."""
+        columns = stats_columns(num_heads) + 1
+        return cls(torch.zeros(num_layers, columns + -columns % _ALIGNED_COLUMNS, device=device), num_heads)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Tokens that count, `[L]`."""
+        return self.data[:, 0]
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Entropies of the probabilities, in nats, `[L]`."""
+        return self.data[:, 2]
+
+    @property
+    def head_shares(self) -> torch.Tensor:
+        """The sums behind f, then those behind P, `[L, 2 N]`."""
+        return self.data[:, 3 : 3 + 2 * self.num_heads]
+
+    @property
+    def head_weights(self) -> torch.Tensor:
+        """Weights of the heads, `[L, N]`."""
+        return self.data[:, 3 + 2 * self.num_heads : stats_columns(self.num_heads)]
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """The balance loss times the tokens of its micro-batch, `[L]`."""
+        return self.data[:, stats_columns(self.num_heads)]
 
 
 _serials = itertools.count()
-# By serial number, for operators of compiled graphs: a number can be the value of a tensor, which an object can't.
+# By serial number, for the operators of compiled graphs: a tensor can hold a number, but no object.
 _tallies: weakref.WeakValueDictionary[int, RoutingTally] = weakref.WeakValueDictionary()
 
 
 @dataclass
 class RoutingTally:
     """
-    What the layers share during the forward and backward passes of one micro-batch, and where they write their sums.
+    The balance loss of one micro-batch, which all layers share during its forward and backward pass.
 
     Args:
-        record (`torch.Tensor` of shape `[L, at least 3 + 3 N + 1]`):
-            A row for each layer, to which its `rank_space.statistics` are added, and in the column after them its loss
-            times its tokens. See [`new_record`].
-        kind (`str`): One of `BALANCE_LOSSES`.
-        factor (`float`):
-            What the gradient of the sum over tokens is multiplied by: the coefficient over layers and tokens of the
-            whole step.
-        whole_step (`bool`): Take shares of heads over the whole step, as far as they are known, not the micro-batch.
-        expected_tokens (`float`): Tokens of the whole step on all ranks, for `whole_step`.
-        prior (`torch.Tensor` of shape `[L, at least 2 N]`, *optional*):
+        stats ([`RoutingStats`]): Each layer adds its sums to its row.
+        kind (`str`, *optional*, defaults to `"none"`): One of `BALANCE_LOSSES`.
+        factor (`float`, *optional*, defaults to `0.0`):
+            Factor of the gradient of the sum over tokens: the coefficient divided by the layers and by the tokens of
+            the whole step.
+        whole_step (`bool`, *optional*, defaults to `False`):
+            Use shares of heads over the whole step, as far as they are known, rather than over the micro-batch.
+        expected_tokens (`float`, *optional*, defaults to `0.0`):
+            Tokens of the whole step on all ranks, for `whole_step`.
+        prior (`torch.Tensor` of shape `[L, 2 N]`, *optional*):
             Shares f and P of the step before, on all ranks, for `whole_step`. They stand in for the part of the step
             that this rank has not seen.
         upstream (`torch.Tensor`, *optional*):
-            The gradient that the loss of the micro-batch receives, with any loss scaling in it. Set by
+            The gradient that the loss of the micro-batch receives, including any loss scaling. Set by
             [`capture_loss_grad`]; until then layers add no gradient.
 
     Attributes:
-        ticket (`torch.Tensor`): A scalar on the CPU by which [`tally_of`] finds the tally, while it lives.
+        ticket (`torch.Tensor`): A scalar on the CPU by which [`tally_of`] finds the tally while it lives.
     """
 
-    record: torch.Tensor
+    stats: RoutingStats
     kind: str = "none"
     factor: float = 0.0
     whole_step: bool = False
@@ -110,6 +121,8 @@ class RoutingTally:
     ticket: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.prior is not None:
+            self.prior = torch.nn.functional.pad(self.prior, (0, -self.prior.shape[1] % _ALIGNED_COLUMNS))
         serial = next(_serials)
         _tallies[serial] = self
         self.ticket = torch.tensor(serial, dtype=torch.int64, device="cpu")
@@ -120,38 +133,43 @@ def tally_of(ticket: torch.Tensor) -> RoutingTally:
     The tally with this ticket.
 
     Raises:
-        RuntimeError: If there is none any more.
+        RuntimeError: If the tally no longer exists.
     """
     serial = int(ticket)
     tally = _tallies.get(serial)
     if tally is None:
         raise RuntimeError(
-            f"The routing tally {serial} that a backward pass was to report to is gone. Keep it until the "
-            "backward pass is over."
+            f"A backward pass reports to routing tally {serial}, which no longer exists. Keep a reference to the "
+            "tally until its backward pass has finished."
         )
     return tally
 
 
-def new_record(num_layers: int, num_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """A record of zeros for [`RoutingTally`]; its rows start at multiples of 16 bytes, which the kernels like."""
-    columns = Layout(num_heads, 1).statistics_columns + 1
-    return torch.zeros(num_layers, -(-columns // 4) * 4, device=device)
-
-
 class LayerProbe(NamedTuple):
-    """The tally, the row of one layer in it, and a mask `[T]` (`uint8`) of the tokens that count, if not all do."""
+    """The tally, one layer's row in it, and a mask `[T]` (`uint8`) of the tokens that count, unless all do."""
 
     tally: RoutingTally
     row: int
     token_mask: torch.Tensor | None = None
 
-    def close(self, ops: ModuleType, partials: torch.Tensor, layout: Layout) -> torch.Tensor | None:
-        """Add the sums of a layer to the record; the slope of its balance loss, or `None` without one."""
+    def finish(self, ops: ModuleType, partials: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+        """
+        Add the sums of the layer to its statistics, at the start of its backward pass.
+
+        Args:
+            ops (`ModuleType`): The back end, see `fused.backend`.
+            partials (`torch.Tensor` of shape `[rows, 3 + 3 N]`): Partial sums of `rank_space.routing_stats`.
+            layout ([`Layout`]): Of the layer.
+
+        Returns:
+            `torch.Tensor` of shape `[N + 2]` or `None`: Coefficients of the gradient of the balance loss, if there is
+            one.
+        """
         tally = self.tally
         active = tally.kind != "none" and tally.upstream is not None
         return ops.finalize_routing_stats(
             partials,
-            tally.record[self.row],
+            tally.stats.data[self.row],
             tally.prior[self.row] if tally.prior is not None and tally.whole_step else None,
             layout,
             kind=tally.kind,
@@ -163,7 +181,7 @@ class LayerProbe(NamedTuple):
 
 
 class _CaptureLossGrad(torch.autograd.Function):
-    """The identity; its backward pass, which comes before that of all layers, notes the gradient of the loss."""
+    """The identity; its backward pass, which runs before that of all layers, keeps the gradient of the loss."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, tally: RoutingTally) -> torch.Tensor:
@@ -178,42 +196,16 @@ class _CaptureLossGrad(torch.autograd.Function):
 
 
 def capture_loss_grad(loss: torch.Tensor, tally: RoutingTally) -> torch.Tensor:
-    """The loss of a micro-batch, through which its layers learn by what gradients are scaled (fp16, DeepSpeed)."""
+    """
+    The identity on a loss, whose backward pass stores the incoming gradient in `tally`.
+
+    Balance gradients are then scaled like the loss itself (fp16 loss scaling, DeepSpeed, accumulation).
+
+    Args:
+        loss (`torch.Tensor`): The loss of a micro-batch, a scalar.
+        tally ([`RoutingTally`]): The tally of its layers.
+
+    Returns:
+        `torch.Tensor`: The loss.
+    """
     return _CaptureLossGrad.apply(loss, tally)
-
-
-def report(P: torch.Tensor, dP: torch.Tensor, layout: Layout, probe: LayerProbe) -> torch.Tensor:
-    """Add the sums of a layer to the record, and the gradient of its balance loss to `dP`, in place."""
-    partials = rank_space.statistics(P, layout, probe.token_mask).unsqueeze(0)
-    slope = probe.close(rank_space, partials, layout)
-    if slope is not None:
-        rank_space.logits_of(dP, layout).add_(rank_space.balance_gradient(P, layout, slope, probe.token_mask))
-    return dP
-
-
-class _ProbedProjections(torch.autograd.Function):
-    """The identity on the projections P; the backward pass adds the gradient of the balance loss to the logits'."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        P: torch.Tensor,
-        token_mask: torch.Tensor | None,
-        ticket: torch.Tensor,
-        row: int,
-        layout: Layout,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(P, token_mask, ticket)
-        ctx.row, ctx.layout = row, layout
-        return P.view_as(P)
-
-    @staticmethod
-    def backward(ctx: Any, dP: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        P, token_mask, ticket = ctx.saved_tensors
-        # By name, as the operator is defined where this module is needed.
-        return torch.ops.rlora_trl.record(P, dP, token_mask, ticket, ctx.row, *ctx.layout), None, None, None, None
-
-
-def probe_projections(P: torch.Tensor, layout: Layout, probe: LayerProbe) -> torch.Tensor:
-    """P `[T, K]` itself, with the balance loss attached to its logits, for forms that autograd takes apart."""
-    return _ProbedProjections.apply(P, probe.token_mask, probe.tally.ticket, probe.row, layout)

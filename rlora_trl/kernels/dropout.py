@@ -1,9 +1,9 @@
-"""Dropout masks that are a function of a seed and a position, so that none is ever stored.
+"""Dropout masks as a function of a seed and a position, so that no mask is ever stored.
 
 A mask element is `hash(seed, index) >= p * 2**32`, where `index` counts the elements of the masked tensor. The forward
-pass keeps the seed; whoever needs the mask again (the backward pass, a recomputation under gradient checkpointing)
-computes it again. A counter-based hash is used rather than a `torch.Generator` because any element can be computed by
-itself: a GPU kernel and this module give the same bits, whatever the tiling.
+pass saves the seed; the backward pass, or a recomputation under gradient checkpointing, computes the mask again. A
+counter-based hash rather than a `torch.Generator` computes any element independently of the others: a GPU kernel and
+this module give the same bits, whatever the tiling.
 """
 
 import torch
@@ -31,8 +31,15 @@ def _mix32(value: torch.Tensor) -> torch.Tensor:
 
 def mask_parameters(seed: int, p: float) -> tuple[int, int, int]:
     """
-    What a mask is made of: two 32-bit keys that each depend on all bits of the seed (the finalizer of SplitMix64), and
-    the 32-bit threshold that the bits of an element that is kept reach.
+    The numbers that define a mask.
+
+    Args:
+        seed (`int`): Seed of the mask.
+        p (`float`): Probability in `[0, 1)` that an element is dropped.
+
+    Returns:
+        `tuple[int, int, int]`: Two 32-bit keys that each depend on all bits of the seed (the finalizer of SplitMix64),
+        and [`mask_threshold`].
     """
     value = (seed + _GOLDEN) & _MASK64
     value = ((value ^ (value >> 30)) * _SPLITMIX_MULTIPLIERS[0]) & _MASK64
@@ -42,7 +49,7 @@ def mask_parameters(seed: int, p: float) -> tuple[int, int, int]:
 
 
 def mask_threshold(p: float) -> int:
-    """What the 32 bits of an element that is kept reach."""
+    """The smallest 32 bits of an element that dropout keeps, with probability `p` of dropping it."""
     return round(p * 2**32)
 
 
@@ -50,7 +57,7 @@ def _tensor_keys(seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys of [`mask_parameters`] from a seed in an int64 tensor, whose arithmetic wraps as needed."""
 
     def shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-        return (value >> bits) & (_MASK64 >> bits)  # without the copies of the sign
+        return (value >> bits) & (_MASK64 >> bits)  # a logical shift, without copies of the sign
 
     value = seed + _wrapped(_GOLDEN)
     value = (value ^ shifted(value, 30)) * _wrapped(_SPLITMIX_MULTIPLIERS[0])
@@ -69,7 +76,7 @@ def draw_seed() -> int:
     Draw the seed of one dropout mask from PyTorch's default CPU generator.
 
     Gradient checkpointing restores that generator before it recomputes a forward pass, so the recomputation draws the
-    same seed. The rank is mixed in because trainers seed all ranks alike, and ranks must not share masks.
+    same seed. The rank is mixed in, because trainers seed all ranks identically and ranks must not share masks.
 
     Returns:
         `int`: A seed in `[0, 2**63)`.
@@ -81,7 +88,7 @@ def draw_seed() -> int:
 
 
 def draw_seed_tensor(device: torch.device) -> torch.Tensor:
-    """[`draw_seed`] for code under `torch.compile`: a scalar int64 tensor, from the generator of `device`."""
+    """[`draw_seed`] under `torch.compile`: a scalar int64 tensor, from the generator of `device`."""
     seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
     if _DISTRIBUTED and torch.distributed.is_initialized():
         seed = seed ^ ((torch.distributed.get_rank() * _GOLDEN) & (2**62 - 1))
@@ -102,7 +109,7 @@ def keep_mask(
         p (`float`):
             Probability in `[0, 1)` that an element is dropped.
         device (`torch.device` or `str`, *optional*):
-            Where the mask is made.
+            Device of the mask.
 
     Returns:
         `torch.Tensor`: Boolean tensor of that shape, `True` with probability `1 - p`.
@@ -111,12 +118,14 @@ def keep_mask(
     for size in shape:
         count = count * size
     index = torch.arange(count, device=device, dtype=torch.int64) & _MASK32
+
     first: int | torch.Tensor
     second: int | torch.Tensor
     if isinstance(seed, torch.Tensor):
         first, second = _tensor_keys(seed)
     else:
         first, second, _ = mask_parameters(seed, p)
-    # Two rounds: after one, the masks of two seeds would be one sequence read in different orders.
+
+    # Two rounds: after one, the masks of two seeds would be the same sequence read in different orders.
     bits = _mix32(_mix32((index + first) & _MASK32) ^ second)
     return (bits >= mask_threshold(p)).view(shape)

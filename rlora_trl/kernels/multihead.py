@@ -1,4 +1,4 @@
-"""The multi-head delta composed of PyTorch's own operations, for autograd to take apart.
+"""The multi-head delta composed of PyTorch's own operations, which autograd differentiates.
 
 With h = A x, h0 = A0 x and the weights w of the router, equation 4 of the R-LoRA paper (arXiv 2502.15455) reads
 
@@ -9,7 +9,7 @@ Heads are weighted and masked in rank space, where they are `r` wide, not `d_out
     z_i = w_i (m_i . h) / (1 - p) - h0 / N                 [T, r] for each head
     y   = s (sum_i B_i z_i + (mean_i B_i - Bbar0) h0)      one product with [B_1 .. B_N, mean B - Bbar0]
 
-which is the same function, but the offset cancels before anything is rounded to 16 bits: where the adapter is at its
+which is the same function, but the offset cancels before anything is rounded to 16 bits: while the adapter is at its
 initial value and the weights are 1 / N, both terms are exactly zero in every dtype.
 """
 
@@ -17,8 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from . import rank_space
-from .balance import LayerProbe, probe_projections
+from .balance import LayerProbe
 from .dropout import keep_mask
+from .operators import probe_projections
 
 
 def multihead_delta(
@@ -38,7 +39,7 @@ def multihead_delta(
     probe: LayerProbe | None = None,
 ) -> torch.Tensor:
     """
-    What a multi-head adapter adds to the output of its layer.
+    The delta that a multi-head adapter adds to the output of its layer.
 
     The products run in the dtype of `x`, so the small weights are cast and the activations are not; softmax, mixing
     and the cancellation of the offset run in float32 (float64 for float64 inputs).
@@ -47,7 +48,7 @@ def multihead_delta(
         x (`torch.Tensor` of shape `[..., d_in]`):
             Input of the layer.
         A (`torch.Tensor` of shape `[r, d_in]` or `[N, r, d_in]`):
-            Down-projection, of all heads or one for each.
+            Down-projection, shared or one for each head.
         B (`torch.Tensor` of shape `[N, d_out, r]`):
             Head matrices.
         router (`torch.Tensor` of shape `[N, d_in]`, *optional*):
@@ -62,26 +63,25 @@ def multihead_delta(
         seed (`int` or scalar int64 `torch.Tensor`, *optional*):
             Seed of the dropout mask.
         dropout_position (`str`, *optional*, defaults to `"head"`):
-            `"head"`: one independent mask for each head, on `A x`. `"input"`: one mask, on the `x` that `A` sees.
+            `"head"`: one independent mask for each head, on `A x`. `"input"`: one mask, on the `x` that `A` reads.
         logits (`torch.Tensor` of shape `[T, N]`, *optional*):
             Logits of the heads for each token, in place of a router's.
         top_k (`int`, *optional*, defaults to `0`):
             Heads kept for each token; 0 keeps all.
         probe (`LayerProbe`, *optional*):
-            Has the backward pass record how heads are used, and add the gradient of a balance loss.
+            Makes the backward pass report how heads are used, and add the gradient of a balance loss.
 
     Returns:
         `torch.Tensor` of shape `[..., d_out]`, in the dtype in which the products ran.
     """
-    num_heads, d_out, _ = B.shape
     tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
     anchor_A = None if anchor_A is None else anchor_A.detach()
     anchor_B = None if anchor_B is None else anchor_B.detach()
     routed = router is not None or logits is not None
     layout = rank_space.layout_of(A, B, routed=routed, anchor_A=anchor_A, top_k=top_k)
-    down, up = rank_space.pack(
-        *(A, B, router, anchor_A, anchor_B, layout), scaling=scaling, dtype=x.dtype, down_rows=0, up_columns=0
-    )
+    down, up = rank_space.concat(A, B, router, anchor_A, anchor_B, layout, scaling=scaling, dtype=x.dtype)
+
+    # P = x down^T; a mask on the input is for the rows of A alone.
     start = rank_space.h_columns(layout)
     if seed is not None and dropout > 0.0 and dropout_position == "input":
         keep = keep_mask(seed, tuple(tokens.shape), dropout, tokens.device)
@@ -95,8 +95,9 @@ def multihead_delta(
             h, h0 = P[:, :start], P[:, rank_space.anchor_start(layout) :]
             P = torch.cat([P[:, : P.shape[1] - h0.shape[1]], h.detach() + (h0 - h0.detach())], dim=1)
     if logits is not None:
-        P = torch.cat([P[:, :start], logits.to(P.dtype), P[:, start + num_heads :]], dim=1)
-    if probe is not None and torch.is_grad_enabled():
+        P = rank_space.with_logits(P, logits, layout)
+    if probe is not None:
         P = probe_projections(P, layout, probe)
-    Z = rank_space.mix(P, 0, layout, dropout=dropout, seed=seed)
-    return F.linear(Z, up).view(*x.shape[:-1], d_out)
+
+    Z = rank_space.mix(P, 0, layout, dropout=dropout, seed=seed)  # [T, Z]
+    return F.linear(Z, up).view(*x.shape[:-1], B.shape[1])

@@ -80,7 +80,7 @@ def watch_steps(trainer, found):
     begin_step = monitor.begin_step
 
     def begun(*args, **kwargs):
-        found["records"].append(monitor.step.cpu().clone())
+        found["records"].append(monitor.step.data.cpu().clone())
         begin_step(*args, **kwargs)
         found["priors"].append(None if monitor.prior is None else monitor.prior.cpu().clone())
 

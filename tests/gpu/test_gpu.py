@@ -161,14 +161,14 @@ def test_balance_losses_under_fp16_loss_scaling(model_folders, tmp_path, kind):
 
     # Clipping, at a norm that is never reached, is where gradients are scaled back.
     options = {"balance_loss": kind, "balance_coef": 2.0, "max_grad_norm": 1e9, "use_cpu": False}
-    wanted = added(lambda **own: trainer_for(model_folders, tmp_path, **own), **options)
-    got = added(lambda **own: trainer_for(model_folders, tmp_path, fp16=True, bf16=False, **own), **options)
-    a, b = flat(got, ".router"), flat(wanted, ".router")
+    expected = added(lambda **extra: trainer_for(model_folders, tmp_path, **extra), **options)
+    actual = added(lambda **extra: trainer_for(model_folders, tmp_path, fp16=True, bf16=False, **extra), **options)
+    a, b = flat(actual, ".router"), flat(expected, ".router")
     # A few roundings of 2**-11; "switch" jumps where rounding reorders heads that are nearly equal.
     assert ((a - b).norm() / b.norm()).item() < (5e-2 if kind == "switch" else 2e-2)
 
 
-def test_steps_with_balance_and_records_do_not_grow_memory(model_folders, tmp_path):
+def test_steps_with_balance_losses_do_not_grow_memory(model_folders, tmp_path):
     sys.path.insert(0, str(Path(__file__).parent.parent / "trainer"))
     from test_balance_training import trainer_for
 
@@ -186,7 +186,7 @@ def test_steps_with_balance_and_records_do_not_grow_memory(model_folders, tmp_pa
 @pytest.mark.parametrize("inside", [None, False, True], ids=["alone", "non-reentrant inside", "reentrant inside"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_recomputations_know_their_batch(model_folders, reentrant, inside):
-    """A thread of the device runs backward passes, and numbers the nodes of what it recomputes by itself."""
+    """A thread of the device runs backward passes, and numbers the nodes that it recomputes independently."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tuner"))
     import test_recomputation as cases
 
@@ -197,12 +197,12 @@ def test_recomputations_know_their_batch(model_folders, reentrant, inside):
     else:
         cases.enable_within(checkpointed, inside, reentrant)
     for name, passes in cases.PASSES.items():
-        found = []
+        grads = []
         for model in (plain, checkpointed):
             torch.manual_seed(3)
             passes(model)
-            found.append(cases.gradients(model))
-        assert largest_error(found[1], found[0]) < 1e-4, name
+            grads.append(cases.gradients(model))
+        assert largest_error(grads[1], grads[0]) < 1e-4, name
 
 
 @pytest.mark.parametrize("inside", [None, False, True], ids=["alone", "non-reentrant inside", "reentrant inside"])
@@ -215,9 +215,9 @@ def test_checkpoints_around_whole_calls_know_their_batch(model_folders, reentran
     checkpointed = copy.deepcopy(plain)
     if inside is not None:
         cases.enable(checkpointed, inside)
-    found = []
+    grads = []
     for model, kind in ((plain, None), (checkpointed, reentrant), (checkpointed, reentrant)):
         torch.manual_seed(3)
         cases.whole_call(model, kind)
-        found.append(cases.gradients(model))
-    assert largest_error(found[1], found[0]) < 1e-4 and largest_error(found[2], found[0]) < 1e-4
+        grads.append(cases.gradients(model))
+    assert largest_error(grads[1], grads[0]) < 1e-4 and largest_error(grads[2], grads[0]) < 1e-4

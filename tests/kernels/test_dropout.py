@@ -1,5 +1,5 @@
 """
-Masks that are a function of a seed: reproducible, unbiased, and independent of each other.
+Masks as a function of a seed: reproducible, unbiased, and independent of each other.
 
 The statistics below are compared with what independent masks give, at a false alarm probability of `ALARM` each
 (normal approximation, Bonferroni over what is compared). The seeds arise as in training: `torch.manual_seed` on all
@@ -88,8 +88,8 @@ def keep_rates(masks: torch.Tensor, p: float) -> float:
     scores = []
     flat = masks.view(-1, TOKENS, HEADS, RANK_OF_HEAD).float()
     for dims in ((1, 2, 3), (1, 3), (0, 1), (0, 1, 2, 3)):
-        kept = flat.mean(dims)
-        scores.append((kept - (1 - p)) * (flat.numel() / kept.numel() / (p * (1 - p))) ** 0.5)
+        rates = flat.mean(dims)
+        scores.append((rates - (1 - p)) * (flat.numel() / rates.numel() / (p * (1 - p))) ** 0.5)
     stretches = flat.view(len(flat), -1, 64 * HEADS * RANK_OF_HEAD).mean(2)
     scores.append((stretches - (1 - p)) * (64 * HEADS * RANK_OF_HEAD / (p * (1 - p))) ** 0.5)
     scores = torch.cat([score.flatten() for score in scores])
@@ -123,8 +123,8 @@ def _off_from_expected(streams: torch.Tensor, p: float) -> float:
     """A chi-squared test of the joint patterns of 4 masks `[4, n]`: 16 cells with known probabilities."""
     code = (streams.long() * torch.tensor([1, 2, 4, 8])[:, None]).sum(0)
     counts = torch.bincount(code, minlength=16).double()
-    kept = torch.tensor([bin(cell).count("1") for cell in range(16)])
-    expected = streams.shape[1] * (1 - p) ** kept.double() * p ** (4 - kept).double()
+    ones = torch.tensor([bin(cell).count("1") for cell in range(16)])
+    expected = streams.shape[1] * (1 - p) ** ones.double() * p ** (4 - ones).double()
     statistic = ((counts - expected).square() / expected).sum().item()
     degrees = 15
     # Wilson and Hilferty: the cube root of a chi-squared variable is nearly normal.
@@ -161,7 +161,7 @@ def periods(masks: torch.Tensor, p: float) -> float:
 STATISTICS = {"keep rates": keep_rates, "pairs": pairs, "shifts": shifts, "patterns": patterns, "periods": periods}
 
 
-def found(masks: torch.Tensor, p: float) -> dict[str, float]:
+def over_limits(masks: torch.Tensor, p: float) -> dict[str, float]:
     """All statistics, as multiples of their limits."""
     return {name: statistic(masks, p) for name, statistic in STATISTICS.items()}
 
@@ -171,7 +171,7 @@ def found(masks: torch.Tensor, p: float) -> dict[str, float]:
 def test_masks_of_training_are_independent(monkeypatch, p, one_seed_a_batch):
     """Between heads, layers, steps, ranks, elements and tokens."""
     masks = masks_of_training(monkeypatch, p, one_seed_a_batch)
-    assert all(value < 1.0 for value in found(masks, p).values()), found(masks, p)
+    assert all(value < 1.0 for value in over_limits(masks, p).values()), over_limits(masks, p)
 
 
 def test_keep_rates_of_many_seeds():
@@ -180,8 +180,8 @@ def test_keep_rates_of_many_seeds():
     scores = []
     for p in (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.99):
         for _ in range(50):
-            kept = keep_mask(draw_seed(), (5000, 3, 4), p)
-            scores.append((kept.sum().item() - kept.numel() * (1 - p)) / (kept.numel() * p * (1 - p)) ** 0.5)
+            mask = keep_mask(draw_seed(), (5000, 3, 4), p)
+            scores.append((mask.sum().item() - mask.numel() * (1 - p)) / (mask.numel() * p * (1 - p)) ** 0.5)
     scores = torch.tensor(scores)
     assert scores.abs().max().item() < limit(len(scores))
     assert abs(scores.square().sum().item() - len(scores)) < limit(1) * (2 * len(scores)) ** 0.5

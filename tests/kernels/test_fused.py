@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.checkpoint
+from kernel_helpers import DEVICE, INTERPRETED, fused_multihead
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlora_trl.kernels import fused, fused_multihead, keep_mask
+from rlora_trl import MultiHeadAdapter
+from rlora_trl.kernels import fused, keep_mask
 from rlora_trl.kernels.rank_space import Layout
 from rlora_trl.kernels.reference import multihead_delta_reference
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRAINED = ("x", "A", "B", "router", "logits")
 # (N, r, d_in, d_out, tokens): one head; odd and prime sizes; a rank that needs no padding; more tokens than a block,
 # and one more or one less than a multiple of it; a single token, as in decoding.
@@ -41,7 +41,7 @@ TOLERANCE = {
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
-    """What is allocated and not written shows as NaN."""
+    """Memory that is allocated and never written shows as NaN."""
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
 
@@ -53,14 +53,14 @@ def poisoned_allocations(monkeypatch):
         monkeypatch.setattr(torch, name, poisoned)
 
 
-def make(size, dtype, routed=True, anchored=True, shared=True, given_logits=False):
+def make(size, dtype, routed=True, anchored=True, shared=True, task_logits=False):
     num_heads, r, d_in, d_out, tokens = size
     scale = {"x": 1.0, "B": r**-0.5, "anchor_B": r**-0.5, "logits": 1.0}
     heads = () if shared else (num_heads,)
     shapes = {"x": (tokens, d_in), "A": (*heads, r, d_in), "B": (num_heads, d_out, r)}
-    shapes |= {"router": (num_heads, d_in)} if routed and not given_logits else {}
+    shapes |= {"router": (num_heads, d_in)} if routed and not task_logits else {}
     shapes |= {"anchor_A": (*heads, r, d_in), "anchor_B": (*heads, d_out, r)} if anchored else {}
-    shapes |= {"logits": (tokens, num_heads)} if given_logits else {}
+    shapes |= {"logits": (tokens, num_heads)} if task_logits else {}
     weight_dtype = dtype if dtype == torch.float64 else torch.float32
     return {
         name: (scale.get(name, d_in**-0.5) * torch.randn(shape, dtype=torch.float64))
@@ -157,14 +157,14 @@ def test_of_equal_logits_the_first_are_kept():
     tensors["router"] = torch.zeros_like(tensors["router"])
     first = {**tensors, "router": None, "B": tensors["B"][:2]}
     anchors = {"anchor_A": None, "anchor_B": None}
-    kept = fused_multihead(**{**tensors, **anchors}, top_k=2)
-    torch.testing.assert_close(kept, fused_multihead(**{**first, **anchors}))
+    y = fused_multihead(**{**tensors, **anchors}, top_k=2)
+    torch.testing.assert_close(y, fused_multihead(**{**first, **anchors}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("anchored", [True, False])
-def test_given_logits(anchored, dtype):
-    tensors = make((3, 4, 13, 17, 67), dtype, anchored=anchored, given_logits=True)
+def test_logits_of_tasks(anchored, dtype):
+    tensors = make((3, 4, 13, 17, 67), dtype, anchored=anchored, task_logits=True)
     compare(tensors, dtype, dropout=0.3, seed=11, mode="base")
 
 
@@ -206,7 +206,7 @@ def test_non_contiguous_input_and_gradient():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_only_what_is_asked_for():
+def test_only_the_gradients_that_are_needed():
     tensors = make((3, 4, 13, 17, 8), torch.float32)
     for trained in TRAINED[:4]:
         for name in TRAINED[:4]:
@@ -219,16 +219,12 @@ def test_only_what_is_asked_for():
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_saved_for_backward(routed, dropout):
-    """x, the [T, 2r + N] projections, the packed weights; no mask, and nothing of the size of the output."""
+    """x, the [T, 2r + N] projections, the concatenated weights; no mask, and nothing of the size of the output."""
     size = num_heads, r, d_in, d_out, tokens = (5, 4, 32, 64, 100)
     tensors = make(size, torch.bfloat16 if DEVICE == "cuda" else torch.float32, routed)
     saved = []
 
-    def pack(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fused_multihead(**tensors, dropout=dropout, seed=1 if dropout else None)
     size_of_element = tensors["x"].element_size()
     saved_bytes = sum(t.numel() * t.element_size() for t in saved)
@@ -239,34 +235,33 @@ def test_saved_for_backward(routed, dropout):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize(("shared", "top_k", "given_logits"), [(False, 0, False), (True, 2, False), (True, 0, True)])
-def test_inference_of_the_other_kinds(shared, top_k, given_logits, tokens):
-    made = make((3, 4, 13, 17, tokens), torch.float32, shared=shared, given_logits=given_logits)
+@pytest.mark.parametrize(("shared", "top_k", "task_logits"), [(False, 0, False), (True, 2, False), (True, 0, True)])
+def test_inference_of_the_other_kinds(shared, top_k, task_logits, tokens):
+    made = make((3, 4, 13, 17, tokens), torch.float32, shared=shared, task_logits=task_logits)
     weights = {name: t.detach() for name, t in made.items()}
     x, logits = weights.pop("x"), weights.pop("logits", None)
     spec = fused.DeltaSpec(Layout(3, 4, shared=shared, top_k=top_k), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    packed = fused.InferenceDelta(fused.concat_weights(*map(weights.get, names), spec, torch.float32))
+    delta = fused.InferenceDelta(fused.concat_weights(*map(weights.get, names), spec, torch.float32))
     expected = fused_multihead(x, **weights, scaling=1.7, logits=logits, top_k=top_k)
-    torch.testing.assert_close(packed.apply(x, logits=logits), expected)
+    torch.testing.assert_close(delta.apply(x, logits=logits), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("anchored", [True, False])
-def test_inference_with_packed_weights(anchored, routed, tokens):
+def test_inference(anchored, routed, tokens):
     tensors = {name: t.detach() for name, t in make((3, 4, 13, 17, tokens), torch.float32, routed, anchored).items()}
     x, weights = tensors.pop("x"), tensors
     spec = fused.DeltaSpec(Layout(3, 4, routed, anchored), 1.7)
     names = ("A", "B", "router", "anchor_A", "anchor_B")
-    weights_packed = fused.concat_weights(*[weights.get(name) for name in names], spec, torch.float32)
+    delta = fused.InferenceDelta(fused.concat_weights(*map(weights.get, names), spec, torch.float32))
     expected = fused_multihead(x, **weights, scaling=1.7)
     base = torch.randn(tokens, 17, device=DEVICE)
-    packed = fused.InferenceDelta(weights_packed)
-    torch.testing.assert_close(packed.apply(x), expected)
-    torch.testing.assert_close(packed.apply(x, base), base + expected)
+    torch.testing.assert_close(delta.apply(x), expected)
+    torch.testing.assert_close(delta.apply(x, base), base + expected)
     written = base.clone()
-    assert packed.apply(x, written, inplace=True) is written
+    assert delta.apply(x, written, inplace=True) is written
     torch.testing.assert_close(written, base + expected)
 
 
@@ -275,7 +270,7 @@ def test_inference_with_packed_weights(anchored, routed, tokens):
     ("routed", "anchored", "shared"),
     [(True, True, True), (False, True, True), (True, False, False), (True, True, False)],
 )
-def test_layers_packed_together_are_those_packed_one_by_one(routed, anchored, shared, dtype):
+def test_layers_concatenated_together_are_those_concatenated_one_by_one(routed, anchored, shared, dtype):
     names = ("A", "B", "router", "anchor_A", "anchor_B")
     layers = []
     for _ in range(3):
@@ -284,14 +279,14 @@ def test_layers_packed_together_are_those_packed_one_by_one(routed, anchored, sh
     spec = fused.DeltaSpec(Layout(3, 4, routed, anchored, shared), 1.7)
     expected = [fused.concat_weights(*tensors, spec, dtype) for tensors in layers]
     for addresses in (None, expected[0].ops.addresses_of(layers)):
-        for found, wanted in zip(fused.concat_layers(layers, addresses, spec, dtype), expected, strict=True):
-            assert found[4:] == wanted[4:]
-            for tensor, one_by_one in zip(found[:4], wanted[:4], strict=True):
+        for together, alone in zip(fused.concat_layers(layers, addresses, spec, dtype), expected, strict=True):
+            assert together[4:] == alone[4:]
+            for tensor, one_by_one in zip(together[:4], alone[:4], strict=True):
                 assert torch.equal(tensor, one_by_one) and tensor.stride() == one_by_one.stride()
 
 
-def test_an_input_that_has_to_be_copied_is_kept_once():
-    """What has its rows apart is kept as it is, not as a copy beside it."""
+def test_an_input_that_must_be_copied_is_saved_once():
+    """An input with strided rows is saved itself, not as a copy beside it."""
     tensors = make((3, 4, 13, 17, 20), torch.float32)
     x = tensors.pop("x").detach().view(4, 5, 13).transpose(0, 1)
     saved = []
@@ -302,34 +297,10 @@ def test_an_input_that_has_to_be_copied_is_kept_once():
     expected = fused_multihead(x.contiguous(), **tensors)
     upstream = torch.randn_like(y)
     inputs = [tensors[name] for name in ("A", "B", "router")]
-    for found, wanted in zip(
+    for actual, reference in zip(
         torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
-        torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="kernels get addresses; the torch twins get tensors")
-def test_a_mask_on_another_device_is_refused():
-    layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
-    P = torch.randn(67, 11)
-    partials = torch.empty(ops.statistics_rows(67), layout.statistics_columns)
-    with pytest.raises(ValueError, match="`token_mask` must be on cpu"):
-        ops.mix(P, 16, layout, partials=partials, token_mask=torch.ones(67, device="meta"))
-
-
-@pytest.mark.parametrize("seed", [0, 7, 2**62 + 12345])
-def test_a_seed_in_memory_makes_the_masks_of_its_number(seed):
-    layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
-    P, dZ = torch.randn(67, 11, device=DEVICE), torch.randn(67, 16, device=DEVICE)
-    in_memory = torch.tensor(seed, device=DEVICE)
-    options = {"dropout": 0.3}
-    Z = ops.mix(P, 16, layout, seed=seed, **options)
-    assert torch.equal(ops.mix(P, 16, layout, seed=in_memory, **options), Z)
-    assert not torch.equal(ops.mix(P, 16, layout, seed=in_memory + 1, **options), Z)
-    expected = ops.mix_backward(P, dZ, layout, seed=seed, **options)
-    for actual, wanted in zip(ops.mix_backward(P, dZ, layout, seed=in_memory, **options), expected, strict=True):
-        # Two kernels, compiled apart, may add in another order; another mask is far away.
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, reference)
 
 
 def test_gradients_of_parameters_lie_as_the_parameters_do():
@@ -359,7 +330,7 @@ class _CountedProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["alone", "base", "weight"])
-def test_a_recomputation_leaves_out_the_output_that_nobody_needs(mode):
+def test_a_recomputation_skips_the_unused_output(mode):
     """As for a plain frozen layer at the end of a checkpointed block, whose product is not run a second time."""
     tensors = make((3, 4, 13, 17, 67), torch.float32)
     extra = {} if mode == "alone" else {mode: torch.randn((67, 17) if mode == "base" else (17, 13), device=DEVICE)}
@@ -377,22 +348,21 @@ def test_a_recomputation_leaves_out_the_output_that_nobody_needs(mode):
 
 @pytest.mark.parametrize("mode", ["alone", "base", "weight"])
 def test_autocast(mode):
-    tensors = make((3, 4, 13, 17, 67), torch.float32)
-    extra = {}
+    """An adapter computes in the dtype of autocast; gradients are in the dtype of the parameters."""
+    adapter = MultiHeadAdapter(13, 17, 4, 3, 1.7, init_weights=False).to(DEVICE).train()
+    x, extra = torch.randn(67, 13, device=DEVICE, requires_grad=True), {}
     if mode != "alone":
         extra[mode] = torch.randn((67, 17) if mode == "base" else (17, 13), device=DEVICE, dtype=torch.bfloat16)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        y = fused_multihead(**tensors, **extra)
-    expected = fused_multihead(**{**tensors, "x": tensors["x"].bfloat16()}, **extra)
+        y = adapter(x, **extra)
+    expected = adapter(x.bfloat16(), **extra)
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
     y.float().square().sum().backward()
-    assert tensors["x"].grad.dtype == tensors["A"].grad.dtype == torch.float32
+    assert x.grad.dtype == adapter.A.grad.dtype == torch.float32
 
 
 def test_errors(monkeypatch):
     tensors = make((3, 4, 13, 17, 9), torch.float32)
-    with pytest.raises(ValueError, match="not both"):
-        fused_multihead(**tensors, base=torch.zeros(9, 17), weight=torch.zeros(17, 13))
     monkeypatch.setenv(fused.KERNELS_VARIABLE, "cuda")
     with pytest.raises(ValueError, match="must be one of auto, triton, torch, got 'cuda'"):
         fused_multihead(**tensors)
@@ -410,7 +380,9 @@ def test_triton_in_its_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
     tests = Path(__file__).parents[1]
-    files = [__file__, str(tests / "kernels" / "test_balance.py"), str(tests / "tuner" / "test_prefetch.py")]
+    names = ["kernels/test_fused.py", "kernels/test_balance.py", "kernels/test_rank_space.py"]
+    names += ["kernels/test_triton_ops.py", "tuner/test_prefetch.py"]
+    files = [str(tests / name) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
         env=environment,

@@ -38,9 +38,8 @@ def test_rows_and_tokens_are_those_of_the_run(trainer):
     assert {task.name: task.rows for task in trainer.adapter_record().tasks} == {
         name: task["rows"] for name, task in seen.items()
     }
-    assert (
-        int(trainer._observer.monitor.step[0, 0] + trainer._observer.monitor.logged[0, 0]) == 0
-    )  # all of it was logged
+    monitor = trainer._observer.monitor
+    assert int(monitor.step.tokens[0] + monitor.unlogged.tokens[0]) == 0  # all of it was logged
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert log["num_tokens"] == tokens
     assert 0 < log["router_entropy"] <= 1.1 and 1 / 3 <= log["head_load_max"] <= 1

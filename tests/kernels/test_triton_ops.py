@@ -1,10 +1,14 @@
-"""How Triton's compiled kernels are launched: through their launcher where that is known, else as usual."""
+"""How Triton's compiled kernels are launched: through their own launcher if Triton is known, else as usual."""
 
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_helpers import DEVICE, INTERPRETED
+
+from rlora_trl.kernels import fused
+from rlora_trl.kernels.rank_space import Layout
 
 
 triton_ops = pytest.importorskip("rlora_trl.kernels.triton_ops", reason="needs Triton")
@@ -61,7 +65,7 @@ def test_installed_triton_is_known(caplog):
 @pytest.mark.parametrize("takes_constants", [True, False])
 def test_known_launchers(function_of, monkeypatch, takes_constants):
     monkeypatch.setattr(
-        triton_ops, "_OWN_ARGUMENTS", "*bound_args.values()" if takes_constants else "*non_constexpr_vals"
+        triton_ops, "_KERNEL_ARGUMENTS", "*bound_args.values()" if takes_constants else "*non_constexpr_vals"
     )
     assert triton_ops._launches_as_known(function_of(KNOWN)) is takes_constants
     assert triton_ops._launches_as_known(function_of(BEFORE_CONSTANTS)) is not takes_constants
@@ -69,7 +73,7 @@ def test_known_launchers(function_of, monkeypatch, takes_constants):
 
 @pytest.mark.parametrize("source", UNKNOWN.values(), ids=UNKNOWN)
 def test_other_launchers(function_of, monkeypatch, source):
-    monkeypatch.setattr(triton_ops, "_OWN_ARGUMENTS", "*bound_args.values()")
+    monkeypatch.setattr(triton_ops, "_KERNEL_ARGUMENTS", "*bound_args.values()")
     assert source != KNOWN
     assert not triton_ops._launches_as_known(function_of(source))
 
@@ -83,7 +87,7 @@ def test_no_source(monkeypatch, caplog):
         assert not triton_ops.has_known_launcher()
         assert not triton_ops.has_known_launcher()
     assert len(caplog.records) == 1
-    assert "launches kernels in a way that is not known here (3.2 to 3.6 are)" in caplog.text
+    assert "launches kernels in an unknown way (3.2 to 3.6 are supported)" in caplog.text
     assert "results are the same" in caplog.text
 
 
@@ -135,3 +139,12 @@ def test_interpreted_kernels_do_not_ask(monkeypatch):
     for _ in range(2):
         variant.launch(1, (torch.zeros(1),))
     assert len(calls) == 2 and not variant.compiled
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels get addresses; the torch twins get tensors")
+def test_a_mask_on_another_device_is_refused():
+    layout, ops = Layout(3, 4), fused.backend(torch.device(DEVICE), torch.float32)
+    P = torch.randn(67, 11)
+    partials = torch.empty(ops.stats_rows(67), 12)
+    with pytest.raises(ValueError, match="`token_mask` must be on cpu"):
+        ops.mix(P, 16, layout, partials=partials, token_mask=torch.ones(67, device="meta"))
