@@ -609,23 +609,7 @@ def test_listing_without(name):
 FRONT = "---\nbase_model: a/b\ntags:\n- x\n---\n"
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
 CARDS = {
-    "script": (FRONT + "# Card\n<script>alert(1)</script>", "line 7: '<script' is a tag"),
-    "script_in_capitals": (FRONT + "<ScRiPt src=x>", "line 6: .*is a tag"),
-    "script_with_zero_width": (FRONT + "<scr\u200bipt>", "is a tag"),
-    "script_as_entity": (FRONT + "&lt;script&gt;", "is a tag"),
-    "iframe": (FRONT + "<iframe src='x'>", "is a tag"),
-    "object": (FRONT + "<object data='x'>", "is a tag"),
-    "embed": (FRONT + "\n<embed/src=x>", "line 7: .*is a tag"),
-    "handler": (FRONT + '<img src="x" onerror="alert(1)">', "is an event handler"),
-    "handler_with_slash": (FRONT + "<img/src=x/ONERROR = alert(1)>", "is an event handler"),
-    "handler_after_quoted_bracket": (FRONT + '<img title=">" onload=alert(1)>', "is an event handler"),
-    "handler_on_next_line": (FRONT + "<img\nonload\n=alert(1)>", "is an event handler"),
-    "link": (FRONT + "[x](javascript:alert(1))", "is a link that runs"),
-    "link_with_entities": (FRONT + "[x](&#106;ava&Tab;script&colon;alert(1))", "is a link that runs"),
-    "link_in_html": (FRONT + "<a href=' JaVaScRiPt:alert(1)'>", "is a link that runs"),
-    "link_by_reference": (FRONT + "[x]: javascript:alert(1)", "is a link that runs"),
-    "data_link": (FRONT + "[x](data:text/html;base64,AAAA)", "is a link that runs"),
-    "alias": (f"---\n{BOMB}---\n", "line 3: the metadata refers to a part of itself"),
+    "alias": (f"---\n{BOMB}---\n", "line 3: the metadata has a YAML alias"),
     "deep": ("---\na: " + "[" * 1000 + "]" * 1000 + "\n---\n", "nested more than|not YAML"),
     "python": ("---\na: !!python/object/apply:os.system ['true']\n---\n", "can't be read"),
     "not_yaml": ("---\na: [\n---\n", "not YAML"),
@@ -653,8 +637,8 @@ def test_card_that_is_not_text(adapter):
     "text",
     [
         "# No metadata",
-        FRONT
-        + "Languages: Python, JavaScript: 10 %. Use `on = 1`, x < y and online=True.\n<!-- comment --> <b>bold</b>",
+        FRONT + "Use `on = 1`, x < y and online=True.\n<!-- comment --> <b>bold</b>",
+        FRONT + "<script>the Hub removes it</script>",
         FRONT + '<p align="center"><img src="figures/routing.png" alt="on tasks"></p>\n[a](https://x.org/?on=1)',
         "---\nmodel-index: nonsense\n---\ntext",
     ],
@@ -664,8 +648,8 @@ def test_card_that_is_fine(adapter, text):
     check_adapter(adapter)
 
 
-@pytest.mark.parametrize("part", ["<", '<a "', "<a on", "<a x='", "(java", "&#60", "]: \t", "---\n", "&", " on"])
-def test_card_is_searched_in_linear_time(adapter, part):
+@pytest.mark.parametrize("part", ["---\n", "a: &a [*a]\n", "<a x='"])
+def test_card_is_read_in_linear_time(adapter, part):
     (adapter / CARD_NAME).write_text((FRONT + part * (2**20 // len(part)))[: 2**20])
     start = time.monotonic()
     check_adapter(adapter)
@@ -783,7 +767,7 @@ EXPORTED = {
     "nan": (lambda folder: set_tensors(folder, lambda t: t[min(t)].fill_(float("nan"))), "NaN"),
     "no_weights": (lambda folder: (folder / WEIGHTS_NAME).unlink(), "can't be read"),
     "no_config": (lambda folder: (folder / CONFIG_NAME).unlink(), "has no adapter_config.json beside it"),
-    "card": (lambda folder: (folder / CARD_NAME).write_text("<script>"), "is a tag"),
+    "card": (lambda folder: (folder / CARD_NAME).write_text("---\na: [\n---\n"), "not YAML"),
 }  # fmt: skip
 
 
