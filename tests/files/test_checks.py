@@ -17,8 +17,8 @@ from testing_utils import TINY_MODELS, perturb
 
 from rlora_trl import RLoraConfig
 from rlora_trl.files.checks import AdapterCheckError, adapter_digest, check_adapter, check_listing, read_json
+from rlora_trl.files.config import check_pattern
 from rlora_trl.files.layout import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME
-from rlora_trl.files.patterns import check_pattern
 
 
 BASE = "example/tiny-llama"
@@ -147,36 +147,38 @@ def test_leftovers_of_training_pass(adapter):
 
 def test_config_of_another_method(tmp_path):
     save(tmp_path, "llama", LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(AdapterCheckError, match="of type 'LORA', and RLORA is expected.*PeftModel.from_pretrained"):
+    with pytest.raises(
+        AdapterCheckError, match="`peft_type` 'LORA', and RLORA is expected.*PeftModel.from_pretrained"
+    ):
         check_adapter(tmp_path)
 
 
 CONFIGS = {
-    "type": ({"peft_type": None}, "type None"),
+    "type": ({"peft_type": None}, "`peft_type` None"),
     "foreign_code": ({"auto_mapping": {"base_model_class": "x", "parent_library": "evil"}}, "would import"),
     "almost_transformers": (
         {"auto_mapping": {"base_model_class": "x", "parent_library": "transformers_modules.evil"}},
         "would import",
     ),
     "mapping_is_text": ({"auto_mapping": "evil"}, "would import"),
-    "rank_is_huge": ({"r": 10**12}, "`r` must be an integer from 1 to"),
-    "own_rank_is_none": ({"rank_pattern": {"x": True}}, r"`rank_pattern\['x'\]`"),
-    "own_alpha": ({"alpha_pattern": {"x": "1"}}, r"`alpha_pattern\['x'\]` must be a number"),
-    "rank_is_bool": ({"r": True}, "`r` must be an integer"),
-    "rank_is_text": ({"r": "4"}, "`r` must be an integer"),
-    "rank_is_zero": ({"r": 0}, "`r` must be an integer"),
+    "rank_is_huge": ({"r": 10**12}, "`r` must be from 1 to 16384"),
+    "own_rank_is_none": ({"rank_pattern": {"x": True}}, r"`rank_pattern` must be of type dict\[str, int\]"),
+    "own_alpha": ({"alpha_pattern": {"x": "1"}}, r"`alpha_pattern` must be of type dict\[str, int \| float\]"),
+    "rank_is_bool": ({"r": True}, r"`r` must be of type int \| None, got True"),
+    "rank_is_text": ({"r": "4"}, r"`r` must be of type int \| None, got '4'"),
+    "rank_is_zero": ({"r": 0}, "`r` must be from 1 to"),
     "heads": ({"num_heads": 10**9}, "`num_heads` must be"),
-    "alpha": ({"lora_alpha": 1e30}, "`lora_alpha` must be a number"),
-    "rank_pattern": ({"rank_pattern": {"x": 10**9}}, r"`rank_pattern\['x'\]` must be an integer"),
-    "rank_pattern_is_list": ({"rank_pattern": [1]}, "`rank_pattern` must be an object"),
+    "alpha": ({"lora_alpha": 1e30}, "`lora_alpha` must be from -1000000 to"),
+    "rank_pattern": ({"rank_pattern": {"x": 10**9}}, "`rank_pattern` must be from 1 to"),
+    "rank_pattern_is_list": ({"rank_pattern": [1]}, "`rank_pattern` must be of type dict"),
     "router": ({"router": "nonsense"}, "`router` must be one of"),
     "router_top_k": ({"router_top_k": 7}, "router_top_k"),
     "task_type": ({"task_type": "NOTHING"}, "task type"),
     "tasks": ({"tasks": [1]}, "`tasks` must be"),
     "tasks_twice": ({"tasks": ["a", "a"]}, "more than once"),
-    "base_model": ({"base_model_name_or_path": ["x"]}, "`base_model_name_or_path` must be a text"),
-    "base_model_is_long": ({"base_model_name_or_path": "x" * 600}, "`base_model_name_or_path` must be a text"),
-    "targets_are_objects": ({"target_modules": [{"a": 1}]}, "`target_modules` must be a text or a list"),
+    "base_model": ({"base_model_name_or_path": ["x"]}, "`base_model_name_or_path` must be of type str"),
+    "base_model_is_long": ({"base_model_name_or_path": "x" * 600}, "`base_model_name_or_path` must be printable text"),
+    "targets_are_objects": ({"target_modules": [{"a": 1}]}, "`target_modules` must be of type str"),
     "exponential": ({"target_modules": "(a+)+$"}, "`target_modules`.*repeats within repeats"),
     "exponential_alternatives": ({"target_modules": "(a|a)*$"}, "repeats within repeats"),
     "exponential_in_rank_pattern": ({"rank_pattern": {"(x*)*y": 4}}, "`rank_pattern`.*repeats within"),
@@ -757,7 +759,7 @@ def test_export_passes(exported):
 
 
 EXPORTED = {
-    "type": (lambda folder: set_config(folder, peft_type="RLORA"), "exports are of type LORA"),
+    "type": (lambda folder: set_config(folder, peft_type="RLORA"), "`peft_type` 'RLORA', and LORA is expected"),
     "import": (lambda folder: set_config(folder, megatron_config={"a": 1}), "name code to import"),
     "import_core": (lambda folder: set_config(folder, megatron_core="evil"), "name code to import"),
     "mapping": (lambda folder: set_config(folder, auto_mapping={"parent_library": "evil"}), "would import"),
