@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
-from ..files.record import hub_name
+from ..files.names import hub_name
 from ..tuner import RLoraConfig
 
 

@@ -25,7 +25,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from .._version import __version__
 from .layout import RECORD_NAME
@@ -437,22 +436,6 @@ def _read_export(data: Any, where: str) -> dict[str, Any]:
     numbers = {key: read.number(key) for key in ("kl", "accuracy", "accuracy_dynamic")}
     others = {key: value for key, value in data.items() if isinstance(key, str) and _is_scalar(value)}
     return _without_empty({**others, **texts, "rank": read.count("rank"), **numbers, "rows": read.count("rows")})
-
-
-def hub_name(name: str | None) -> str | None:
-    """
-    A name of a model or data set if it is one on the Hub; `None` for folders, which nobody else has.
-
-    Args:
-        name (`str`, *optional*): For example `"Qwen/Qwen2.5-0.5B"`, or a path.
-    """
-    if not name or name.count("/") > 1 or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def find_record(config: RLoraConfig, token: str | bool | None = None) -> AdapterRecord | None:

@@ -23,7 +23,8 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..files.layout import EXPORTS, task_slug
-from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, hub_name, is_plain
+from ..files.names import hub_name
+from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, is_plain
 
 
 if TYPE_CHECKING:

@@ -39,7 +39,8 @@ from ..files.layout import (
     published_files,
     task_slug,
 )
-from ..files.record import AdapterRecord, TaskRecord, find_record, hub_name
+from ..files.names import hub_name
+from ..files.record import AdapterRecord, TaskRecord, find_record
 from ..tuner.selection import kept_quantized
 from .card import hand_written, read_card, render_card
 from .pull import is_same_file

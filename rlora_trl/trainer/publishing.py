@@ -25,13 +25,13 @@ from transformers.utils import PushInProgress
 from ..analysis.measuring import HeadWeights
 from ..evaluation.columns import encode, task_namer
 from ..files.layout import CARD_NAME, published_files
+from ..files.names import hub_name
 from ..files.record import (
     AdapterRecord,
     Scalar,
     TaskRecord,
     collect_versions,
     find_record,
-    hub_name,
     select_hyperparameters,
 )
 from ..hub import push_adapter

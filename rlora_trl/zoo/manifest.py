@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from ..files.checks import AdapterCheckError
-from ..files.record import hub_name
+from ..files.names import hub_name
 from ..hub.pull import pull_checked
 from .names import adapter_name, is_adapter_name, split_revision
 

@@ -11,13 +11,13 @@ import torch
 from rlora_trl import RLoraConfig, RLoraSFTConfig, __version__
 from rlora_trl.analysis import HeadWeights
 from rlora_trl.files.layout import RECORD_NAME
+from rlora_trl.files.names import hub_name
 from rlora_trl.files.record import (
     _HYPERPARAMETERS,
     AdapterRecord,
     TaskRecord,
     collect_versions,
     find_record,
-    hub_name,
     is_plain,
     select_hyperparameters,
 )
