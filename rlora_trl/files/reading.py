@@ -132,8 +132,8 @@ def read_json(path: str | Path, *, limit: int = JSON_LIMIT) -> Any:
 
 
 def _parse_json(data: bytes, source: str) -> Any:
-    # Before the parser, which would make an object of each.
-    if data.count(b",") + data.count(b"[") + data.count(b"{") > _MAX_ELEMENTS:
+    # Before the parser, which would make objects of them.
+    if sum(map(data.count, (b",", b"[", b"]", b"{", b"}"))) > _MAX_ELEMENTS:
         raise AdapterCheckError(f"{source} has more than {_MAX_ELEMENTS} elements. It is not the file of an adapter.")
 
     try:

@@ -1,5 +1,6 @@
 """Checks before use: whole adapters pass, each fault and each attack gets one clear error, and nothing is executed."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -115,6 +116,7 @@ def test_whole_adapter_passes(originals, name):
     )
     assert len(checked.layers) == sum(key.endswith(".rlora_adapters.A") for key in tensors)
     assert checked.digest == adapter_digest(folder) == adapter_digest(tensors)
+    assert checked.sha256 == hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
     assert (checked.base_model, checked.base_model_revision, checked.record) == (BASE, None, None)
 
 
@@ -684,25 +686,11 @@ def test_other_base_model(adapter):
         check_adapter(adapter, base_model="other/model")
 
 
-def test_base_model_in_the_cache(adapter, tmp_path):
-    """A folder of the cache says which model it is, and at which commit."""
-    write_record(adapter, base_model=BASE, base_model_revision=COMMIT)
-    cached = f"{tmp_path}/models--{BASE.replace('/', '--')}/snapshots/"
-    check_adapter(adapter, base_model=cached + COMMIT)
-    with pytest.raises(AdapterCheckError, match="revision '0123.*loaded on 'ffff"):
-        check_adapter(adapter, base_model=cached + "f" * 40)
-    with pytest.raises(AdapterCheckError, match="loaded on 'other/model'"):
-        check_adapter(adapter, base_model=f"{tmp_path}/models--other--model/snapshots/{COMMIT}")
-
-
 def test_base_model_in_a_folder(adapter, tmp_path):
-    """Which model a folder holds is not known; two folders are told apart."""
+    """A folder may hold any model, so it is not compared."""
     check_adapter(adapter, base_model=str(tmp_path))
     set_config(adapter, base_model_name_or_path=str(tmp_path))
-    check_adapter(adapter, base_model=f"{tmp_path}/")
     check_adapter(adapter, base_model=BASE)
-    with pytest.raises(AdapterCheckError, match="is being loaded on"):
-        check_adapter(adapter, base_model=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(("given", "accepted"), [(COMMIT, True), ("f" * 40, False), ("main", True)])
