@@ -66,30 +66,26 @@ def test_what_is_not_known_is_left_out():
     }
 
 
-def test_the_mixtures_share_a_line(tmp_path):
-    text = full_record().save(tmp_path).read_text("utf-8")
-    assert sum("0.125" in line for line in text.splitlines()) == 1
-    assert len(text.splitlines()) > 30, "the rest is there to be read"
-
-
 def test_unknown_keys_are_ignored():
     record = AdapterRecord.from_dict({"tasks": [{"name": "a", "colour": [1]}], "later": {"x": 1}})
     assert record == AdapterRecord(tasks=[TaskRecord("a")])
 
 
 WRONG = {
-    "base_model": ({"base_model": 3}, "`base_model` must be a text, got 3"),
+    "base_model": ({"base_model": 3}, r"`base_model` must be of type str \| None, got 3"),
     "tasks": ({"tasks": {"name": "a"}}, "`tasks` must be a list"),
     "task": ({"tasks": ["a"]}, r"`tasks\[0\]` must be an object"),
     "no name": ({"tasks": [{"rows": 1}]}, r"`tasks\[0\].name` is missing"),
-    "rows": ({"tasks": [{"name": "a"}, {"name": "b", "rows": "many"}]}, r"`tasks\[1\].rows` must be an integer"),
-    "boolean": ({"tasks": [{"name": "a", "tokens": True}]}, r"`tasks\[0\].tokens` must be an integer"),
+    "rows": ({"tasks": [{"name": "a"}, {"name": "b", "rows": "many"}]}, r"`tasks\[1\].rows` must be of type int"),
+    "boolean": ({"tasks": [{"name": "a", "tokens": True}]}, r"`tasks\[0\].tokens` must be of type int"),
     "share": ({"tasks": [{"name": "a", "share": 75}]}, r"`tasks\[0\].share` must be a number from 0 to 1, got 75"),
-    "metrics": ({"tasks": [{"name": "a", "metrics": {"loss": "low"}}]}, r"`tasks\[0\].metrics` must be an object of"),
-    "nan": ({"tasks": [{"name": "a", "metrics": {"loss": float("nan")}}]}, r"`tasks\[0\].metrics`"),
-    "huge": ({"balance_coef": 10**400}, "`balance_coef` must be a number"),
+    "metrics": ({"tasks": [{"name": "a", "metrics": {"loss": "low"}}]}, r"`tasks\[0\].metrics` must be of type dict"),
+    "nan": ({"balance_coef": float("nan")}, "`balance_coef` must be a finite number"),
+    "negative": ({"tasks": [{"name": "a", "rows": -1}]}, r"`tasks\[0\].rows` must be a finite number of at least 0"),
+    "export": ({"exports": [{"path": "a", "rank": "8"}]}, r"`exports\[0\].rank` must be of type int"),
+    "huge": ({"balance_coef": 10**400}, "`balance_coef` must be a finite number"),
     "twice": ({"tasks": [{"name": "a"}, {"name": "a"}]}, "'a' more than once"),
-    "hyperparameters": ({"hyperparameters": {"a": [1]}}, "`hyperparameters` must be an object of"),
+    "hyperparameters": ({"hyperparameters": {"a": [1]}}, "`hyperparameters` must be of type dict"),
     "versions": ({"versions": {"peft": 1}}, "`versions` must be"),
     "exports": ({"exports": [{"task": "a"}]}, r"`exports\[0\].path` is missing"),
     "mixtures": ({"mixtures": {"layers": 3}}, "`mixtures` can't be read"),
@@ -108,6 +104,9 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / RECORD_NAME).write_text('{"tasks": 3}')
     with pytest.raises(ValueError, match=f"{RECORD_NAME} is not a record of an adapter: `tasks`"):
         AdapterRecord.load(tmp_path)
+    (tmp_path / RECORD_NAME).write_text('{"tasks": [{"name": "a", "metrics": {"loss": NaN}}]}')
+    with pytest.raises(ValueError, match=f"{RECORD_NAME} is not valid JSON: .*NaN"):
+        AdapterRecord.load(tmp_path)
     (tmp_path / RECORD_NAME).write_text("{")
     with pytest.raises(ValueError, match=RECORD_NAME):
         AdapterRecord.load(tmp_path)
@@ -116,7 +115,8 @@ def test_a_broken_file_is_named(tmp_path):
 def test_saving_is_all_or_nothing(tmp_path):
     path = AdapterRecord(base_model="a/b").save(tmp_path)
     before = path.read_text()
-    broken = AdapterRecord(hyperparameters={"x": object()})
+    broken = AdapterRecord()
+    broken.hyperparameters["x"] = object()
     with pytest.raises(TypeError):
         broken.save(tmp_path)
     path.unlink()
