@@ -70,7 +70,6 @@ _LIMITS = {
     FileKind.LICENSE: MIB,
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
-_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,7 @@ def adapter_digest(source: str | Path | Mapping[str, torch.Tensor]) -> str:
     return file_digest(path, read_safetensors_header(path))
 
 
-def check_adapter(
-    folder: str | Path, *, base_model: str | None = None, base_model_revision: str | None = None
-) -> CheckedAdapter:
+def check_adapter(folder: str | Path, *, base_model: str | None = None) -> CheckedAdapter:
     """
     Check the files of an adapter in a local folder before anything loads them.
 
@@ -199,7 +196,6 @@ def check_adapter(
         folder (`str` or `Path`): The folder.
         base_model (`str`, *optional*): Base model that the adapter is about to be loaded on. Compared if it is a name
             on the Hub, as folders may hold any model.
-        base_model_revision (`str`, *optional*): Its revision.
 
     Returns:
         [`CheckedAdapter`]: What the adapter is.
@@ -224,7 +220,7 @@ def check_adapter(
     entries = read_safetensors_header(weights, limit=WEIGHTS_LIMIT)
     layers = check_tensors(weights, entries, config)
     record = _read_record(folder / RECORD_NAME) if RECORD_NAME in files else None
-    _check_base(folder, config, record, base_model, base_model_revision)
+    _check_base(folder, config, record, base_model)
     _check_beside(folder, files)
 
     # The values.
@@ -300,9 +296,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
-def _check_base(
-    folder: Path, config: RLoraConfig, record: AdapterRecord | None, base_model: str | None, revision: str | None
-) -> None:
+def _check_base(folder: Path, config: RLoraConfig, record: AdapterRecord | None, base_model: str | None) -> None:
     """Compare the base models that configuration, record and caller name, where they are names on the Hub."""
     in_config, in_record = hub_name(config.base_model_name_or_path), hub_name(record.base_model if record else None)
     if in_config and in_record and in_config != in_record:
@@ -316,22 +310,3 @@ def _check_base(
             f"{folder} was trained on {shorten(stated)}, and is being loaded on {shorten(requested)}. Load the model "
             "that it was trained on, or another adapter."
         )
-
-    # A branch and a commit may be the same: only two of a kind can be compared.
-    pinned = [value for value in (record and record.base_model_revision, config.revision) if value]
-    comparable = [value for value in pinned if revision and _is_commit(value) == _is_commit(revision)]
-    if revision and comparable and not any(_is_same_revision(revision, value) for value in comparable):
-        raise AdapterCheckError(
-            f"{folder} was trained on revision {shorten(comparable[0])} of its base model, and is being loaded on "
-            f"{shorten(revision)}. Load that revision."
-        )
-
-
-def _is_commit(revision: str) -> bool:
-    return _COMMIT.fullmatch(revision) is not None
-
-
-def _is_same_revision(first: str, second: str) -> bool:
-    if _is_commit(first) and _is_commit(second):
-        return first.startswith(second) or second.startswith(first)
-    return first == second

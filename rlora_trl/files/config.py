@@ -84,8 +84,8 @@ def read_config(path: Path) -> RLoraConfig:
     """
     data = _read(path, "RLORA", "Load it with `peft.PeftModel.from_pretrained`, or name an R-LoRA adapter.")
 
-    known = {field.name for field in fields(RLoraConfig)}
-    unknown = sorted(set(data) - known - {"runtime_config"})  # which PEFT drops too
+    names = {field.name for field in fields(RLoraConfig)}
+    unknown = sorted(set(data) - names - {"runtime_config"})  # which PEFT drops too
     if unknown:
         warnings.warn(
             f"{path} has fields that this version does not know and ignores: {shorten(', '.join(unknown), 200)}. It "
@@ -94,7 +94,7 @@ def read_config(path: Path) -> RLoraConfig:
         )
 
     try:
-        return RLoraConfig(**{name: value for name, value in data.items() if name in known})
+        return RLoraConfig(**{name: value for name, value in data.items() if name in names})
     # Values of unexpected types raise all kinds of errors.
     except Exception as error:
         raise AdapterCheckError(
@@ -160,13 +160,12 @@ def _check_types(data: Mapping[str, Any]) -> None:
     for name, accepted in _FieldTypes.__annotations__.items():
         value = data.get(name)
         try:
-            validate_typed_dict(_FieldTypes, {name: value})
+            validate_typed_dict(_FieldTypes, {name: value})  # type: ignore[type-var]
         except StrictDataclassError as error:
             raise AdapterCheckError(
                 f"`{name}` must be of type {accepted}, got {shorten(value)}. Correct it, or save the adapter again."
             ) from error
-        is_long = isinstance(value, list | dict) and len(value) > _MAX_ITEMS
-        if is_long and name != "trainable_token_indices":
+        if isinstance(value, list | dict) and len(value) > _MAX_ITEMS and name != "trainable_token_indices":
             raise AdapterCheckError(f"`{name}` has {len(value)} entries, more than {_MAX_ITEMS}. Shorten it.")
 
 

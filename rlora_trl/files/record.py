@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self, TypeAlias, TypeGuard, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict, validated_field
@@ -138,7 +138,7 @@ class TaskRecord:
         return _without_empty(values)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "task") -> Self:
+    def from_dict(cls, data: Mapping[str, Any], where: str = "task") -> "TaskRecord":
         """
         The opposite of [`TaskRecord.to_dict`]. Unknown keys are ignored.
 
@@ -261,7 +261,7 @@ class AdapterRecord:
         return {"format": RECORD_FORMAT, **_without_empty(values)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> "AdapterRecord":
         """
         The opposite of [`AdapterRecord.to_dict`]. Unknown keys are ignored.
 
@@ -318,7 +318,7 @@ class AdapterRecord:
         return path
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self | None:
+    def load(cls, folder: str | Path) -> "AdapterRecord | None":
         """
         Read the record of a folder.
 

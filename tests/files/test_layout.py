@@ -52,7 +52,7 @@ HOSTILE = [
         "a/" * 600 + "b",
     ),
     *("README.md.", "README.md ", "con", "con.x", "lpt1.a.b", "NUL.txt", ".git/config", "a/.GIT/hooks/x"),
-    # What passes for one of ours.
+    # What differs from a name of an adapter only in case.
     *("Adapter_config.json", "readme.md", "ADAPTER_MODEL.SAFETENSORS", "Figures/routing.png", "EXPORTS/a/README.md"),
     *("exports/sst2/Readme.md", "adapter_conﬁg.json", "Tokenizer.json"),
 ]

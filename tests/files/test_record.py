@@ -144,7 +144,7 @@ def test_an_adapter_that_goes_on_training():
         hyperparameters={"learning_rate": 1e-4},
         mixtures=mixtures,
     )
-    told = newer.to_dict()
+    unchanged = newer.to_dict()
     merged = newer.merged_with(older)
     sst2, unnamed, cola, rte = merged.tasks
     assert dataclasses.replace(sst2, share=0.75) == older.task("sst2"), "not trained now"
@@ -164,7 +164,7 @@ def test_an_adapter_that_goes_on_training():
     assert merged.hyperparameters == {"learning_rate": 1e-4} and merged.exports == []
     assert list(merged.mixtures.weights) == ["sst2", "cola"] and merged.mixtures.tokens == {"sst2": 100, "cola": 9}
     assert torch.equal(merged.mixtures.weights["cola"], mixtures.weights["cola"])
-    assert newer.to_dict() == told and full_record().to_dict() == before
+    assert newer.to_dict() == unchanged and full_record().to_dict() == before
     merged.tasks[0].metrics["x"] = 1.0
     assert AdapterRecord.from_dict(merged.to_dict()).to_dict() == merged.to_dict()
 
