@@ -242,15 +242,13 @@ def check_pattern(pattern: str, field: str, max_repeats: int = _MAX_REPEATS) -> 
 
     try:
         re.compile(pattern)
-        # Verbose expressions skip spaces and comments, so they would be misread here.
-        repeats, choices, _ = (
-            (math.inf, 0.0, True) if _VERBOSE.search(pattern) else _cost(iter(_TOKEN.findall(pattern)))
-        )
+        repeats, choices, *_ = _cost(iter(_TOKEN.findall(pattern)))
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterCheckError(f"{quoted}, which is not valid ({error}). Correct it, or list names.") from error
 
     problem = None
-    if math.isinf(repeats):
+    # Verbose expressions skip spaces and comments, so they are misread above.
+    if math.isinf(repeats) or _VERBOSE.search(pattern):
         problem = "repeats within repeats"
     elif repeats > max_repeats:
         problem = f"{repeats:g} repeats in a row"
@@ -260,13 +258,13 @@ def check_pattern(pattern: str, field: str, max_repeats: int = _MAX_REPEATS) -> 
         raise AdapterCheckError(f"{quoted} with {problem}, which can take forever to match. List names instead.")
 
 
-def _cost(tokens: Iterator[str]) -> tuple[float, float, bool]:
+def _cost(tokens: Iterator[str]) -> tuple[float, float, float, bool]:
     """
     Cost of matching a group, whose tokens are taken up to its closing bracket.
 
     Returns:
-        Repeats in a row (infinite where they are nested) and choices in bits, of the branch with the most; and whether
-        what the group matches varies in length.
+        Repeats in a row (infinite where they are nested) and choices in bits, of the branch with the most; the choice
+        between branches in bits; and whether what the group matches varies in length.
     """
     repeats, choices = [0.0], [0.0]  # by branch
     starts: list[str | None] = [None]  # token that each branch begins with; "" if its first item is optional
@@ -295,18 +293,18 @@ def _cost(tokens: Iterator[str]) -> tuple[float, float, bool]:
             starts[-1] = token.lower() if starts[-1] is None else starts[-1]
             item = False
             if token[0] == "(" and token[-1] != ")":
-                inner_repeats, inner_choices, inner_varies = _cost(tokens)
+                inner_repeats, inner_choices, overlap, inner_varies = _cost(tokens)
                 repeats[-1] += inner_repeats
                 # What a lookaround has matched is not matched again.
                 if not token.endswith(("=", "!")):
-                    choices[-1] += inner_choices
+                    choices[-1] += inner_choices + overlap
                     varies |= inner_varies
                     item = inner_varies
 
     # Branches that begin alike, or with no plain letter, can match at the same place.
     plain = Counter(start for start in starts if start and _LITERAL.fullmatch(start))
     overlap = math.log2(max(plain.values(), default=0) + len(starts) - plain.total())
-    return max(repeats), max(choices) + overlap, varies or len(starts) > 1
+    return max(repeats), max(choices), overlap, varies or len(starts) > 1
 
 
 def _bounds(token: str) -> tuple[int, float]:

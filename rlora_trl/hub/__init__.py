@@ -22,7 +22,7 @@ __all__ = [
     "push_adapter",
 ]
 
-# Loaded on first use: file names and records are wanted where PyTorch is not.
+# Loaded on first use, so that importing this package stays fast.
 _MODULES = {
     **dict.fromkeys(("AdapterCheckError", "CheckedAdapter", "adapter_digest", "check_adapter"), "..files.checks"),
     **dict.fromkeys(("AdapterRecord", "TaskRecord"), "..files.record"),
