@@ -205,6 +205,7 @@ def read_safetensors_header(path: str | Path, *, limit: int | None = None) -> di
         AdapterCheckError: If the file is truncated, is not safetensors, or its tensors leave holes, overlap or do not
             fill it exactly.
     """
+    # The whole file, as far as safetensors checks it: overlaps, holes, unknown types, and sizes that do not agree.
     size = check_regular_file(path, 2**63 if limit is None else limit)
     try:
         with open(path, "rb") as file:
@@ -215,7 +216,6 @@ def read_safetensors_header(path: str | Path, *, limit: int | None = None) -> di
                     f"{path} has a header of {header_size} bytes, and at most {HEADER_LIMIT} are read. It is not the "
                     "file of an adapter."
                 )
-            # safetensors refuses overlaps, holes, unknown types, and sizes that do not agree with the file's.
             with safe_open(str(path), framework="np") as tensors:
                 count = len(tensors.keys())
             header = file.read(header_size)
@@ -224,27 +224,28 @@ def read_safetensors_header(path: str | Path, *, limit: int | None = None) -> di
             f"{path} is truncated or not a safetensors file: {shorten(str(error), 300)}. {_REMEDY}"
         ) from error
 
+    # The header once more, for what two programs may read in two ways.
     try:
         if count > _MAX_TENSORS:
-            raise AdapterCheckError(f"it has {count} tensors, more than {_MAX_TENSORS}")
+            raise AdapterCheckError(f"it has {count} tensors, more than {_MAX_TENSORS}. {_REMEDY}")
         entries = _parse_json(header, "its header")
         entries.pop("__metadata__", None)
         return {name: _tensor_entry(name, entry) for name, entry in entries.items()}
     except AdapterCheckError as error:
-        raise AdapterCheckError(f"{path} is not a safetensors file of an adapter: {error} {_REMEDY}") from error
+        raise AdapterCheckError(f"{path} is not a safetensors file of an adapter: {error}") from error
 
 
 def _tensor_entry(name: str, entry: Any) -> TensorEntry:
     """What safetensors accepts, and another program or PyTorch may not."""
     if not name or len(name) > _MAX_NAME or not name.isprintable():
-        raise AdapterCheckError(f"{shorten(name)} is not the name of a tensor.")
+        raise AdapterCheckError(f"{shorten(name)} is not the name of a tensor. {_REMEDY}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterCheckError(
-            f"the entry of {name} must have `dtype`, `shape` and `data_offsets`, got {shorten(entry)}."
+            f"the entry of {name} must have `dtype`, `shape` and `data_offsets`, got {shorten(entry)}. {_REMEDY}"
         )
     if entry["dtype"] not in _DTYPES or len(entry["shape"]) > _MAX_DIMENSIONS:
         raise AdapterCheckError(
             f"{name} must have a type of {', '.join(sorted(_DTYPES))} and at most {_MAX_DIMENSIONS} dimensions, got "
-            f"{shorten(entry)}."
+            f"{shorten(entry)}. {_REMEDY}"
         )
     return TensorEntry(entry["dtype"], tuple(entry["shape"]))
