@@ -29,7 +29,7 @@ from .output import note, print_json, print_table, print_text, results_only
 if TYPE_CHECKING:
     import torch
 
-    from rlora_trl.analysis.measuring import HeadWeights
+    from rlora_trl.files.head_weights import HeadWeights
 
 
 def register(app: typer.Typer) -> None:

@@ -27,7 +27,8 @@ from .export.loading import load_adapted
 from .files.checks import CheckedAdapter, check_adapter
 from .files.config import read_config
 from .files.layout import CARD_NAME, CONFIG_NAME, EXPORTS, FIGURES, FileKind, classify, published_files, task_slug
-from .files.record import AdapterRecord, TaskRecord, find_record, hub_name
+from .files.names import hub_name
+from .files.record import AdapterRecord, TaskRecord, find_record
 from .hub.card_reading import read_card
 from .hub.commit import HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE, Publication, commit_adapter
 from .tuner.selection import kept_quantized

@@ -3,9 +3,10 @@
 import warnings
 from typing import Any
 
+from ..files.head_weights import HeadWeights
 from .figures import plot_head_similarity, plot_routing
 from .heads import head_similarities, mean_similarity
-from .measuring import HeadWeights, measure_head_weights
+from .measuring import measure_head_weights
 
 
 __all__ = [

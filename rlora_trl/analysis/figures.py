@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files.head_weights import HeadWeights
 from .heads import check_similarities, mean_between
-from .measuring import HeadWeights
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
-from ..files.record import hub_name
+from ..files.names import hub_name
 from ..files.task_types import auto_model_class, generates
 from ..tuner import RLoraConfig
 

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 import torch
 
-from ..analysis.measuring import HeadWeights, constant_head_weights
+from ..analysis.measuring import constant_head_weights
+from ..files.head_weights import HeadWeights
 from ..files.reading import first_few
 from ..files.record import find_record
 from ..tuner import RLoraConfig

@@ -1,1 +1,1 @@
-"""An adapter on disk: names of its files, its record, tensors and configuration, and the checks of all of them."""
+"""An adapter on disk: layout, record, tensors, configuration, reading, and the checks of all of them."""

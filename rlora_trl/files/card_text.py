@@ -1,9 +1,7 @@
-"""What is checked of a card before it is parsed or shown: its metadata, which is YAML, and HTML that would act."""
+"""Checks of a card's text before its metadata, which is YAML, is parsed."""
 
 from __future__ import annotations
 
-import html
-import re
 from pathlib import Path
 
 import yaml
@@ -18,23 +16,6 @@ METADATA_LIMIT = MIB // 4
 _MAX_DEPTH = 32
 # libyaml's parser is twenty times as fast, where PyYAML was built with it.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Characters that browsers skip, so that they hide a word from a search: all controls but line ends and tabs, and
-# those of no width.
-_INVISIBLE = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 0x7F, 0xAD, *range(0x200B, 0x2010), 0xFEFF))
-_SCHEME = r"\s{0,3}".join
-# Each stops at the next "<" or after a few characters, so that a search takes time in proportion to the text.
-_ACTIVE = {
-    "a tag that loads or runs something": re.compile(
-        r"<[\s/]{0,8}(?:script|iframe|frame|frameset|object|embed|applet)\b", re.IGNORECASE
-    ),
-    "an event handler": re.compile(
-        r"""<[a-z](?:[^<>"']|"[^"<]*"|'[^'<]*')*?(?<=[\s/"'])on[a-z]{3,24}\s{0,8}=""", re.IGNORECASE
-    ),
-    "a link that runs a script": re.compile(
-        rf"""(?:[(<"'=]|\]:)\s{{0,8}}(?:{_SCHEME("javascript:")}|{_SCHEME("vbscript:")}|data:text/html)""",
-        re.IGNORECASE,
-    ),
-}
 
 
 def check_card(path: str | Path) -> ModelCard:
@@ -48,7 +29,7 @@ def check_card(path: str | Path) -> ModelCard:
         `huggingface_hub.ModelCard`: The card.
 
     Raises:
-        AdapterCheckError: If it is too large or not text, its metadata can't be read safely, or it has scripts.
+        AdapterCheckError: If the file is too large or not text, or its metadata can't be parsed safely.
     """
     try:
         text = read_bytes(path, CARD_LIMIT).decode("utf-8-sig")
@@ -63,19 +44,28 @@ def check_card_text(text: str, source: str = "the card") -> ModelCard:
 
     Args:
         text (`str`): The card.
-        source (`str`, *optional*): Where it comes from, for messages.
+        source (`str`, *optional*, defaults to `"the card"`): Where the text comes from, for messages.
+
+    Returns:
+        `huggingface_hub.ModelCard`: The card.
+
+    Raises:
+        AdapterCheckError: As [`check_card`].
     """
     if len(text) > CARD_LIMIT:
         raise AdapterCheckError(f"{source} has {len(text)} characters, more than {CARD_LIMIT}. Shorten the card.")
-    _check_active(text, source)
+
     match = REGEX_YAML_BLOCK.search(text)
     if match is not None:
         _check_metadata(match.group(2), source, text.count("\n", 0, match.start(2)) + 1)
+
     try:
         return ModelCard(text, ignore_metadata_errors=True)
-    # Whatever YAML's constructors and the classes of huggingface_hub make of values they do not expect.
+    # YAML's constructors and the classes of huggingface_hub raise all kinds of errors on unexpected values.
     except Exception as error:
-        raise AdapterCheckError(f"{source} has metadata that can't be read: {shorten(str(error), 200)}") from error
+        raise AdapterCheckError(
+            f"{source} has metadata that can't be read: {shorten(str(error), 200)}. Correct the YAML at its top."
+        ) from error
 
 
 def _check_metadata(block: str, source: str, first_line: int) -> None:
@@ -84,33 +74,20 @@ def _check_metadata(block: str, source: str, first_line: int) -> None:
         raise AdapterCheckError(
             f"{source} has metadata of {len(block)} characters, more than {METADATA_LIMIT}. Shorten it."
         )
+
     depth = 0
     try:
         for event in yaml.parse(block, Loader=_Loader):
-            # References to references grow without bound when they are written out again.
+            # Aliases of aliases grow without bound when they are written out.
             if isinstance(event, yaml.AliasEvent):
                 line = first_line + event.start_mark.line
                 raise AdapterCheckError(
-                    f"{source}, line {line}: the metadata refers to a part of itself, which no card needs. Write the "
-                    "value out."
+                    f"{source}, line {line}: the metadata has a YAML alias, which no card needs. Write the value out."
                 )
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise AdapterCheckError(f"{source} has metadata nested more than {_MAX_DEPTH} deep. Flatten it.")
     except (yaml.YAMLError, RecursionError) as error:
-        raise AdapterCheckError(f"{source} has metadata that is not YAML: {shorten(str(error), 200)}") from error
-
-
-def _check_active(text: str, source: str) -> None:
-    # By line, as what stands for a line end in HTML must not count as one.
-    lines = [" ".join(html.unescape(html.unescape(line)).split("\n")) for line in text.split("\n")]
-    decoded = "\n".join(lines).translate(_INVISIBLE)
-    for meaning, pattern in _ACTIVE.items():
-        for searched in (text, decoded):
-            match = pattern.search(searched)
-            if match is not None:
-                line = searched.count("\n", 0, match.start()) + 1
-                raise AdapterCheckError(
-                    f"{source}, line {line}: {shorten(match.group().strip())} is {meaning}, which a card must not "
-                    "have. Remove it from the card."
-                )
+        raise AdapterCheckError(
+            f"{source} has metadata that is not YAML: {shorten(str(error), 200)}. Correct the YAML at its top."
+        ) from error

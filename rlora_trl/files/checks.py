@@ -1,14 +1,16 @@
-"""Checks before use: what is wrong with the files of an adapter is found before anything loads them.
+"""
+Checks the files of an adapter before anything loads them.
 
-Names come first, then the configuration and the header of the weights, then the values. Nothing that is checked is
-executed or unpickled, and what is read is bounded, whatever the files say of themselves.
+Names come first, then the configuration and the header of the weights, then the values. Nothing is executed or
+unpickled, and whatever the files claim, what is read is bounded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +31,12 @@ from .layout import (
     classify,
     is_training_leftover,
 )
+from .names import hub_name
 from .reading import (
     MIB,
     AdapterCheckError,
     check_regular_file,
+    first_few,
     read_bytes,
     read_json,
     read_safetensors_header,
@@ -55,7 +59,7 @@ __all__ = [
 WEIGHTS_LIMIT = 64 * 2**30
 RECORD_LIMIT = 16 * MIB
 _MAX_FILES = 5_000
-# The most bytes of a file, by what it is. Of an export by its name.
+# The most bytes of a file by its kind; files of an export by their name.
 _LIMITS = {
     FileKind.CONFIG: CONFIG_LIMIT,
     FileKind.WEIGHTS: WEIGHTS_LIMIT,
@@ -66,9 +70,6 @@ _LIMITS = {
     FileKind.LICENSE: MIB,
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
-_CACHED = re.compile(r".*models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/?")
-_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,21 @@ class CheckedAdapter:
     An adapter whose files were checked.
 
     Args:
-        folder (`Path`): Where it lies.
+        folder (`Path`): Its folder.
         config ([`RLoraConfig`]): Its configuration.
-        digest (`str`): See [`adapter_digest`].
-        num_parameters (`int`): Number of values that training changes; those of the anchor, A0 and B0, are not.
-        record ([`AdapterRecord`], *optional*): What training recorded of it.
+        digest (`str`): Digest of its tensors, see [`adapter_digest`].
+        sha256 (`str`): SHA-256 of the weights file in hexadecimal digits, as the Hub lists it.
+        num_parameters (`int`): Number of values that training changes: all but the anchor, A0 and B0.
+        record ([`AdapterRecord`], *optional*): What training recorded about it.
         layers (`tuple[str, ...]`): Paths of the adapted layers in the base model, in the order of their names.
-        base_model (`str`, *optional*), base_model_revision (`str`, *optional*): What it says that it was trained on.
+        base_model (`str`, *optional*), base_model_revision (`str`, *optional*): The model that it was trained on,
+            according to its files.
     """
 
     folder: Path
     config: RLoraConfig
     digest: str
+    sha256: str
     num_parameters: int
     record: AdapterRecord | None
     layers: tuple[str, ...]
@@ -109,59 +113,56 @@ def check_listing(sizes: Mapping[str, int | None]) -> list[str]:
     Raises:
         AdapterCheckError: If there is no adapter, a name is hostile, or a size is absurd.
     """
-    if len(sizes) > _MAX_FILES:
-        raise AdapterCheckError(
-            f"The repository has {len(sizes)} files, more than {_MAX_FILES}. It is not one of an adapter; check its "
-            "name."
-        )
-    if WEIGHTS_NAME not in sizes and PICKLED_WEIGHTS_NAME in sizes:
-        raise AdapterCheckError(
-            f"The repository has its weights only as {PICKLED_WEIGHTS_NAME}, a pickle, which can run any code when it "
-            f"is read. Ask its author to save it as {WEIGHTS_NAME}."
-        )
-    kinds = {path: classify(path) for path in sizes}
-    _refuse([path for path, kind in kinds.items() if kind is FileKind.HOSTILE], "The repository")
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if name not in sizes:
+    _check_names(sizes, "The repository")
+    paths = sorted(path for path in sizes if classify(path) is not FileKind.OTHER)
+
+    for path in paths:
+        size, limit = sizes[path], _limit_of(path)
+        if size is not None and not (isinstance(size, int) and 0 <= size <= limit):
             raise AdapterCheckError(
-                f"The repository has no {name}: it has no adapter, or an incomplete one. Check its name and revision."
+                f"{path} has {size} bytes in the repository, and at most {limit} are accepted. It is not the file of "
+                "an adapter."
             )
-    wanted = sorted(path for path, kind in kinds.items() if kind is not FileKind.OTHER)
-    for path in wanted:
-        _check_size(path, sizes[path])
+
     folded: dict[str, str] = {}
-    for path in wanted:
+    for path in paths:
         other = folded.setdefault(path.casefold(), path)
         if other != path:
             raise AdapterCheckError(
                 f"The repository has both {other} and {path}, which are one file on some systems. Rename one."
             )
-    return wanted
+    return paths
 
 
-def _refuse(paths: list[str], where: str) -> None:
-    if not paths:
-        return
-    listed = ", ".join(shorten(path) for path in sorted(paths)[:3])
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    raise AdapterCheckError(
-        f"{where} has {listed}{more}: files that may run code when they are opened, or names that pass for others. "
-        "Nothing was used. An adapter consists of safetensors, JSON, text and PNG files; use a revision without these."
-    )
+def _check_names(paths: Collection[str], where: str) -> None:
+    """Refuse hostile names, and a repository or folder without an adapter."""
+    if len(paths) > _MAX_FILES:
+        raise AdapterCheckError(
+            f"{where} has {len(paths)} files, more than {_MAX_FILES}. Name the folder or repository of an adapter."
+        )
+    if WEIGHTS_NAME not in paths and PICKLED_WEIGHTS_NAME in paths:
+        raise AdapterCheckError(
+            f"{where} has its weights only as {PICKLED_WEIGHTS_NAME}, a pickle, which can run any code when it is "
+            f"read. Ask its author to save it as {WEIGHTS_NAME}, PEFT's default."
+        )
+    hostile = [shorten(path) for path in paths if classify(path) is FileKind.HOSTILE]
+    if hostile:
+        raise AdapterCheckError(
+            f"{where} has {first_few(hostile)}: files that may run code when they are opened, or misleading names. "
+            "Nothing was used. An adapter consists of safetensors, JSON, text and PNG files; use a revision without "
+            "these."
+        )
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if name not in paths:
+            raise AdapterCheckError(
+                f"{where} has no {name}: it has no adapter, or an incomplete one. Check its name and revision, or "
+                "save it again."
+            )
 
 
 def _limit_of(path: str) -> int:
     kind = classify(path)
     return _LIMITS[classify(path.rsplit("/", 1)[-1]) if kind is FileKind.EXPORT else kind]
-
-
-def _check_size(path: str, size: int | None) -> None:
-    limit = _limit_of(path)
-    if size is not None and not (isinstance(size, int) and 0 <= size <= limit):
-        raise AdapterCheckError(
-            f"{path} has {size} bytes in the repository, and at most {limit} are accepted. It is not what an adapter "
-            "holds there."
-        )
 
 
 def adapter_digest(source: str | Path | Mapping[str, torch.Tensor]) -> str:
@@ -187,16 +188,14 @@ def adapter_digest(source: str | Path | Mapping[str, torch.Tensor]) -> str:
     return file_digest(path, read_safetensors_header(path))
 
 
-def check_adapter(
-    folder: str | Path, *, base_model: str | None = None, base_model_revision: str | None = None
-) -> CheckedAdapter:
+def check_adapter(folder: str | Path, *, base_model: str | None = None) -> CheckedAdapter:
     """
     Check the files of an adapter in a local folder before anything loads them.
 
     Args:
         folder (`str` or `Path`): The folder.
-        base_model (`str`, *optional*): Base model that the adapter is about to be loaded on.
-        base_model_revision (`str`, *optional*): Its revision.
+        base_model (`str`, *optional*): Base model that the adapter is about to be loaded on. Compared if it is a name
+            on the Hub, as folders may hold any model.
 
     Returns:
         [`CheckedAdapter`]: What the adapter is.
@@ -205,54 +204,44 @@ def check_adapter(
         AdapterCheckError: If files are missing, hostile, damaged, or do not fit each other or the base model. The
             message names the file and what was expected.
     """
+    # Names and sizes, before any file is opened.
     folder = Path(folder)
-    files = _check_files(folder)
+    if not folder.is_dir():
+        raise AdapterCheckError(f"{folder} is not a folder. Pass the one that holds {CONFIG_NAME}.")
+    files = [path for path in adapter_files(folder) if not is_training_leftover(path)]
+    _check_names(files, str(folder))
+    for path in files:
+        if classify(path) is not FileKind.OTHER:
+            check_regular_file(folder / path, _limit_of(path))
+
+    # What the files claim.
     config = read_config(folder / CONFIG_NAME)
     weights = folder / WEIGHTS_NAME
     entries = read_safetensors_header(weights, limit=WEIGHTS_LIMIT)
     layers = check_tensors(weights, entries, config)
     record = _read_record(folder / RECORD_NAME) if RECORD_NAME in files else None
-    name, revision = _check_base(folder, config, record, base_model, base_model_revision)
+    _check_base(folder, config, record, base_model)
     _check_beside(folder, files)
+
+    # The values.
+    digest = file_digest(weights, entries, finite=True)
+    with open(weights, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return CheckedAdapter(
         folder=folder,
         config=config,
-        digest=file_digest(weights, entries, finite=True),
+        digest=digest,
+        sha256=sha256,
         num_parameters=count_parameters(entries),
         record=record,
         layers=layers,
-        base_model=name,
-        base_model_revision=revision,
+        base_model=config.base_model_name_or_path or (record and record.base_model) or None,
+        base_model_revision=(record and record.base_model_revision) or config.revision or None,
     )
 
 
-def _check_files(folder: Path) -> list[str]:
-    """Names, links and sizes of the files in a folder."""
-    if not folder.is_dir():
-        raise AdapterCheckError(f"{folder} is not a folder. Pass the one that holds {CONFIG_NAME}.")
-    files = adapter_files(folder)
-    if len(files) > _MAX_FILES:
-        raise AdapterCheckError(f"{folder} has {len(files)} files, more than {_MAX_FILES}. Pass the adapter's folder.")
-    if WEIGHTS_NAME not in files and PICKLED_WEIGHTS_NAME in files:
-        raise AdapterCheckError(
-            f"{folder} has its weights only as {PICKLED_WEIGHTS_NAME}, a pickle, which can run any code when it is "
-            f"read. Save it again with PEFT, which writes {WEIGHTS_NAME}."
-        )
-    hostile = [path for path in files if classify(path) is FileKind.HOSTILE]
-    _refuse([path for path in hostile if not is_training_leftover(path)], str(folder))
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if name not in files:
-            raise AdapterCheckError(
-                f"{folder} has no {name}: it has no adapter, or an incomplete one. Save or download it again."
-            )
-    for path in files:
-        if classify(path) not in (FileKind.OTHER, FileKind.HOSTILE):
-            check_regular_file(folder / path, _limit_of(path))
-    return files
-
-
 def _check_beside(folder: Path, files: list[str]) -> None:
-    """What lies beside the adapter itself: card, figures, tokenizer and exports."""
+    """Check the files beside the adapter: card, figures, tokenizer and exports."""
     for path in files:
         kind = classify(path)
         if kind is FileKind.CARD or (kind is FileKind.EXPORT and path.endswith(f"/{CARD_NAME}")):
@@ -286,12 +275,11 @@ def _check_export(config_path: Path) -> None:
 
 def _read_record(path: Path) -> AdapterRecord:
     data = read_json(path, limit=RECORD_LIMIT)
-    if not isinstance(data, dict):
-        raise AdapterCheckError(f"{path} holds a {type(data).__name__}, and a record is an object. Remove the file.")
     try:
         record = AdapterRecord.from_dict(data)
     except ValueError as error:
         raise AdapterCheckError(f"{path} is not a record of an adapter: {shorten(str(error), 300)}") from error
+
     written = record.versions.get("rlora_trl", "")
     if _release(written) > _release(__version__):
         warnings.warn(
@@ -308,69 +296,17 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
-def _check_base(
-    folder: Path, config: RLoraConfig, record: AdapterRecord | None, base_model: str | None, revision: str | None
-) -> tuple[str | None, str | None]:
-    """Compare what configuration and record say of the base model, with each other and with what is being loaded."""
-    told = [config.base_model_name_or_path or None, record.base_model if record else None]
-    names = list(dict.fromkeys(_hub_name(name) for name in told if name))
-    on_hub = [name for name in names if _is_hub_name(name)]
-    if len(on_hub) > 1:
+def _check_base(folder: Path, config: RLoraConfig, record: AdapterRecord | None, base_model: str | None) -> None:
+    """Compare the base models that configuration, record and caller name, where they are names on the Hub."""
+    in_config, in_record = hub_name(config.base_model_name_or_path), hub_name(record.base_model if record else None)
+    if in_config and in_record and in_config != in_record:
         raise AdapterCheckError(
-            f"{folder} was trained on {on_hub[0]} by its {CONFIG_NAME}, and on {on_hub[1]} by its {RECORD_NAME}. "
+            f"{folder} was trained on {in_config} by its {CONFIG_NAME}, and on {in_record} by its {RECORD_NAME}. "
             "The two files belong to different adapters; take both from one source."
         )
-    if base_model is not None:
-        _check_base_name(folder, names, _hub_name(base_model))
-    pinned = [record.base_model_revision if record else None, config.revision]
-    revisions = [value for value in pinned if value]
-    given = revision or _revision_in(base_model)
-    # A branch and a commit may be the same: only two of a kind can be compared.
-    comparable = [value for value in revisions if given and _is_commit(value) == _is_commit(given)]
-    if given and comparable and not any(_is_same_revision(given, value) for value in comparable):
+    stated, requested = in_config or in_record, hub_name(base_model)
+    if stated and requested and stated != requested:
         raise AdapterCheckError(
-            f"{folder} was trained on revision {shorten(comparable[0])} of its base model, and is being loaded on "
-            f"{shorten(given)}. Load that revision."
+            f"{folder} was trained on {shorten(stated)}, and is being loaded on {shorten(requested)}. Load the model "
+            "that it was trained on, or another adapter."
         )
-    return (next((name for name in told if name), None), next(iter(revisions), None))
-
-
-def _check_base_name(folder: Path, names: list[str], given: str) -> None:
-    # A folder may hold the model of any name: only two names, or two folders, can be compared.
-    comparable = [name for name in names if _is_hub_name(name) == _is_hub_name(given)]
-    if comparable and not any(_is_same(given, name) for name in comparable):
-        raise AdapterCheckError(
-            f"{folder} was trained on {' or '.join(map(shorten, comparable))}, and is being loaded on "
-            f"{shorten(given)}. Load the model that it was trained on, or another adapter."
-        )
-
-
-def _is_commit(revision: str) -> bool:
-    return _COMMIT.fullmatch(revision) is not None
-
-
-def _is_same_revision(first: str, second: str) -> bool:
-    if _is_commit(first) and _is_commit(second):
-        return first.startswith(second) or second.startswith(first)
-    return first == second
-
-
-def _hub_name(name: str) -> str:
-    """The Hub name of a model in `huggingface_hub`'s cache, else the name itself."""
-    match = _CACHED.fullmatch(name.replace("\\", "/"))
-    return f"{match[1]}/{match[2]}" if match else name
-
-
-def _revision_in(name: str | None) -> str | None:
-    match = _CACHED.fullmatch((name or "").replace("\\", "/"))
-    return match[3] if match else None
-
-
-def _is_hub_name(name: str) -> bool:
-    return _HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
-
-
-def _is_same(first: str, second: str) -> bool:
-    if first.rstrip("/") == second.rstrip("/"):
-        return True
-    return Path(first).is_dir() and Path(second).is_dir() and Path(first).resolve() == Path(second).resolve()

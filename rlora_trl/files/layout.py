@@ -1,11 +1,10 @@
-"""The files of an adapter: what each name in a folder or a repository stands for, and which are never touched."""
+"""The files of an adapter: what each name in a folder or a repository means, and which are never touched."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-import unicodedata
 from enum import StrEnum
 from pathlib import Path
 
@@ -25,8 +24,8 @@ class FileKind(StrEnum):
     """
     What a file of an adapter is.
 
-    `OTHER` is harmless and ignored: neither published nor downloaded. `HOSTILE` is what a program that opens it may
-    execute or unpickle, or a name that leads elsewhere or passes for another.
+    `OTHER` is harmless and ignored: neither published nor downloaded. `HOSTILE` is a file that a program may execute
+    or unpickle when it opens it, or a name that leads out of the folder or differs from another only in case.
     """
 
     CONFIG = "config"
@@ -67,8 +66,8 @@ _KINDS = {
 _CHAT_TEMPLATES = "additional_chat_templates"  # transformers' name
 _FOLDERS = (FIGURES, EXPORTS, _CHAT_TEMPLATES)
 _EXPORT_FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
-# Names that file systems without letter case would take for one of ours.
-_FOLDED = {name.casefold(): name for name in (*_KINDS, *_FOLDERS)}
+# The right spelling of names that file systems without letter case would confuse.
+_SPELLINGS = {name.casefold(): name for name in (*_KINDS, *_FOLDERS)}
 _HOSTILE_SUFFIXES = frozenset(
     # Pickles, or containers that may hold one; NumPy's own two among them.
     ".bin .pt .pth .pkl .pickle .ckpt .joblib .dill .cloudpickle .npy .npz .mar .pt2 .pte "
@@ -76,7 +75,7 @@ _HOSTILE_SUFFIXES = frozenset(
     ".py .pyc .pyo .pyd .pyw .pyz .pth .ipynb .so .dylib .dll .exe .com .msi .scr .sh .bash .zsh .bat .cmd .ps1 .vbs "
     ".js .mjs .cjs .wasm .jar .class .rb .pl .php .lua .whl .egg .desktop .lnk .app .hta".split()
 )
-# What a Trainer leaves in its own output folder. Pickles, so hostile in a repository; at home just not published.
+# Pickles that a Trainer leaves in its output folder: hostile in a repository, ignored in a local folder.
 _TRAINING_LEFTOVERS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state(_\d+)?)\.(pt|pth|bin)")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows
 _SLUG = re.compile(r"[a-z0-9_][a-z0-9._-]*")
@@ -110,9 +109,10 @@ def classify(path: str) -> FileKind:
 
 
 def _is_misleading(path: str) -> bool:
-    """Whether a name leads out of the folder, is not portable, or passes for another."""
+    """Whether a name leads out of the folder, is not portable, or differs from another only in case."""
     if not path or len(path) > _MAX_PATH or not path.isprintable() or "\\" in path or ":" in path:
         return True
+
     parts = path.split("/")
     for part in parts:
         # "" also stands for a path that starts at the root. Windows drops dots and spaces at the end of a name.
@@ -120,16 +120,13 @@ def _is_misleading(path: str) -> bool:
             return True
         if _RESERVED.fullmatch(part) or part.casefold() == ".git":
             return True
-    return any(_is_lookalike(part) for part in ((parts[0], parts[-1]) if parts[0] == EXPORTS else parts[:1]))
 
-
-def _is_lookalike(part: str) -> bool:
-    folded = unicodedata.normalize("NFKC", part).casefold()
-    return folded in _FOLDED and _FOLDED[folded] != part
+    named = (parts[0], parts[-1]) if parts[0] == EXPORTS else parts[:1]
+    return any(_SPELLINGS.get(part.casefold(), part) != part for part in named)
 
 
 def is_training_leftover(path: str) -> bool:
-    """Whether a file is a pickle that a `Trainer` writes for itself, such as `training_args.bin`."""
+    """Whether a file is a pickle that a `Trainer` writes into its output folder, such as `training_args.bin`."""
     return _TRAINING_LEFTOVERS.fullmatch(path.rsplit("/", 1)[-1]) is not None
 
 
@@ -137,8 +134,8 @@ def task_slug(task: str) -> str:
     """
     Name of the folder in `exports` for a task.
 
-    Lower-case letters, digits, ".", "_" and "-". A task that is not such a name already gets a hash of it appended,
-    so that tasks do not share a folder.
+    Lower-case letters, digits, ".", "_" and "-". Where that changes the name, a hash of it is appended, so that tasks
+    do not share a folder.
 
     Args:
         task (`str`): Name of the task.
@@ -149,7 +146,7 @@ def task_slug(task: str) -> str:
     if not task:
         raise ValueError("A task must have a name, got ''. Name it as in the `tasks` of the adapter.")
     slug = re.sub(r"[^a-z0-9._-]+", "-", task.lower())[:_MAX_SLUG].strip("-.") or "task"
-    # A name that ends like a hash could be what another task is turned into.
+    # A name that ends like a hash could be the slug of another task.
     if slug == task and not _HASHED.search(task) and not _RESERVED.fullmatch(task):
         return slug
     if _RESERVED.fullmatch(slug):
@@ -159,29 +156,36 @@ def task_slug(task: str) -> str:
 
 def adapter_files(folder: str | Path) -> list[str]:
     """
-    Paths of all files in a folder that have to do with an adapter: its own, and those of its subfolders.
+    Paths of all files in a folder that may belong to an adapter: those in it and in the subfolders of an adapter.
 
     Other folders, such as a trainer's checkpoints, are not entered.
 
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Returns:
+        `list[str]`: Sorted paths in it, separated by "/".
+
     Raises:
-        AdapterCheckError: If a name among them is a link that leads out of the folder. Those of `huggingface_hub`'s
-            cache, which lead to its blobs, are followed.
+        AdapterCheckError: If one of them is a link that leads out of the folder. Links of `huggingface_hub`'s cache,
+            which lead to its blobs, are followed.
     """
     root = Path(folder)
-    found: list[str] = []
+    paths: list[str] = []
     for directory, folders, names in os.walk(root):
         relative = Path(directory).relative_to(root)
-        at_top = relative == Path(".")
-        folders[:] = sorted(name for name in folders if not at_top or name in _FOLDERS)
+        is_root = relative == Path(".")
+        folders[:] = sorted(name for name in folders if not is_root or name in _FOLDERS)
         for name in [*folders, *names]:
             if os.path.islink(os.path.join(directory, name)):
                 _check_link(root, (relative / name).as_posix(), is_folder=name in folders)
-        found += [(relative / name).as_posix() for name in names]
-    return sorted(found)
+        paths += [(relative / name).as_posix() for name in names]
+    return sorted(paths)
 
 
 def _check_link(folder: Path, path: str, is_folder: bool) -> None:
-    target = Path(folder, path).resolve()
+    # Unlike `Path.resolve`, this does not fail where links form a loop.
+    target = Path(os.path.realpath(folder / path))
     for parent in folder.resolve().parents:
         if parent.name == "snapshots" and target.parent == parent.parent / "blobs":
             return
@@ -194,7 +198,7 @@ def _check_link(folder: Path, path: str, is_folder: bool) -> None:
 
 def published_files(folder: str | Path) -> list[str]:
     """
-    Files of a local folder that belong to the adapter, and so are published; all else stays at home.
+    Files of a local folder that belong to the adapter; all others are not published.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -203,6 +207,6 @@ def published_files(folder: str | Path) -> list[str]:
         `list[str]`: Sorted paths in it, separated by "/".
 
     Raises:
-        AdapterCheckError: If one of them is a link to elsewhere.
+        AdapterCheckError: If one of them is a link that leads out of the folder.
     """
     return [path for path in adapter_files(folder) if classify(path) not in (FileKind.OTHER, FileKind.HOSTILE)]

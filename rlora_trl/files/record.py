@@ -1,51 +1,49 @@
-"""What training recorded of an adapter: tasks, scores, settings, versions. It lies beside the adapter as JSON.
+"""
+What training recorded about an adapter: tasks, scores, settings, versions. A JSON file beside the adapter.
 
-PEFT's configuration holds what defines the adapter's function. This file holds what is known about it besides; it may
-be missing, and nothing in it changes what the adapter computes.
+PEFT's configuration defines what the adapter computes. This file may be missing, and nothing in it changes that.
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: `strict` checks annotations, and would skip strings.
 import importlib.metadata
 import json
 import math
 import os
 import re
-import tempfile
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from .._version import __version__
+from ..tuner.config import RLoraConfig
+from .head_weights import HeadWeights
 from .layout import RECORD_NAME
-from .reading import read_json, shorten
-
-
-if TYPE_CHECKING:
-    from ..analysis.measuring import HeadWeights
-    from ..tuner.config import RLoraConfig
+from .reading import first_few, read_json, shorten
 
 
 RECORD_FORMAT = 1
-BASE_ACCURACY = "base_accuracy"  # the metric of a task that tells the accuracy of the base model by itself
+BASE_ACCURACY = "base_accuracy"  # the metric of a task that holds the accuracy of the base model without the adapter
 Scalar: TypeAlias = str | int | float | bool
 
-# Packages whose versions matter to whoever wants to repeat a training run, by the names that pip knows.
+# Packages whose versions matter for repeating a training run, by their names in the package index.
 _PACKAGES = ("peft", "trl", "transformers", "torch", "datasets", "accelerate", "bitsandbytes", "deepspeed")
 
-# Fields of training arguments that are recorded. A list of what is allowed, not of what is not: arguments hold paths,
-# tokens and names of machines too, and new ones are added in each version.
+# Fields of training arguments that are recorded. All others are left out: arguments hold paths, tokens and names of
+# machines too, and each version of TRL adds some.
 _HYPERPARAMETERS = (
     *("learning_rate", "router_learning_rate", "loraplus_lr_ratio", "train_a", "lr_scheduler_type"),
     *("warmup_steps", "num_train_epochs", "max_steps"),
@@ -56,7 +54,7 @@ _HYPERPARAMETERS = (
     *("mixing", "mixing_temperature", "mixing_cap", "mixing_unit"),
     *("balance_loss", "balance_coef", "balance_scope"),
 )
-# Fields that say nothing unless another one has, or has not, a value.
+# Fields that have an effect only where another one has, or does not have, a value.
 _ONLY_WITH = {"mixing_temperature": ("mixing", "temperature")}
 _NOT_WITH = {
     "balance_coef": ("balance_loss", "none"),
@@ -68,6 +66,17 @@ _NOT_WITH = {
 _PLAIN_TEXT = re.compile(r"[\w .,+!-]{1,64}")
 
 
+def _check_number(value: int | float | None) -> None:
+    if value is not None and not 0 <= value <= sys.float_info.max:
+        raise ValueError("a finite number of at least 0")
+
+
+def _check_share(value: int | float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+
+
+@strict
 @dataclass
 class TaskRecord:
     """
@@ -76,10 +85,10 @@ class TaskRecord:
     Args:
         name (`str`): Its name, as in `RLoraConfig.tasks`.
         cluster (`str`, *optional*): Kind of task, for example `"sentiment"`.
-        dataset (`str`, *optional*): Name on the Hub of the data set.
+        dataset (`str`, *optional*): Name of the data set on the Hub.
         license (`str`, *optional*): License of the data.
-        rows (`int`, *optional*), tokens (`int`, *optional*): What training has seen of it, repetitions counted.
-        share (`float`, *optional*): Share in the mixture, a ratio in `[0, 1]`.
+        rows (`int`, *optional*), tokens (`int`, *optional*): Number that training has seen, repetitions counted.
+        share (`float`, *optional*): Share of the task mixture, a ratio in `[0, 1]`.
         metrics (`dict[str, float]`, *optional*): Values by name: `"accuracy"`, a ratio in `[0, 1]`;
             `"base_accuracy"`, that of the base model without the adapter; `"loss"`; others.
         metric_rows (`int`, *optional*): Rows that the metrics were measured on.
@@ -89,21 +98,21 @@ class TaskRecord:
     cluster: str | None = None
     dataset: str | None = None
     license: str | None = None
-    rows: int | None = None
-    tokens: int | None = None
-    share: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    metric_rows: int | None = None
+    rows: int | None = validated_field(_check_number, default=None)
+    tokens: int | None = validated_field(_check_number, default=None)
+    share: int | float | None = validated_field(_check_share, default=None)
+    metrics: dict[str, int | float] = field(default_factory=dict)
+    metric_rows: int | None = validated_field(_check_number, default=None)
 
-    def merged_with(self, older: TaskRecord) -> TaskRecord:
+    def merged_with(self, older: "TaskRecord") -> "TaskRecord":
         """
-        The record of a task that was trained before, and is again; its share stays to be computed.
+        The record of a task that is trained in a second run.
 
-        Rows and tokens are added. What was measured before is kept while the task is not trained again; the score of
-        the base model is kept in any case.
+        Rows and tokens are added. Older metrics are kept unless the task was trained again; the score of the base
+        model is kept in any case. Shares are left to [`AdapterRecord.merged_with`].
 
         Args:
-            older ([`TaskRecord`]): What was recorded before.
+            older ([`TaskRecord`]): The record of the run before.
         """
         metrics, metric_rows = dict(self.metrics), self.metric_rows
         if not metrics and not self.rows:
@@ -123,54 +132,65 @@ class TaskRecord:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it: what is not known is left out, metrics that are not finite too."""
+        """Values for JSON, without unknown ones and metrics that are not finite."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["metrics"] = {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)}
         return _without_empty(values)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "task") -> TaskRecord:
+    def from_dict(cls, data: Mapping[str, Any], where: str = "task") -> "TaskRecord":
         """
         The opposite of [`TaskRecord.to_dict`]. Unknown keys are ignored.
 
         Raises:
             ValueError: If a value has another type or range; the message names the key.
         """
-        read = _Reader(data, where)
-        name = read.text("name")
-        if not name:
+        _check_object(data, where)
+        if not data.get("name"):
             raise ValueError(f"`{where}.name` is missing. Each task needs a name.")
-        metrics = read.mapping("metrics", "numbers", _is_number)
-        return cls(
-            name=name,
-            cluster=read.text("cluster"),
-            dataset=read.text("dataset"),
-            license=read.text("license"),
-            rows=read.count("rows"),
-            tokens=read.count("tokens"),
-            share=read.number("share", upper=1.0),
-            metrics={key: float(value) for key, value in metrics.items()},
-            metric_rows=read.count("metric_rows"),
-        )
+        return _fill(cls(name=""), data, f"{where}.")
 
 
+@strict
+@dataclass
+class _Export:
+    """What is known about an export; other values of an entry are kept as they are."""
+
+    path: str = ""
+    task: str | None = None
+    rank: int | None = validated_field(_check_number, default=None)
+    rows: int | None = validated_field(_check_number, default=None)
+    kl: int | float | None = validated_field(_check_number, default=None)
+    accuracy: int | float | None = validated_field(_check_number, default=None)
+    accuracy_dynamic: int | float | None = validated_field(_check_number, default=None)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> dict[str, Any]:
+        _check_object(data, where)
+        if data.get("path") is None:
+            raise ValueError(f"`{where}.path` is missing. It is the folder of the export inside the repository.")
+        others = {key: value for key, value in data.items() if _is_scalar(value)}
+        return _without_empty({**others, **vars(_fill(cls(), data, f"{where}."))})
+
+
+@strict
 @dataclass
 class AdapterRecord:
     """
-    What training recorded of an adapter. All of it may be unknown.
+    What training recorded about an adapter. All of it may be unknown.
 
     Args:
         base_model (`str`, *optional*), base_model_revision (`str`, *optional*): Name on the Hub, and commit.
-        base_model_license (`str`, *optional*): Its license.
-        base_dtype (`str`, *optional*): In which dtype it ran in training, for example `"bfloat16"`.
-        quantization (`str`, *optional*): How the base was quantized in training, for example `"bitsandbytes nf4"`.
+        base_model_license (`str`, *optional*): License of the base model.
+        base_dtype (`str`, *optional*): Dtype of the base model in training, for example `"bfloat16"`.
+        quantization (`str`, *optional*): Quantization of the base in training, for example `"bitsandbytes nf4"`.
         tasks (`list[TaskRecord]`, *optional*): The tasks.
-        hyperparameters (`dict`, *optional*): Numbers and short texts, see [`select_hyperparameters`].
+        hyperparameters (`dict`, *optional*): Numbers and short strings, see [`select_hyperparameters`].
         versions (`dict[str, str]`, *optional*): Versions by package, see [`collect_versions`].
         mixtures ([`HeadWeights`], *optional*): Mean weights of the heads by task and layer.
         balance_loss (`str`, *optional*), balance_coef (`float`, *optional*): Balance loss and its coefficient.
-        exports (`list[dict]`, *optional*): Plain-LoRA exports: `task`, `path`, `rank`, and where they were measured
-            `kl`, `accuracy` and `accuracy_dynamic`, and the `rows` measured on.
+        exports (`list[dict]`, *optional*): Plain-LoRA exports: `task`, `path`, `rank`, and measured values: `kl`,
+            `accuracy` and `accuracy_dynamic`, on a number of `rows`.
     """
 
     base_model: str | None = None
@@ -183,7 +203,7 @@ class AdapterRecord:
     versions: dict[str, str] = field(default_factory=dict)
     mixtures: HeadWeights | None = None
     balance_loss: str | None = None
-    balance_coef: float | None = None
+    balance_coef: int | float | None = validated_field(_check_number, default=None)
     exports: list[dict[str, Any]] = field(default_factory=list)
 
     def task(self, name: str) -> TaskRecord:
@@ -191,27 +211,28 @@ class AdapterRecord:
         The record of a task.
 
         Raises:
-            ValueError: If there is none of that name.
+            ValueError: If it has no task of that name.
         """
         for task in self.tasks:
             if task.name == name:
                 return task
-        listed = ", ".join(repr(task.name) for task in self.tasks) or "none"
-        raise ValueError(f"The record has no task {name!r}; it has {listed}. Use one of these names.")
+        names = ", ".join(repr(task.name) for task in self.tasks) or "none"
+        raise ValueError(f"The record has no task {name!r}; it has {names}. Use one of these names.")
 
-    def merged_with(self, older: AdapterRecord) -> AdapterRecord:
+    def merged_with(self, older: "AdapterRecord") -> "AdapterRecord":
         """
-        The record of an adapter that was trained before, and is again.
+        The record of an adapter that is trained in a second run.
 
-        Settings, versions and exports are those of this record: older exports were made of other weights. Tasks and
-        mixtures that it lacks are kept, and shares are computed anew from the rows of both.
+        Settings, versions and exports are those of this record: older exports have older weights. Tasks and head
+        weights that it lacks are taken from the older one, and shares are computed from the rows of both.
 
         Args:
-            older ([`AdapterRecord`]): What was recorded before. Neither record is changed.
+            older ([`AdapterRecord`]): The record of the run before. Neither record is changed.
 
         Returns:
             `AdapterRecord`: With the older tasks first.
         """
+        # Tasks, and their shares of all rows.
         before = {task.name: task for task in older.tasks}
         now = {task.name: task for task in self.tasks}
         tasks = [now[name].merged_with(task) if name in now else replace(task) for name, task in before.items()]
@@ -219,6 +240,8 @@ class AdapterRecord:
         total = sum(task.rows or 0 for task in tasks)
         if total:
             tasks = [replace(task, share=None if task.rows is None else task.rows / total) for task in tasks]
+
+        # Another base model has another commit and license.
         same_base = self.base_model in (None, older.base_model)
         return replace(
             self,
@@ -226,11 +249,11 @@ class AdapterRecord:
             base_model_revision=self.base_model_revision or (older.base_model_revision if same_base else None),
             base_model_license=self.base_model_license or (older.base_model_license if same_base else None),
             tasks=tasks,
-            mixtures=_merge_mixtures(self.mixtures, older.mixtures),
+            mixtures=_merge_head_weights(self.mixtures, older.mixtures),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it: what is not known is left out."""
+        """Values for JSON, without unknown ones."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["tasks"] = [task.to_dict() for task in self.tasks]
         values["mixtures"] = None if self.mixtures is None else self.mixtures.to_dict()
@@ -238,61 +261,64 @@ class AdapterRecord:
         return {"format": RECORD_FORMAT, **_without_empty(values)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> AdapterRecord:
+    def from_dict(cls, data: Mapping[str, Any]) -> "AdapterRecord":
         """
         The opposite of [`AdapterRecord.to_dict`]. Unknown keys are ignored.
 
         Raises:
             ValueError: If a value has another type or range, or the format is a newer one; the message names the key.
         """
-        read = _Reader(data, "record")
-        _check_format(read)
-        tasks = [TaskRecord.from_dict(entry, f"tasks[{i}]") for i, entry in enumerate(read.mappings("tasks"))]
-        names = [task.name for task in tasks]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        _check_object(data, "record")
+        version = data.get("format", RECORD_FORMAT)
+        if type(version) is not int or not 0 <= version <= RECORD_FORMAT:
+            raise ValueError(
+                f"`format` is {shorten(version)}, and this version of rlora_trl ({__version__}) reads up to "
+                f"{RECORD_FORMAT}. Install a newer rlora_trl."
+            )
+
+        # Parts that are objects themselves.
+        values = dict(data)
+        for key, read in (("tasks", TaskRecord.from_dict), ("exports", _Export.from_dict)):
+            entries = data.get(key) or []
+            if not isinstance(entries, list):
+                raise ValueError(f"`{key}` must be a list of objects, got {shorten(entries)}. Correct it.")
+            values[key] = [read(entry, f"{key}[{index}]") for index, entry in enumerate(entries)]
+        if data.get("mixtures") is not None:
+            try:
+                values["mixtures"] = HeadWeights.from_dict(data["mixtures"])
+            except ValueError as error:
+                raise ValueError(f"`mixtures` can't be read: {error}") from error
+
+        counts = Counter(task.name for task in values["tasks"])
+        twice = sorted(repr(name) for name, count in counts.items() if count > 1)
         if twice:
-            raise ValueError(f"`tasks` names {', '.join(map(repr, twice))} more than once. Give each task one name.")
-        return cls(
-            base_model=read.text("base_model"),
-            base_model_revision=read.text("base_model_revision"),
-            base_model_license=read.text("base_model_license"),
-            base_dtype=read.text("base_dtype"),
-            quantization=read.text("quantization"),
-            tasks=tasks,
-            hyperparameters=read.mapping("hyperparameters", "numbers, texts or booleans", _is_scalar),
-            versions=read.mapping("versions", "texts", lambda value: isinstance(value, str)),
-            mixtures=_read_mixtures(read),
-            balance_loss=read.text("balance_loss"),
-            balance_coef=read.number("balance_coef"),
-            exports=[_read_export(entry, f"exports[{i}]") for i, entry in enumerate(read.mappings("exports"))],
-        )
+            raise ValueError(f"`tasks` names {first_few(twice)} more than once. Give each task one name.")
+        return _fill(cls(), values)
 
     def save(self, folder: str | Path) -> Path:
         """
-        Write the record into a folder, all at once: a reader sees the old file or the new one.
+        Write the record into a folder, atomically: a reader sees the old file or the new one.
 
         Args:
-            folder (`str` or `Path`): Made if it is not there.
+            folder (`str` or `Path`): Made if it is missing.
 
         Returns:
             `Path`: The file.
         """
         path = Path(folder) / RECORD_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = _dump(self.to_dict())
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{RECORD_NAME}.")
+        temporary = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            os.chmod(temporary, 0o666 & ~_umask())  # `mkstemp` makes files that only their owner reads
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                json.dump(self.to_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
+                file.write("\n")
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
     @classmethod
-    def load(cls, folder: str | Path) -> AdapterRecord | None:
+    def load(cls, folder: str | Path) -> "AdapterRecord | None":
         """
         Read the record of a folder.
 
@@ -312,53 +338,28 @@ class AdapterRecord:
             raise ValueError(f"{path} is not a record of an adapter: {error}") from error
 
 
-class _Reader:
-    """Typed access to a dictionary read from JSON."""
+_Strict = TypeVar("_Strict", TaskRecord, _Export, AdapterRecord)
 
-    def __init__(self, data: Any, where: str) -> None:
-        if not isinstance(data, Mapping):
-            raise ValueError(f"`{where}` must be an object with named values, got {shorten(data)}.")
-        self.data, self.where = data, where
 
-    def _fail(self, key: str, accepted: str) -> ValueError:
-        name = key if self.where == "record" else f"{self.where}.{key}"
-        return ValueError(f"`{name}` must be {accepted}, got {shorten(self.data[key])}. Correct it, or leave it out.")
+def _check_object(data: Any, where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"`{where}` must be an object with named values, got {shorten(data)}. Correct it.")
 
-    def text(self, key: str) -> str | None:
-        value = self.data.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self._fail(key, "a text")
-        return value
 
-    def count(self, key: str) -> int | None:
-        value = self.data.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise self._fail(key, "an integer of at least 0")
-        return value
-
-    def number(self, key: str, upper: float = math.inf) -> float | None:
-        value = self.data.get(key)
+def _fill(record: _Strict, data: Mapping[str, Any], where: str = "") -> _Strict:
+    """Set the fields that JSON has; `strict` checks each. Other keys, which a newer version may write, are ignored."""
+    for entry in fields(record):
+        value = data.get(entry.name)
         if value is None:
-            return None
-        if not _is_number(value) or not 0.0 <= value <= upper:
-            raise self._fail(key, "a number of at least 0" if upper == math.inf else f"a number from 0 to {upper:g}")
-        return float(value)
-
-    def mapping(self, key: str, accepted: str, is_valid: Any) -> dict[str, Any]:
-        value = self.data.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping) or not all(isinstance(k, str) and is_valid(v) for k, v in value.items()):
-            raise self._fail(key, f"an object of {accepted} by name")
-        return dict(value)
-
-    def mappings(self, key: str) -> list[Any]:
-        value = self.data.get(key)
-        if value is None:
-            return []
-        if not isinstance(value, list):
-            raise self._fail(key, "a list of objects")
-        return value
+            continue
+        try:
+            setattr(record, entry.name, value)
+        except StrictDataclassError as error:
+            accepted = error.__cause__ if isinstance(error.__cause__, ValueError) else f"of type {entry.type}"
+            raise ValueError(
+                f"`{where}{entry.name}` must be {accepted}, got {shorten(value)}. Correct it, or leave it out."
+            ) from error
+    return record
 
 
 def _is_number(value: Any) -> bool:
@@ -377,98 +378,35 @@ def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sum_of_known(*counts: int | None) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
+    numbers = [count for count in counts if count is not None]
+    return sum(numbers) if numbers else None
 
 
-def _merge_mixtures(newer: HeadWeights | None, older: HeadWeights | None) -> HeadWeights | None:
-    """Mixtures of the tasks of both, if they are of the same layers and number of heads; else the newer ones."""
+def _merge_head_weights(newer: HeadWeights | None, older: HeadWeights | None) -> HeadWeights | None:
+    """Head weights for the tasks of both, if layers and number of heads are the same; else the newer ones."""
     if newer is None or older is None:
         return newer or older
-    shapes = {weights.shape for mixtures in (newer, older) for weights in mixtures.weights.values()}
+    shapes = {weights.shape for measured in (newer, older) for weights in measured.weights.values()}
     if newer.layers != older.layers or len(shapes) > 1:
         return newer
     weights, tokens = {**older.weights, **newer.weights}, {**older.tokens, **newer.tokens}
     return replace(newer, weights=weights, tokens=tokens)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _dump(values: Mapping[str, Any]) -> str:
-    """JSON that reads well, but for the mixtures, whose thousands of numbers share a line."""
-    lines = []
-    for key, value in values.items():
-        indent = None if key == "mixtures" else 2
-        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).replace("\n", "\n  ")
-        lines.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _check_format(read: _Reader) -> None:
-    version = read.count("format")
-    if version is not None and version > RECORD_FORMAT:
-        raise ValueError(
-            f"`format` is {version}, and this version of rlora_trl ({__version__}) reads up to {RECORD_FORMAT}. "
-            "Install a newer rlora_trl."
-        )
-
-
-def _read_mixtures(read: _Reader) -> HeadWeights | None:
-    if read.data.get("mixtures") is None:
-        return None
-    # Imported where it is needed: most readers of a record want its tasks.
-    from ..analysis.measuring import HeadWeights
-
-    try:
-        return HeadWeights.from_dict(read.data["mixtures"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"`mixtures` can't be read: {error}") from error
-
-
-def _read_export(data: Any, where: str) -> dict[str, Any]:
-    read = _Reader(data, where)
-    if read.text("path") is None:
-        raise ValueError(f"`{where}.path` is missing. It is the folder of the export inside the repository.")
-    texts = {key: read.text(key) for key in ("task", "path")}
-    numbers = {key: read.number(key) for key in ("kl", "accuracy", "accuracy_dynamic")}
-    others = {key: value for key, value in data.items() if isinstance(key, str) and _is_scalar(value)}
-    return _without_empty({**others, **texts, "rank": read.count("rank"), **numbers, "rows": read.count("rows")})
-
-
-def hub_name(name: str | None) -> str | None:
-    """
-    A name of a model or data set if it is one on the Hub; `None` for folders, which nobody else has.
-
-    Args:
-        name (`str`, *optional*): For example `"Qwen/Qwen2.5-0.5B"`, or a path.
-    """
-    if not name or name.count("/") > 1 or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
 def find_record(config: RLoraConfig, token: str | bool | None = None) -> AdapterRecord | None:
     """
-    The record that lies beside the place that a configuration was loaded from.
+    The record in the folder or repository that a configuration was loaded from.
 
     Args:
-        config ([`RLoraConfig`]): Its `source` is a folder, or a repository: then the record is read from the cache
-            or downloaded.
+        config ([`RLoraConfig`]): The configuration. Where its `source` is a repository, the record is read from the
+            cache or downloaded.
         token (`str` or `bool`, *optional*): For the Hub, as in `huggingface_hub.hf_hub_download`.
 
     Returns:
-        `AdapterRecord`, or `None` if there is none, or the configuration was not loaded from anywhere.
+        `AdapterRecord`, or `None` if there is none, or the configuration was not loaded.
 
     Raises:
-        ValueError: If there is one that can't be read.
+        ValueError: If the record can't be read.
     """
     source = config.source
     if source is None:
@@ -485,13 +423,13 @@ def find_record(config: RLoraConfig, token: str | bool | None = None) -> Adapter
 
 def select_hyperparameters(args: Any) -> dict[str, Scalar]:
     """
-    The fields of training arguments that may be published: numbers, choices and short names of a fixed list.
+    The fields of training arguments that may be published: a fixed list of numbers, choices and short names.
 
     Args:
         args (`RLoraSFTConfig`, or any object with the fields of `TrainingArguments`): The arguments.
 
     Returns:
-        `dict`: Values by field, in the order of the list; fields that are not set are left out.
+        `dict`: Values by field, in the order of the list, without fields that are not set or have no effect.
     """
     selected: dict[str, Scalar] = {}
     for name in _HYPERPARAMETERS:
@@ -499,24 +437,26 @@ def select_hyperparameters(args: Any) -> dict[str, Scalar]:
         value = value.value if isinstance(value, Enum) else value
         if is_plain(value):
             selected[name] = value
+
+    # Settings without effect.
     for name, (other, needed) in _ONLY_WITH.items():
         if selected.get(other) != needed:
             selected.pop(name, None)
     for name, (other, excluded) in _NOT_WITH.items():
         if selected.get(other) == excluded:
             selected.pop(name, None)
-    if "max_steps" in selected:  # it decides then
+    if "max_steps" in selected:  # which takes precedence
         selected.pop("num_train_epochs", None)
     return selected
 
 
 def is_plain(value: Any) -> TypeGuard[Scalar]:
-    """Whether a value may be published: a number, a boolean, or a short text that is no path."""
+    """Whether a value may be published: a number, a boolean, or a short string that is not a path."""
     return _is_scalar(value) and (not isinstance(value, str) or _PLAIN_TEXT.fullmatch(value) is not None)
 
 
 def collect_versions() -> dict[str, str]:
-    """Versions of this package and of the installed ones that training runs on, none of which is imported."""
+    """Versions of this package and of the installed ones that training uses, read without importing them."""
     versions = {"rlora_trl": __version__}
     for package in _PACKAGES:
         try:

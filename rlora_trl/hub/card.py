@@ -21,7 +21,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..files.layout import task_slug
-from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, hub_name, is_plain
+from ..files.names import hub_name
+from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, is_plain
 from .card_reading import BEGIN, END, TASK_TAG, ExistingCard, is_finite, names_in, read_card_info, read_existing
 
 

@@ -311,8 +311,9 @@ class _Transaction:
         if file.lfs is None:
             return is_same_file(Path(str(addition.path_or_fileobj)), file)
         # The weights must be those that were checked; hashes of other files are known from the upload.
-        checked = getattr(self.publication.checked, "sha256", None) if addition.path_in_repo == WEIGHTS_NAME else None
-        return file.lfs.sha256 == (checked or addition.upload_info.sha256.hex())
+        if addition.path_in_repo == WEIGHTS_NAME:
+            return file.lfs.sha256 == self.publication.checked.sha256
+        return file.lfs.sha256 == addition.upload_info.sha256.hex()
 
 
 def _explain_failure(error: HTTPError, refused: bool) -> None:

@@ -1,4 +1,4 @@
-"""Fetching an adapter: the listing is checked before anything is downloaded, the files before anything is loaded."""
+"""Pulls an adapter: the listing is checked before anything is downloaded, the files before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformers.utils import logging
 from ..files.card_text import check_card
 from ..files.checks import AdapterCheckError, CheckedAdapter, check_adapter, check_listing
 from ..files.layout import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, FileKind, classify
+from ..files.reading import first_few
 from .card_reading import read_card_info
 
 
 logger = logging.get_logger(__name__)
 
-_CHUNK = 2**22
 _ATTEMPTS = 3
 
 
@@ -39,9 +39,9 @@ def pull_adapter(
     """
     Download an adapter and check it before use; nothing in it is executed.
 
-    The revision is pinned to a commit first. Only files that an adapter consists of are downloaded, compared with the
-    hashes of that commit, and checked against each other: names, shapes and dtypes against the configuration, finite
-    values, the digest in the card. What is in the cache already is not downloaded again.
+    The revision is pinned to a commit first. Only the files of an adapter are downloaded, compared with the hashes of
+    that commit, and checked against each other: names, shapes and dtypes against the configuration, finite values, the
+    digest in the card. Files in the cache are not downloaded again.
 
     Args:
         repo_id (`str`):
@@ -53,43 +53,42 @@ def pull_adapter(
         cache_dir (`str`, *optional*):
             Cache of `huggingface_hub`. Defaults to its own.
         base_model (`str`, *optional*):
-            The base model that the adapter will be loaded on; another one is an error.
+            Name on the Hub of the base model that the adapter will be loaded on; another one is an error.
         exports (`bool`, *optional*, defaults to `False`):
             Download the plain-LoRA exports too.
         local_files_only (`bool`, *optional*, defaults to `False`):
-            Use the cache alone. So it is, too, with `HF_HUB_OFFLINE=1`.
+            Use the cache alone, as with `HF_HUB_OFFLINE=1`.
 
     Returns:
         `str`: The folder, to give to `from_pretrained`.
 
     Raises:
-        AdapterCheckError: If the adapter is damaged, incomplete, hostile, or of another base model.
-        HfHubHTTPError: If the repository or revision is not there, or may not be read.
+        AdapterCheckError: If the adapter is damaged, incomplete, hostile, or belongs to another base model.
+        HfHubHTTPError: If the repository or revision does not exist, or may not be read.
         LocalEntryNotFoundError: If only the cache may be used, and the adapter is not in it.
     """
     checked = pull_checked(
         repo_id,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
+        revision,
         base_model=base_model,
         exports=exports,
         local_files_only=local_files_only,
+        token=token,
+        cache_dir=cache_dir,
     )
     return str(checked.folder)
 
 
 def pull_checked(
     repo_id: str,
-    *,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    *,
     base_model: str | None = None,
     exports: bool = False,
     local_files_only: bool = False,
+    **options: Any,
 ) -> CheckedAdapter:
-    """[`pull_adapter`], returning what the checks found out."""
+    """[`pull_adapter`], returning what the checks found; `options` are `token` and `cache_dir`."""
     if os.path.isdir(repo_id):
         if revision is not None:
             raise ValueError(
@@ -97,31 +96,33 @@ def pull_checked(
                 "call from elsewhere to get the repository of that name."
             )
         return _check(Path(repo_id), base_model)
-    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
+
+    # List, check and download, unless only the cache may be used or can be.
     if local_files_only or constants.HF_HUB_OFFLINE:
         return _check(_cached(repo_id, revision, options), base_model)
     try:
-        listing, folder = _download_listed(HfApi(token=token), repo_id, revision, exports, options)
+        listing, folder = _download_listed(HfApi(token=options.get("token")), repo_id, revision, exports, options)
     except HTTPError as error:
         if getattr(error, "response", None) is not None:
             raise  # the Hub answered
         return _check(_cached(repo_id, revision, options, error), base_model)
+
+    # Files in the cache may have been damaged on disk; downloaded again, they should not be.
     damaged = [path for path in listing.files if not is_same_file(Path(folder, path), listing.files[path])]
     if damaged:
-        # What the cache has may have been damaged on disk; what comes anew should not be.
-        logger.warning(f"{', '.join(damaged)} of {repo_id} are damaged in the cache and are downloaded again.")
+        logger.warning(f"{first_few(damaged)} of {repo_id} are damaged in the cache and are downloaded again.")
         folder = _download(listing, listing.commit, {**options, "force_download": True}, damaged)
         damaged = [path for path in damaged if not is_same_file(Path(folder, path), listing.files[path])]
     if damaged:
         raise AdapterCheckError(
-            f"{', '.join(damaged)} of {repo_id} at {listing.commit} arrived with other contents than the Hub lists. "
+            f"{first_few(damaged)} of {repo_id} at {listing.commit} arrived with other contents than the Hub lists. "
             "Something between here and the Hub alters them, or the Hub does; try again from another network."
         )
     return _check(Path(folder), base_model)
 
 
 def _cached(repo_id: str, revision: str | None, options: Mapping[str, Any], reason: Exception | None = None) -> Path:
-    """The folder that the cache has, because nothing else may be asked or, for a `reason`, can be."""
+    """The folder in the cache, where the Hub may not be asked or, for a `reason`, can't be."""
     # Not `snapshot_download`, which also asks for the files that were left out on purpose.
     offline: dict[str, Any] = {"revision": revision, "local_files_only": True, **options}
     try:
@@ -145,14 +146,13 @@ class _Listing:
 
 
 def _list(api: HfApi, repo_id: str, revision: str | None, exports: bool) -> _Listing:
-    """The commit that a revision names now, and the files of it that are wanted."""
+    """The commit that a revision names now, and those of its files that are downloaded."""
     info = api.model_info(repo_id, revision=revision, files_metadata=True)
-    assert info.sha is not None  # only listings leave it out
+    assert info.sha is not None  # only listings of many repositories leave it out
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    wanted = check_listing({path: sibling.size for path, sibling in siblings.items()})
-    if not exports:
-        wanted = [path for path in wanted if classify(path) is not FileKind.EXPORT]
-    return _Listing(repo_id, info.sha, {path: siblings[path] for path in wanted})
+    paths = check_listing({path: sibling.size for path, sibling in siblings.items()})
+    files = {path: siblings[path] for path in paths if exports or classify(path) is not FileKind.EXPORT}
+    return _Listing(repo_id, info.sha, files)
 
 
 def _download_listed(
@@ -161,7 +161,7 @@ def _download_listed(
     """List, check, download; again if the revision has moved in between."""
     for _ in range(_ATTEMPTS):
         listing = _list(api, repo_id, revision, exports)
-        # By the revision's name, so that the cache knows which commit it stands for when there is no network.
+        # By the revision's name, so that the cache knows its commit when there is no network.
         folder = _download(listing, revision, options)
         if Path(folder).name == listing.commit:
             return listing, folder
@@ -175,7 +175,7 @@ def _download_listed(
 def _download(
     listing: _Listing, revision: str | None, options: Mapping[str, Any], paths: Iterable[str] | None = None
 ) -> str:
-    # Names were checked: none has characters that mean something in a pattern.
+    # Names were checked: none has characters with a meaning in patterns.
     patterns = list(listing.files if paths is None else paths)
     return snapshot_download(listing.repo_id, revision=revision, allow_patterns=patterns, **options)
 
@@ -186,7 +186,7 @@ def is_same_file(path: Path, listed: RepoFile | RepoSibling) -> bool:
 
     Args:
         path (`Path`): The local file.
-        listed (`RepoFile` or `RepoSibling`): What the Hub says of it.
+        listed (`RepoFile` or `RepoSibling`): Its entry in the listing of the Hub.
     """
     if not path.is_file() or (listed.size is not None and path.stat().st_size != listed.size):
         return False
@@ -199,20 +199,18 @@ def is_same_file(path: Path, listed: RepoFile | RepoSibling) -> bool:
 
 def _hash(path: Path, state: hashlib._Hash) -> str:
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            state.update(chunk)
-    return state.hexdigest()
+        return hashlib.file_digest(file, lambda: state).hexdigest()
 
 
 def _check(folder: Path, base_model: str | None) -> CheckedAdapter:
     checked = check_adapter(folder, base_model=base_model)
     card = folder / CARD_NAME
     if card.is_file():
-        told = read_card_info(check_card(card).data).get("digest")
-        if told is not None and told != checked.digest:
+        digest = read_card_info(check_card(card).data).get("digest")
+        if digest is not None and digest != checked.digest:
             raise AdapterCheckError(
                 f"The weights in {folder} are not those that its card describes: their digest is {checked.digest}, "
-                f"the card says {told}. One of the two was exchanged. Use another revision, or ask its author to push "
-                "it again."
+                f"the card says {digest}. One of the two was exchanged. Use another revision, or ask its author to "
+                "push it again."
             )
     return checked

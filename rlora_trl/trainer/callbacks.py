@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..analysis.measuring import HeadWeights
+from ..files.head_weights import HeadWeights
 from ..tuner import HeadUsage, MultiHeadAdapter, Routing
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy
 
 from ..files.layout import published_files
-from ..files.record import AdapterRecord, hub_name
+from ..files.names import hub_name
+from ..files.record import AdapterRecord
 from ..hub.card import render_card
 from ..publish import push_adapter
 from ..tuner import RLoraConfig

@@ -13,9 +13,10 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from ..analysis.measuring import HeadWeights
 from ..evaluation.columns import encode, task_namer
-from ..files.record import AdapterRecord, Scalar, TaskRecord, collect_versions, find_record, hub_name
+from ..files.head_weights import HeadWeights
+from ..files.names import hub_name
+from ..files.record import AdapterRecord, Scalar, TaskRecord, collect_versions, find_record
 from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
 from .tasks import values_of

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ..files.checks import CheckedAdapter
-from ..files.record import hub_name
+from ..files.names import hub_name
 from ..hub.pull import pull_checked
 from ..tuner import RLoraLayer
 from .search import split_revision

@@ -9,7 +9,8 @@ from peft import get_peft_model
 from testing_utils import TINY_MODELS, perturb, random_ids, task_rows
 
 from rlora_trl import RLoraConfig, analysis
-from rlora_trl.analysis.measuring import HeadWeights, measure_head_weights
+from rlora_trl.analysis.measuring import measure_head_weights
+from rlora_trl.files.head_weights import HeadWeights
 from rlora_trl.tuner import find_routings
 from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights
 
@@ -164,7 +165,7 @@ def test_json_round_trip():
     assert all(torch.allclose(again.weights[task], mixtures.weights[task], atol=1e-6) for task in "xy")
     assert json.dumps(again.to_dict()) == text
     assert torch.allclose(again.mean()["a"], (weights[0] + weights[2]) / 2, atol=1e-6)
-    with pytest.raises(ValueError, match="'z' was not measured; there are mixtures of 'x', 'y'"):
+    with pytest.raises(ValueError, match="'z' was not measured; there are head weights of 'x', 'y'"):
         mixtures.for_task("z")
 
 
@@ -174,9 +175,9 @@ GOOD = {"layers": ["a"], "weights": {"x": [[0.25, 0.75]]}, "tokens": {"x": 3}}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": None}, "`layers` of mixtures must be a list"),
+        ({"layers": None}, "`layers` of head weights must be a list"),
         ({"layers": ["a", "b"]}, r"shape \[2, N\]"),
-        ({"weights": [[0.5, 0.5]]}, "`weights` of mixtures must be lists by task"),
+        ({"weights": [[0.5, 0.5]]}, "`weights` of head weights must be lists by task"),
         ({"weights": {"x": [["0.5", 0.5]]}}, "must be lists of numbers"),
         ({"weights": {"x": [[True, 0]]}}, "must be lists of numbers"),
         ({"weights": {"x": [[float("nan"), 1.0]]}}, "must be lists of numbers"),
@@ -184,7 +185,7 @@ GOOD = {"layers": ["a"], "weights": {"x": [[0.25, 0.75]]}, "tokens": {"x": 3}}
         ({"weights": {"x": []}}, "must be lists of numbers"),
         ({"weights": {"x": [[1.5, -0.5]]}}, "at least 0 that sum to 1"),
         ({"weights": {"x": [[0.5, 0.6]]}}, "sums differ from 1 by up to 0.1"),
-        ({"tokens": {"x": -1}}, "`tokens` of mixtures must be numbers"),
+        ({"tokens": {"x": -1}}, "`tokens` of head weights must be numbers"),
         ({"tokens": {"y": 3}}, "Give both for the same tasks"),
     ],
 )
@@ -192,7 +193,7 @@ def test_broken_content_is_refused(change, message):
     HeadWeights.from_dict(GOOD)
     with pytest.raises(ValueError, match=message):
         HeadWeights.from_dict({**GOOD, **change})
-    with pytest.raises(ValueError, match="'tokens'"):
+    with pytest.raises(ValueError, match="`tokens`"):
         HeadWeights.from_dict({"layers": ["a"], "weights": {}})
 
 

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from testing_utils import TINY_MODELS, build_tokenizer, perturb
 
 from rlora_trl import RLoraConfig
-from rlora_trl.analysis.measuring import HeadWeights
+from rlora_trl.files.head_weights import HeadWeights
 from rlora_trl.files.record import AdapterRecord, TaskRecord
 
 

@@ -123,7 +123,7 @@ HOSTILE = {
     "a pickle beside": {"training_args.bin": b"\x80\x04"},
     "a script": {"modeling_rlora.py": "raise SystemExit"},
     "a path that leads out": {"../../evil.json": "{}"},
-    "a card with a script": {"README.md": "---\ntags: [rlora]\n---\n<script>alert(1)</script>"},
+    "a card with a YAML bomb": {"README.md": "---\na: &a [x, x]\nb: [*a, *a]\n---\n"},
     "a JSON bomb": {"adapter_config.json": "[" * 100_000 + "]" * 100_000},
     "a huge header": {"adapter_model.safetensors": (2**62).to_bytes(8, "little") + b"{}"},
     "a foreign configuration": {"adapter_config.json": '{"peft_type": "LORA", "r": 8}'},

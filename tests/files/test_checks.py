@@ -1,5 +1,6 @@
 """Checks before use: whole adapters pass, each fault and each attack gets one clear error, and nothing is executed."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -17,8 +18,8 @@ from testing_utils import TINY_MODELS, perturb
 
 from rlora_trl import RLoraConfig
 from rlora_trl.files.checks import AdapterCheckError, adapter_digest, check_adapter, check_listing, read_json
+from rlora_trl.files.config import check_pattern
 from rlora_trl.files.layout import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME
-from rlora_trl.files.patterns import check_pattern
 
 
 BASE = "example/tiny-llama"
@@ -115,6 +116,7 @@ def test_whole_adapter_passes(originals, name):
     )
     assert len(checked.layers) == sum(key.endswith(".rlora_adapters.A") for key in tensors)
     assert checked.digest == adapter_digest(folder) == adapter_digest(tensors)
+    assert checked.sha256 == hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
     assert (checked.base_model, checked.base_model_revision, checked.record) == (BASE, None, None)
 
 
@@ -147,36 +149,38 @@ def test_leftovers_of_training_pass(adapter):
 
 def test_config_of_another_method(tmp_path):
     save(tmp_path, "llama", LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(AdapterCheckError, match="of type 'LORA', and RLORA is expected.*PeftModel.from_pretrained"):
+    with pytest.raises(
+        AdapterCheckError, match="`peft_type` 'LORA', and RLORA is expected.*PeftModel.from_pretrained"
+    ):
         check_adapter(tmp_path)
 
 
 CONFIGS = {
-    "type": ({"peft_type": None}, "type None"),
+    "type": ({"peft_type": None}, "`peft_type` None"),
     "foreign_code": ({"auto_mapping": {"base_model_class": "x", "parent_library": "evil"}}, "would import"),
     "almost_transformers": (
         {"auto_mapping": {"base_model_class": "x", "parent_library": "transformers_modules.evil"}},
         "would import",
     ),
     "mapping_is_text": ({"auto_mapping": "evil"}, "would import"),
-    "rank_is_huge": ({"r": 10**12}, "`r` must be an integer from 1 to"),
-    "own_rank_is_none": ({"rank_pattern": {"x": True}}, r"`rank_pattern\['x'\]`"),
-    "own_alpha": ({"alpha_pattern": {"x": "1"}}, r"`alpha_pattern\['x'\]` must be a number"),
-    "rank_is_bool": ({"r": True}, "`r` must be an integer"),
-    "rank_is_text": ({"r": "4"}, "`r` must be an integer"),
-    "rank_is_zero": ({"r": 0}, "`r` must be an integer"),
+    "rank_is_huge": ({"r": 10**12}, "`r` must be from 1 to 16384"),
+    "own_rank_is_none": ({"rank_pattern": {"x": True}}, r"`rank_pattern` must be of type dict\[str, int\]"),
+    "own_alpha": ({"alpha_pattern": {"x": "1"}}, r"`alpha_pattern` must be of type dict\[str, int \| float\]"),
+    "rank_is_bool": ({"r": True}, r"`r` must be of type int \| None, got True"),
+    "rank_is_text": ({"r": "4"}, r"`r` must be of type int \| None, got '4'"),
+    "rank_is_zero": ({"r": 0}, "`r` must be from 1 to"),
     "heads": ({"num_heads": 10**9}, "`num_heads` must be"),
-    "alpha": ({"lora_alpha": 1e30}, "`lora_alpha` must be a number"),
-    "rank_pattern": ({"rank_pattern": {"x": 10**9}}, r"`rank_pattern\['x'\]` must be an integer"),
-    "rank_pattern_is_list": ({"rank_pattern": [1]}, "`rank_pattern` must be an object"),
+    "alpha": ({"lora_alpha": 1e30}, "`lora_alpha` must be from -1000000 to"),
+    "rank_pattern": ({"rank_pattern": {"x": 10**9}}, "`rank_pattern` must be from 1 to"),
+    "rank_pattern_is_list": ({"rank_pattern": [1]}, "`rank_pattern` must be of type dict"),
     "router": ({"router": "nonsense"}, "`router` must be one of"),
     "router_top_k": ({"router_top_k": 7}, "router_top_k"),
     "task_type": ({"task_type": "NOTHING"}, "task type"),
     "tasks": ({"tasks": [1]}, "`tasks` must be"),
     "tasks_twice": ({"tasks": ["a", "a"]}, "more than once"),
-    "base_model": ({"base_model_name_or_path": ["x"]}, "`base_model_name_or_path` must be a text"),
-    "base_model_is_long": ({"base_model_name_or_path": "x" * 600}, "`base_model_name_or_path` must be a text"),
-    "targets_are_objects": ({"target_modules": [{"a": 1}]}, "`target_modules` must be a text or a list"),
+    "base_model": ({"base_model_name_or_path": ["x"]}, "`base_model_name_or_path` must be of type str"),
+    "base_model_is_long": ({"base_model_name_or_path": "x" * 600}, "`base_model_name_or_path` must be printable text"),
+    "targets_are_objects": ({"target_modules": [{"a": 1}]}, "`target_modules` must be of type str"),
     "exponential": ({"target_modules": "(a+)+$"}, "`target_modules`.*repeats within repeats"),
     "exponential_alternatives": ({"target_modules": "(a|a)*$"}, "repeats within repeats"),
     "exponential_in_rank_pattern": ({"rank_pattern": {"(x*)*y": 4}}, "`rank_pattern`.*repeats within"),
@@ -328,24 +332,30 @@ def _overlap(header):
     second["data_offsets"] = [first["data_offsets"][0], first["data_offsets"][0] + size]
 
 
+NOT_SAFETENSORS = "truncated or not a safetensors file"
 HEADERS = {
-    "huge_shape": (_grow, "starts at byte|describes"),
-    "shape_without_bytes": (lambda h: _first(h).update(shape=[4, 33]), "needs 528 bytes"),
-    "overlap": (_overlap, "starts at byte"),
-    "hole": (lambda h: h.pop(next(iter(h))) and h.pop(next(iter(h))), "starts at byte|describes|is missing"),
-    "negative": (lambda h: _first(h).update(shape=[-4, -32]), "impossible shape"),
-    "float_shape": (lambda h: _first(h).update(shape=[4.0, 32]), "impossible shape"),
-    "bool_shape": (lambda h: _first(h).update(shape=[True, 128]), "impossible shape"),
-    "many_dimensions": (lambda h: _first(h).update(shape=[1] * 1000), "impossible shape"),
-    "offsets": (lambda h: _first(h).update(data_offsets=[0]), "impossible `data_offsets`"),
-    "unknown_type": (lambda h: _first(h).update(dtype="F31"), "unknown type 'F31'"),
-    "type_is_list": (lambda h: _first(h).update(dtype=["F32"]), "unknown type"),
+    "huge_shape": (_grow, NOT_SAFETENSORS),
+    "shape_without_bytes": (lambda h: _first(h).update(shape=[4, 33]), NOT_SAFETENSORS),
+    "overlap": (_overlap, NOT_SAFETENSORS),
+    "hole": (lambda h: h.pop(next(iter(h))) and h.pop(next(iter(h))), NOT_SAFETENSORS),
+    "negative": (lambda h: _first(h).update(shape=[-4, -32]), NOT_SAFETENSORS),
+    "float_shape": (lambda h: _first(h).update(shape=[4.0, 32]), NOT_SAFETENSORS),
+    "bool_shape": (lambda h: _first(h).update(shape=[True, 128]), NOT_SAFETENSORS),
+    "shape_of_others": (lambda h: _first(h).update(shape=[1] * 1000), NOT_SAFETENSORS),
+    "many_dimensions": (lambda h: _first(h).update(shape=[1] * 7 + _first(h)["shape"]), "at most 8 dimensions"),
+    "offsets": (lambda h: _first(h).update(data_offsets=[0]), NOT_SAFETENSORS),
+    "unknown_type": (lambda h: _first(h).update(dtype="F31"), NOT_SAFETENSORS),
+    "type_is_list": (lambda h: _first(h).update(dtype=["F32"]), NOT_SAFETENSORS),
+    "type_of_4_bits": (lambda h: _first(h).update(dtype="F4", shape=[32, 48]), "must have a type of BF16, BOOL"),
     "integers": (lambda h: _first(h).update(dtype="I32"), "has type I32, expected BF16, F16, F32, F64"),
     "extra_field": (lambda h: _first(h).update(code="x"), "must have `dtype`, `shape` and `data_offsets`"),
-    "lacks_field": (lambda h: _first(h).pop("dtype"), "must have `dtype`"),
-    "metadata": (lambda h: h.update(__metadata__={"a": {"b": 1}}), "`__metadata__`"),
-    "control_characters": (lambda h: h.update({"a\nb": h.pop(min(h))}), "no name of a tensor"),
-}
+    "lacks_field": (lambda h: _first(h).pop("dtype"), NOT_SAFETENSORS),
+    "list": (lambda h: h.update({k: list(h[k].values()) for k in h if k.endswith(".A")}), "must have `dtype`"),
+    "metadata": (lambda h: h.update(__metadata__={"a": {"b": 1}}), NOT_SAFETENSORS),
+    "metadata_elsewhere": (lambda h: h.update({"a": h.pop("__metadata__")}), NOT_SAFETENSORS),
+    "control_characters": (lambda h: h.update({"a\nb": h.pop(max(h))}), "is not the name of a tensor"),
+    "long_name": (lambda h: h.update({"a" * 513: h.pop(max(h))}), "is not the name of a tensor"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -356,17 +366,18 @@ def test_bad_header(adapter, name):
         check_adapter(adapter)
 
 
+EMPTY = b'{"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
 RAW_HEADERS = {
-    "bomb": (b"[" * 1_000_000, "nested more than"),
-    "list": (b"[]", "is a list"),
-    "many_elements": (b"[" + b"0," * 1_500_000 + b"0]", "more than 1000000 elements"),
+    "bomb": (b"[" * 1_000_000, NOT_SAFETENSORS),
+    "list": (b"[]", NOT_SAFETENSORS),
+    "many_elements": (b"[" + b"0," * 1_500_000 + b"0]", NOT_SAFETENSORS),
     "many_tensors": (
         json.dumps({f"{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(50_001)}).encode(),
         "50001 tensors, more than",
     ),
     "large": (b" " * (16 * 2**20 + 1), "header of 16777217 bytes"),
-    "twice": (b'{"a": {}, "a": {}}', "given twice"),
-    "pickle": (pickle.dumps({"a": 1}), "not valid JSON"),
+    "twice": (b'{"a": %b, "a": %b}' % (EMPTY, EMPTY), "key 'a' is given twice"),
+    "pickle": (pickle.dumps({"a": 1}), NOT_SAFETENSORS),
 }
 
 
@@ -409,21 +420,21 @@ TENSORS = {
         f"without_{role}": (
             "softmax",
             lambda tensors, role=role: tensors.pop(key_of(tensors, f".{role}")),
-            rf"{LAYER}.rlora_adapters.{role} is missing, expected with shape \[",
+            rf"it lacks {LAYER}.rlora_adapters.{role}\.",
         )
         for role in ("A", "B", "router", "A0", "B0")
     },
-    "renamed": ("softmax", _rename(".router", ".gate"), "router is missing"),
-    "unknown_role": ("softmax", _add(f"{LAYER}.rlora_adapters.C", 2), "rlora_adapters.C is not one of A, B"),
+    "renamed": ("softmax", _rename(".router", ".gate"), "it lacks .*router"),
+    "unknown_role": ("softmax", _add(f"{LAYER}.rlora_adapters.C", 2), "it has .*rlora_adapters.C, which an adapter"),
     "rank": ("softmax", _reshape(".A", 5, 48), r"down_proj.rlora_adapters.A has shape \[5, 48\], expected \[4, 48\]"),
     "heads": ("softmax", _reshape(".B", 4, 32, 4), r"B has shape \[4, 32, 4\], expected \[3, 32, 4\]"),
-    "flat": ("softmax", _reshape(".B", 384), r"B has shape \[384\], expected \[3, \?, 4\], which is \[N, d_out, r\]"),
+    "flat": ("softmax", _reshape(".B", 384), r"B has shape \[384\], expected \[3, \?, 4\]"),
     "scalar": ("softmax", lambda t: t.update({key_of(t, ".A"): torch.tensor(1.0)}), r"A has shape \[\]"),
     "router_width": ("softmax", _reshape(".router", 3, 47), r"router has shape \[3, 47\], expected \[3, 48\]"),
     "anchor": ("softmax", _reshape(".B0", 4, 32), r"B0 has shape \[4, 32\], expected \[32, 4\]"),
-    "anchor_of_zero_b": ("zero_b", _add(f"{LAYER}.rlora_adapters.A0", 4, 48), "A0 is not one of A, B, router"),
-    "router_of_uniform": ("uniform", _add(f"{LAYER}.rlora_adapters.router", 3, 48), "router is not one of"),
-    "tasks": ("task", _reshape(".router", 3, 3), r"router has shape \[3, 3\], expected \[2, 3\], which is \[K, N\]"),
+    "anchor_of_zero_b": ("zero_b", _add(f"{LAYER}.rlora_adapters.A0", 4, 48), "it has .*A0, which"),
+    "router_of_uniform": ("uniform", _add(f"{LAYER}.rlora_adapters.router", 3, 48), "it has .*router, which"),
+    "tasks": ("task", _reshape(".router", 3, 3), r"router has shape \[3, 3\], expected \[2, 3\]"),
     "shared_a": ("own_a", _reshape(".A", 4, 48), r"A has shape \[4, 48\], expected \[3, 4, 48\]"),
     "rank_pattern": ("ranks", _reshape(".A", 4, 48), r"A has shape \[4, 48\], expected \[2, 48\]"),
     "unexplained": ("softmax", _add("base_model.model.model.norm.weight", 32), "nothing in its configuration"),
@@ -433,7 +444,7 @@ TENSORS = {
     "lora": (
         "softmax",
         lambda t: t.update({k.replace("rlora_adapters.A", "lora_A.weight"): t.pop(k) for k in list(t)}),
-        "is missing|no tensors|explains",
+        "it lacks",
     ),
     "another_layer": (
         "softmax",
@@ -441,7 +452,7 @@ TENSORS = {
         "layer 'model.layers.0.mlp.o_proj', which `target_modules`",
     ),
     "no_module": ("modules", lambda t: t.pop(key_of(t, "lm_head.weight")), "no tensors for `modules_to_save=") ,
-    "token_rows": ("tokens", _reshape("trainable_tokens_delta", 3, 32), "names 2 tokens"),
+    "token_rows": ("tokens", _reshape("trainable_tokens_delta", 3, 32), r"\[3, 32\], which nothing in its config"),
     "nan": ("softmax", lambda t: t[key_of(t, ".B0")].view(-1)[7:8].fill_(float("nan")), "NaN or infinity in .*B0"),
     "infinity": ("modules", lambda t: t[key_of(t, "lm_head.weight")].fill_(float("inf")), "NaN.*lm_head"),
 }  # fmt: skip
@@ -609,23 +620,7 @@ def test_listing_without(name):
 FRONT = "---\nbase_model: a/b\ntags:\n- x\n---\n"
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
 CARDS = {
-    "script": (FRONT + "# Card\n<script>alert(1)</script>", "line 7: '<script' is a tag"),
-    "script_in_capitals": (FRONT + "<ScRiPt src=x>", "line 6: .*is a tag"),
-    "script_with_zero_width": (FRONT + "<scr\u200bipt>", "is a tag"),
-    "script_as_entity": (FRONT + "&lt;script&gt;", "is a tag"),
-    "iframe": (FRONT + "<iframe src='x'>", "is a tag"),
-    "object": (FRONT + "<object data='x'>", "is a tag"),
-    "embed": (FRONT + "\n<embed/src=x>", "line 7: .*is a tag"),
-    "handler": (FRONT + '<img src="x" onerror="alert(1)">', "is an event handler"),
-    "handler_with_slash": (FRONT + "<img/src=x/ONERROR = alert(1)>", "is an event handler"),
-    "handler_after_quoted_bracket": (FRONT + '<img title=">" onload=alert(1)>', "is an event handler"),
-    "handler_on_next_line": (FRONT + "<img\nonload\n=alert(1)>", "is an event handler"),
-    "link": (FRONT + "[x](javascript:alert(1))", "is a link that runs"),
-    "link_with_entities": (FRONT + "[x](&#106;ava&Tab;script&colon;alert(1))", "is a link that runs"),
-    "link_in_html": (FRONT + "<a href=' JaVaScRiPt:alert(1)'>", "is a link that runs"),
-    "link_by_reference": (FRONT + "[x]: javascript:alert(1)", "is a link that runs"),
-    "data_link": (FRONT + "[x](data:text/html;base64,AAAA)", "is a link that runs"),
-    "alias": (f"---\n{BOMB}---\n", "line 3: the metadata refers to a part of itself"),
+    "alias": (f"---\n{BOMB}---\n", "line 3: the metadata has a YAML alias"),
     "deep": ("---\na: " + "[" * 1000 + "]" * 1000 + "\n---\n", "nested more than|not YAML"),
     "python": ("---\na: !!python/object/apply:os.system ['true']\n---\n", "can't be read"),
     "not_yaml": ("---\na: [\n---\n", "not YAML"),
@@ -653,8 +648,8 @@ def test_card_that_is_not_text(adapter):
     "text",
     [
         "# No metadata",
-        FRONT
-        + "Languages: Python, JavaScript: 10 %. Use `on = 1`, x < y and online=True.\n<!-- comment --> <b>bold</b>",
+        FRONT + "Use `on = 1`, x < y and online=True.\n<!-- comment --> <b>bold</b>",
+        FRONT + "<script>the Hub removes it</script>",
         FRONT + '<p align="center"><img src="figures/routing.png" alt="on tasks"></p>\n[a](https://x.org/?on=1)',
         "---\nmodel-index: nonsense\n---\ntext",
     ],
@@ -664,8 +659,8 @@ def test_card_that_is_fine(adapter, text):
     check_adapter(adapter)
 
 
-@pytest.mark.parametrize("part", ["<", '<a "', "<a on", "<a x='", "(java", "&#60", "]: \t", "---\n", "&", " on"])
-def test_card_is_searched_in_linear_time(adapter, part):
+@pytest.mark.parametrize("part", ["---\n", "a: &a [*a]\n", "<a x='"])
+def test_card_is_read_in_linear_time(adapter, part):
     (adapter / CARD_NAME).write_text((FRONT + part * (2**20 // len(part)))[: 2**20])
     start = time.monotonic()
     check_adapter(adapter)
@@ -681,7 +676,7 @@ def write_record(folder, **fields):
 
 def test_record_is_read(adapter):
     write_record(adapter, base_model=BASE, base_model_revision=COMMIT, tasks=[{"name": "sst2"}])
-    checked = check_adapter(adapter, base_model=BASE, base_model_revision=COMMIT[:12])
+    checked = check_adapter(adapter, base_model=BASE)
     assert [task.name for task in checked.record.tasks] == ["sst2"]
     assert (checked.base_model, checked.base_model_revision) == (BASE, COMMIT)
 
@@ -691,43 +686,11 @@ def test_other_base_model(adapter):
         check_adapter(adapter, base_model="other/model")
 
 
-def test_base_model_in_the_cache(adapter, tmp_path):
-    """A folder of the cache says which model it is, and at which commit."""
-    write_record(adapter, base_model=BASE, base_model_revision=COMMIT)
-    cached = f"{tmp_path}/models--{BASE.replace('/', '--')}/snapshots/"
-    check_adapter(adapter, base_model=cached + COMMIT)
-    with pytest.raises(AdapterCheckError, match="revision '0123.*loaded on 'ffff"):
-        check_adapter(adapter, base_model=cached + "f" * 40)
-    with pytest.raises(AdapterCheckError, match="loaded on 'other/model'"):
-        check_adapter(adapter, base_model=f"{tmp_path}/models--other--model/snapshots/{COMMIT}")
-
-
 def test_base_model_in_a_folder(adapter, tmp_path):
-    """Which model a folder holds is not known; two folders are told apart."""
+    """A folder may hold any model, so it is not compared."""
     check_adapter(adapter, base_model=str(tmp_path))
     set_config(adapter, base_model_name_or_path=str(tmp_path))
-    check_adapter(adapter, base_model=f"{tmp_path}/")
     check_adapter(adapter, base_model=BASE)
-    with pytest.raises(AdapterCheckError, match="is being loaded on"):
-        check_adapter(adapter, base_model=str(tmp_path / "other"))
-
-
-@pytest.mark.parametrize(("given", "accepted"), [(COMMIT, True), ("f" * 40, False), ("main", True)])
-def test_revision_of_the_base_model(adapter, given, accepted):
-    """A branch may be at that commit; another commit is another model."""
-    write_record(adapter, base_model=BASE, base_model_revision=COMMIT)
-    if accepted:
-        check_adapter(adapter, base_model=BASE, base_model_revision=given)
-    else:
-        with pytest.raises(AdapterCheckError, match=f"revision '{COMMIT}'.*loaded on '{given}'"):
-            check_adapter(adapter, base_model=BASE, base_model_revision=given)
-
-
-def test_branches_of_the_base_model(adapter):
-    set_config(adapter, revision="v2")
-    check_adapter(adapter, base_model_revision="v2")
-    with pytest.raises(AdapterCheckError, match="revision 'v2'.*loaded on 'v1'"):
-        check_adapter(adapter, base_model_revision="v1")
 
 
 def test_record_of_another_adapter(adapter):
@@ -773,7 +736,7 @@ def test_export_passes(exported):
 
 
 EXPORTED = {
-    "type": (lambda folder: set_config(folder, peft_type="RLORA"), "exports are of type LORA"),
+    "type": (lambda folder: set_config(folder, peft_type="RLORA"), "`peft_type` 'RLORA', and LORA is expected"),
     "import": (lambda folder: set_config(folder, megatron_config={"a": 1}), "name code to import"),
     "import_core": (lambda folder: set_config(folder, megatron_core="evil"), "name code to import"),
     "mapping": (lambda folder: set_config(folder, auto_mapping={"parent_library": "evil"}), "would import"),
@@ -783,7 +746,7 @@ EXPORTED = {
     "nan": (lambda folder: set_tensors(folder, lambda t: t[min(t)].fill_(float("nan"))), "NaN"),
     "no_weights": (lambda folder: (folder / WEIGHTS_NAME).unlink(), "can't be read"),
     "no_config": (lambda folder: (folder / CONFIG_NAME).unlink(), "has no adapter_config.json beside it"),
-    "card": (lambda folder: (folder / CARD_NAME).write_text("<script>"), "is a tag"),
+    "card": (lambda folder: (folder / CARD_NAME).write_text("---\na: [\n---\n"), "not YAML"),
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ KINDS = {
     "exports/adapter_config.json": FileKind.OTHER,
     "model-00001-of-00002.safetensors": FileKind.OTHER,
     "événement.txt": FileKind.OTHER,
+    "\uff32EADME.md": FileKind.OTHER,  # another name on every system
 }
 HOSTILE = [
     # What would be unpickled or run.
@@ -51,9 +52,9 @@ HOSTILE = [
         "a/" * 600 + "b",
     ),
     *("README.md.", "README.md ", "con", "con.x", "lpt1.a.b", "NUL.txt", ".git/config", "a/.GIT/hooks/x"),
-    # What passes for one of ours.
+    # What differs from a name of an adapter only in case.
     *("Adapter_config.json", "readme.md", "ADAPTER_MODEL.SAFETENSORS", "Figures/routing.png", "EXPORTS/a/README.md"),
-    *("exports/sst2/Readme.md", "\uff32EADME.md", "adapter_conﬁg.json", "Tokenizer.json"),
+    *("exports/sst2/Readme.md", "adapter_conﬁg.json", "Tokenizer.json"),
 ]
 
 
@@ -129,6 +130,14 @@ def test_link_to_a_secret(folder, tmp_path, name):
     (folder / name).unlink()
     os.symlink(tmp_path / "secret", folder / name)
     with pytest.raises(AdapterCheckError, match=rf"{name}.*is a link to .*secret"):
+        published_files(folder)
+
+
+@pytest.mark.parametrize("target", ["README.md", "missing", "/dev/zero"])
+def test_link_that_leads_nowhere(folder, target):
+    (folder / "README.md").unlink()
+    os.symlink(target, folder / "README.md")
+    with pytest.raises(AdapterCheckError, match=r"README\.md.*is a link to"):
         published_files(folder)
 
 
