@@ -12,8 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from rlora_trl._version import __version__
-
 from . import analyze, card, env, estimate, evaluate, export, pull, push, train, zoo
 from .errors import quieten_libraries, report
 from .options import Group
@@ -26,21 +24,11 @@ class ReportingGroup(Group):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            raise  # typer shows a wrong argument with the usage of the command
         except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, usage_error()):  # typer shows it with the usage of the command
-                raise
             debug = bool(ctx.params.get("debug"))
             raise typer.Exit(report(error, debug=debug, translated=True)) from error
-
-
-def usage_error() -> type[Exception]:
-    """
-    The base of typer's errors about arguments, which it exports under the name of one of them only (no upstream issue
-    as of typer 0.29).
-    """
-    return next(base for base in reversed(typer.BadParameter.__mro__) if base.__name__ == "ClickException")
 
 
 app = typer.Typer(
@@ -58,9 +46,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"rlora-trl {__version__}")
+def _show_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version  # not `rlora_trl`, whose import takes seconds
+
+        typer.echo(f"rlora-trl {version('rlora-trl')}")
         raise typer.Exit
 
 
