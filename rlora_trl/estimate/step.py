@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -184,39 +184,24 @@ def _measure(base: Any, weights: set[int], run: TrainingSettings) -> StepMemory:
     meter = _Meter(weights)
     ids = torch.empty(run.per_device_train_batch_size, run.max_length, dtype=torch.long)
 
-    # The head and the loss begin where the backbone returns, and end when its gradient arrives.
-    def enter(part: str) -> Callable[..., None]:
-        def hook(*args: Any) -> None:
-            meter.part = part
-
-        return hook
-
     def enter_loss(module: Any, args: Any, output: Any) -> None:
+        # The head and the loss begin where the backbone returns, and end when its gradient arrives.
         hidden = output[0] if not isinstance(output, torch.Tensor) else output
         meter.part = "loss"
         if hidden.requires_grad:
-            hidden.register_hook(enter("activations"))
+            hidden.register_hook(lambda gradient: setattr(meter, "part", "activations"))
 
     backbone: Any = getattr(base, base.base_model_prefix, None)
     has_backbone = backbone is not None and backbone is not base
-    handle = backbone.register_forward_hook(enter_loss) if has_backbone else None
-
-    try:
-        with meter:
-            with torch.autocast("cpu", run.autocast or torch.bfloat16, enabled=run.autocast is not None):
-                chunked = has_backbone and run.loss == "chunked"
-                loss = _chunked(base, backbone, ids, run.autocast) if chunked else _full(base, ids)
-            meter.part = "loss"
-            loss.backward()
-    finally:
-        if handle is not None:
-            handle.remove()
+    with backbone.register_forward_hook(enter_loss) if has_backbone else nullcontext(), meter:
+        with torch.autocast("cpu", run.autocast or torch.bfloat16, enabled=run.autocast is not None):
+            if has_backbone and run.loss == "chunked":
+                loss = _chunked(base, backbone, ids, run.autocast)
+            else:
+                loss = base(input_ids=ids, labels=ids, use_cache=False).loss
+        meter.part = "loss"
+        loss.backward()
     return meter.peak
-
-
-def _full(base: Any, ids: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = base(input_ids=ids, labels=ids, use_cache=False).loss
-    return loss
 
 
 def _chunked(base: Any, backbone: Any, ids: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
