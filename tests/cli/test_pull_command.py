@@ -31,3 +31,10 @@ def test_pull_tells_repository_and_commit(rlora, make_adapter, tmp_path):
     assert (shown["repo_id"], shown["commit"]) == ("user/some--words", "a" * 40)
     lines = rlora("pull", folder).stdout.splitlines()
     assert [line.split() for line in lines[:2]] == [["Repository", "user/some--words"], ["Commit", "a" * 40]]
+
+
+def test_pull_shows_how_to_load(rlora, make_adapter):
+    folder = make_adapter()
+    assert f"AutoPeftModelForCausalLM.from_pretrained('{folder}')" in rlora("pull", folder).stderr
+    other = make_adapter("other", task_type=None)
+    assert f" PeftModel.from_pretrained(base, '{other}')" in rlora("pull", other).stderr

@@ -80,8 +80,11 @@ def test_push_refuses_exports_of_unknown_tasks(rlora, pushed, make_adapter):
     assert "There is no task 'sam'; the adapter has 'same', 'colour', 'first'. Did you mean 'same'?" in result.stderr
 
 
-def test_push_makes_exports_on_the_base_of_the_folder(rlora, pushed, make_adapter):
+def test_push_makes_exports_on_the_base_of_the_folder(rlora, pushed, make_adapter, monkeypatch):
+    checked, find_adapter = [], rlora_cli.push.find_adapter
+    monkeypatch.setattr(rlora_cli.push, "find_adapter", lambda name: checked.append(name) or find_adapter(name))
     rlora("push", make_adapter(), "user/x", "--exports", "same", "--exports", "first")
+    assert len(checked) == 1
     assert pushed[0]["exports"] == ["same", "first"]
     assert "default" in pushed[0]["export_from"].peft_config
 
