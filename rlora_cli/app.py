@@ -1,7 +1,8 @@
-"""The program: its commands, the options they share, and what happens to errors.
+"""
+The program: its commands and its global options.
 
-Modules of this package import typer and rich alone. PyTorch and what builds on it is imported by a command when it
-runs, so that `--help` does not wait for it.
+Modules of this package import only typer and rich. A command imports the library when it runs, so that `--help` does
+not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -12,41 +13,16 @@ from typing import Annotated, Any
 
 import typer
 
-from rlora_trl._version import __version__
-
 from . import analyze, card, env, estimate, evaluate, export, pull, push, train, zoo
-from .errors import quieten_libraries, report
-from .options import Group
+from .errors import quieten_libraries
+from .options import Command, Group, help_of
 from .output import note
-
-
-class ReportingGroup(Group):
-    """Commands whose errors become a message and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, usage_error()):  # typer shows it with the usage of the command
-                raise
-            debug = bool(ctx.params.get("debug"))
-            raise typer.Exit(report(error, debug=debug, translated=True)) from error
-
-
-def usage_error() -> type[Exception]:
-    """
-    The base of typer's errors about arguments, which it exports under the name of one of them only (no upstream issue
-    as of typer 0.29).
-    """
-    return next(base for base in reversed(typer.BadParameter.__mro__) if base.__name__ == "ClickException")
 
 
 app = typer.Typer(
     name="rlora",
-    cls=ReportingGroup,
-    help="Train, measure, export and share R-LoRA adapters.",
+    cls=Group,
+    help="Train, evaluate, export and share R-LoRA adapters.",
     epilog="Each command has `--help`. Options may be written with hyphens or underscores.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,38 +34,52 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"rlora-trl {__version__}")
+def _show_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version  # not `rlora_trl`, whose import takes seconds
+
+        typer.echo(f"rlora-trl {version('rlora-trl')}")
         raise typer.Exit
 
 
 @app.callback()
 def root(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error comes from. So does RLORA_DEBUG=1.")
+        bool, typer.Option("--debug", help="Show the traceback of an error. RLORA_DEBUG=1 does the same.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Options of all commands."""
+    """Global options."""
 
 
-for command in (train, estimate, evaluate, analyze, export, card, push, pull):
-    command.register(app)
+_COMMANDS: dict[str, Any] = {
+    "train": train.train,
+    "estimate": estimate.estimate,
+    "eval": evaluate.evaluate,
+    "analyze": analyze.analyze,
+    "export": export.export,
+    "card": card.show_card,
+    "push": push.push,
+    "pull": pull.pull,
+    "env": env.show_environment,
+}
+
+for _name, _function in _COMMANDS.items():
+    _settings: dict[str, Any] = train.SETTINGS if _name == "train" else {}
+    app.command(_name, cls=Command, help=help_of(_function), **_settings)(_function)
 app.add_typer(zoo.app, name="zoo")
-env.register(app)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-    if not issubclass(category, (FutureWarning, DeprecationWarning)):  # which are for who writes the code
+    if not issubclass(category, (FutureWarning, DeprecationWarning)):  # those are for programmers
         note(f"Warning: {message}")
 
 
 def main() -> None:
     """Entry point of the command `rlora`."""
-    # Where in the code a warning was raised tells users nothing.
+    # The line of code that raised a warning does not help users.
     warnings.showwarning = _show_warning
     quieten_libraries()
     app(prog_name="rlora", args=sys.argv[1:])

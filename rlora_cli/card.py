@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options
 from .loading import refuse_missing_folder
-from .options import Command, JsonOption, help_of
 from .output import note, print_json, print_text, results_only
 
 
@@ -18,22 +18,15 @@ if TYPE_CHECKING:
     from rlora_trl.files.checks import CheckedAdapter
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("card", cls=Command, help=help_of(show_card))(show_card)
-
-
 def show_card(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of an adapter.", show_default=False)],
-    write: Annotated[bool, typer.Option("--write", help="Write it as README.md into the folder.")] = False,
-    repo: Annotated[
-        str | None, typer.Option("--repo", metavar="REPO", help="Name on the Hub to use in it.", show_default=False)
-    ] = None,
-    as_json: JsonOption = False,
+    folder: options.AdapterFolder,
+    write: Annotated[bool, typer.Option("--write", help="Write the card as README.md into the folder.")] = False,
+    repo: Annotated[str | None, typer.Option("--repo", metavar="REPO", help="Repository to name in the card.")] = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Show the model card of an adapter, made from its configuration and its record.
+    """Show the model card of an adapter, rendered from its configuration and its record.
 
-    What was written into the card by hand stays.
+    Text that you added to the card by hand is kept.
     """
     with results_only():
         from rlora_trl.files.checks import check_adapter
@@ -41,8 +34,7 @@ def show_card(
         from rlora_trl.files.record import AdapterRecord
         from rlora_trl.hub.card import render_card
 
-        if not Path(folder).is_dir():
-            refuse_missing_folder("./" + folder)
+        refuse_missing_folder(folder, local=True)
         checked = check_adapter(folder)
         path = Path(folder) / CARD_NAME
         files = published_files(folder)
@@ -68,23 +60,24 @@ def show_card(
 
 def _exports_in(files: Sequence[str], checked: CheckedAdapter) -> list[dict[str, Any]]:
     """
-    The plain-LoRA exports in the folder of an adapter, as a record has them.
+    The plain-LoRA exports in the folder of an adapter, in the form of a record.
 
     Args:
         files (`Sequence[str]`): Paths in the folder.
-        checked ([`CheckedAdapter`]): The adapter. What its record has of an export that is not in the folder, as after
-            a download without exports, is left out.
+        checked ([`CheckedAdapter`]): The adapter. Recorded exports that are not in the folder, as after a download
+            without exports, are left out.
     """
     from rlora_trl.files.layout import CONFIG_NAME, EXPORTS, WEIGHTS_NAME, task_slug
 
     recorded = {} if checked.record is None else {str(export["path"]): export for export in checked.record.exports}
     names = [*(checked.config.tasks or ()), *(task.name for task in (checked.record.tasks if checked.record else ()))]
     tasks = {f"{EXPORTS}/{task_slug(name)}": name for name in names}
-    found = []
+
+    exports = []
     for name in files:
         path, _, file = name.rpartition("/")
-        # A merged model in that place has a card, but no adapter that PEFT could load.
+        # A merged model has no adapter that PEFT could load.
         if file == WEIGHTS_NAME and path.startswith(f"{EXPORTS}/") and f"{path}/{CONFIG_NAME}" in files:
             unrecorded = {"path": path, **({"task": tasks[path]} if path in tasks else {})}
-            found.append(recorded.get(path, unrecorded))
-    return found
+            exports.append(recorded.get(path, unrecorded))
+    return exports

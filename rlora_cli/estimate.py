@@ -1,4 +1,4 @@
-"""`rlora estimate`: the memory that training takes, before anything is loaded."""
+"""`rlora estimate`: the memory that training takes, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import Command, JsonOption, help_of
+from . import options
 from .output import print_facts, print_json, print_table, print_text, results_only
 
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"]
-# Of the memory of a GPU, what should be left for pieces that PyTorch can't use.
+# Share of a GPU's memory to leave free, as PyTorch can't use all of it.
 _FRAGMENTS = 0.05
 _LABELS = {
     "base": "Base weights",
@@ -28,17 +28,9 @@ _LABELS = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("estimate", cls=Command, help=help_of(estimate))(estimate)
-
-
 def estimate(
     model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Base model: a folder, a config.json, or a name on the Hub.", show_default=False
-        ),
+        str, typer.Argument(metavar="MODEL", help="Base model: a folder, a config.json, or a name on the Hub.")
     ],
     strategy: Annotated[
         Strategy | None,
@@ -49,28 +41,32 @@ def estimate(
             show_default="a table of all",
         ),
     ] = None,
-    num_gpus: Annotated[int, typer.Option("--num-gpus", metavar="N", min=1, help="GPUs, of all nodes.")] = 1,
+    num_gpus: Annotated[
+        int, typer.Option("--num-gpus", metavar="N", min=1, help="Number of GPUs, over all nodes.")
+    ] = 1,
     gpu_memory: Annotated[
         float | None,
-        typer.Option("--gpu-memory", metavar="GIB", min=0.0, help="Say what fits a GPU of so many GiB."),
+        typer.Option("--gpu-memory", metavar="GIB", min=0.0, help="Show what fits on a GPU with this much memory."),
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        typer.Option("--dtype", metavar="DTYPE", help="As which the base is loaded, if it is not quantized."),
+        typer.Option("--dtype", metavar="DTYPE", help="Dtype of the base model, if it is not quantized."),
     ] = "bfloat16",
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="A 4-bit base.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="An 8-bit base.")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to 4 bits.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantize the base model to 8 bits.")] = False,
     double_quant: Annotated[
         bool,
         typer.Option("--double-quant", "--use-bnb-nested-quant", help="Quantize the scales of 4-bit weights too."),
     ] = False,
-    batch_size: Annotated[
-        int, typer.Option("--per-device-train-batch-size", metavar="N", min=1, help="Rows of a micro-batch.")
+    per_device_train_batch_size: Annotated[
+        int, typer.Option("--per-device-train-batch-size", metavar="N", min=1, help="Rows per micro-batch.")
     ] = 8,
-    max_length: Annotated[int, typer.Option("--max-length", metavar="N", min=1, help="Tokens of a row.")] = 1024,
+    max_length: Annotated[int, typer.Option("--max-length", metavar="N", min=1, help="Tokens per row.")] = 1024,
     gradient_checkpointing: Annotated[
         bool,
-        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Make activations again."),
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing", help="Recompute activations in the backward pass."
+        ),
     ] = True,
     r: Annotated[int, typer.Option("--r", metavar="N", min=1, help="Rank of each head.")] = 4,
     num_heads: Annotated[int, typer.Option("--num-heads", metavar="N", min=1, help="Number of heads.")] = 3,
@@ -78,16 +74,16 @@ def estimate(
         list[str] | None,
         typer.Option(
             "--target-modules",
-            help="Layers to adapt, with commas between, or all-linear. May be repeated.",
+            help="Layers to adapt, separated by commas, or all-linear; may be repeated.",
             show_default="MLP projections",
         ),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Estimate the memory that training takes on each GPU.
 
-    It is computed from the configuration of the model: its weights are neither read nor downloaded. Rows are taken to
-    be as long as `--max-length`. The table has all strategies for so many GPUs.
+    It is computed from the configuration of the model; weights are neither read nor downloaded. Every row is assumed
+    to have `--max-length` tokens. Without `--strategy` all strategies for this number of GPUs are compared.
     """
     with results_only():
         from rlora_trl.estimate import CUDA_CONTEXT
@@ -95,25 +91,24 @@ def estimate(
         from rlora_trl.tuner import RLoraConfig
 
         targets = _targets(target_modules)
-        config = RLoraConfig(task_type="CAUSAL_LM", r=r, num_heads=num_heads, target_modules=targets)
         estimates = estimate_strategies(
             model,
-            config,
+            RLoraConfig(task_type="CAUSAL_LM", r=r, num_heads=num_heads, target_modules=targets),
             strategies=[strategy] if strategy is not None else _strategies(num_gpus),
             num_gpus=num_gpus,
             dtype=dtype,
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,
             double_quant=double_quant,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=per_device_train_batch_size,
             max_length=max_length,
             gradient_checkpointing=gradient_checkpointing,
         )
-    fits = [None if gpu_memory is None else _fits(found, gpu_memory, CUDA_CONTEXT) for found in estimates]
+    fits = [None if gpu_memory is None else _fits(entry, gpu_memory, CUDA_CONTEXT) for entry in estimates]
     if as_json:
         values = [
-            found.to_dict() | {"cuda_context": CUDA_CONTEXT, "fits": fit}
-            for found, fit in zip(estimates, fits, strict=True)
+            entry.to_dict() | {"cuda_context": CUDA_CONTEXT, "fits": fit}
+            for entry, fit in zip(estimates, fits, strict=True)
         ]
         print_json(values[0] if strategy is not None else values)
     elif strategy is not None:
@@ -130,32 +125,32 @@ def _targets(typed: list[str] | None) -> list[str] | str | None:
 
 
 def _strategies(num_gpus: int) -> list[str]:
-    """What there is to choose from: one GPU has nothing to divide, but may put weights on its host."""
+    """The strategies to compare: a single GPU can't divide weights, but can offload them."""
     from rlora_trl.estimate import STRATEGIES
 
     return ["single", "zero3-offload"] if num_gpus == 1 else [name for name in STRATEGIES if name != "single"]
 
 
-def _fits(found: MemoryEstimate, gpu_memory: float, context: int) -> str:
+def _fits(entry: MemoryEstimate, gpu_memory: float, context: int) -> str:
     size = gpu_memory * 2**30
-    if found.total + context > size:
+    if entry.total + context > size:
         return "no"
-    return "yes" if (found.total + context) <= (1 - _FRAGMENTS) * size else "barely"
+    return "yes" if (entry.total + context) <= (1 - _FRAGMENTS) * size else "barely"
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _facts(found: MemoryEstimate, fits: str | None, context: int) -> dict[str, Any]:
-    gpus = "1 GPU" if found.num_gpus == 1 else f"{found.num_gpus} GPUs"
-    parts = {label: f"{_gib(getattr(found, name))} GiB" for name, label in _LABELS.items()}
+def _facts(entry: MemoryEstimate, fits: str | None, context: int) -> dict[str, Any]:
+    gpus = "1 GPU" if entry.num_gpus == 1 else f"{entry.num_gpus} GPUs"
+    parts = {label: f"{_gib(getattr(entry, name))} GiB" for name, label in _LABELS.items()}
     return {
-        "Strategy": f"{found.strategy}, {gpus}",
-        "Parameters": f"{found.parameters:,}, {found.trainable:,} of an adapter train",
+        "Strategy": f"{entry.strategy}, {gpus}",
+        "Parameters": f"{entry.parameters:,}, {entry.trainable:,} trainable in the adapter",
         **parts,
-        "Total": f"{_gib(found.total)} GiB on each GPU, and about {_gib(context)} for CUDA itself",
-        "Host": f"{_gib(found.host)} GiB, for all GPUs together" if found.host else None,
+        "Total": f"{_gib(entry.total)} GiB on each GPU, and about {_gib(context)} for CUDA itself",
+        "Host": f"{_gib(entry.host)} GiB, for all GPUs together" if entry.host else None,
         "Fits": fits,
     }
 
@@ -163,9 +158,9 @@ def _facts(found: MemoryEstimate, fits: str | None, context: int) -> dict[str, A
 def _print_strategies(estimates: list[MemoryEstimate], fits: list[str | None]) -> None:
     columns = ["strategy", *(label.lower() for label in _LABELS.values()), "total", "host"]
     rows: list[list[Any]] = []
-    for found in estimates:
-        sizes = [_gib(getattr(found, name)) for name in _LABELS]
-        rows.append([found.strategy, *sizes, _gib(found.total), _gib(found.host) if found.host else "-"])
+    for entry in estimates:
+        sizes = [_gib(getattr(entry, name)) for name in _LABELS]
+        rows.append([entry.strategy, *sizes, _gib(entry.total), _gib(entry.host) if entry.host else "-"])
     if any(fits):
         columns.append("fits")
         rows = [[*row, fit] for row, fit in zip(rows, fits, strict=True)]

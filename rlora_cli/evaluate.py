@@ -8,30 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import (
-    LoadedAdapter,
-    chosen_tasks,
-    find_adapter,
-    load_adapter,
-    load_rows,
-    local_record,
-    say_saved,
-)
-from .options import (
-    AdapterArgument,
-    BaseOption,
-    BatchSizeOption,
-    Command,
-    DataOption,
-    DtypeOption,
-    JsonOption,
-    LimitOption,
-    LoadIn4BitOption,
-    RevisionOption,
-    SplitOption,
-    TaskColumnOption,
-    help_of,
-)
+from . import options
+from .loading import LoadedAdapter, by_task_setting, find_adapter, load_adapter, load_rows, local_record, note_saved
 from .output import note, percent, print_json, print_table, results_only
 
 
@@ -41,45 +19,43 @@ if TYPE_CHECKING:
     from rlora_trl.files.record import AdapterRecord
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("eval", cls=Command, help=help_of(evaluate))(evaluate)
-
-
 def evaluate(
-    adapter: AdapterArgument,
-    data: DataOption,
-    split: SplitOption = None,
-    task_column: TaskColumnOption = None,
-    limit: LimitOption = None,
-    batch_size: BatchSizeOption = 32,
-    base: BaseOption = None,
+    adapter: options.Adapter,
+    data: options.Data,
+    split: options.Split = None,
+    task_column: options.TaskColumn = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 32,
+    base: options.Base = None,
     compare_base: Annotated[
-        bool, typer.Option("--compare-base", help="Score the base model without the adapter, too.")
+        bool, typer.Option("--compare-base", help="Also score the base model without the adapter.")
     ] = False,
-    dtype: DtypeOption = "auto",
-    load_in_4bit: LoadIn4BitOption = False,
-    revision: RevisionOption = None,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    revision: options.Revision = None,
     save: Annotated[
-        bool, typer.Option("--save", help="Record the scores in the adapter's folder, for its card and its push.")
+        bool, typer.Option("--save", help="Record the scores in the adapter's folder, for its card and push.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Let --save replace scores that were measured on more rows.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Score an adapter by task.
 
-    A row with options counts if its completion is the most likely of them; one without, if greedy decoding writes it.
+    A row with options is correct if its completion is the most likely option; a row without, if greedy decoding
+    reproduces the completion.
     """
     with results_only():
         from rlora_trl.evaluation.rows import text_rows
 
+        # What can fail without the model comes first.
         checked = find_adapter(adapter, revision)
         record = local_record(checked, adapter) if save else None
         tasks = load_rows(checked, data, split, task_column, limit, answers=True)
         if record is not None and not overwrite:
             _refuse_fewer_rows(record, tasks)
+
         loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
         tasks = text_rows(tasks, loaded.tokenizer)
         scores = _score(loaded, tasks, batch_size, "Scoring the adapter")
@@ -88,7 +64,8 @@ def evaluate(
             with loaded.model.disable_adapter():
                 base_scores = _score(loaded, tasks, batch_size, "Scoring the base model")
         if record is not None:
-            say_saved(_with_scores(record, scores, base_scores, checked).save(checked.folder))
+            note_saved(_with_scores(record, scores, base_scores, checked).save(checked.folder))
+
     rows = [_row(task, score, base_scores) for task, score in scores.items()]
     means = {"accuracy": _mean(scores), **({"base_accuracy": _mean(base_scores)} if base_scores else {})}
     if as_json:
@@ -102,7 +79,7 @@ def _score(loaded: LoadedAdapter, tasks: dict[str, Any], batch_size: int, descri
 
     scores: dict[str, TaskScore] = {}
     shown = description if sys.stderr.isatty() else None
-    for portion in chosen_tasks(loaded, tasks):
+    for portion in by_task_setting(loaded, tasks):
         scores |= score_tasks(loaded.model, loaded.tokenizer, portion, batch_size=batch_size, description=shown)
     return scores
 
@@ -126,23 +103,25 @@ def _with_scores(
     base_scores: dict[str, TaskScore] | None,
     checked: CheckedAdapter,
 ) -> AdapterRecord:
-    """The record with the scores of the adapter's tasks: it does not learn others by being tested on them."""
+    """The record with the scores of the tasks that the adapter was trained on."""
     from rlora_trl.files.record import TaskRecord
 
-    known = {name: TaskRecord(name) for name in checked.config.tasks or scores}
-    known |= {task.name: task for task in record.tasks}
-    others = [name for name in scores if name not in known]
+    tasks = {name: TaskRecord(name) for name in checked.config.tasks or scores}
+    tasks |= {task.name: task for task in record.tasks}
+    others = [name for name in scores if name not in tasks]
     if others:
         note(f"Not recorded, as the adapter was not trained on them: {', '.join(others)}")
+
     for name, score in scores.items():
-        if name in known:
-            metrics = {**known[name].metrics, "accuracy": score.accuracy}
-            if base_scores is not None:
-                metrics["base_accuracy"] = base_scores[name].accuracy
-            elif score.total != known[name].metric_rows:  # of other rows, and not to be compared
-                metrics.pop("base_accuracy", None)
-            known[name] = replace(known[name], metrics=metrics, metric_rows=score.total)
-    return replace(record, tasks=list(known.values()))
+        if name not in tasks:
+            continue
+        metrics = {**tasks[name].metrics, "accuracy": score.accuracy}
+        if base_scores is not None:
+            metrics["base_accuracy"] = base_scores[name].accuracy
+        elif score.total != tasks[name].metric_rows:  # the base was scored on other rows
+            metrics.pop("base_accuracy", None)
+        tasks[name] = replace(tasks[name], metrics=metrics, metric_rows=score.total)
+    return replace(record, tasks=list(tasks.values()))
 
 
 def _row(task: str, score: TaskScore, base_scores: dict[str, TaskScore] | None) -> dict[str, Any]:
@@ -155,16 +134,12 @@ def _mean(scores: dict[str, TaskScore]) -> float:
 
 
 def _show(rows: list[dict[str, Any]], means: dict[str, float]) -> None:
-    compared = "base_accuracy" in means
-    columns = ["task", "rows", "accuracy, %", *(["base, %", "gain"] if compared else [])]
-    shown = list(rows)
     if len(rows) > 1:
-        shown.append({"task": "mean of tasks", "rows": sum(row["rows"] for row in rows), **means})
-    cells = []
-    for row in shown:
-        line = [row["task"], row["rows"], percent(row["accuracy"])]
-        if compared:
-            gain = 100 * (row["accuracy"] - row["base_accuracy"])
-            line += [percent(row["base_accuracy"]), f"{gain:+.1f}"]
-        cells.append(line)
+        rows = [*rows, {"task": "mean of tasks", "rows": sum(row["rows"] for row in rows), **means}]
+    columns = ["task", "rows", "accuracy, %"]
+    cells = [[row["task"], row["rows"], percent(row["accuracy"])] for row in rows]
+    if "base_accuracy" in means:
+        columns += ["base, %", "gain"]
+        for line, row in zip(cells, rows, strict=True):
+            line += [percent(row["base_accuracy"]), f"{100 * (row['accuracy'] - row['base_accuracy']):+.1f}"]
     print_table(columns, cells)

@@ -1,95 +1,79 @@
-"""`rlora export`: a plain LoRA adapter, or a merged model, for programs that do not know R-LoRA."""
+"""`rlora export`: a plain LoRA adapter, or a merged model, for programs without this package."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options
 from .loading import find_adapter, load_adapter, load_rows, refuse_unknown_task
-from .options import (
-    AdapterArgument,
-    BaseOption,
-    Command,
-    DtypeOption,
-    JsonOption,
-    LimitOption,
-    LoadIn4BitOption,
-    RevisionOption,
-    SplitOption,
-    TaskColumnOption,
-    help_of,
-)
 from .output import note, percent, print_facts, print_json, results_only
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("export", cls=Command, help=help_of(export))(export)
+if TYPE_CHECKING:
+    from rlora_trl.files.checks import CheckedAdapter
 
 
 def export(
-    adapter: AdapterArgument,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.", show_default=False)],
+    adapter: options.Adapter,
+    output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     task: Annotated[
-        str | None, typer.Option("--task", help="Use the mixture of this task.", show_default="mean of tasks")
+        str | None, typer.Option("--task", help="Use the head weights of this task.", show_default="mean of tasks")
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            help="Weigh the heads by these numbers, e.g. 0.2,0.3,0.5.",
-            metavar="W,W,...",
-            show_default=False,
-        ),
+    routing: Annotated[
+        str | None, typer.Option("--weights", help="Use these head weights, e.g. 0.2,0.3,0.5.", metavar="W,W,...")
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
-            help="Rows by task: mixtures that were not recorded in training are measured on them, and so is what "
-            "the export loses.",
-            show_default=False,
+            help="Rows by task, to compare the export with the adapter, and to measure head weights that training "
+            "did not record.",
         ),
     ] = None,
-    split: SplitOption = None,
-    task_column: TaskColumnOption = None,
-    limit: LimitOption = 64,
+    split: options.Split = None,
+    task_column: options.TaskColumn = None,
+    limit: options.Limit = 64,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model with the adapter merged into its weights.")
     ] = False,
-    base: BaseOption = None,
-    dtype: DtypeOption = "auto",
-    load_in_4bit: LoadIn4BitOption = False,
-    revision: RevisionOption = None,
-    as_json: JsonOption = False,
+    base: options.Base = None,
+    dtype: options.Dtype = "auto",
+    load_in_4bit: options.LoadIn4Bit = False,
+    revision: options.Revision = None,
+    as_json: options.Json = False,
 ) -> None:
     """Write an adapter as plain LoRA, which PEFT, vLLM and llama.cpp load without this package.
 
-    Routing by token becomes one fixed mixture of the heads: exact for adapters that mix by task or uniformly, else an
-    approximation, whose loss is measured if there is data. It is checked before it is written.
+    All tokens get the same head weights. This is exact for adapters with one weighting per task or uniform weights,
+    and an approximation for routing by token. With data the difference is measured.
     """
-    routing = _parse_weights(weights) if weights is not None else None
-    if routing is not None and task is not None:
-        raise typer.BadParameter("`--task` and `--weights` both say how to mix the heads. Give one of them.")
+    weights = _parse_weights(routing) if routing is not None else None
+    if weights is not None and task is not None:
+        raise typer.BadParameter("`--task` and `--weights` both set the head weights. Give one of them.")
     with results_only():
         from rlora_trl.evaluation.rows import text_rows
         from rlora_trl.export import export_lora
 
+        # What can fail without the model comes first.
         checked = find_adapter(adapter, revision)
         if task is not None:
             refuse_unknown_task(checked, task)
-        if routing is not None:
-            _check_weights(routing, weights, checked.config.num_heads)
+        if weights is not None:
+            _check_weights(weights, routing, checked.config.num_heads)
+        elif data is None:
+            _refuse_unmeasured(checked, task)
         rows = load_rows(checked, data, split, task_column, limit, answers=True) if data is not None else None
+
         loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
         report = export_lora(
             loaded.model,
-            str(output),
+            str(output_dir),
             task=task,
-            routing=routing,
+            routing=weights,
             data=None if rows is None else text_rows(rows, loaded.tokenizer),
             tokenizer=loaded.tokenizer,
             merge=merge,
@@ -107,21 +91,33 @@ def _parse_weights(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"`--weights` must be numbers with commas between, got {text!r}.") from None
+        raise typer.BadParameter(f"`--weights` must be numbers separated by commas, got {text!r}.") from None
 
 
 def _check_weights(values: list[float], typed: str | None, num_heads: int) -> None:
-    """Refuse weights that are no mixture, as they were typed."""
+    """Refuse weights that do not fit the heads, as they were typed."""
     if len(values) != num_heads or min(values) < 0 or not math.isclose(sum(values), 1.0, abs_tol=1e-3):
         raise ValueError(
-            f"`--weights {typed}` must be {num_heads} numbers, one for each head, of at least 0 and with the sum 1; "
-            f"these are {len(values)} with the sum {sum(values):g}. Correct them."
+            f"`--weights {typed}` must be {num_heads} numbers, one for each head, none below 0, with the sum 1; got "
+            f"{len(values)} with the sum {sum(values):g}. Correct them."
+        )
+
+
+def _refuse_unmeasured(checked: CheckedAdapter, task: str | None) -> None:
+    """Refuse an adapter that routes by token and has no recorded head weights."""
+    config, recorded = checked.config, checked.record.mixtures if checked.record else None
+    if config.num_heads == 1 or config.router in ("uniform", "task"):
+        return
+    if recorded is None or (task is not None and task not in recorded.weights):
+        of_task = f" for task {task!r}" if task is not None else ""
+        raise ValueError(
+            f"{checked.folder} routes by token, and no mean head weights are recorded{of_task}. Add `--data` to "
+            "measure them, or set them with `--weights`."
         )
 
 
 def _facts(values: dict[str, Any]) -> dict[str, Any]:
-    error = values.get("max_logit_error")
-    loss = values.get("kl")
+    divergence = values.get("kl")
     accuracies = [percent(values.get(name)) for name in ("accuracy_export", "accuracy_dynamic")]
     return {
         "Written to": values.get("path"),
@@ -129,8 +125,7 @@ def _facts(values: dict[str, Any]) -> dict[str, Any]:
         "Kind": "merged model" if values.get("merged") else f"plain LoRA of rank {values.get('rank')}",
         "Layers": values.get("layers"),
         "Weights": values.get("mixture"),
-        "ExportGap": "none: the same function" if values.get("exact") else None,
-        "Checked": None if error is None else f"logits differ by at most {error:.1e} of the largest",
-        "KL to routing": None if loss is None else f"{loss:.4f} nats a token",
-        "Accuracy": None if None in accuracies else f"{accuracies[0]} %, with routing by token {accuracies[1]} %",
+        "Fidelity": "exact: the same function as the adapter" if values.get("exact") else None,
+        "KL to routing": None if divergence is None else f"{divergence:.4f} nats per token",
+        "Accuracy": None if None in accuracies else f"{accuracies[0]}%, with routing by token {accuracies[1]}%",
     }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .output import note
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from rlora_trl.files.record import AdapterRecord
 
 
-@dataclass
-class LoadedAdapter:
+class LoadedAdapter(NamedTuple):
     """An adapter on its base model, ready to be measured."""
 
     checked: CheckedAdapter
@@ -31,36 +29,44 @@ class LoadedAdapter:
 
 
 def find_adapter(name: str, revision: str | None = None) -> CheckedAdapter:
-    """Check the adapter of a folder, or one from the Hub after a download."""
+    """Check the adapter in a folder, or download one from the Hub and check it."""
     from rlora_trl.hub.pull import pull_checked
 
     refuse_missing_folder(name)
     return pull_checked(name, revision=revision)
 
 
-def refuse_missing_folder(name: str) -> None:
-    """A path to nothing is no name on the Hub; say so before the Hub is asked."""
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.rstrip("/").count("/") != 1
+def refuse_missing_folder(name: str, *, local: bool = False) -> None:
+    """
+    Refuse a path without a folder, before the Hub is asked for it.
+
+    Args:
+        name (`str`): A folder or a name on the Hub.
+        local (`bool`, *optional*, defaults to `False`): It must be a folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, and it can't be a name on the Hub.
+    """
+    looks_like_path = local or name.startswith((".", "~", os.sep)) or name.rstrip("/").count("/") != 1
     if looks_like_path and not Path(name).is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {name}. Give the folder of an adapter, or its name on the Hub: user/name."
-        )
+        hint = "" if local else ", or its name on the Hub: user/name"
+        raise FileNotFoundError(f"There is no folder {name}. Give the folder of an adapter{hint}.")
 
 
 def refuse_unknown_task(checked: CheckedAdapter, task: str) -> None:
     """
-    Refuse a task that an adapter does not have, if it knows its tasks.
+    Refuse a task that is not one of the adapter's. An adapter without a list of tasks takes any.
 
     Raises:
-        ValueError: If it has others.
+        ValueError: If it has other tasks.
     """
     from difflib import get_close_matches
 
-    known = checked.config.tasks or []
-    if known and task not in known:
-        close = get_close_matches(task, known, n=1)
+    tasks = checked.config.tasks or []
+    if tasks and task not in tasks:
+        close = get_close_matches(task, tasks, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"There is no task {task!r}; the adapter has {', '.join(map(repr, known))}.{hint}")
+        raise ValueError(f"There is no task {task!r}; the adapter has {', '.join(map(repr, tasks))}.{hint}")
 
 
 def load_adapter(
@@ -71,41 +77,45 @@ def load_adapter(
 
     Args:
         checked ([`CheckedAdapter`]): The adapter.
-        base (`str`, *optional*): Base model. Defaults to the adapter's own.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the base model's weights.
+        base (`str`, *optional*): Base model. Defaults to the one that the adapter names.
+        dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the base model.
         load_in_4bit (`bool`, *optional*, defaults to `False`): Quantize the base model as in training.
 
     Raises:
-        ValueError: If the adapter names no base model, and none is given.
+        ValueError: If the adapter names no base model and `base` is not set.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import ModelConfig, get_quantization_config
 
     hide_progress_in_logs()
     base_model = base or checked.config.base_model_name_or_path or checked.base_model
     if base_model is None:
         raise ValueError(f"{checked.folder} does not name its base model. Add `--base MODEL`.")
-    # A revision of the adapter's own base model means nothing for another.
+    # The recorded revision belongs to the adapter's own base model.
     base_revision = None if base else checked.base_model_revision
+
+    quantization = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16")) if load_in_4bit else None
     model = AutoModelForCausalLM.from_pretrained(
         base_model,
         revision=base_revision,
         dtype=dtype,
         device_map={"": 0} if torch.cuda.is_available() else None,
-        quantization_config=_four_bit() if load_in_4bit else None,
+        quantization_config=quantization,
     )
     adapted = PeftModel.from_pretrained(model, str(checked.folder), torch_device=str(model.device))
-    # A tokenizer lies with the adapter where training changed it.
-    own = (checked.folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(checked.folder) if own else base_model, revision=None if own else base_revision
-    )
+
+    # The adapter has a tokenizer if training changed it.
+    if (checked.folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(str(checked.folder))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base_model, revision=base_revision)
     return LoadedAdapter(checked, adapted.eval(), tokenizer)
 
 
 def hide_progress_in_logs() -> None:
-    """Leave out the bars of loading where stderr is no terminal."""
+    """Hide progress bars of loading where stderr is not a terminal."""
     if sys.stderr.isatty():
         return
     import datasets
@@ -124,11 +134,7 @@ def load_rows(
     *,
     answers: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """
-    Rows by task; data that do not name tasks are of the adapter's, if it has only one.
-
-    Rows with `answers` are to be scored; those of conversations become text with [`text_rows`].
-    """
+    """Rows by task, as in [`load_task_rows`]. Data without tasks belong to the adapter's task if it has only one."""
     from rlora_trl.evaluation.rows import load_task_rows
 
     hide_progress_in_logs()
@@ -137,15 +143,11 @@ def load_rows(
     return load_task_rows(data, split=split, task_column=task_column, limit=limit, default_task=only, answers=answers)
 
 
-def _four_bit() -> Any:
-    from trl import ModelConfig, get_quantization_config
-
-    return get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16"))
-
-
-def chosen_tasks(loaded: LoadedAdapter, tasks: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def by_task_setting(loaded: LoadedAdapter, tasks: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """
-    The data in portions that one setting of the adapter serves: task by task for a task router, else all at once.
+    Split data into portions, and set the adapter up for each.
+
+    A task router is set to one task after the other. All other adapters take the data at once.
     """
     if loaded.checked.config.router != "task":
         yield tasks
@@ -161,21 +163,21 @@ def chosen_tasks(loaded: LoadedAdapter, tasks: dict[str, Any]) -> Iterator[dict[
 
 def local_record(checked: CheckedAdapter, name: str) -> AdapterRecord:
     """
-    The record of an adapter in a folder of the user's, to add to.
+    The record of an adapter in the user's own folder, to be extended.
 
     Raises:
-        ValueError: If the adapter lies in the cache of the Hub, whose files must stay as they were published.
+        ValueError: If the adapter is in the Hub's cache, whose files must not change.
     """
     from rlora_trl.files.record import AdapterRecord
 
     if not Path(name).is_dir():
         raise ValueError(
-            f"`--save` writes into a folder of yours, and {name} is on the Hub. Copy it with `rlora pull {name} "
-            "--output FOLDER`, and name that folder."
+            f"`--save` writes into a local folder, and {name} is on the Hub. Copy it with `rlora pull {name} "
+            "--output FOLDER`, and pass that folder."
         )
     return checked.record or AdapterRecord(base_model=checked.base_model)
 
 
-def say_saved(path: Path) -> None:
-    """Tell where a record was written."""
+def note_saved(path: Path) -> None:
+    """Say where a record was written."""
     note(f"Saved in {path}. `rlora card FOLDER --write` puts it into the card.")

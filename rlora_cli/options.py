@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and how a command runs."""
 
 from __future__ import annotations
 
@@ -9,54 +9,45 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .errors import report
 
-AdapterArgument = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.", show_default=False)
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.", show_default=False)
-]
-BaseOption = Annotated[
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")]
+AdapterFolder = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of an adapter.")]
+Repositories = Annotated[list[str], typer.Argument(metavar="REPO...", help="user/name or user/name@revision.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+Base = Annotated[
     str | None,
     typer.Option("--base", metavar="MODEL", help="Base model to load.", show_default="the one that the adapter names"),
 ]
-LoadIn4BitOption = Annotated[
-    bool, typer.Option("--load-in-4bit", help="Load the base model in 4 bits, as `rlora train` does.")
-]
-DtypeOption = Annotated[
+LoadIn4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to 4 bits (QLoRA).")]
+Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
     typer.Option(
-        "--dtype", metavar="DTYPE", help="Of the base model: bfloat16, float16, float32, or as it is stored."
+        "--dtype", metavar="DTYPE", help="Dtype of the base model: bfloat16, float16, float32, or auto, as stored."
     ),
 ]
-DataOption = Annotated[
+Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Rows with prompt and completion, or messages that end with the answer, and options if any: "
-        "a JSON-lines, Parquet or CSV file, a folder, or a data set on the Hub.",
-        show_default=False,
+        help="Rows with prompt and completion, or messages that end with the answer; options if there are any. "
+        "A JSON-lines, Parquet or CSV file, a folder, or a data set on the Hub.",
     ),
 ]
-SplitOption = Annotated[
-    str | None,
-    typer.Option("--split", help="Split of the data.", show_default='"test", or the only one'),
+Split = Annotated[
+    str | None, typer.Option("--split", help="Split of the data.", show_default='"test", or the only one')
 ]
-TaskColumnOption = Annotated[
-    str | None,
-    typer.Option("--task-column", help="Column that names the task.", show_default='"task"'),
+TaskColumn = Annotated[
+    str | None, typer.Option("--task-column", help="Column with the task of each row.", show_default='"task"')
 ]
-LimitOption = Annotated[
-    int | None, typer.Option("--limit", metavar="N", min=1, help="Only so many rows of each task.")
-]
-BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences in one forward pass.")
-]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Maximum number of rows per task.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences per forward pass.")]
 
 
 class _PlainFlags:
-    """Help without `<bool>` behind each flag, which takes no value."""
+    """Help without `<bool>` behind flags, which take no value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
@@ -67,7 +58,22 @@ class _PlainFlags:
 
 
 class Command(_PlainFlags, TyperCommand):
-    """A command of the program."""
+    """A command whose errors become a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            raise  # typer shows a wrong argument with the usage of the command
+        except (Exception, KeyboardInterrupt) as error:
+            # A parameter is named like the argument of the library, and may have an option of another name.
+            names = {
+                param.name: param.opts[0] if param.opts[0].startswith("-") else str(param.metavar)
+                for param in self.params
+                if param.name is not None
+            }
+            debug = bool(ctx.find_root().params.get("debug"))
+            raise typer.Exit(report(error, debug=debug, names=names)) from error
 
 
 class Group(_PlainFlags, TyperGroup):
@@ -76,10 +82,10 @@ class Group(_PlainFlags, TyperGroup):
 
 def help_of(function: Callable[..., Any]) -> str:
     """
-    The docstring of a command as its help: paragraphs on one line each, as the terminal wraps them; what follows a
-    line with a backspace character is kept line by line.
+    The docstring of a command as its help.
+
+    A paragraph becomes one line, which the terminal wraps. What follows a line with a backspace character keeps its
+    lines.
     """
-    shown = []
-    for paragraph in (inspect.getdoc(function) or "").split("\n\n"):
-        shown.append(paragraph[2:] if paragraph.startswith("\b") else " ".join(paragraph.split()))
-    return "\n\n".join(shown)
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(text[2:] if text.startswith("\b") else " ".join(text.split()) for text in paragraphs)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,12 +13,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 
-# Wide enough for any row, so that nothing is cut or wrapped where no terminal sets a width.
+# Wide enough for any row, so that nothing is cut or wrapped without a terminal.
 _PIPE_WIDTH = 10_000
 
 
@@ -35,15 +32,15 @@ def stderr_console() -> Console:
 
 
 def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH, no_color=True)
+        console.width = _PIPE_WIDTH
     return console
 
 
 @contextlib.contextmanager
 def results_only() -> Iterator[None]:
-    """Send to stderr what libraries print while a result is computed, so that stdout has the result alone."""
+    """Redirect to stderr what libraries print, so that stdout has only the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -54,77 +51,69 @@ def print_json(value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: data classes as objects, tensors as lists, times in ISO 8601, NaN as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    """A value of JSON's types: tensors as lists, times in ISO 8601, paths as text, NaN as null."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, (str, int, bool)) or value is None:
-        return value
     if isinstance(value, datetime):
         return value.isoformat()
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
     """
-    A table on stdout, or where the terminal is too narrow for it a few lines for each row.
+    A table on stdout, or the facts of each row where the terminal is too narrow for it.
 
     Columns of numbers are aligned right, and means are set apart.
 
     Args:
-        columns (`Sequence[str]`): Headings; the first is of what names a row.
-        rows (`Sequence[Sequence]`): Cells; `None` is shown as nothing.
+        columns (`Sequence[str]`): Headings; the first column names the rows.
+        rows (`Sequence[Sequence]`): Cells; `None` is an empty one.
         title (`str`, *optional*): Line above the table.
     """
     console = stdout_console()
-    table = _table(columns, rows, rules=console.is_terminal)
-    if title:
-        console.print(title, style="bold", markup=False)
-    unbounded = console.options.update(max_width=_PIPE_WIDTH)
-    if Measurement.get(console, unbounded, table).maximum <= console.width:
-        _print_trimmed(console, table)
-        return
-    for place, row in enumerate(rows):
-        if place:
-            console.print()
-        console.print(str(row[0]), style="bold", markup=False, soft_wrap=True)
-        print_facts(dict(zip(columns[1:], row[1:], strict=True)), indent=2)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, rules: bool) -> Table:
-    rich_box = box.SIMPLE_HEAD if rules else None
-    table = Table(box=rich_box, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for place, heading in enumerate(columns):
-        numeric = place > 0 and all(_is_number(row[place]) for row in rows)
+    rules = console.is_terminal
+    table = Table(
+        box=box.SIMPLE_HEAD if rules else None,
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
+    for index, heading in enumerate(columns):
+        numeric = index > 0 and all(_is_number(row[index]) for row in rows)
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         if rules and str(row[0]).startswith("mean"):
             table.add_section()
-        table.add_row(*(_cell(value) for value in row))
-    return table
+        table.add_row(*map(_cell, row))
 
+    if title:
+        console.print(title, style="bold", markup=False)
+    unbounded = console.options.update(max_width=_PIPE_WIDTH)
+    if console.measure(table, options=unbounded).maximum > console.width:
+        for index, row in enumerate(rows):
+            console.print("\n" * bool(index), end="")
+            print_facts(dict(zip(columns, row, strict=True)))
+        return
 
-def _print_trimmed(console: Console, table: Table) -> None:
-    """Without the spaces that fill up the last column."""
+    # Without the spaces that fill up the last column.
     with console.capture() as captured:
         console.print(table)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a cell shows a number, or the lack of one."""
+    """Whether a cell is a number, such as "80.0 % (+12.5)", or empty."""
     if value in (None, "", "-"):
         return True
     try:
-        # "80.0 % (+12.5)" is one number too, with what it has gained.
-        float(str(value).partition(" (")[0].replace(",", "").removesuffix(" %"))
+        float(str(value).partition(" (")[0].replace(",", "").removesuffix("%"))
     except ValueError:
         return False
     return True
@@ -138,22 +127,13 @@ def _cell(value: Any) -> Text:
     return Text("" if value is None else str(value))
 
 
-def print_facts(facts: Mapping[str, Any], *, indent: int = 0) -> None:
-    """
-    Names and values, one to a line. Text is wrapped to the terminal, but names and paths stay whole, to be copied.
-
-    Args:
-        facts (`Mapping[str, Any]`): Values by name; `None` is left out.
-        indent (`int`, *optional*, defaults to 0): Spaces before each line.
-    """
-    console = stdout_console()
-    shown = {name: _cell(value).plain for name, value in facts.items() if value is not None and value != ""}
-    start = indent + max(map(len, shown), default=0) + 2
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values on stdout, one per line; `None` and empty text are left out."""
+    shown = {name: value for name, value in facts.items() if value not in (None, "")}
+    width = max(map(len, shown), default=0) + 2
     for name, value in shown.items():
-        width = max(20, console.width - start)
-        lines = textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)
-        label = f"{' ' * indent}{name}".ljust(start)
-        console.print(Text.assemble((label, "bold"), f"\n{' ' * start}".join(lines)), soft_wrap=True)
+        # The terminal wraps long lines, so that names and paths can be copied whole.
+        stdout_console().print(Text.assemble((name.ljust(width), "bold"), _cell(value)), soft_wrap=True)
 
 
 def print_text(text: str) -> None:
@@ -168,12 +148,12 @@ def note(text: str) -> None:
 
 
 def percent(share: float | None) -> str | None:
-    """A share as "71.3" percent."""
+    """A share in percent, such as "71.3"."""
     return None if share is None else f"{100 * share:.1f}"
 
 
 def shorten(names: Sequence[str], limit: int = 3) -> str:
-    """The first names, and how many more: all of them where there is no terminal."""
+    """The first names and the number of the others; all names if stdout is not a terminal."""
     if len(names) <= limit or not stdout_console().is_terminal:
         return ", ".join(names)
     return f"{', '.join(names[:limit])} +{len(names) - limit}"

@@ -1,4 +1,4 @@
-"""`rlora pull`: fetch an adapter and check it."""
+"""`rlora pull`: download an adapter and check it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options
 from .loading import refuse_missing_folder
-from .options import Command, JsonOption, RevisionOption, help_of
 from .output import note, print_facts, print_json, results_only
 
 
@@ -16,29 +16,22 @@ if TYPE_CHECKING:
     from rlora_trl.files.checks import CheckedAdapter
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("pull", cls=Command, help=help_of(pull))(pull)
-
-
 def pull(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name, or a folder to check.", show_default=False)],
-    revision: RevisionOption = None,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name, or a folder to check.")],
+    revision: options.Revision = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FOLDER", help="Copy the adapter into this folder.", show_default=False),
+        Path | None, typer.Option("--output", metavar="FOLDER", help="Copy the adapter into this folder.")
     ] = None,
-    exports: Annotated[bool, typer.Option("--exports", help="Fetch its plain-LoRA exports, too.")] = False,
+    exports: Annotated[bool, typer.Option("--exports", help="Also download its plain-LoRA exports.")] = False,
     base_model: Annotated[
-        str | None,
-        typer.Option("--base-model", help="Refuse an adapter of another base model.", show_default=False),
+        str | None, typer.Option("--base-model", help="Refuse an adapter of another base model.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use the cache alone.")] = False,
-    as_json: JsonOption = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only the cache.")] = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Fetch an adapter from the Hub into the cache and check it: nothing in it is executed.
+    """Download an adapter from the Hub into the cache and check it. Nothing in it is executed.
 
-    Prints the folder, which PEFT and transformers load. Add `--output` to have it in a place of your own.
+    Prints the folder, which PEFT and transformers can load. Use `--output` for a copy of your own.
     """
     with results_only():
         from rlora_trl.hub.pull import pull_checked
@@ -58,31 +51,28 @@ def pull(
             "Commit": facts["commit"],
             "Folder": facts["folder"],
             "Base model": facts["base_model"],
-            "Tasks": ", ".join(facts["tasks"]) or None,
+            "Tasks": ", ".join(facts["tasks"]),
             "Adapter": f"{facts['num_heads']} heads of rank {facts['r']}, router {facts['router']}",
             "Checked": f"{facts['layers']} layers, {facts['parameters']:,} parameters, all finite",
             "Digest": facts["digest"],
         }
     )
-    auto = "AutoPeftModelForCausalLM" if _generates(checked) else "AutoPeftModel"
+    # PEFT's class for other models needs the base model.
+    causal = checked.config.task_type == "CAUSAL_LM"
+    name, base = ("AutoPeftModelForCausalLM", "") if causal else ("PeftModel", "base, ")
     note(
         "\nTo load it:\n\n"
         "    import rlora_trl\n"
-        f"    from peft import {auto}\n"
-        f"    model = {auto}.from_pretrained({str(folder)!r})"
+        f"    from peft import {name}\n"
+        f"    model = {name}.from_pretrained({base}{str(folder)!r})"
     )
 
 
-def _generates(checked: CheckedAdapter) -> bool:
-    """Whether the adapter belongs to a model that generates text."""
-    return str(getattr(checked.config.task_type, "value", checked.config.task_type)) in ("None", "CAUSAL_LM")
-
-
 def _facts(checked: CheckedAdapter, folder: Path) -> dict[str, Any]:
-    config = checked.config
     # In the cache, `models--user--name/snapshots/<commit>`.
     cached = checked.folder.parent.name == "snapshots"
     parts = checked.folder.parent.parent.name.split("--", 2) if cached else []
+    config = checked.config
     return {
         "repo_id": "/".join(parts[1:]) or None,
         "commit": checked.folder.name if cached else None,
@@ -101,39 +91,27 @@ def _facts(checked: CheckedAdapter, folder: Path) -> dict[str, Any]:
 
 def _copy(checked: CheckedAdapter, target: Path, exports: bool) -> Path:
     """
-    Copy what belongs to the adapter: not links into the cache, and nothing that was in the target is replaced. A
-    target that has this adapter already is left as it is.
+    Copy the files of an adapter, following links into the cache. A target that has them already is left as it is.
 
     Raises:
-        FileExistsError: If the target has something else in it.
+        FileExistsError: If the target has other files.
     """
+    import filecmp
     import shutil
 
-    from rlora_trl.files.layout import FileKind, classify, published_files
+    from rlora_trl.files.layout import CONFIG_NAME, WEIGHTS_NAME, FileKind, classify, published_files
 
     source = checked.folder
     names = [name for name in published_files(source) if exports or classify(name) is not FileKind.EXPORT]
     if target.is_file():
         raise FileExistsError(f"{target} is a file. Name a new folder with `--output`.")
     if target.exists() and any(target.iterdir()):
-        if not _has_adapter(target, checked, names):
-            raise FileExistsError(f"{target} is not empty, and has something else in it. Name a new folder.")
-        note(f"{target} has this adapter already: the digests are the same. Nothing was copied.")
+        same, _, _ = filecmp.cmpfiles(source, target, (CONFIG_NAME, WEIGHTS_NAME), shallow=False)
+        if len(same) < 2 or not all((target / name).is_file() for name in names):
+            raise FileExistsError(f"{target} is not empty, and has other files. Name a new folder with `--output`.")
+        note(f"{target} has this adapter already. Nothing was copied.")
         return target
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return target
-
-
-def _has_adapter(folder: Path, checked: CheckedAdapter, names: list[str]) -> bool:
-    """Whether a folder has all files of an adapter, with the same configuration and tensors."""
-    import filecmp
-
-    from rlora_trl.files.checks import adapter_digest
-    from rlora_trl.files.layout import CONFIG_NAME, WEIGHTS_NAME
-
-    if not all((folder / name).is_file() for name in names):
-        return False
-    same_config = filecmp.cmp(folder / CONFIG_NAME, checked.folder / CONFIG_NAME, shallow=False)
-    return same_config and adapter_digest(folder / WEIGHTS_NAME) == checked.digest

@@ -11,10 +11,10 @@ from .train import training_parser
 
 
 def run(arguments: list[str]) -> None:
-    """Train as the arguments say, and tell the scores."""
+    """Train as the arguments say, and print the scores."""
     from rlora_trl.trainer import script
 
-    # What the file has for the launcher is not ours to refuse: `rlora train` has checked it.
+    # Arguments of the launcher in the file are ignored: `rlora train` has checked them.
     parsed = training_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
     script_args, training_args, model_args, rlora_args = parsed
     data = script.load_data(script_args, training_args)
@@ -31,7 +31,7 @@ def main() -> int:
     try:
         run(sys.argv[1:])
     except KeyboardInterrupt:
-        return INTERRUPTED  # told by `rlora train`, which is interrupted as well
+        return INTERRUPTED  # reported by `rlora train`, which is interrupted too
     except Exception as error:
         return report(error)
     return 0

@@ -1,75 +1,87 @@
-"""`rlora zoo`: published adapters, from what their cards say."""
+"""`rlora zoo`: published adapters, by their cards."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import Command, Group, JsonOption, RevisionOption
+from . import options
+from .options import Command, Group
 from .output import note, percent, print_facts, print_json, print_table, results_only, shorten
 
 
-app = typer.Typer(help="Find, compare and install published adapters.", no_args_is_help=True, cls=Group)
+if TYPE_CHECKING:
+    from rlora_trl.zoo import AdapterInfo
+
+
+class ZooGroup(Group):
+    """The commands of the zoo, and what replaces those of earlier versions."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in ("pin", "install"):
+            ctx.fail(
+                f"`rlora zoo {args[0]}` is gone, as are manifests of adapters. Pull each adapter at its commit: "
+                "`rlora pull REPO --revision SHA`."
+            )
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(help="Find and compare published adapters.", no_args_is_help=True, cls=ZooGroup)
 
 
 @app.command(cls=Command)
 def search(
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Only adapters of this base model.", show_default=False)
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="Only adapters trained on this task.", show_default=False)
-    ] = None,
-    author: Annotated[
-        str | None, typer.Option("--author", help="Only those of this user or organization.", show_default=False)
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 20,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="Only adapters of this base model.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Only adapters trained on this task.")] = None,
+    author: Annotated[str | None, typer.Option("--author", help="Only adapters of this user or organization.")] = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Maximum number of results.")] = 20,
     sort: Annotated[
         Literal["downloads", "updated", "accuracy"],
-        typer.Option("--sort", metavar="ORDER", help="downloads, updated or accuracy: which come first."),
+        typer.Option("--sort", metavar="ORDER", help="Order of the results: downloads, updated or accuracy."),
     ] = "downloads",
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Search the Hub for R-LoRA adapters."""
     with results_only():
         from rlora_trl.zoo import search as search_zoo
 
-        found = search_zoo(base_model=base_model, task=task, author=author, limit=limit, sort=sort)
+        results = search_zoo(base_model=base_model, task=task, author=author, limit=limit, sort=sort)
     if as_json:
-        print_json([info.to_dict() for info in found])
-    elif not found:
+        print_json([info.to_dict() for info in results])
+        return
+    if not results:
         note("No adapter was found.")
-    else:
-        columns = ["repository", "base model", "tasks", "accuracy, %", "r", "heads", "downloads", "updated"]
-        rows = [_found_row(info) for info in found]
-        if any(info.private for info in found):
-            columns.append("visible to")
-            rows = [[*row, "owners" if info.private else "all"] for row, info in zip(rows, found, strict=True)]
-        print_table(columns, rows)
+        return
+    columns = ["repository", "base model", "tasks", "accuracy, %", "r", "heads", "downloads", "updated"]
+    rows = [_result_row(info) for info in results]
+    if any(info.private for info in results):
+        columns.append("visible to")
+        rows = [[*row, "owners" if info.private else "all"] for row, info in zip(rows, results, strict=True)]
+    print_table(columns, rows)
 
 
-def _found_row(info: Any) -> list[Any]:
-    updated = info.last_modified.date().isoformat() if info.last_modified else None
+def _result_row(info: AdapterInfo) -> list[Any]:
     accuracy = percent(info.mean("accuracy"))
     settings = [info.r, info.num_heads, info.downloads]
-    return [info.repo_id, info.base_model, shorten(info.tasks), accuracy, *settings, updated]
+    return [info.repo_id, info.base_model, shorten(info.tasks), accuracy, *settings, _updated(info)]
+
+
+def _updated(info: AdapterInfo) -> str | None:
+    return info.last_modified.date().isoformat() if info.last_modified else None
 
 
 @app.command(cls=Command)
 def compare(
-    repos: Annotated[
-        list[str], typer.Argument(metavar="REPO...", help="user/name or user/name@revision.", show_default=False)
-    ],
-    metric: Annotated[str, typer.Option("--metric", help="What to compare.")] = "accuracy",
-    as_json: JsonOption = False,
+    repo_ids: options.Repositories,
+    metric: Annotated[str, typer.Option("--metric", help="Metric to compare.")] = "accuracy",
+    as_json: options.Json = False,
 ) -> None:
-    """Compare published adapters by task, from what their cards say."""
+    """Compare published adapters by task, with the metrics in their cards."""
     with results_only():
         from rlora_trl.zoo import compare as compare_zoo
 
-        comparison = compare_zoo(repos, metric=metric)
+        comparison = compare_zoo(repo_ids, metric=metric)
     if as_json:
         print_json(comparison.to_dict())
         return
@@ -78,11 +90,11 @@ def compare(
 
 @app.command(cls=Command)
 def show(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name.", show_default=False)],
-    revision: RevisionOption = None,
-    as_json: JsonOption = False,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name.")],
+    revision: options.Revision = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Show what the card of an adapter says."""
+    """Show the facts in the card of an adapter."""
     with results_only():
         from rlora_trl.zoo import show as show_adapter
 
@@ -99,8 +111,8 @@ def show(
             "Commit": info.sha,
             "Digest": info.digest,
             "Downloads": info.downloads,
-            "Updated": info.last_modified.date().isoformat() if info.last_modified else None,
-            "Exports": ", ".join(info.exports) or None,
+            "Updated": _updated(info),
+            "Exports": ", ".join(info.exports),
         }
     )
     if info.tasks:
@@ -108,59 +120,18 @@ def show(
         _show_metrics(info)
 
 
-def _show_metrics(info: Any) -> None:
+def _show_metrics(info: AdapterInfo) -> None:
     from rlora_trl.zoo.compare import BASE_METRIC, Comparison, format_metric
 
     names = list(dict.fromkeys(name for values in info.metrics.values() for name in values))
-    comparison = Comparison((info,), info.tasks)
-    rows = []
-    for task in info.tasks:
-        row = [task, *(format_metric(name, info.metrics.get(task, {}).get(name)) for name in names)]
-        gain = comparison.gain(task, info)
-        rows.append([*row, *(["-" if gain is None else f"{100 * gain:+.1f}"] if BASE_METRIC in names else [])])
-    print_table(["task", *names, *(["gain"] if BASE_METRIC in names else [])], rows)
-
-
-@app.command(cls=Command)
-def pin(
-    repos: Annotated[
-        list[str], typer.Argument(metavar="REPO...", help="user/name or user/name@revision.", show_default=False)
-    ],
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="Manifest to write.")] = Path("zoo.yaml"),
-    base_model: Annotated[
-        str | None,
-        typer.Option("--base-model", help="Refuse an adapter of another base model.", show_default=False),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a manifest of adapters as they are now: each is fetched, checked, and pinned to its commit."""
-    with results_only():
-        from rlora_trl.zoo import Manifest
-
-        manifest = Manifest.pin(repos, base_model=base_model)
-        manifest.save(output)
-    if as_json:
-        print_json(manifest)
-        return
-    rows = [[adapter.name, adapter.repo_id, adapter.revision] for adapter in manifest.adapters]
-    print_table(["adapter", "repository", "commit"], rows)
-    note(f"Wrote {output}. `rlora zoo install {output}` fetches these.")
-
-
-@app.command(cls=Command)
-def install(
-    manifest: Annotated[Path, typer.Argument(metavar="[MANIFEST]", help="File that pins adapters.")] = Path(
-        "zoo.yaml"
-    ),
-    offline: Annotated[bool, typer.Option("--offline", help="Use the cache alone.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Fetch and check all adapters that a manifest pins."""
-    with results_only():
-        from rlora_trl.zoo import Manifest
-
-        folders = Manifest.load(manifest).install(local_files_only=offline)
-    if as_json:
-        print_json(folders)
-    else:
-        print_table(["adapter", "folder"], list(folders.items()))
+    rows = [
+        [task, *(format_metric(name, info.metrics.get(task, {}).get(name)) for name in names)] for task in info.tasks
+    ]
+    columns = ["task", *names]
+    if BASE_METRIC in names:
+        columns.append("gain")
+        comparison = Comparison((info,), info.tasks)
+        for row in rows:
+            gain = comparison.gain(row[0], info)
+            row.append("-" if gain is None else f"{100 * gain:+.1f}")
+    print_table(columns, rows)

@@ -1,14 +1,14 @@
 """R-LoRA (Randomized Multi-Head LoRA, arXiv 2502.15455) for PEFT and TRL.
 
-Importing the package registers the method with PEFT. The trainer, which needs TRL, and what speaks to the Hub are
-imported on first use.
+Importing the package registers the method with PEFT. The trainer, which needs TRL, and the Hub tools are imported on
+first use.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, set_task
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .hub import pull_adapter
     from .publish import push_adapter
     from .trainer import HeadUsageCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
-    from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, set_task
 
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
 ]
 
 _LAZY = {
-    **dict.fromkeys(("MultiHeadAdapter", "RLoraConfig", "RLoraModel", "set_task"), ".tuner"),
     **dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"),
     **dict.fromkeys(("MemoryEstimate", "estimate_memory"), ".estimate"),
     "export_lora": ".export",
@@ -59,8 +57,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-# Importing registers, whatever the program is called. Only the command defers it, for its `--help` (see `rlora_cli`).
-if not getattr(sys.modules.get("rlora_cli"), "imports_commands", False):
-    import_module(".tuner", __name__)  # which registers

@@ -1,13 +1,16 @@
 """The estimate of memory: each part beside what is counted, and the whole beside what was measured on GPUs."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from testing_utils import CAUSAL, TINY_MODELS, random_ids
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
+from transformers.utils import is_torch_greater_or_equal
 
 from rlora_trl import RLoraConfig
 from rlora_trl.estimate import STRATEGIES, estimate_memory
@@ -112,11 +115,24 @@ def saved_bytes(model, ids):
     return sum(size for size, _ in kept.values())
 
 
+def has_fused_grouped_attention():
+    """Whether PyTorch fuses attention with fewer keys than queries on a CPU (2.6 does not, and saves the scores)."""
+    query, key = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that say why not
+        try:
+            torch.nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+        except RuntimeError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize(("config_class", "dtype"), [(LlamaConfig, torch.float32), (Qwen2Config, torch.bfloat16)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_keeps(config_class, dtype, checkpointing):
     """The slope in the number of layers: at the peak a layer is at work too, and that does not grow with them."""
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    groups = 2 if has_fused_grouped_attention() else 4
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": groups}
     batch, length = 2, 96
     found, expected = [], []
     for layers in (3, 9):
@@ -219,7 +235,16 @@ def test_input_dropout_and_other_adapters_are_counted():
     assert lora.trainable == 2 * 3 * 4 * (64 + 128)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gemma3_text", "phi3", "gpt_neox"])
+OLD_EXPERTS = "before PyTorch 2.9 transformers' experts read values on a CPU, and the estimate refuses"
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param("mixtral", marks=pytest.mark.skipif(not is_torch_greater_or_equal("2.9"), reason=OLD_EXPERTS)),
+        *("gemma3_text", "phi3", "gpt_neox"),
+    ],
+)
 def test_other_architectures(model_type):
     from transformers import AutoConfig
 
@@ -341,7 +366,7 @@ def test_a_model_that_is_stored_quantized(model_folders):
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     assert estimate_memory(config, **options) == expected
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match="stored quantized with 'gptq'; only bitsandbytes'"):
+    with pytest.raises(ValueError, match="stored quantized with 'gptq'; only bitsandbytes' 4 and 8 bits can be"):
         estimate_memory(config, **options)
 
 

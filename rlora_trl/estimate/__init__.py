@@ -1,4 +1,4 @@
-"""How much memory training takes, from a model's configuration alone."""
+"""The memory that training takes, from a model's configuration alone."""
 
 from .memory import CUDA_CONTEXT, STRATEGIES, MemoryEstimate, estimate_memory
 

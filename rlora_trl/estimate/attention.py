@@ -1,4 +1,4 @@
-"""Attention as a fused kernel remembers it: queries, keys, values, output, and one number for each row of scores."""
+"""The memory of fused attention, which saves queries, keys, values, output, and one number for each row of scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 
-# Transformers makes no mask for an implementation of which it knows no mask: that would look at values.
+# Transformers builds masks for known implementations only; building one would read values.
 ATTENTION = "rlora_memory"
 
 

@@ -1,10 +1,10 @@
-"""Memory of a training run by strategy: weights counted one by one, the step as `step.py` runs it."""
+"""Memory of a training run by strategy: the weights are counted one by one, the step is traced by `step.py`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -14,12 +14,24 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..tuner import RLoraConfig
+from .settings import TrainingSettings, check_choice
 from .shapes import QuantizedLinear, build_model, load_config, quantized_bytes, stored_bits
 from .step import StepMemory, decoder_layers, trace_step
 
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
-# What CUDA, cuBLAS and the kernels take beside PyTorch's allocator, whatever the model; not part of an estimate.
+# What each strategy divides among the GPUs.
+_ALL = ("base", "adapter", "gradients", "optimizer")
+_DIVIDED: dict[str, tuple[str, ...]] = {
+    "single": (),
+    "ddp": (),
+    "zero1": ("optimizer",),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": _ALL,
+    "zero3-offload": _ALL,
+    "fsdp2": _ALL,
+}
+STRATEGIES = tuple(_DIVIDED)
+# Bytes that CUDA, cuBLAS and the kernels take outside PyTorch's allocator, for any model; not part of an estimate.
 CUDA_CONTEXT = 512 * 2**20
 
 # As in `deepspeed_configs/`: elements that ZeRO-3 keeps between the forward and the backward pass, and those of the
@@ -27,9 +39,9 @@ CUDA_CONTEXT = 512 * 2**20
 ZERO3_REUSE = 5e8
 ZERO3_PERSISTENT = 1e6
 _PREFETCH_SQUARES = 0.9
-# A master copy of what trains, and gradients that are added up, in float32.
-_WIDE = 4
-# FSDP gathers a layer while another is at work.
+# Bytes of a float32, in which DeepSpeed and FSDP keep master copies and accumulated gradients.
+_FLOAT32 = 4
+# FSDP gathers a layer while another one computes.
 _FSDP_LAYERS = 2
 
 
@@ -41,15 +53,15 @@ class MemoryEstimate:
     Args:
         strategy (`str`): One of `STRATEGIES`.
         num_gpus (`int`): GPUs of the run.
-        parameters (`int`), trainable (`int`): Numbers of the base's weights, and of weights that train.
-        base (`int`): Weights of the base, with the scales of quantized ones.
-        adapter (`int`): Weights of the adapter, its anchor included, and copies of modules that train.
-        gradients (`int`): Gradients of what trains.
-        optimizer (`int`): States of the optimizer, and DeepSpeed's float32 copy of what trains.
-        activations (`int`): What layers keep for the backward pass and work with, at the peak of a step.
+        parameters (`int`), trainable (`int`): Numbers of weights of the base, and of trained weights.
+        base (`int`): Weights of the base, including the scales of quantized ones.
+        adapter (`int`): Weights of the adapter including its anchor, and copies of modules that train.
+        gradients (`int`): Gradients of the trained weights.
+        optimizer (`int`): States of the optimizer, and DeepSpeed's float32 copy of the trained weights.
+        activations (`int`): What layers save for the backward pass and allocate, at the peak of a step.
         loss (`int`): What the head and the loss hold at that moment.
-        buffers (`int`): Buckets of gradients and gathered weights, of the strategy.
-        host (`int`): Memory of the host for what is offloaded, of all its GPUs together.
+        buffers (`int`): Gradient buckets and gathered weights of the strategy.
+        host (`int`): Offloaded memory on the host, for all its GPUs together.
     """
 
     strategy: str
@@ -72,10 +84,10 @@ class MemoryEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and the total."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"total": self.total}
+        return asdict(self) | {"total": self.total}
 
 
-# What adds up to the total, in the order in which it is shown.
+# The parts that add up to the total, in the order in which they are shown.
 PARTS = ("base", "adapter", "gradients", "optimizer", "activations", "loss", "buffers")
 
 
@@ -84,22 +96,10 @@ def estimate_memory(
     config: PeftConfig | None = None,
     *,
     strategy: str = "single",
-    num_gpus: int = 1,
-    dtype: str | torch.dtype = "bfloat16",
-    mixed_precision: str | torch.dtype | None = "bfloat16",
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    double_quant: bool = False,
-    per_device_train_batch_size: int = 8,
-    max_length: int = 1024,
-    gradient_checkpointing: bool = True,
-    loss: str = "chunked",
-    optimizer_states: float = 2,
+    **settings: Any,
 ) -> MemoryEstimate:
     """
     Memory of training an adapter, from the configuration of its base model: no weights are read or downloaded.
-
-    Batches are taken to be full: each of `per_device_train_batch_size` rows has `max_length` tokens that all count.
 
     Args:
         model (`str`, path or `PretrainedConfig`):
@@ -109,50 +109,20 @@ def estimate_memory(
         strategy (`str`, *optional*, defaults to `"single"`):
             `"single"`, `"ddp"`, `"zero1"`, `"zero2"`, `"zero3"`, `"zero3-offload"` or `"fsdp2"`, with the settings in
             `deepspeed_configs/`.
-        num_gpus (`int`, *optional*, defaults to `1`):
-            GPUs, of all nodes.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`):
-            Dtype in which the base is loaded. DeepSpeed casts it to `mixed_precision`.
-        mixed_precision (`str` or `torch.dtype`, *optional*, defaults to `"bfloat16"`):
-            Of training (`bf16=True`, TRL's default); `None` for none. A base in float32 without it, whose queries are
-            grouped, takes more than is estimated: PyTorch has no fused attention for it on a GPU.
-        load_in_4bit (`bool`, *optional*, defaults to `False`), load_in_8bit (`bool`, *optional*, defaults to `False`):
-            Quantize the base with bitsandbytes.
-        double_quant (`bool`, *optional*, defaults to `False`):
-            Quantize the scales of 4-bit weights too (`bnb_4bit_use_double_quant`).
-        per_device_train_batch_size (`int`, *optional*, defaults to `8`), max_length (`int`, *optional*, defaults to
-            `1024`): Rows of a micro-batch, and tokens of a row.
-        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            As in TRL.
-        loss (`str`, *optional*, defaults to `"chunked"`):
-            `"chunked"`: TRL's loss, which never has all logits at once. `"full"`: the model's own, which has.
-        optimizer_states (`float`, *optional*, defaults to `2`):
-            Float32 values that the optimizer keeps for each trained weight: 2 for AdamW, 0 for plain SGD.
+        settings:
+            Fields of [`TrainingSettings`]: `num_gpus`, `dtype`, `mixed_precision`, `load_in_4bit`, `load_in_8bit`,
+            `double_quant`, `per_device_train_batch_size`, `max_length`, `gradient_checkpointing`, `loss` and
+            `optimizer_states`.
 
     Returns:
         [`MemoryEstimate`]: The parts, in bytes.
 
     Raises:
-        NotImplementedError: If the forward pass of the model depends on values, as that of some mixtures of experts.
+        NotImplementedError: If the forward pass of the model depends on values, as in some mixtures of experts.
         ValueError: If an argument has a value outside its range, or arguments do not go together.
     """
-    (found,) = estimate_strategies(
-        model,
-        config,
-        strategies=[strategy],
-        num_gpus=num_gpus,
-        dtype=dtype,
-        mixed_precision=mixed_precision,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        double_quant=double_quant,
-        per_device_train_batch_size=per_device_train_batch_size,
-        max_length=max_length,
-        gradient_checkpointing=gradient_checkpointing,
-        loss=loss,
-        optimizer_states=optimizer_states,
-    )
-    return found
+    (estimate,) = estimate_strategies(model, config, strategies=[strategy], **settings)
+    return estimate
 
 
 def estimate_strategies(
@@ -160,94 +130,52 @@ def estimate_strategies(
     config: PeftConfig | None = None,
     *,
     strategies: Sequence[str],
-    num_gpus: int = 1,
-    dtype: str | torch.dtype = "bfloat16",
-    mixed_precision: str | torch.dtype | None = "bfloat16",
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    double_quant: bool = False,
-    per_device_train_batch_size: int = 8,
-    max_length: int = 1024,
-    gradient_checkpointing: bool = True,
-    loss: str = "chunked",
-    optimizer_states: float = 2,
+    **settings: Any,
 ) -> list[MemoryEstimate]:
-    """[`estimate_memory`] for several strategies, without doing again what they have in common."""
-    _check_choice("loss", loss, ("chunked", "full"))
+    """[`estimate_memory`] for several strategies, which share what they have in common."""
+    run = TrainingSettings(**settings)
     for strategy in strategies:
-        _check_choice("strategy", strategy, STRATEGIES)
-        if strategy == "single" and num_gpus != 1:
+        check_choice("strategy", strategy, STRATEGIES)
+        if strategy == "single" and run.num_gpus != 1:
             raise ValueError(
-                f'`strategy="single"` is for one GPU, got `num_gpus={num_gpus}`. Choose another strategy: '
+                f'`strategy="single"` is for one GPU, got `num_gpus={run.num_gpus}`. Choose another strategy: '
                 f"{', '.join(STRATEGIES[1:])}."
             )
-    sizes = {"num_gpus": num_gpus, "per_device_train_batch_size": per_device_train_batch_size}
-    for name, value in {**sizes, "max_length": max_length}.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if load_in_4bit and load_in_8bit:
-        raise ValueError("`load_in_4bit` and `load_in_8bit` are both set. Choose one of them.")
     loaded = load_config(model)
-    bits = 4 if load_in_4bit else 8 if load_in_8bit else stored_bits(loaded)
-    stored, mixed = _as_dtype("dtype", dtype), None
-    if mixed_precision is not None:
-        mixed = _as_dtype("mixed_precision", mixed_precision)
+    bits = run.bits or stored_bits(loaded)
 
     @cache
-    def shape(used: torch.dtype) -> _Shape:
-        return _Shape(build_model(load_config(loaded), used, bits, used), config, double_quant)
+    def sized(dtype: torch.dtype) -> _SizedModel:
+        return _SizedModel(build_model(load_config(loaded), dtype, bits), config, run.double_quant)
 
     @cache
-    def step(used: torch.dtype, whole: bool, reentrant: bool) -> StepMemory:
-        return trace_step(
-            shape(used).model,
-            batch=per_device_train_batch_size,
-            length=max_length,
-            checkpointing=gradient_checkpointing,
-            reentrant=reentrant,
-            autocast=mixed,
-            loss=loss,
-            joins=whole,
-        )
+    def traced(dtype: torch.dtype, joins: bool, reentrant: bool) -> StepMemory:
+        return trace_step(sized(dtype).model, run, joins=joins, reentrant=reentrant)
 
     estimates = []
     for strategy in strategies:
-        # DeepSpeed casts a model to the dtype of training, FSDP what it gathers; else autocast does, as it computes.
-        used = stored if strategy in ("single", "ddp") or mixed is None else mixed
+        # DeepSpeed casts the model to the dtype of training, FSDP what it gathers. Autocast casts in each operation.
+        dtype = run.stored if strategy in ("single", "ddp") else run.autocast or run.stored
         zero3 = strategy.startswith("zero3")
-        held = step(used, not zero3 and strategy != "fsdp2", zero3 and gradient_checkpointing)
-        found = shape(used)
-        parts = found.parts(strategy, num_gpus, optimizer_states, stored)
+        weights = sized(dtype)
+        step = traced(dtype, not zero3 and strategy != "fsdp2", zero3 and run.gradient_checkpointing)
         estimates.append(
             MemoryEstimate(
-                strategy=strategy,
-                num_gpus=num_gpus,
-                parameters=found.parameters,
-                trainable=found.trainable,
-                activations=held.activations,
-                loss=held.loss,
-                **parts,
+                strategy,
+                run.num_gpus,
+                weights.parameters,
+                weights.trainable,
+                activations=step.activations,
+                loss=step.loss,
+                **weights.parts(strategy, run),
             )
         )
     return estimates
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def _as_dtype(name: str, value: str | torch.dtype) -> torch.dtype:
-    if isinstance(value, torch.dtype):
-        return value
-    _check_choice(name, value, ("bfloat16", "float16", "float32"))
-    found: torch.dtype = getattr(torch, value)
-    return found
-
-
 @dataclass(frozen=True)
 class _Weight:
-    """A weight of the base: its elements, bytes that can be divided among GPUs, bytes of scales that can't."""
+    """A weight of the base: its elements, its bytes, and the bytes of its scales, which are not divided among GPUs."""
 
     numel: int
     size: int
@@ -255,131 +183,103 @@ class _Weight:
     floating: bool
 
 
-class _Shape:
+class _SizedModel:
     """A model with its adapter, and the bytes of both."""
 
     def __init__(self, model: Any, config: PeftConfig | None, double_quant: bool) -> None:
-        found = decoder_layers(model)
-        layers = list(found[2]) if found is not None else []
-        self.hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
-        self.weights = {id(p): weight for p, weight in _weights(model, double_quant)}
-        in_layers = [{id(p) for p in layer.parameters()} for layer in layers]
-        self.layer_bytes = max((self._bytes(keys) for keys in in_layers), default=0)
+        # The base, as adapting it replaces modules.
+        self.weights = _weights(model, double_quant)
+        layers = decoder_layers(model)
+        layer_sizes = [self._bytes_of(layer) for layer in layers[2]] if layers is not None else []
+        self.num_layers, self.layer_bytes = len(layer_sizes), max(layer_sizes, default=0)
         head = model.get_output_embeddings()
-        self.head_bytes = 0 if head is None else self._bytes({id(p) for p in head.parameters()})
-        self.parameters = sum(weight.numel for weight in self.weights.values())
-        self.model = _adapted(model, config)
-        own = {id(p): p for p in self.model.parameters() if id(p) not in self.weights}
-        self.own = list(own.values())
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.head_bytes = 0 if head is None else self._bytes_of(head)
+        self.hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
+
+        base = self.weights.values()
+        self.parameters = sum(weight.numel for weight in base)
+        self.base = sum(weight.size for weight in base)
+        self.scales = sum(weight.scales for weight in base)
+        self.floating = sum(weight.size for weight in base if weight.floating)
+        self.itemsize = max((weight.size // weight.numel for weight in base if weight.floating), default=0)
+
+        # The adapter.
+        with torch.device("meta"):
+            self.model = get_peft_model(model, config or RLoraConfig(task_type="CAUSAL_LM"))
+        parameters = list(self.model.parameters())
+        self.added = [p for p in parameters if id(p) not in self.weights]
+        self.trained = [p for p in parameters if p.requires_grad]
         self.trainable = sum(p.numel() for p in self.trained)
 
-    def _bytes(self, keys: set[int]) -> int:
-        return sum(self.weights[key].size for key in keys)
+    def _bytes_of(self, module: nn.Module) -> int:
+        return sum(self.weights[id(p)].size for p in module.parameters())
 
-    def parts(self, strategy: str, gpus: int, states: float, stored: torch.dtype) -> dict[str, int]:
-        """All parts of the estimate but those of the step."""
-        base = sum(weight.size for weight in self.weights.values())
-        scales = sum(weight.scales for weight in self.weights.values())
-        adapter = sum(p.numel() * p.element_size() for p in self.own)
-        trained = sum(p.numel() * p.element_size() for p in self.trained)
+    def parts(self, strategy: str, run: TrainingSettings) -> dict[str, int]:
+        """All parts of an estimate but those of the step, in bytes."""
+        whole, host = self._whole(strategy, run), 0
+        parts = {
+            name: size // run.num_gpus if name in _DIVIDED[strategy] else size  # of each GPU
+            for name, size in whole.items()
+        }
+        if strategy == "zero3-offload":
+            parts, host = dict.fromkeys(whole, 0), sum(whole.values())
+        parts["base"] += self.scales
+        return {**parts, "buffers": self._buffers(strategy, run.num_gpus), "host": host}
+
+    def _whole(self, strategy: str, run: TrainingSettings) -> dict[str, int]:
+        """The bytes of weights, gradients and states, before a strategy divides them."""
+        base, added = self.base, sum(p.numel() for p in self.added)
         if strategy in ("single", "ddp"):
-            optimizer = int(states * trained)
-            buckets = trained if strategy == "ddp" else 0
-            return _whole(base=base + scales, adapter=adapter, gradients=trained, optimizer=optimizer, buffers=buckets)
-        if strategy == "fsdp2":
-            # Stored as loaded, trained weights in float32; gathered in the dtype of training.
-            wide = stored.itemsize / max(self._itemsize(), 1)
-            own = sum(p.numel() * _WIDE for p in self.own)
-            trained = self.trainable * _WIDE
-            kept = int((self._floating() * wide + base - self._floating()) / gpus) + scales
-            return _whole(
-                base=kept,
-                adapter=own // gpus,
-                gradients=trained // gpus,
-                optimizer=int(states * trained / gpus),
-                # Alone, a GPU has a copy of the layer at work and nothing to gather.
-                buffers=max(_FSDP_LAYERS * self.layer_bytes, self.head_bytes) if gpus > 1 else self.layer_bytes,
-            )
-        return self._deepspeed(strategy, gpus, states, base=base, scales=scales, adapter=self._cast_bytes())
+            adapter, gradients = _bytes(self.added), _bytes(self.trained)
+            optimizer = run.optimizer_states * gradients
+        elif strategy == "fsdp2":
+            # Stored as loaded, the adapter in float32.
+            base += int(self.floating * (run.stored.itemsize / max(self.itemsize, 1) - 1))
+            adapter, gradients = added * _FLOAT32, self.trainable * _FLOAT32
+            optimizer = run.optimizer_states * gradients
+        else:
+            # DeepSpeed casts the adapter like the base, and keeps a float32 copy beside the states.
+            adapter, gradients = added * self.itemsize, self.trainable * _FLOAT32
+            optimizer = (1 + run.optimizer_states) * gradients
+        return {"base": base, "adapter": adapter, "gradients": gradients, "optimizer": int(optimizer)}
 
-    def _deepspeed(
-        self, strategy: str, gpus: int, states: float, *, base: int, scales: int, adapter: int
-    ) -> dict[str, int]:
-        masters = int(self.trainable * _WIDE * (1 + states))
-        summed = self.trainable * _WIDE
-        bucket = self.hidden**2 * self._itemsize()
-        if strategy in ("zero1", "zero2"):
-            return _whole(
-                base=base + scales,
-                adapter=adapter,
-                gradients=summed if strategy == "zero1" else summed // gpus,
-                optimizer=masters // gpus,
-                # Two buckets of gradients: one is filled while the other is on its way.
-                buffers=2 * bucket,
-            )
-        buffers = 2 * bucket
-        if gpus > 1 or strategy == "zero3-offload":
-            buffers += self._gathered()
-        if strategy == "zero3":
-            return _whole(
-                base=base // gpus + scales,
-                adapter=adapter // gpus,
-                gradients=summed // gpus,
-                optimizer=masters // gpus,
-                buffers=buffers,
-            )
-        host = base + adapter + summed + masters
-        return _whole(base=scales, adapter=0, gradients=0, optimizer=0, buffers=buffers, host=host)
+    def _buffers(self, strategy: str, gpus: int) -> int:
+        """Bytes of gradient buckets and gathered weights."""
+        if strategy == "single":
+            return 0
+        if strategy == "ddp":
+            return _bytes(self.trained)
+        if strategy == "fsdp2":
+            # A single GPU copies the layer that computes, and has nothing to gather.
+            return max(_FSDP_LAYERS * self.layer_bytes, self.head_bytes) if gpus > 1 else self.layer_bytes
+        # Two buckets of gradients: one fills while the other is sent.
+        buckets = 2 * self.hidden**2 * self.itemsize
+        gathers = strategy == "zero3-offload" or (strategy == "zero3" and gpus > 1)
+        return buckets + (self._gathered() if gathers else 0)
 
     def _gathered(self) -> int:
-        """Bytes of weights that ZeRO-3 has whole at the peak: small ones, those to be used again soon, and more."""
-        item = self._itemsize()
-        limit = ZERO3_PERSISTENT
-        small = sum(weight.size for weight in self.weights.values() if weight.numel <= limit)
-        small += sum(p.numel() * item for p in self.own if p.numel() <= limit)
-        # A weight waits for its backward pass if what comes between, forward and backward, is less than the limit.
-        reused = min(int(ZERO3_REUSE / 2) * item, self.layer_bytes * len(self._layers()))
-        at_work = max(self.head_bytes, self.layer_bytes + int(_PREFETCH_SQUARES * self.hidden**2 * item))
-        return small + reused + at_work
-
-    def _layers(self) -> Sequence[nn.Module]:
-        found = decoder_layers(self.model)
-        return [] if found is None else list(found[2])
-
-    def _floating(self) -> int:
-        return sum(weight.size for weight in self.weights.values() if weight.floating)
-
-    def _itemsize(self) -> int:
-        """Bytes of an element of the base that is not quantized."""
-        return max((w.size // w.numel for w in self.weights.values() if w.floating), default=0)
-
-    def _cast_bytes(self) -> int:
-        """Bytes of the adapter as DeepSpeed casts it."""
-        return sum(p.numel() * self._itemsize() for p in self.own)
+        """Bytes of weights that ZeRO-3 holds whole at the peak: small ones, those reused soon, and prefetched ones."""
+        item = self.itemsize
+        small = sum(weight.size for weight in self.weights.values() if weight.numel <= ZERO3_PERSISTENT)
+        small += sum(p.numel() * item for p in self.added if p.numel() <= ZERO3_PERSISTENT)
+        # A weight stays for its backward pass if what comes between, forward and backward, is below the limit.
+        reused = min(int(ZERO3_REUSE / 2) * item, self.layer_bytes * self.num_layers)
+        current = max(self.head_bytes, self.layer_bytes + int(_PREFETCH_SQUARES * self.hidden**2 * item))
+        return small + reused + current
 
 
-def _whole(**parts: int) -> dict[str, int]:
-    return parts
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _adapted(model: Any, config: PeftConfig | None) -> Any:
-    if config is None:
-        config = RLoraConfig(task_type="CAUSAL_LM")
-    with torch.device("meta"):
-        return get_peft_model(model, config)
-
-
-def _weights(model: nn.Module, double_quant: bool) -> list[tuple[nn.Parameter, _Weight]]:
-    """Each weight of the base once, however many modules share it."""
-    quantized = {module.weight: module for module in model.modules() if isinstance(module, QuantizedLinear)}
-    entries = []
+def _weights(model: nn.Module, double_quant: bool) -> dict[int, _Weight]:
+    """Each weight of the base once, by the `id` of its parameter, however many modules share it."""
+    quantized = {id(module.weight): module for module in model.modules() if isinstance(module, QuantizedLinear)}
+    weights = {}
     for parameter in model.parameters():
-        numel = parameter.numel()
-        if parameter not in quantized:
-            entries.append((parameter, _Weight(numel, numel * parameter.element_size(), 0, True)))
-            continue
-        bits, rows = quantized[parameter].bits, parameter.shape[0]
-        size, scales = quantized_bytes(numel, rows, bits=bits, double_quant=double_quant)
-        entries.append((parameter, _Weight(numel, size, scales, False)))
-    return entries
+        numel, size, scales = parameter.numel(), _bytes([parameter]), 0
+        layer = quantized.get(id(parameter))
+        if layer is not None:
+            size, scales = quantized_bytes(numel, len(parameter), bits=layer.bits, double_quant=double_quant)
+        weights[id(parameter)] = _Weight(numel, size, scales, layer is None)
+    return weights

@@ -1,4 +1,4 @@
-"""Models without memory: built on the meta device from a configuration, with what bitsandbytes would make of them."""
+"""Models without memory: built on the meta device from a configuration, with stand-ins for bitsandbytes' layers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from transformers.pytorch_utils import Conv1D
 from .attention import ATTENTION
 
 
-# bitsandbytes' defaults: values that share a scale, and scales that share one with double quantization.
+# bitsandbytes' defaults: values per scale, and scales per second-level scale with double quantization.
 BLOCK = 64
 NESTED_BLOCK = 256
-# A table of 16 float32 values for each matrix; with double quantization one of 256, and an offset.
+# Each matrix has a table of 16 float32 values; with double quantization also one of 256, and an offset.
 CODE_BYTES = 16 * 4
 NESTED_BYTES = 256 * 4 + 4
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """A product with a weight that is there in 16 bits only while it is multiplied."""
+    """A product with a weight that exists in 16 bits only while it is multiplied."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, keeps_input: bool) -> torch.Tensor:
@@ -37,8 +37,14 @@ class _QuantizedProduct(torch.autograd.Function):
 
 class QuantizedLinear(nn.Linear):
     """
-    Stands for bitsandbytes' layers: its product takes as much memory as theirs. Not an `nn.Linear` by its exact type,
-    so that R-LoRA treats it as it treats those.
+    Stand-in for bitsandbytes' layers, whose product takes as much memory as theirs.
+
+    Its exact type is not `nn.Linear`, so that R-LoRA treats it like those.
+
+    Args:
+        layer (`nn.Linear` or `Conv1D`): The layer that it replaces.
+        bits (`int`): 4 or 8.
+        compute_dtype (`torch.dtype`): Dtype of the products of 4-bit weights.
     """
 
     def __init__(self, layer: Any, *, bits: int, compute_dtype: torch.dtype) -> None:
@@ -50,7 +56,7 @@ class QuantizedLinear(nn.Linear):
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # 4-bit layers compute in their own dtype, 8-bit ones in that of the input, which they keep.
+        # 4-bit layers compute in their own dtype. 8-bit layers compute in that of the input, and save the input.
         wide = x.to(self.compute_dtype) if self.bits == 4 else x
         y = _QuantizedProduct.apply(wide, self.weight, self.bits == 8)
         if self.bias is not None:
@@ -60,13 +66,16 @@ class QuantizedLinear(nn.Linear):
 
 def quantized_bytes(numel: int, rows: int, *, bits: int, double_quant: bool) -> tuple[int, int]:
     """
-    Bytes of a quantized matrix: its values, and its scales, which DeepSpeed and FSDP do not divide.
+    Bytes of a quantized matrix.
 
     Args:
         numel (`int`): Elements.
         rows (`int`): Rows; in 8 bits each has a scale.
         bits (`int`): 4 or 8.
-        double_quant (`bool`): Whether the scales are quantized as well.
+        double_quant (`bool`): Whether the scales are quantized too.
+
+    Returns:
+        `tuple[int, int]`: Bytes of the values, and of the scales, which DeepSpeed and FSDP do not divide.
     """
     if bits == 8:
         return numel, 4 * rows
@@ -79,11 +88,10 @@ def quantized_bytes(numel: int, rows: int, *, bits: int, double_quant: bool) -> 
 
 def load_config(model: str | os.PathLike[str] | PretrainedConfig) -> PretrainedConfig:
     """
-    The configuration of a model.
+    A new configuration of a model. Weights are neither read nor downloaded.
 
     Args:
-        model (`str`, path or `PretrainedConfig`): A folder, a `config.json`, a name on the Hub, or the configuration.
-            Weights are neither read nor downloaded.
+        model (`str`, path or `PretrainedConfig`): A folder, a `config.json`, a name on the Hub, or a configuration.
     """
     if isinstance(model, PretrainedConfig):
         return type(model).from_dict(model.to_dict())
@@ -92,10 +100,10 @@ def load_config(model: str | os.PathLike[str] | PretrainedConfig) -> PretrainedC
 
 def stored_bits(config: PretrainedConfig) -> int | None:
     """
-    Bits of a model whose checkpoint is quantized with bitsandbytes already; `None` if it is not quantized.
+    Bits of a model whose checkpoint is quantized with bitsandbytes; `None` if it is not quantized.
 
     Raises:
-        ValueError: If it is quantized otherwise.
+        ValueError: If it is quantized by another method.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -104,20 +112,19 @@ def stored_bits(config: PretrainedConfig) -> int | None:
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
         return 4 if values.get("load_in_4bit") else 8
     raise ValueError(
-        f"The model is stored quantized with {values.get('quant_method')!r}; only bitsandbytes' 4 and 8 bits are "
-        "estimated. Estimate the model that it was made from, with `load_in_4bit` or `load_in_8bit`."
+        f"The model is stored quantized with {values.get('quant_method')!r}; only bitsandbytes' 4 and 8 bits can be "
+        "estimated. Estimate the model that it was quantized from, with `load_in_4bit` or `load_in_8bit`."
     )
 
 
-def build_model(config: PretrainedConfig, dtype: torch.dtype, bits: int | None, compute_dtype: torch.dtype) -> Any:
+def build_model(config: PretrainedConfig, dtype: torch.dtype, bits: int | None) -> Any:
     """
-    The model on the meta device, with stand-ins for what bitsandbytes would quantize.
+    The model on the meta device, with stand-ins for the layers that bitsandbytes would quantize.
 
     Args:
-        config (`PretrainedConfig`): Its configuration.
-        dtype (`torch.dtype`): Dtype of what is not quantized.
+        config (`PretrainedConfig`): Its configuration, which is modified.
+        dtype (`torch.dtype`): Dtype of the weights that are not quantized, and of products with 4-bit weights.
         bits (`int`, *optional*): 4 or 8.
-        compute_dtype (`torch.dtype`): Dtype of the products with 4-bit weights.
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -125,19 +132,17 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, bits: int | None, 
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
         except ValueError as error:
-            if "attn_implementation" not in str(error) and "attention" not in str(error):
+            if "attention" not in str(error) and "attn_implementation" not in str(error):
                 raise
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # of one with its own attention
     if bits is not None:
-        _quantize(model, bits, compute_dtype)
+        _quantize(model, bits, dtype)
     return model.requires_grad_(False)
 
 
 def _quantize(model: Any, bits: int, compute_dtype: torch.dtype) -> None:
-    # As transformers does: all but the head, and what shares its weight.
+    # As transformers does: all layers but the head, and those that share its weight.
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if module is head or not (type(module) is nn.Linear or isinstance(module, Conv1D)):
-            continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(module, bits=bits, compute_dtype=compute_dtype))
+        if module is not head and (type(module) is nn.Linear or isinstance(module, Conv1D)):
+            model.set_submodule(name, QuantizedLinear(module, bits=bits, compute_dtype=compute_dtype))

@@ -1,16 +1,17 @@
-"""What one forward and backward pass holds in memory: it is run on tensors that have shapes and no memory.
+"""
+The memory of one forward and backward pass, traced on tensors that have shapes and no data.
 
-Each storage that comes into being is counted until it goes, and the largest sum is the peak. So whatever a layer
-keeps for its backward pass counts as it is: inputs in 16 bits, the float32 copies of a norm, what R-LoRA saves,
-recomputed layers with gradient checkpointing. Weights and gradients of parameters are not counted here.
+Each storage is counted from its creation to its end, and the largest sum is the peak. So everything that a layer saves
+for its backward pass counts as it is: inputs in 16 bits, the float32 copies of a norm, what R-LoRA saves, layers that
+gradient checkpointing recomputes. Weights and gradients of parameters are not counted here.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -20,14 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..tuner import RLoraLayer
-from ..tuner import adapter as adapter_module
+from ..tuner import MultiHeadAdapter, RLoraLayer, find_routings
+from .settings import TrainingSettings
 
 
-# Tokens and entries of the vocabulary in a tile of logits of TRL's loss (`trl.kernels.chunked_logprob`).
+# Tokens and vocabulary entries in a tile of logits of TRL's loss (`trl.kernels.chunked_logprob`).
 LOSS_TOKENS = 4096
 LOSS_VOCABULARY = 32768
-# Of models whose layers are all alike so many are run; each further layer adds as much as the last.
+# Models whose layers are all alike are run with these numbers of layers; each further layer adds the same.
 _DEPTHS = (2, 3)
 
 
@@ -39,7 +40,7 @@ class StepMemory(NamedTuple):
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of storages between their making and their end, by what was running when they were made."""
+    """Counts the bytes of live storages, by the part of the step that created them."""
 
     def __init__(self, ignored: set[int]) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class _Meter(TorchDispatchMode):
 
 
 class _TiledLoss(torch.autograd.Function):
-    """The memory of TRL's loss, which makes logits tile by tile, and again in the backward pass."""
+    """The memory of TRL's loss, which computes logits tile by tile, and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,103 +93,85 @@ class _TiledLoss(torch.autograd.Function):
         return wide.to(hidden.dtype), None, None
 
 
-def trace_step(
-    model: nn.Module,
-    *,
-    batch: int,
-    length: int,
-    checkpointing: bool,
-    reentrant: bool = False,
-    autocast: torch.dtype | None = torch.bfloat16,
-    loss: str = "chunked",
-    joins: bool = True,
-) -> StepMemory:
+def trace_step(model: nn.Module, run: TrainingSettings, *, joins: bool, reentrant: bool) -> StepMemory:
     """
-    What a forward and a backward pass hold at their peak.
+    The memory that a forward and a backward pass hold at their peak.
 
     Args:
-        model (`torch.nn.Module`): A `PeftModel` on the meta device, in which something trains.
-        batch (`int`), length (`int`): Rows, and tokens of each.
-        checkpointing (`bool`), reentrant (`bool`, *optional*, defaults to `False`): Gradient checkpointing.
-        autocast (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of mixed precision; `None` for none.
-        loss (`str`, *optional*, defaults to `"chunked"`): `"chunked"`: TRL's. `"full"`: the model's own, with all
-            logits at once.
-        joins (`bool`, *optional*, defaults to `True`): Whether weights are whole on the device, so that R-LoRA
-            computes the base product itself where it can.
+        model (`torch.nn.Module`): A `PeftModel` on the meta device with trainable weights.
+        run ([`TrainingSettings`]): Batch, loss, mixed precision and checkpointing.
+        joins (`bool`): Whether weights are whole on the device, so that R-LoRA computes the base product where it can.
+        reentrant (`bool`): Use reentrant gradient checkpointing.
+
+    Returns:
+        [`StepMemory`]: Bytes.
 
     Raises:
         NotImplementedError: If the model's forward pass depends on values.
     """
-    run = partial(
-        _run,
-        model,
-        batch=batch,
-        length=length,
-        checkpointing=checkpointing,
-        reentrant=reentrant,
-        autocast=autocast,
-        loss=loss,
-        joins=joins,
-    )
-    found = _alike_layers(model)
-    if found is None:
-        return run()
-    parent, name, layers = found
+    alike = _alike_layers(model)
+    if alike is None:
+        return _run(model, run, joins, reentrant)
+
+    parent, name, layers = alike
     peaks = []
     for depth in _DEPTHS:
         setattr(parent, name, nn.ModuleList(list(layers)[:depth]))
         try:
-            peaks.append(run())
+            peaks.append(_run(model, run, joins, reentrant))
         finally:
             setattr(parent, name, layers)
+
     more, steps = len(layers) - _DEPTHS[1], _DEPTHS[1] - _DEPTHS[0]
-    first, second = peaks
-    return StepMemory(*(b + (b - a) * more // steps for a, b in zip(first, second, strict=True)))
+    return StepMemory(*(second + (second - first) * more // steps for first, second in zip(*peaks, strict=True)))
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """The list of a model's layers, by the module that has it and its name there; `None` if there is none."""
+    """The largest list of a model's layers, after its parent module and its name there; `None` if there is none."""
     lists = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child)
     ]
-    return max(lists, key=lambda entry: _numel(entry[2]), default=None)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return max(lists, key=lambda entry: sum(p.numel() for p in entry[2].parameters()), default=None)
 
 
 def _alike_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """The model's layers if they are many and all alike."""
-    found = decoder_layers(model)
-    if found is None or len(found[2]) <= _DEPTHS[-1] + 1:
+    layers = decoder_layers(model)
+    if layers is None or len(layers[2]) <= _DEPTHS[-1] + 1:
         return None
     signatures = {
         (type(layer), tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()))
-        for layer in found[2]
+        for layer in layers[2]
     }
-    return found if len(signatures) == 1 else None
+    return layers if len(signatures) == 1 else None
 
 
-def _run(model: Any, *, checkpointing: bool, reentrant: bool, **options: Any) -> StepMemory:
+def _run(model: Any, run: TrainingSettings, joins: bool, reentrant: bool) -> StepMemory:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+
+        # Tensors without data, and nothing that would read values.
+        for routing in find_routings(model):
+            stack.enter_context(routing.using(seed=0))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        ignored = stack.enter_context(_with_shapes(model))
-        stack.enter_context(_without_values(model, joins=options.pop("joins"), autocast=options["autocast"]))
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        weights = stack.enter_context(_fake_weights(model))
+        stack.enter_context(_as_on_gpu(model, joins=joins, autocast=run.autocast))
+
+        # The state of training.
         model.train()
-        if checkpointing:
+        if run.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             stack.callback(base.gradient_checkpointing_disable)
         base.enable_input_require_grads()
         stack.callback(base.disable_input_require_grads)
+
         try:
-            return _measure(base, ignored, **options)
+            return _measure(base, weights, run)
         except Exception as error:
             raise NotImplementedError(
                 f"The forward pass of {type(base).__name__} can't be run without values ({type(error).__name__}: "
@@ -196,87 +179,71 @@ def _run(model: Any, *, checkpointing: bool, reentrant: bool, **options: Any) ->
             ) from error
 
 
-def _measure(
-    base: Any, ignored: set[int], *, batch: int, length: int, autocast: torch.dtype | None, loss: str
-) -> StepMemory:
-    meter = _Meter(ignored)
-    ids = torch.empty(batch, length, dtype=torch.long)
+def _measure(base: Any, weights: set[int], run: TrainingSettings) -> StepMemory:
+    """Run a forward and a backward pass under the meter; storages of `weights` are not counted."""
+    meter = _Meter(weights)
+    ids = torch.empty(run.per_device_train_batch_size, run.max_length, dtype=torch.long)
 
-    def enter(part: str) -> Callable[..., None]:
-        def hook(*args: Any) -> None:
-            meter.part = part
-
-        return hook
-
-    def reached(module: Any, args: Any, output: Any) -> None:
+    def enter_loss(module: Any, args: Any, output: Any) -> None:
+        # The head and the loss begin where the backbone returns, and end when its gradient arrives.
         hidden = output[0] if not isinstance(output, torch.Tensor) else output
         meter.part = "loss"
         if hidden.requires_grad:
-            hidden.register_hook(enter("activations"))
+            hidden.register_hook(lambda gradient: setattr(meter, "part", "activations"))
 
-    backbone = getattr(base, base.base_model_prefix, None)
-    if backbone is None or backbone is base:
-        loss, handle = "full", None
-    else:
-        handle = backbone.register_forward_hook(reached)
-    try:
-        with meter:
-            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                value = _chunked(base, backbone, ids, autocast) if loss == "chunked" else _full(base, ids)
-            meter.part = "loss"
-            value.backward()
-    finally:
-        if handle is not None:
-            handle.remove()
+    backbone: Any = getattr(base, base.base_model_prefix, None)
+    has_backbone = backbone is not None and backbone is not base
+    with backbone.register_forward_hook(enter_loss) if has_backbone else nullcontext(), meter:
+        with torch.autocast("cpu", run.autocast or torch.bfloat16, enabled=run.autocast is not None):
+            if has_backbone and run.loss == "chunked":
+                loss = _chunked(base, backbone, ids, run.autocast)
+            else:
+                loss = base(input_ids=ids, labels=ids, use_cache=False).loss
+        meter.part = "loss"
+        loss.backward()
     return meter.peak
-
-
-def _full(base: Any, ids: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = base(input_ids=ids, labels=ids, use_cache=False).loss
-    return loss
 
 
 def _chunked(base: Any, backbone: Any, ids: torch.Tensor, autocast: torch.dtype | None) -> torch.Tensor:
     head = base.get_output_embeddings()
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    # On a GPU TRL takes the tokens that count out of it, which is a copy.
+    # On a GPU TRL selects the tokens that count, which makes a copy.
     taken = hidden.reshape(-1, hidden.shape[-1]).clone()
     losses: torch.Tensor = _TiledLoss.apply(taken, head.weight.shape[0], autocast or hidden.dtype)
     return losses.sum()
 
 
 @contextmanager
-def _with_shapes(model: nn.Module) -> Iterator[set[int]]:
-    """Have tensors of shapes on the CPU in place of parameters and buffers on the meta device; their storages."""
-    places: list[tuple[dict[str, Any], str]] = [
-        (tensors, name)
+def _fake_weights(model: nn.Module) -> Iterator[set[int]]:
+    """Replace parameters and buffers on the meta device by fake tensors on the CPU; yields their storages."""
+    slots: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+        (tensors, name, tensor)
         for module in model.modules()
-        for tensors in (cast(dict[str, Any], module._parameters), module._buffers)
-        for name in tensors
-        if tensors[name] is not None
+        for tensors in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers))
+        for name, tensor in tensors.items()
+        if tensor is not None
     ]
-    before = [tensors[name] for tensors, name in places]
-    made: dict[int, Any] = {}
-    ignored = set()
-    for old in before:
-        assert old is not None
-        if id(old) in made:
-            continue
-        new = torch.empty(old.shape, dtype=old.dtype)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-            if old.requires_grad:
-                # Gradients are counted apart, all of them at once.
-                new.register_post_accumulate_grad_hook(_drop_gradient)
-        made[id(old)] = new
-        ignored.add(new.untyped_storage()._cdata)
-    for (tensors, name), old in zip(places, before, strict=True):
-        tensors[name] = made[id(old)]
+    fakes: dict[int, torch.Tensor] = {}  # by the tensor, which modules may share
+    for tensors, name, tensor in slots:
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = _fake_weight(tensor)
+        tensors[name] = fakes[id(tensor)]
     try:
-        yield ignored
+        yield {fake.untyped_storage()._cdata for fake in fakes.values()}
     finally:
-        for (tensors, name), old in zip(places, before, strict=True):
-            tensors[name] = old
+        for tensors, name, tensor in slots:
+            tensors[name] = tensor
+
+
+def _fake_weight(tensor: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if not isinstance(tensor, nn.Parameter):
+        return fake
+    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    if tensor.requires_grad:
+        # Gradients are counted apart, all of them at once.
+        fake.register_post_accumulate_grad_hook(_drop_gradient)
+    return fake
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
@@ -284,32 +251,32 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 @contextmanager
-def _without_values(model: nn.Module, *, joins: bool, autocast: torch.dtype | None) -> Iterator[None]:
-    """Leave out what depends on values, and do what R-LoRA does on a GPU."""
-    adapters = [module for module in model.modules() if isinstance(module, adapter_module.MultiHeadAdapter)]
+def _as_on_gpu(model: nn.Module, *, joins: bool, autocast: torch.dtype | None) -> Iterator[None]:
+    """Run layers as they run on a GPU: base products that R-LoRA computes, and masks of dropout."""
+    adapters = [module for module in model.modules() if isinstance(module, MultiHeadAdapter)]
     layers = [module for module in model.modules() if isinstance(module, RLoraLayer)]
-    dropouts = [adapter.dropout for adapter in adapters]
-    draw_seed = adapter_module.draw_seed
-    adapter_module.draw_seed = lambda: 0
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    probabilities = [adapter.dropout for adapter in adapters]
+
+    # Masks of head dropout are made in the kernels and never stored.
     for adapter in adapters:
         if adapter.dropout_position == "head":
-            adapter.dropout = 0.0  # its masks are made in the kernels and never stored
+            adapter.dropout = 0.0
     for layer in layers:
         weight: Any = getattr(layer.base_layer, "weight", None)
         plain = type(layer.base_layer) is nn.Linear and layer.base_layer.bias is None
         if joins and plain and not weight.requires_grad and weight.dtype == (autocast or weight.dtype):
             layer.forward = partial(_joined, layer)
-    masking = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    for module in masking:
-        module.forward = partial(_dropout, module)  # type: ignore[method-assign]
+    for dropout in dropouts:
+        dropout.forward = partial(_dropout, dropout)  # type: ignore[method-assign]
+
     try:
         yield
     finally:
-        adapter_module.draw_seed = draw_seed
-        for adapter, dropout in zip(adapters, dropouts, strict=True):
-            adapter.dropout = dropout
-        for changed in (*layers, *masking):
-            changed.__dict__.pop("forward", None)
+        for adapter, probability in zip(adapters, probabilities, strict=True):
+            adapter.dropout = probability
+        for module in (*layers, *dropouts):
+            module.__dict__.pop("forward", None)
 
 
 def _joined(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -319,7 +286,7 @@ def _joined(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _dropout(module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-    """As on a GPU: it keeps a mask of a byte for each element. On a CPU it would keep one in the dtype of `x`."""
+    """Dropout as on a GPU, where it saves a mask of one byte per element. On a CPU the mask has the dtype of `x`."""
     if not module.training or module.p == 0.0:
         return x
     return torch.native_dropout(x, module.p, True)[0]

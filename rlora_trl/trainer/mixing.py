@@ -129,7 +129,7 @@ class TaskMixture:
         tokens = self.shares[task] * sum(self._capped.values())
         remedy = "raise `cap`" if self.cap is not None else 'use `unit="rows"`'
         return (
-            f"Task {task!r} would have no row in an epoch: its share of {100 * self.shares[task]:.2g} % is "
+            f"Task {task!r} would have no row in an epoch: its share of {100 * self.shares[task]:.2g}% is "
             f"{tokens:.4g} tokens, and its rows have {mean:.4g} on average. Remove the task, or {remedy}."
         )
 
@@ -154,7 +154,7 @@ class TaskMixture:
 
 
 def _drawn(share: float, draws: int, repeats: float) -> list[str]:
-    return [f"{100 * share:.2f} %", f"{draws:,}", f"{repeats:.2f}x"]
+    return [f"{100 * share:.2f}%", f"{draws:,}", f"{repeats:.2f}x"]
 
 
 def check_options(mixing: Any, temperature: Any, cap: Any, unit: Any, *, prefix: str = "") -> None:

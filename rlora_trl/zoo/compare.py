@@ -103,7 +103,7 @@ def format_metric(metric: str, value: float | None) -> str:
         return "-"
     # Values above 1 are percentages that were written by hand.
     is_ratio = metric in ("accuracy", BASE_METRIC, "f1", "exact_match") and 0 <= value <= 1
-    return f"{100 * value:.1f} %" if is_ratio else f"{value:.4f}"
+    return f"{100 * value:.1f}%" if is_ratio else f"{value:.4f}"
 
 
 def compare(repo_ids: Sequence[str], *, metric: str = "accuracy", token: str | bool | None = None) -> Comparison:

@@ -95,20 +95,20 @@ def test_proportional_draws_are_exact_however_large():
 def test_table_of_rows():
     mixture = TaskMixture({"a": 3, "longer name": 1200}, mixing="temperature", temperature=2)
     assert mixture.table().splitlines() == [
-        "task          rows     share  rows per epoch  repeats",
-        "a                3    4.76 %              57   19.00x",
-        "longer name  1,200   95.24 %           1,146    0.95x",
-        "total        1,203  100.00 %           1,203    1.00x",
+        "task          rows    share  rows per epoch  repeats",
+        "a                3    4.76%              57   19.00x",
+        "longer name  1,200   95.24%           1,146    0.95x",
+        "total        1,203  100.00%           1,203    1.00x",
     ]
 
 
 def test_table_of_tokens():
     mixture = TaskMixture({"short": 100, "long": 10}, tokens={"short": 1000, "long": 3000}, unit="tokens", cap=2000)
     assert mixture.table().splitlines() == [
-        "task   rows  tokens     share  rows per epoch  repeats",
-        "short   100   1,000   33.33 %             100    1.00x",
-        "long     10   3,000   66.67 %               7    0.70x",
-        "total   110   4,000  100.00 %             107    0.97x",
+        "task   rows  tokens    share  rows per epoch  repeats",
+        "short   100   1,000   33.33%             100    1.00x",
+        "long     10   3,000   66.67%               7    0.70x",
+        "total   110   4,000  100.00%             107    0.97x",
     ]
 
 
@@ -152,10 +152,10 @@ def test_sizes_are_checked():
 def test_task_without_a_row():
     """Rows longer than the task's part of an epoch."""
     sizes = {"a": 1, "b": 1000}
-    with pytest.raises(ValueError, match="Task 'a' would have no row.*50 % is 20 tokens.*500 on average.*raise `cap`"):
+    with pytest.raises(ValueError, match="Task 'a' would have no row.*50% is 20 tokens.*500 on average.*raise `cap`"):
         TaskMixture(sizes, tokens={"a": 500, "b": 9000}, unit="tokens", cap=20)
     tokens = {"a": 500, **dict.fromkeys("bcde", 1)}
-    with pytest.raises(ValueError, match="Task 'a' would have no row.*20 % is 100.8 tokens.*Remove.*`unit=\"rows\"`"):
+    with pytest.raises(ValueError, match="Task 'a' would have no row.*20% is 100.8 tokens.*Remove.*`unit=\"rows\"`"):
         TaskMixture(dict.fromkeys("abcde", 1), tokens=tokens, unit="tokens", mixing="equal")
 
 

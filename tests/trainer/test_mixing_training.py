@@ -22,7 +22,7 @@ def test_mixture_is_drawn_printed_and_counted(model_folders, tmp_path, capsys):
     trainer.train()
     printed = capsys.readouterr()
     table = printed.out + printed.err
-    assert "rows per epoch" in table and "3.00x" in table and "33.33 %" in table
+    assert "rows per epoch" in table and "3.00x" in table and "33.33%" in table
     seen = trainer.tasks_seen()
     assert {task: counts["rows"] for task, counts in seen.items()} == {"first": 60, "colour": 60, "same": 60}
     lengths = {task: [len(row) for row in _tokens(trainer, index)] for index, task in enumerate(TASKS)}

@@ -1,0 +1,130 @@
+"""`rlora eval`: scores by task, in tables and in records."""
+
+import json
+
+import pytest
+from peft import AutoPeftModelForCausalLM
+from testing_utils import build_tokenizer, task_rows
+
+from rlora_trl import set_task
+from rlora_trl.evaluation import score_tasks
+from rlora_trl.evaluation.rows import load_task_rows
+from rlora_trl.files.record import AdapterRecord
+
+
+def test_eval_is_score_tasks(rlora, make_adapter, rows_folder):
+    folder = make_adapter()
+    result = rlora("eval", folder, "--data", rows_folder, "--compare_base", "--json")
+    assert result.exit_code == 0, result.stderr
+    shown = json.loads(result.stdout)
+    model, rows = AutoPeftModelForCausalLM.from_pretrained(folder), load_task_rows(str(rows_folder))
+    expected = score_tasks(model, build_tokenizer(), rows)
+    assert {row["task"]: (row["correct"], row["rows"]) for row in shown["tasks"]} == {
+        task: (score.correct, score.total) for task, score in expected.items()
+    }
+    with model.disable_adapter():
+        base = score_tasks(model, build_tokenizer(), rows)
+    assert {row["task"]: row["base_accuracy"] for row in shown["tasks"]} == {t: s.accuracy for t, s in base.items()}
+    assert shown["mean"]["accuracy"] == pytest.approx(sum(s.accuracy for s in expected.values()) / 3)
+
+
+def test_eval_shows_a_table(rlora, make_adapter, rows_folder):
+    result = rlora("eval", make_adapter(), "--data", rows_folder / "test.jsonl", "--limit", 5)
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["task", "rows", "accuracy,", "%"]
+    assert [line.split()[0] for line in lines[1:]] == ["same", "colour", "first", "mean"]
+    assert lines[-1].split()[3] == "15"
+    assert "\x1b" not in result.stdout
+
+
+def test_eval_of_a_task_router(rlora, make_adapter, rows_folder):
+    folder = make_adapter(router="task")
+    result = rlora("eval", folder, "--data", rows_folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    for row in json.loads(result.stdout)["tasks"]:
+        set_task(model, row["task"])
+        rows = load_task_rows(str(rows_folder))[row["task"]]
+        assert row["correct"] == score_tasks(model, build_tokenizer(), {"": rows})[""].correct
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations", "prompt_completion"])
+def test_eval_of_conversations(rlora, make_adapter, tmp_path, form):
+    """Scores are those of the text that the chat template makes of them, options and the last answer too."""
+    names = ("from", "value") if form == "conversations" else ("role", "content")
+    chats, texts = [], []
+    for row in task_rows("same", 12):
+        question, answer = row["prompt"], row["completion"].strip()
+        turns = [dict(zip(names, turn, strict=True)) for turn in (("user", question), ("assistant", answer))]
+        split = {"prompt": turns[:1], "completion": turns[1:]}
+        chats.append({**(split if form == "prompt_completion" else {form: turns}), "options": ["yes", "no"]})
+        # The template puts a space before the end of a turn.
+        texts.append({"prompt": f"<user> {question} <assistant>", "completion": f" {answer} "})
+    for options, folder in ((["yes", "no"], "with"), (None, "without")):
+        (tmp_path / folder).mkdir()
+        rows = [{**row, "options": options} for row in chats]
+        (tmp_path / folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        adapter = make_adapter("adapter" + folder, tasks=["same"])
+        result = rlora("eval", adapter, "--data", tmp_path / folder, "--json")
+        assert result.exit_code == 0, result.stderr
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+        options = [" yes ", " no "] if options else []
+        expected = score_tasks(model, build_tokenizer(), {"same": [{**row, "options": options} for row in texts]})[
+            "same"
+        ]
+        shown = json.loads(result.stdout)["tasks"][0]
+        assert (shown["correct"], shown["rows"]) == (expected.correct, expected.total)
+
+
+def test_eval_saves_scores_of_the_adapters_tasks(rlora, make_adapter, rows_folder):
+    folder = make_adapter(tasks=["same", "colour"])
+    result = rlora("eval", folder, "--data", rows_folder, "--save", "--json")
+    accuracies = {row["task"]: row["accuracy"] for row in json.loads(result.stdout)["tasks"]}
+    record = AdapterRecord.load(folder)
+    assert {task.name: task.metrics for task in record.tasks} == {
+        task: {"accuracy": accuracies[task]} for task in ("same", "colour")
+    }
+    assert record.task("same").metric_rows == 8
+    assert "Not recorded, as the adapter was not trained on them: first" in result.stderr
+
+
+def test_eval_saves_what_the_base_model_does(rlora, make_adapter, rows_folder):
+    folder = make_adapter()
+    shown = json.loads(rlora("eval", folder, "--data", rows_folder, "--compare-base", "--save", "--json").stdout)
+    metrics = {task.name: task.metrics for task in AdapterRecord.load(folder).tasks}
+    assert metrics == {
+        row["task"]: {"accuracy": row["accuracy"], "base_accuracy": row["base_accuracy"]} for row in shown["tasks"]
+    }
+    before = AdapterRecord.load(folder)
+    result = rlora("eval", folder, "--data", rows_folder, "--limit", 3, "--save")
+    assert result.exit_code == 1 and "same (3 rows, recorded are scores of 8)" in result.stderr
+    assert "`--overwrite`" in result.stderr and AdapterRecord.load(folder) == before
+    result = rlora("eval", folder, "--data", rows_folder, "--limit", 3, "--save", "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    task = AdapterRecord.load(folder).task("same")
+    assert task.metric_rows == 3 and set(task.metrics) == {"accuracy"}, "the base was scored on other rows"
+
+
+def test_eval_of_rows_without_tasks(rlora, make_adapter, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, task_rows("same", 4))))
+    for tasks, name in ((["same"], "same"), (["same", "first"], "rows")):
+        shown = json.loads(
+            rlora("eval", make_adapter(tasks=tasks), "--data", tmp_path / "rows.jsonl", "--json").stdout
+        )
+        assert [row["task"] for row in shown["tasks"]] == [name]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--task-column", "kind"], "has no column 'kind' to name tasks; it has prompt, completion, task, options."),
+        (["--split", "validation"], "has no split 'validation'; it has train, test."),
+        (["--data", "missing.jsonl"], "There is no data at missing.jsonl."),
+        (["--data", "missing"], "There is no file or folder missing here, and no such dataset was found on the Hub"),
+        (["--base", "./missing"], "./missing"),
+    ],
+)
+def test_eval_errors(rlora, make_adapter, rows_folder, words, message):
+    result = rlora("eval", make_adapter(), "--data", rows_folder, *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr and "Traceback" not in result.stderr
