@@ -201,7 +201,7 @@ def main() -> None:
         kinds.setdefault(tuple(row[key] for key in ROUTER), []).append(row)
     parts = []
     for (router, router_init, learning_rate), same in kinds.items():
-        rate = f"learning rate {learning_rate:g}" if learning_rate else "the learning rate of all"
+        rate = f"learning rate {learning_rate:g}" if learning_rate else "same learning rate for all parameters"
         path = args.figures / f"balance-{router_init}.png"
         parts.append(
             f"**`router={router!r}`, `router_init={router_init!r}`, {rate}**\n\n{table(same)}\n\n{note(same)}"

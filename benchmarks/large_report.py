@@ -77,7 +77,7 @@ def ratio(lora: dict | None, ours: dict | None) -> str:
 def step_table(rows: list[dict]) -> str:
     """Step time and memory of a device's cases, LoRA beside ours."""
     lines = [
-        "| GPUs | base, strategy | LoRA, ms | R-LoRA, ms | ratio | LoRA, GiB | R-LoRA, GiB | with start, GiB |",
+        "| GPUs | base, strategy | LoRA ms/step | R-LoRA ms/step | ratio | LoRA GiB | R-LoRA GiB | incl. setup GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for processes in sorted({row["processes"] for row in rows}):
@@ -121,7 +121,7 @@ def scaling_table(rows: list[dict]) -> str:
 def largest_table(rows: list[dict]) -> str:
     """What trains in 4 bits on one GPU, by size."""
     lines = [
-        "| shape, layers | parameters | LoRA, ms | R-LoRA, ms | LoRA, GiB | R-LoRA, GiB |",
+        "| shape, layers | parameters | LoRA ms/step | R-LoRA ms/step | LoRA GiB | R-LoRA GiB |",
         "|---|---|---|---|---|---|",
     ]
     sizes = sorted({(row["parameters"], row["shape"], row["layers"]) for row in rows})
@@ -159,15 +159,15 @@ def tables(rows: list[dict]) -> str:
                 if (r["shape"], r["layers"], r["batch"], r["length"]) == (shape, layers, batch, length)
             ]
             title = (
-                f"{device}: {shape} shape, {layers} layers, {batch} x {length} tokens for each GPU, with checkpointing"
+                f"{device}: {shape} shape, {layers} layers, {batch} x {length} tokens per GPU, gradient checkpointing"
             )
             parts += [f"### {title}", step_table(same)]
             scaling = scaling_table(same)
-            parts += ["Scaling efficiency, each GPU with a batch of its own:", scaling] if scaling else []
+            parts += ["Scaling efficiency with a constant batch per GPU:", scaling] if scaling else []
         largest = [row for row in own if row["kind"] in ("named", "largest")]
         if largest:
             length = largest[-1]["length"]
-            parts += [f"### {device}: 4-bit bases on one GPU, 1 x {length} tokens, with checkpointing"]
+            parts += [f"### {device}: 4-bit bases on one GPU, 1 x {length} tokens, gradient checkpointing"]
             parts += [largest_table(largest)]
         parts.append(machine(own))
     return "\n\n".join(parts)

@@ -1,8 +1,8 @@
-"""Tables and plot of the measurements, and which bars they meet, from the raw rows in `results/`.
+"""Tables and plot of the measurements, and their ratios against the bars, from the raw rows in `results/`.
 
-    python benchmarks/report.py                 # prints the bars and the tables
-    python benchmarks/report.py --bars          # prints the bars alone
-    python benchmarks/report.py --update        # writes them into the documents, and draws the plot
+    python benchmarks/report.py                 # prints the tables
+    python benchmarks/report.py --bars          # prints the bars
+    python benchmarks/report.py --update        # writes the tables into the documents, and draws the plot
 
 Ratios are made of rows of one run. Where several runs measured the same thing, the one with the most rows counts, and
 of equals the newest.
@@ -104,7 +104,7 @@ def train_table(rows: list[Row], shape: str, base: str, setting: str, short: boo
                 f"{row['peak_gib']:.1f}",
                 activations,
             ]
-    head = ["form", "ms a step", "smallest", "x floor", "x LoRA, no dropout", "peak GiB", "of it activations"]
+    head = ["form", "ms/step", "min ms", "vs. floor", "vs. LoRA", "peak GiB", "activations GiB"]
     return _table(head, list(lines.values()))
 
 
@@ -123,12 +123,12 @@ def compiled_table(rows: list[Row]) -> str:
             floor = times.get((f"{FLOOR}, compiled", setting))
             cells = [model, name, f"{eager:.0f}" if eager else "", f"{ms:.0f}", _ratio(ms, eager), _ratio(ms, floor)]
             lines.append(cells)
-    head = ["model", "form", "ms", "compiled, ms", "compiled / not", "x compiled floor"]
+    head = ["model", "form", "ms/step", "compiled ms/step", "compiled vs. eager", "vs. compiled floor"]
     return _table(head, lines) if lines else ""
 
 
 def runs_table(rows: list[Row], setting: str) -> str:
-    """The same forms in each run of one setting of the 3B shape, with the floor: where the host sets the pace."""
+    """The same forms in each run of one setting of the 3B shape: host-bound times vary from run to run."""
     lines = []
     runs = by_run(whole_models(rows, MAIN_SHAPE, "bfloat16", setting))
     for run in sorted(runs, key=lambda run: run[0].get("started") or ""):
@@ -139,7 +139,7 @@ def runs_table(rows: list[Row], setting: str) -> str:
         fastest = _ratio(times[OURS]["min_ms"], times[FLOOR]["min_ms"])
         cells = [f"{floor:.0f}", f"{lora:.0f}", f"{mine:.0f}", _ratio(mine, floor), fastest, _ratio(mine, lora)]
         lines.append([str(run[0].get("started")).replace("T", " ")[:16], *cells])
-    head = ["run", "floor, ms", "LoRA, ms", "ours, ms", "x floor", "x floor, fastest steps", "x LoRA"]
+    head = ["run", "floor ms", "LoRA ms", "rlora_trl ms", "vs. floor", "vs. floor, min", "vs. LoRA"]
     return _table(head, lines) if len(lines) > 1 else ""
 
 
@@ -159,7 +159,7 @@ def growth_table(rows: list[Row]) -> str:
     for variant in dict.fromkeys(row["variant"] for row in run):
         times = {row["layers"]: row["median_ms"] for row in run if row["variant"] == variant}
         lines.append([variant, *(f"{times[depth]:.0f}" if depth in times else "" for depth in depths)])
-    return _table(["form, ms a step", *(f"{depth} layers" for depth in depths)], lines) if lines else ""
+    return _table(["form, ms/step", *(f"{depth} layers" for depth in depths)], lines) if lines else ""
 
 
 # One layer, decoding, the host, a CPU
@@ -187,16 +187,16 @@ def decode_table(rows: list[Row]) -> str:
             ratio = _ratio(ms, times.get((LORA, row["batch"])))
             speed = f"{row['tokens_per_second']:.0f}"
             lines.append([_bold(row), row.get("base", "bfloat16"), str(row["batch"]), f"{ms:.1f}", speed, ratio])
-    return _table(["form", "base", "batch", "ms a step", "tokens/s", "x LoRA"], lines)
+    return _table(["form", "base", "batch", "ms/token", "tokens/s", "vs. LoRA"], lines)
 
 
 def host_table(rows: list[Row]) -> str:
-    """What the host needs to issue a call of one layer."""
+    """Host time to issue a call of one layer."""
     lines = []
     for row in rows:
         both = row["forward_us"] + row["backward_us"]
         lines.append([_bold(row), f"{row['forward_us']:.0f}", f"{row['backward_us']:.0f}", f"{both:.0f}"])
-    return _table(["form", "forward, us", "backward, us", "both"], lines) if lines else ""
+    return _table(["form", "forward us", "backward us", "total us"], lines) if lines else ""
 
 
 def cpu_table(rows: list[Row]) -> str:
@@ -208,7 +208,7 @@ def cpu_table(rows: list[Row]) -> str:
         for row in run:
             ms, loop = row["median_ms"], times.get("R-LoRA loop N=3 r=4")
             lines.append([case, _bold(row), f"{ms:.1f}", _ratio(ms, loop), _ratio(ms, times.get(LORA))])
-    return _table(["case", "form", "ms", "x R-LoRA loop", "x LoRA"], lines)
+    return _table(["case", "form", "ms", "vs. R-LoRA loop", "vs. LoRA"], lines)
 
 
 def machine(rows: list[Row]) -> str:
@@ -317,10 +317,6 @@ def _added(rows: list[Row], above: str, below: str) -> float | None:
     return None
 
 
-def bars_table(found: list[Bar]) -> str:
-    return _table(["ratio within one run", "measured", "bar", ""], [bar.cells() for bar in found])
-
-
 # The plot
 
 _BLUES = ("#9ecae1", "#4292c6", "#08519c", "#041f47")
@@ -408,7 +404,7 @@ def _draw_layers(axis: Any, run: list[Row]) -> None:
     axis.set(
         xticks=sorted({r["layers"] for r in run}),
         xlabel="layers",
-        ylabel="ms a step",
+        ylabel="ms/step",
         title=f"Whole model by layers, 3B sizes, {row['setting'].replace('x', ' x ')} tokens",
     )
     axis.set_xlim(0, None)
@@ -449,20 +445,20 @@ def replace_block(path: Path, name: str, text: str) -> None:
 
 def sections(train: list[Row], layer: list[Row], decode: list[Row], hosts: list[Row], cpu: list[Row]) -> str:
     """All tables, each under a heading; what has no rows is left out."""
-    found = [("Bars", bars_table(bars(train, decode, cpu, show=None)))]
+    found: list[tuple[str, str]] = []
     for shape, base, setting in dict.fromkeys((r["shape"], r.get("base"), r["setting"]) for r in train):
         # A setting of which only compiled rows or other depths are known has no table of its own.
         if base is not None and any(r["variant"] == FLOOR for r in whole_models(train, shape, base, setting)):
             found.append((f"{shape}, {base} base, {setting}", train_table(train, shape, base, setting)))
             if (shape, base, setting) == (MAIN_SHAPE, "bfloat16", "6x512"):
-                found.append((f"{shape}, {base} base, {setting}, run by run", runs_table(train, setting)))
+                found.append((f"{shape}, {base} base, {setting}, by run", runs_table(train, setting)))
     found.append(("Growth with layers, 3B sizes, 8x2048", growth_table(train)))
     found.append(("`torch.compile` of the whole model", compiled_table(train)))
-    found.append(("What the host needs for a call of one layer", host_table(hosts)))
+    found.append(("Host time per call of one layer", host_table(hosts)))
     for name in dict.fromkeys(row.get("layer", "gate_proj") for row in layer):
         sizes = next(r for r in layer if r.get("layer", "gate_proj") == name)
         title = f"One layer, {sizes['d_in']} to {sizes['d_out']}, bfloat16"
-        found.append((f"{title}: forward and backward, ms", layer_table(layer, name)))
+        found.append((f"{title}: forward and backward ms", layer_table(layer, name)))
         found.append((f"{title}: memory beyond inputs and weights, MiB", layer_table(layer, name, "peak_mib")))
     found.append(("Decoding, qwen2.5-3b", decode_table(decode) if decode else ""))
     if cpu:
@@ -473,7 +469,7 @@ def sections(train: list[Row], layer: list[Row], decode: list[Row], hosts: list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write into the documents and draw the plot")
-    parser.add_argument("--bars", action="store_true", help="print the bars alone")
+    parser.add_argument("--bars", action="store_true", help="print the ratios and whether they meet the bars")
     args = parser.parse_args()
     train, layer, decode, cpu = (read(name) for name in ("train_step", "layer", "decode", "cpu"))
     if args.bars:

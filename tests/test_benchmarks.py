@@ -252,7 +252,7 @@ def test_tables_have_ratios_and_failures():
     assert f"| **{OURS}** | 240 | 240 | 1.20 | 0.80 | 30.0 | 20.0 |" in table
     assert "| R-LoRA loop N=3 r=4 | out of memory |" in table
     rows += [row(OURS, "ours", 100.0 + depth, "2", layers=depth) for depth in (9, 18)]
-    assert growth_table(rows).splitlines()[0] == "| form, ms a step | 9 layers | 18 layers | 36 layers |"
+    assert growth_table(rows).splitlines()[0] == "| form, ms/step | 9 layers | 18 layers | 36 layers |"
     assert f"| {OURS} | 109 | 118 | 240 |" in growth_table(rows)
     assert compiled_table(rows) == ""
     rows += [row(f"{FLOOR}, compiled", "floor_compiled", 100.0), row(f"{OURS}, compiled", "ours_compiled", 120.0)]
