@@ -105,6 +105,48 @@ class MultiHeadAdapter(nn.Module):
     anchor_names = ("A0", "B0")
     # What a state dict of this module may contain.
     tensor_names = ("A", "B", "router", "A0", "B0")
+    A: nn.Parameter
+    B: nn.Parameter
+    router: nn.Parameter | None
+    A0: nn.Parameter | None
+    B0: nn.Parameter | None
+
+    @classmethod
+    def expected_tensors(
+        cls,
+        in_features: int,
+        out_features: int,
+        r: int,
+        num_heads: int,
+        *,
+        router: str = "softmax",
+        num_tasks: int = 0,
+        share_a: bool = True,
+        init_weights: str | bool = "rlora",
+    ) -> dict[str, tuple[int, ...]]:
+        """
+        The tensors that an adapter of these settings has: the only place that knows them.
+
+        Args:
+            num_tasks (`int`, *optional*, defaults to `0`): Rows of a task router.
+
+        See the class for the other arguments.
+
+        Returns:
+            `dict[str, tuple[int, ...]]`: Shapes by name, in the order of `tensor_names`.
+        """
+        shapes: dict[str, tuple[int, ...]] = {
+            "A": (r, in_features) if share_a else (num_heads, r, in_features),
+            "B": (num_heads, out_features, r),
+        }
+        if router != "uniform":
+            shapes["router"] = (num_tasks, num_heads) if router == "task" else (num_heads, in_features)
+
+        # With a zero A or a zero B the initial delta is zero: there is nothing to subtract. A shared A needs no more
+        # than the mean of B.
+        if init_weights == "rlora":
+            shapes |= {"A0": shapes["A"], "B0": (out_features, r) if share_a else shapes["B"]}
+        return shapes
 
     def __init__(
         self,
@@ -146,20 +188,24 @@ class MultiHeadAdapter(nn.Module):
         # Logits `[N]` of the weights that all tokens get, in place of the router; see `fixed_head_weights`.
         self.fixed_logits: torch.Tensor | None = None
 
-        self.A = nn.Parameter(torch.empty((r, in_features) if share_a else (num_heads, r, in_features), dtype=dtype))
-        self.B = nn.Parameter(torch.empty(num_heads, out_features, r, dtype=dtype))
-        if router == "uniform":
-            self.register_parameter("router", None)
-        else:
-            shape = (len(self.routing.tasks), num_heads) if router == "task" else (num_heads, in_features)
-            self.router = nn.Parameter(torch.empty(shape, dtype=dtype))
-        # With a zero A or a zero B the initial delta is zero: there is nothing to subtract.
-        anchored = init_weights == "rlora"
-        # Frozen parameters rather than buffers: DistributedDataParallel broadcasts buffers before each forward pass.
-        self.A0 = nn.Parameter(torch.empty_like(self.A), requires_grad=False) if anchored else None
-        self.B0 = nn.Parameter(torch.empty_like(self._anchor_of(self.B)), requires_grad=False) if anchored else None
-        # Of the whole tensors, which shards of DeepSpeed and FSDP don't have.
-        self.shapes = {name: parameter.shape for name, parameter in self.named_parameters(recurse=False)}
+        # Shapes of the whole tensors: DeepSpeed and FSDP leave shards in the parameters.
+        self.shapes = self.expected_tensors(
+            in_features,
+            out_features,
+            r,
+            num_heads,
+            router=router,
+            num_tasks=len(self.routing.tasks),
+            share_a=share_a,
+            init_weights=init_weights,
+        )
+        for name in self.tensor_names:
+            parameter = None
+            if name in self.shapes:
+                # A frozen anchor, not a buffer: DistributedDataParallel broadcasts buffers before each forward pass.
+                trained = name not in self.anchor_names
+                parameter = nn.Parameter(torch.empty(self.shapes[name], dtype=dtype), requires_grad=trained)
+            self.register_parameter(name, parameter)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -32,6 +32,7 @@ from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .direct_use import bypassed_layers
 from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
+from .loading import check_adapter_tensors
 from .prefetch import WeightPrefetch
 from .routing import GivenBatch, Routing, TaskIds, check_task_ids, describe_batch, find_routings, set_task
 from .target_checks import ignored_indices, ignored_names, narrow_layers, refuse_offloaded, warn_once
@@ -553,49 +554,3 @@ def _is_linear(module: nn.Module) -> bool:
         return True
     backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
     return backend is not None and getattr(backend, "layer_type", "linear") == "linear"
-
-
-def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """
-    Check the tensors of an adapter against the model that they are about to be loaded into.
-
-    Args:
-        model (`torch.nn.Module`): A model that has the adapter already, with values yet to be loaded.
-        adapter_name (`str`): The adapter's name.
-        state_dict (`dict[str, torch.Tensor]`): Tensors by the names that they have in the model.
-
-    Raises:
-        ValueError: If tensors are missing or unknown, have other shapes, or hold values that are not finite.
-    """
-    expected = {
-        f"{layer_name}.rlora_adapters.{adapter_name}.{name}": tensor
-        for layer_name, layer in model.named_modules()
-        if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
-        for name, tensor in layer.rlora_adapters[adapter_name].state_dict().items()
-    }
-    # In a plain transformers model the names lack the prefix that the file may have.
-    found = {name.removeprefix("base_model.model."): tensor for name, tensor in state_dict.items()}
-    found |= {name: tensor for name, tensor in state_dict.items() if name in expected}
-    missing = set(expected) - set(found)
-    unknown = {name for name in state_dict if ".rlora_adapters." in name} - set(expected)
-    unknown -= {f"base_model.model.{name}" for name in expected}
-    if missing or unknown:
-        parts = [f"lacks {first_few(missing)}"] if missing else []
-        parts += [f"has {first_few(unknown)}, which the model has no place for"] if unknown else []
-        raise ValueError(
-            f"Adapter {adapter_name!r} does not fit the model: its file {' and '.join(parts)}. The file is "
-            "incomplete, or its adapter_config.json belongs to another adapter. Save or download both again."
-        )
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"Adapter {adapter_name!r} belongs to another base model or configuration: {name} is "
-                f"{list(found[name].shape)} in the file, the model needs {list(tensor.shape)}. Load it on the model "
-                "named in its adapter_config.json (`base_model_name_or_path`)."
-            )
-    broken = {name for name in expected if found[name].is_floating_point() and not torch.isfinite(found[name]).all()}
-    if broken:
-        raise ValueError(
-            f"Adapter {adapter_name!r} holds NaN or infinity in {first_few(broken)}. The file is damaged or training "
-            "diverged; use an earlier checkpoint."
-        )
