@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..evaluation.scoring import position_limit
 from ..files.reading import shorten
 from ..tuner import HeadUsage
+from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import (
     SUM_TOLERANCE,
@@ -22,7 +23,6 @@ from ..tuner.selection import (
     adapter_config,
     adapter_of,
     core_model,
-    kept_quantized,
     only_adapter,
 )
 
@@ -196,7 +196,7 @@ def fixed_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, task: str
             rows.append(torch.full((adapter.num_heads,), 1.0 / adapter.num_heads))
         else:
             place = -1 if task is None else adapter.routing.index_of(task)
-            rows.append(adapter.task_mixtures()[place].detach().softmax(-1).float().cpu())
+            rows.append(adapter.task_logits()[place].detach().softmax(-1).float().cpu())
     return torch.stack(rows)
 
 

@@ -20,8 +20,9 @@ from transformers.utils import logging
 
 from ..analysis.measuring import HeadWeights, fixed_weights, measure_head_weights
 from ..tuner import RLoraConfig
+from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
-from ..tuner.selection import adapted_layers, adapter_config, check_weights, core_model, kept_quantized
+from ..tuner.selection import adapted_layers, adapter_config, check_weights, core_model
 from .bare import bare_base
 from .gap import ExportGap, measure_export_gap
 from .loading import load_adapted

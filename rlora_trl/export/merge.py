@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from ..analysis.measuring import input_device
 from ..tuner import MultiHeadAdapter
-from ..tuner.layer import RLoraLayer, undo_cpu_order
-from ..tuner.selection import adapter_of, core_model, fixed_head_weights, kept_quantized, only_adapter
+from ..tuner.bnb_cpu import kept_quantized, undo_cpu_order
+from ..tuner.layer import RLoraLayer
+from ..tuner.selection import adapter_of, core_model, fixed_head_weights, only_adapter
 from .bare import bare_base
 from .lora import lora_factors
 from .verify import (

@@ -27,8 +27,9 @@ from transformers.utils import logging
 
 from ..analysis.measuring import input_device
 from ..tuner import MultiHeadAdapter
+from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
-from ..tuner.selection import adapter_of, core_model, fixed_head_weights, kept_quantized, only_adapter
+from ..tuner.selection import adapter_of, core_model, fixed_head_weights, only_adapter
 from .bare import bare_base
 
 
@@ -121,7 +122,7 @@ def wide_copy(adapter: MultiHeadAdapter, weights: torch.Tensor) -> MultiHeadAdap
     """
     wide = torch.float32 if adapter.A.device.type == "mps" else torch.float64
     copied = copy.deepcopy(adapter, {id(adapter.routing): adapter.routing}).to(wide).eval()
-    copied.fix_mixture(weights)
+    copied.fix_head_weights(weights)
     return copied
 
 

@@ -40,7 +40,7 @@ from ..files.layout import (
     task_slug,
 )
 from ..files.record import AdapterRecord, TaskRecord, find_record, hub_name
-from ..tuner.selection import kept_quantized
+from ..tuner.bnb_cpu import kept_quantized
 from .card import hand_written, read_card, render_card
 from .pull import is_same_file
 from .tokenizers import changed_tokenizer_files

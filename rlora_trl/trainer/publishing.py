@@ -37,7 +37,7 @@ from ..files.record import (
 from ..hub import push_adapter
 from ..hub.card import read_card, render_card
 from ..tuner import MultiHeadAdapter, RLoraConfig
-from ..tuner.selection import kept_quantized
+from ..tuner.bnb_cpu import kept_quantized
 from .callbacks import HeadUsageCallback
 from .checkpoints import CheckpointTrainer
 from .saving import STAGING, adapter_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation import score_tasks
 from ..evaluation.columns import by_row, encode_tasks, is_text, task_namer, tells_tasks
 from ..tuner import Routing
+from ..tuner.routing import using_all
 from .tasks import has_transform, name_tasks, tasks_in
 
 
@@ -179,11 +179,8 @@ def count_correct_options(
         own = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
         if not len(own):
             continue
-        with ExitStack() as stack:
-            for routing in routings:
-                known = routing.kind == "task" and task in routing.tasks
-                # These passes repeat rows whose use of heads was counted.
-                stack.enter_context(routing.using(usage=None, task=routing.index_of(task) if known else None))
+        # The head usage of these rows was counted in the evaluation before.
+        with using_all([(routing, {"usage": None, "task": routing.find_task(task)}) for routing in routings]):
             score = score_tasks(model, tokenizer, {"": own.to_list()}, batch_size=batch_size, max_length=max_length)[
                 ""
             ]

@@ -26,8 +26,8 @@ from ..evaluation.columns import tells_tasks
 from ..evaluation.data import check_pictures, check_rows
 from ..kernels import RoutingTally, capture_loss_grad, draw_seed
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
-from ..tuner.routing import describe_batch
-from ..tuner.target_checks import refuse_token_rows_of_head
+from ..tuner.batch import describe_batch
+from ..tuner.targets import refuse_token_rows_of_head
 from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .early_stopping import EarlyStopping

@@ -53,7 +53,9 @@ def by_hand(model, tokenizer, rows):
     for row in rows:
         ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
         logits(model, torch.tensor([ids]))
-        weights = [layer.rlora_adapters["default"].mixture(inputs[name])[0].sum(0) for name, layer in layers.items()]
+        weights = [
+            layer.rlora_adapters["default"].head_weights(inputs[name])[0].sum(0) for name, layer in layers.items()
+        ]
         sums = torch.stack(weights) if sums is None else sums + torch.stack(weights)
         count += len(ids)
     for hook in hooks:
@@ -225,7 +227,7 @@ def test_fixed_mixtures_in_every_path(router):
             short = logits(model, ids[:1, :3])  # few tokens: another kernel
             adapter = next(iter(layers.values())).rlora_adapters["default"]
             x = torch.randn(5, adapter.in_features)
-            told = adapter.mixture(x)
+            told = adapter.head_weights(x)
             if router in ("softmax", "top_k"):
                 compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)(x)
                 assert error(compiled, adapter(x)) <= 1e-5

@@ -36,7 +36,8 @@ from rlora_trl.export import export_lora, verify
 from rlora_trl.export.lora import lora_factors, target_names
 from rlora_trl.files.record import AdapterRecord
 from rlora_trl.kernels.reference import multihead_delta_reference
-from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights, kept_quantized
+from rlora_trl.tuner.bnb_cpu import kept_quantized
+from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights
 
 
 TASKS = ["first", "same"]
@@ -716,7 +717,7 @@ def test_what_is_refused(model_folders, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="got `task='colour'`"):
             export_lora(given, out, task="colour")
     lora = get_peft_model(load_base(model_folders, "llama"), LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="is of another method"):
+    with pytest.raises(ValueError, match="belongs to another method"):
         export_lora(lora, out)
     lora.save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="only R-LoRA adapters can be exported"):

@@ -147,4 +147,4 @@ def test_base_of_another_name(model_folders, saved, caplog):
         model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
         model.config._name_or_path = name
         PeftModel.from_pretrained(model, saved)
-        assert ("trained on org/one and is loaded on org/other" in caplog.text) == warns, name
+        assert ("trained on org/one but is loaded on org/other" in caplog.text) == warns, name

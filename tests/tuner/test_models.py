@@ -519,11 +519,11 @@ def test_copies_after_inference(copied):
 
 def test_mixture(model_folders):
     adapter = MultiHeadAdapter(8, 6, 2, 3, 1.0, router_init="kaiming_uniform")
-    weights = adapter.mixture(torch.randn(2, 5, 8))
+    weights = adapter.head_weights(torch.randn(2, 5, 8))
     assert weights.shape == (2, 5, 3)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
     uniform = MultiHeadAdapter(8, 6, 2, 3, 1.0, router="uniform")
-    assert torch.equal(uniform.mixture(torch.randn(4, 8)), torch.full((4, 3), 1 / 3))
+    assert torch.equal(uniform.head_weights(torch.randn(4, 8)), torch.full((4, 3), 1 / 3))
     with pytest.raises(ValueError, match="depends on the token"):
         adapter.delta_weight()
 
@@ -531,7 +531,7 @@ def test_mixture(model_folders):
 def test_every_known_architecture_exists():
     from transformers import CONFIG_MAPPING
 
-    from rlora_trl.tuner.model import MLP_TARGET_MODULES
+    from rlora_trl.tuner.targets import MLP_TARGET_MODULES
 
     assert set(MLP_TARGET_MODULES) <= set(CONFIG_MAPPING)
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMultipleChoice
 
 from rlora_trl import RLoraConfig
 from rlora_trl.tuner import find_routings
-from rlora_trl.tuner.routing import _REMEMBERED, describe_batch
+from rlora_trl.tuner.batch import describe_batch
+from rlora_trl.tuner.routing import _REMEMBERED
 
 
 TASKS = ["a", "b", "c"]
@@ -358,9 +359,9 @@ def test_task_ids_that_fit(model_folders, given):
 
 
 REFUSED = {
-    "two for four rows": (["a", "b"], ValueError, "has shape .2., and the batch has 4 rows"),
-    "two in a tensor": (torch.tensor([0, 1]), ValueError, "has shape .2., and the batch has 4 rows"),
-    "one for four rows": (["a"], ValueError, "Give one for each row, or a tensor .4, 9. with one for each token"),
+    "two for four rows": (["a", "b"], ValueError, "has shape .2., but the batch has 4 rows"),
+    "two in a tensor": (torch.tensor([0, 1]), ValueError, "has shape .2., but the batch has 4 rows"),
+    "one for four rows": (["a"], ValueError, "Pass one for each row, or a tensor .4, 9. with one for each token"),
     "eight": (["a", "b"] * 4, ValueError, "the batch has 4 rows"),
     "as many as tokens": (["a"] * 36, ValueError, "the batch has 4 rows"),
     "none": ([], ValueError, "the batch has 4 rows"),
@@ -404,7 +405,7 @@ def test_generation_takes_one_task_for_each_row(model_folders):
     for beams in ({"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
         assert model.generate(**options, **beams, task_ids=ROWS).shape[1] == expected.shape[1]
     for task_ids in (["a", "b"], torch.zeros(4, 9, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="the batch has 4 rows. Give one for each row.$"):
+        with pytest.raises(ValueError, match="the batch has 4 rows. Pass one for each row.$"):
             model.generate(**options, task_ids=task_ids)
 
 
@@ -462,7 +463,7 @@ def test_experts_that_see_some_of_the_tokens_are_refused(model_folders):
         for tokens in (18, 8):  # of the encoder, of the decoder
             assert len(routing.token_task_ids(torch.Size([tokens]), ids.device)) == tokens
         for tokens in (12, 6, 2):
-            with pytest.raises(ValueError, match="experts, encoders of pictures. can be left out"):
+            with pytest.raises(ValueError, match="experts, vision encoders. can be left out"):
                 routing.token_task_ids(torch.Size([tokens]), ids.device)
 
 

@@ -78,11 +78,11 @@ def test_without_a_task_the_mean_mixture_is_used_and_said_once(task_model, caplo
     caplog.set_level("WARNING")
     mean = logits(task_model, random_ids())
     logits(task_model, random_ids())
-    said = [record for record in caplog.records if "mean of the mixtures" in record.getMessage()]
+    said = [record for record in caplog.records if "mean of the head weights" in record.getMessage()]
     assert len(said) == 1 and "set_task" in said[0].getMessage()
     torch.testing.assert_close(logits(task_model, random_ids(), task_ids=torch.full((3,), -1)), mean)
     adapter = next(m for m in task_model.modules() if isinstance(m, MultiHeadAdapter))
-    mixtures = adapter.task_mixtures().softmax(-1)
+    mixtures = adapter.task_logits().softmax(-1)
     torch.testing.assert_close(mixtures[-1], mixtures[:-1].mean(0))
 
 
@@ -161,7 +161,7 @@ def test_errors(task_model, model_folders):
         logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match="Task -2 is unknown"):
         logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, -2]))
-    with pytest.raises(ValueError, match="the batch has 3 rows. Give one for each row"):
+    with pytest.raises(ValueError, match="the batch has 3 rows. Pass one for each row"):
         logits(task_model, random_ids(), task_ids=[0, 1])
     with pytest.raises(ValueError, match="can't be given together"):
         logits(task_model, random_ids(), task_ids=[0, 1, 2], adapter_names=["default"] * 3)

@@ -112,7 +112,7 @@ def test_narrow_layers_get_the_rank_that_they_allow(tmp_path):
         )
     assert len(caught) == 1
     assert "2 of 3 adapted layers" in str(caught[0].message)
-    assert "'gate', of 16 inputs and 1 outputs, gets rank 1 instead of 4" in str(caught[0].message)
+    assert "'gate', with 16 inputs and 1 outputs, gets rank 1 instead of 4" in str(caught[0].message)
     layers = {name: getattr(model.base_model.model, name) for name in ("up", "gate", "classifier")}
     assert {name: layer.r["default"] for name, layer in layers.items()} == {"up": 4, "gate": 1, "classifier": 3}
     assert layers["gate"].scaling["default"] == 5
