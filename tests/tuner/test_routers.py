@@ -163,16 +163,16 @@ def test_errors(task_model, model_folders):
         logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, -2]))
     with pytest.raises(ValueError, match="the batch has 3 rows. Pass one for each row"):
         logits(task_model, random_ids(), task_ids=[0, 1])
-    with pytest.raises(ValueError, match="can't be given together"):
+    with pytest.raises(ValueError, match="can't be passed together"):
         logits(task_model, random_ids(), task_ids=[0, 1, 2], adapter_names=["default"] * 3)
     softmax = adapted(model_folders)
-    with pytest.raises(ValueError, match='`set_task` is for adapters with `router="task"`'):
+    with pytest.raises(ValueError, match='`set_task` needs an adapter with `router="task"`'):
         softmax.set_task("first")
-    with pytest.raises(ValueError, match="`task_ids` is for adapters with"):
+    with pytest.raises(ValueError, match="`task_ids` needs an adapter with"):
         logits(softmax, random_ids(), task_ids=[0, 1, 2])
     with pytest.raises(ValueError, match="needs a model with R-LoRA adapters"):
         set_task(base_model(model_folders), "first")
-    with pytest.raises(ValueError, match="needs their names when the adapter is made"):
+    with pytest.raises(ValueError, match="needs the names of the tasks"):
         get_peft_model(base_model(model_folders), RLoraConfig(router="task", task_type="CAUSAL_LM"))
 
 
