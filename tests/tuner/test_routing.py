@@ -174,25 +174,3 @@ def test_errors(task_model, model_folders):
         set_task(base_model(model_folders), "first")
     with pytest.raises(ValueError, match="needs the names of the tasks"):
         get_peft_model(base_model(model_folders), RLoraConfig(router="task", task_type="CAUSAL_LM"))
-
-
-def test_a_uniform_router_with_an_a_for_each_head_merges(model_folders):
-    model = adapted(model_folders, share_a=False, router="uniform")
-    expected = logits(model, random_ids())
-    torch.testing.assert_close(logits(model.merge_and_unload(), random_ids()), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("router", ["top_k", "task", "own_a"])
-def test_compiled_adapter_has_no_graph_break(router):
-    from rlora_trl.tuner import Routing
-
-    kwargs = {"top_k": {"router_top_k": 2}, "task": {"routing": Routing(TASKS, "task")}, "own_a": {"share_a": False}}
-    kind = "softmax" if router == "own_a" else router
-    adapter = MultiHeadAdapter(8, 6, 2, 3, 1.0, router=kind, init_weights=False, dropout=0.0, **kwargs[router]).train()
-    if router == "task":
-        adapter.routing.set_task(1)
-    x = torch.randn(4, 5, 8)
-    expected = adapter(x)
-    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
