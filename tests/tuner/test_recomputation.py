@@ -310,7 +310,9 @@ def test_a_pass_that_is_not_remembered_is_refused(model_folders):
     for _ in range(_REMEMBERED):
         with routing.using(task=0):
             routing.note_forward()
-    with pytest.raises(RuntimeError, match="is not known, as 256 later ones have run. Call `backward` after fewer"):
+    with pytest.raises(
+        RuntimeError, match="are not known, because 256 later ones have run. Call `backward` after fewer"
+    ):
         loss.backward()
 
 
