@@ -365,11 +365,9 @@ class MultiHeadAdapter(nn.Module):
 
     def _layout(self) -> Layout:
         """The columns of the projections, with logits unless all heads weigh the same."""
-        routed = self.router_kind != "uniform" or self.fixed_logits is not None
-        return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, self._top_k())
-
-    def _top_k(self) -> int:
-        return self.top_k if self.fixed_logits is None else 0
+        fixed = self.fixed_logits is not None
+        routed, top_k = fixed or self.router_kind != "uniform", 0 if fixed else self.top_k
+        return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, top_k)
 
     def delta_spec(self) -> DeltaSpec:
         """The settings that [`concat_weights`] needs."""
@@ -405,7 +403,7 @@ class MultiHeadAdapter(nn.Module):
             seed=seed,
             dropout_position=self.dropout_position,
             logits=self._replacing_logits(x),
-            top_k=self._top_k(),
+            top_k=self._layout().top_k,
             probe=self._probe(x),
         )
         if weight is not None:
@@ -425,7 +423,7 @@ class MultiHeadAdapter(nn.Module):
             dropout=self.dropout,
             seed=self._draw_seed_tensor(x.device) if masked else None,
             logits=self._replacing_logits(x),
-            top_k=self._top_k(),
+            top_k=self._layout().top_k,
             probe=self._probe(x),
         )
 

@@ -4,8 +4,8 @@ The one home of a workaround: 4-bit weights that bitsandbytes reorders on some C
 For inference on a CPU with AVX512-BF16, bitsandbytes (0.50) brings 4-bit weights into another order. In that order no
 gradient flows. It restores the first order only when the state dict is read, which PEFT does at every save; the
 restored scales are rounded, and without double quantization they stay in the other order. All of this exists since
-bitsandbytes#1804. No upstream issue as of 0.50.2 (bitsandbytes#2078 is about the same order in `to`); remove this
-module when a release restores weights bit for bit and trains after inference.
+bitsandbytes#1804. No upstream issue as of 0.50.2 (bitsandbytes#2078, with the fix #2083, is about the same order in
+`to`); remove this module when a release restores weights bit for bit and trains after inference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds linear layers whose parent computes with their weight instead of calling them, so that an adapter is in vain.
+"""Finds linear layers whose parent computes with their weight instead of calling them: adapters have no effect there.
 
 `torch.nn.MultiheadAttention` passes `self.out_proj.weight` to a function, and the Mamba mixers pass the weights of
 `x_proj` and `out_proj` to a fused kernel in training. An adapter on such a layer is never called, or not on every

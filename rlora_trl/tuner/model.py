@@ -87,6 +87,34 @@ class _OnRegistration:
             parent.register_forward_hook(_drop_task_ids, always_call=True)
 
 
+def _check_adapter(adapter_name: str, config: RLoraConfig, model: nn.Module) -> None:
+    """
+    Check what an adapter needs, before any layer is touched.
+
+    Raises:
+        ValueError: If its name clashes with parameter names, a task router has no tasks, or PEFT would not find the
+            modules of a compiled model.
+    """
+    if adapter_name in MultiHeadAdapter.tensor_names or "." in adapter_name:
+        # PEFT recognizes adapters by their names within parameter names, which PyTorch separates by dots.
+        raise ValueError(
+            f"An adapter can't be named {adapter_name!r}: names must not contain dots, nor be one of "
+            f"{', '.join(MultiHeadAdapter.tensor_names)}, the tensors of R-LoRA's adapters. Choose another."
+        )
+    if config.router == "task" and not config.tasks:
+        raise ValueError(
+            f"`router='task'` learns head weights for each task and needs the names of the tasks, but `tasks` is "
+            f"{config.tasks!r}. Set `RLoraConfig(tasks=[...])`, or let `RLoraSFTTrainer` create the adapter from "
+            "a dictionary of datasets or a task column."
+        )
+    if (config.modules_to_save or config.trainable_token_indices) and any(map(is_compiled_module, model.modules())):
+        raise ValueError(
+            "`modules_to_save` and `trainable_token_indices` can't be used on a model that was compiled with "
+            "`torch.compile`: PEFT does not find them under its names. Pass the original model "
+            "(`model._orig_mod`), and compile it in place (`model.compile()`) or afterwards."
+        )
+
+
 def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
     """Warn if a loaded adapter was trained on a model of another name, whose shapes may be the same."""
     trained_on = config.base_model_name_or_path
@@ -128,37 +156,20 @@ class RLoraModel(BaseTuner):
 
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if adapter_name in MultiHeadAdapter.tensor_names or "." in adapter_name:
-            # PEFT recognizes adapters by their names within parameter names, which PyTorch separates by dots.
-            raise ValueError(
-                f"An adapter can't be named {adapter_name!r}: names must not contain dots, nor be one of "
-                f"{', '.join(MultiHeadAdapter.tensor_names)}, the tensors of R-LoRA's adapters. Choose another."
-            )
         config = self.peft_config[adapter_name]
-        if config.router == "task" and not config.tasks:
-            raise ValueError(
-                f"`router='task'` learns head weights for each task and needs the names of the tasks, but `tasks` is "
-                f"{config.tasks!r}. Set `RLoraConfig(tasks=[...])`, or let `RLoraSFTTrainer` create the adapter from "
-                "a dictionary of datasets or a task column."
-            )
-        if (config.modules_to_save or config.trainable_token_indices) and any(
-            map(is_compiled_module, model.modules())
-        ):
-            raise ValueError(
-                "`modules_to_save` and `trainable_token_indices` can't be used on a model that was compiled with "
-                "`torch.compile`: PEFT does not find them under its names. Pass the original model "
-                "(`model._orig_mod`), and compile it in place (`model.compile()`) or afterwards."
-            )
+        _check_adapter(adapter_name, config, model)
         _warn_of_another_base(config, model)
         if config.base_model_name_or_path is None:
             # PEFT sets it for the first adapter only, and for others when it has saved them, although it decides by
             # this name whether to save a resized embedding (no upstream issue as of peft 0.21.2).
             config.base_model_name_or_path = vars(model).get("name_or_path") or None
+
         # Before PEFT fills in the default of the architecture.
         targets = config.target_modules
         self._user_targets = () if targets is None or isinstance(targets, str) else targets
         self._ignored: list[str] = []
         self._new_routing = Routing(config.tasks, config.router)
+
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -167,6 +178,7 @@ class RLoraModel(BaseTuner):
                 f"{error} R-LoRA adapts linear layers, and this model's are named {', '.join(names) or '(none)'}. Set "
                 '`target_modules` to some of them, or to "all-linear".'
             ) from error
+
         self._warn_of_ignored(model, adapter_name)
         guard_cpu_order(model)
         # Collected once, as a model has thousands of modules.
@@ -245,7 +257,7 @@ class RLoraModel(BaseTuner):
 
         When adapters are unloaded, PEFT's default copies `weight` onto the original module, which a classification
         head in `modules_to_save` lacks. It also moves adapters to the device of the base weight, which is "meta" if
-        accelerate offloads it; [`RLoraLayer`] has moved them already. (No upstream issue as of peft 0.21.2.)
+        accelerate offloads it; [`RLoraLayer`] has moved them already. (peft#3114, open as of 0.21.2.)
         """
         setattr(parent, child_name, new_module)
 
@@ -288,16 +300,16 @@ class RLoraModel(BaseTuner):
         self._prefetch = WeightPrefetch()  # which holds tensors
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available for R-LoRA: the error says what to do instead."""
+        """Not available for R-LoRA; the error names the alternatives."""
         raise NotImplementedError(
-            "R-LoRA adapters can't be combined by `add_weighted_adapter`: each has a router that weighs its own "
-            "heads, and none weighs those of a sum. To run several adapters with weights, use `rlora_trl.zoo.mix`; "
+            "R-LoRA adapters can't be combined by `add_weighted_adapter`: each has a router for its own heads, "
+            "and a sum has no router for all of them. To run several adapters with weights, use `rlora_trl.zoo.mix`; "
             "for one combined adapter, export each as plain LoRA with `rlora_trl.export_lora`, load the exports with "
             "`PeftModel` and combine those."
         )
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
-        """Not needed for R-LoRA: the error says what to do instead."""
+        """Not needed for R-LoRA; the error names the alternatives."""
         raise NotImplementedError(
             "R-LoRA adapters have no `subtract_mutated_init`, which converts adapters that change the base weights "
             "(PiSSA, OLoRA): R-LoRA leaves the base as it is and saves its initial values with the adapter. Use "
@@ -309,15 +321,17 @@ class RLoraModel(BaseTuner):
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(
-                    f"There is no adapter {name!r} to merge; loaded are {', '.join(sorted(self.peft_config))}."
+                    f"There is no adapter {name!r} to merge; loaded are {', '.join(sorted(self.peft_config))}. Name "
+                    "some of these."
                 )
             router = self.peft_config[name].router
             if router != "uniform":
                 raise ValueError(
-                    f"Adapter {name!r} can't be merged: with `router={router!r}` its delta depends on the token and "
-                    "is no change of the weights. Keep it unmerged, as `PeftModel` runs it, or call `unload()` for "
+                    f"Adapter {name!r} can't be merged: with `router={router!r}` its delta depends on the token, so "
+                    "it is not a change of weights. Keep it unmerged, as `PeftModel` runs it, or call `unload()` for "
                     'the base model. Adapters with `router="uniform"` can be merged.'
                 )
+
         for layer in self.model.modules():
             backend = getattr(layer, "quantization_backend", None) if isinstance(layer, RLoraLayer) else None
             if backend is not None and not backend.supports_merge:
@@ -328,13 +342,14 @@ class RLoraModel(BaseTuner):
 
     def set_task(self, task: str | int | None) -> None:
         """
-        Choose the task of all batches that follow, for adapters with `router="task"`.
+        Choose the task of all following batches, for adapters with `router="task"`.
 
         Args:
-            task (`str` or `int`): Name of a task in the adapter's `tasks`, or its place; `None` for the mean mixture.
+            task (`str` or `int`): Name of a task in the adapter's `tasks`, or its index; `None` for the mean over
+                tasks.
 
         Raises:
-            ValueError: If there is no adapter with such a router, or it does not know the task.
+            ValueError: If no adapter has a task router, or it lacks the task.
         """
         set_task(self, task)
 

@@ -65,8 +65,8 @@ def refuse_offloaded(config: RLoraConfig, model: nn.Module, in_peft_model: bool 
                 "(in `device_map`), or train the adapter alone."
             )
 
-    # `PeftModel.from_pretrained` removes the hooks and dispatches the base again, for which it needs a GPU (no
-    # upstream issue as of peft 0.21.2).
+    # `PeftModel.from_pretrained` removes the hooks and dispatches the base again, for which it needs a GPU (peft#1431
+    # is about disk offloading there, open as of 0.21.2).
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values() and not offloaded
     on_disk = on_disk and any(parameter.device.type == "meta" for parameter in model.parameters())
     if config.loaded and on_disk and infer_device() == "cpu":
