@@ -26,8 +26,7 @@ from rlora_trl.kernels import (
 )
 from rlora_trl.kernels.balance import new_record
 from rlora_trl.kernels.rank_space import Layout
-from rlora_trl.tuner import MultiHeadAdapter
-from rlora_trl.tuner.routing import HeadUsage
+from rlora_trl.tuner import HeadUsage, MultiHeadAdapter
 
 
 T, D_IN, D_OUT, N, R = 37, 13, 17, 3, 4
