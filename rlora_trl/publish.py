@@ -31,7 +31,7 @@ from .files.names import hub_name
 from .files.record import AdapterRecord, TaskRecord, find_record
 from .hub.card_reading import read_card
 from .hub.commit import HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE, Publication, commit_adapter
-from .tuner.selection import kept_quantized
+from .tuner.bnb_cpu import kept_quantized
 
 
 logger = logging.get_logger(__name__)

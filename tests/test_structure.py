@@ -9,12 +9,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "rlora_trl"
 
-# Circles that are being removed, as sets of modules or of folders. Take an entry out when its circle is gone.
-ALLOWED_CIRCLES = [
-    {"rlora_trl.tuner.adapter", "rlora_trl.tuner.routing"},
-    {"rlora_trl.analysis", "rlora_trl.evaluation", "rlora_trl.files", "rlora_trl.tuner"},
-]
-
 
 def sources(root=ROOT / PACKAGE):
     """The modules of the package by name, with their syntax trees."""
@@ -78,9 +72,7 @@ def circles(graph):
 
 @pytest.mark.parametrize("of", [lambda graph: graph, folders], ids=["modules", "folders"])
 def test_no_circles(of):
-    found = circles(of(import_graph(sources())))
-    unexpected = [sorted(circle) for circle in found if not any(circle <= allowed for allowed in ALLOWED_CIRCLES)]
-    assert not unexpected
+    assert not [sorted(circle) for circle in circles(of(import_graph(sources())))]
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..evaluation.scoring import encode_text, pad_sequences, position_limit
 from ..files.head_weights import HeadWeights
 from ..tuner import HeadUsage
+from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
 from ..tuner.routing import Routing
-from ..tuner.selection import (
-    adapted_layers,
-    adapter_config,
-    adapter_of,
-    core_model,
-    kept_quantized,
-    only_adapter,
-)
+from ..tuner.selection import adapted_layers, adapter_config, adapter_of, core_model, only_adapter
 
 
 def measure_head_weights(
@@ -99,7 +93,7 @@ def constant_head_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, t
             rows.append(torch.full((adapter.num_heads,), 1.0 / adapter.num_heads))
         else:
             index = -1 if task is None else adapter.routing.index_of(task)
-            rows.append(adapter.task_mixtures()[index].detach().softmax(-1).float().cpu())
+            rows.append(adapter.task_logits()[index].detach().softmax(-1).float().cpu())
     return torch.stack(rows)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value
 
-from ..files.reading import shorten
+from ..reading import shorten
 from .columns import by_row, encode, is_text
 from .loading import wrong_separator
 

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from trl import maybe_convert_to_chatml
 
-from ..files.reading import shorten
+from ..reading import shorten
 from .columns import encode_default_tasks, encode_tasks, is_text
 from .formats import COMPANIONS_OF_TEXT, PAIR, SHAREGPT_KEYS, check_format, check_row, check_rows
 from .loading import READING_ERRORS, explain_read_errors, load_splits

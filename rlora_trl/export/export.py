@@ -20,8 +20,9 @@ from transformers.utils import logging
 from ..analysis.measuring import measure_head_weights
 from ..files.layout import CARD_NAME, WEIGHTS_NAME
 from ..tuner import RLoraConfig
+from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
-from ..tuner.selection import adapted_layers, adapter_config, core_model, kept_quantized
+from ..tuner.selection import adapted_layers, adapter_config, core_model
 from .gap import measure_export_gap
 from .loading import load_adapted
 from .lora import (

@@ -25,7 +25,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from torch.nn import functional as F
 
-from ..files.reading import first_few
+from ..reading import first_few
 from ..tuner import MultiHeadAdapter, RLoraConfig
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import adapter_of

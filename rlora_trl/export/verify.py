@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..files.reading import first_few
+from ..reading import first_few
 from ..tuner import MultiHeadAdapter
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import adapter_of
@@ -78,7 +78,7 @@ def _random_inputs(in_features: int) -> torch.Tensor:
 def _wide_copy(adapter: MultiHeadAdapter, weights: torch.Tensor) -> MultiHeadAdapter:
     """A copy that computes in float64 on the CPU under fixed head weights `[N]`, whatever the adapter's dtype."""
     copied = copy.deepcopy(adapter, {id(adapter.routing): adapter.routing}).to("cpu", torch.float64).eval()
-    copied.fix_mixture(weights)
+    copied.fix_head_weights(weights)
     return copied
 
 

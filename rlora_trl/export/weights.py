@@ -10,8 +10,8 @@ import torch
 
 from ..analysis.measuring import constant_head_weights
 from ..files.head_weights import HeadWeights
-from ..files.reading import first_few
 from ..files.record import find_record
+from ..reading import first_few
 from ..tuner import RLoraConfig
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import check_weights

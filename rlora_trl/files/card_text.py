@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from .reading import MIB, AdapterCheckError, read_bytes, shorten
+from ..reading import MIB, AdapterCheckError, read_bytes, shorten
 
 
 CARD_LIMIT = MIB

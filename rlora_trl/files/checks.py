@@ -17,6 +17,16 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
+from ..reading import (
+    MIB,
+    AdapterCheckError,
+    check_regular_file,
+    first_few,
+    read_bytes,
+    read_json,
+    read_safetensors_header,
+    shorten,
+)
 from ..tuner.config import RLoraConfig
 from .card_text import CARD_LIMIT, check_card
 from .config import CONFIG_LIMIT, read_config, read_lora_config
@@ -32,16 +42,6 @@ from .layout import (
     is_training_leftover,
 )
 from .names import hub_name
-from .reading import (
-    MIB,
-    AdapterCheckError,
-    check_regular_file,
-    first_few,
-    read_bytes,
-    read_json,
-    read_safetensors_header,
-    shorten,
-)
 from .record import AdapterRecord
 from .tensors import check_lora_tensors, check_tensors, count_parameters, file_digest, state_dict_digest
 

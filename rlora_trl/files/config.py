@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 
+from ..reading import MIB, AdapterCheckError, read_json, shorten
 from ..tuner.config import RLoraConfig
-from .reading import MIB, AdapterCheckError, read_json, shorten
 
 
 CONFIG_LIMIT = MIB

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..reading import shorten
 from ..tuner.selection import SUM_TOLERANCE
-from .reading import shorten
 
 
 @dataclass(frozen=True)

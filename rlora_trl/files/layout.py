@@ -8,7 +8,7 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-from .reading import AdapterCheckError, shorten
+from ..reading import AdapterCheckError, shorten
 
 
 RECORD_NAME = "rlora_record.json"

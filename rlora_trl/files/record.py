@@ -29,10 +29,10 @@ from huggingface_hub.errors import (
 )
 
 from .._version import __version__
+from ..reading import first_few, read_json, shorten
 from ..tuner.config import RLoraConfig
 from .head_weights import HeadWeights
 from .layout import RECORD_NAME
-from .reading import first_few, read_json, shorten
 
 
 RECORD_FORMAT = 1

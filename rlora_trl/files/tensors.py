@@ -15,10 +15,10 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 
+from ..reading import AdapterCheckError, TensorEntry, first_few, shorten
 from ..tuner.adapter import MultiHeadAdapter
+from ..tuner.comparison import Shape, compare_tensors
 from ..tuner.config import RLoraConfig
-from .comparison import Shape, compare_tensors
-from .reading import AdapterCheckError, TensorEntry, first_few, shorten
 
 
 PREFIX = "base_model.model."

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..files.card_text import check_card
 from ..files.checks import AdapterCheckError, CheckedAdapter, check_adapter, check_listing
 from ..files.layout import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, FileKind, classify
-from ..files.reading import first_few
+from ..reading import first_few
 from .card_reading import read_card_info
 
 

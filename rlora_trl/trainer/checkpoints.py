@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from ..files.layout import WEIGHTS_NAME
 from ..tuner import MultiHeadAdapter
-from ..tuner.selection import kept_quantized
+from ..tuner.bnb_cpu import kept_quantized
 from .resuming import (
     FRESH_START_HINT,
     STATE_FILE,

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from ..files.reading import first_few
+from ..reading import first_few
 from ..tuner import MultiHeadAdapter
 
 

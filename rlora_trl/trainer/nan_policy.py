@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from ..files.reading import first_few
+from ..reading import first_few
 
 
 logger = get_logger(__name__)

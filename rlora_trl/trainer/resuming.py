@@ -15,9 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..files.names import hub_name
-from ..files.reading import read_safetensors_header, shorten
 from ..files.record import AdapterRecord
 from ..files.tensors import file_digest
+from ..reading import read_safetensors_header, shorten
 from ..tuner import RLoraConfig
 from .saving import adapter_folder
 

@@ -18,8 +18,8 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 
 from ..evaluation.formats import has_transform
-from ..files.reading import shorten
 from ..files.record import Scalar, is_plain, select_hyperparameters
+from ..reading import shorten
 from .resuming import FRESH_START_HINT, read_state, step_of
 from .task_ids import TASK_IDS
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
-from ..files.reading import AdapterCheckError, first_few, read_safetensors_header
 from ..files.tensors import file_digest
+from ..reading import AdapterCheckError, first_few, read_safetensors_header
 
 
 # Folder for unfinished saves, within the folder that is saved to.

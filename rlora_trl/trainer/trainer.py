@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,10 @@ from ..hub.card_reading import read_card
 from ..kernels import RoutingTally, capture_loss_grad, draw_seed
 from ..publish import push_adapter
 from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
-from ..tuner.routing import describe_batch
-from ..tuner.selection import kept_quantized
-from ..tuner.target_checks import refuse_token_rows_of_head
+from ..tuner.batch import describe_batch
+from ..tuner.bnb_cpu import kept_quantized
+from ..tuner.routing import using_all
+from ..tuner.targets import refuse_token_rows_of_head
 from .callbacks import HeadUsageCallback
 from .checkpoints import KeptState, StagedCheckpoints
 from .config import RLoraSFTConfig
@@ -395,17 +396,15 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def _batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None = None) -> Generator[None, None, None]:
         """Give the layers the tasks and the padding of a batch. Recomputations in its backward pass get them again."""
         mask, batch = token_mask_of(inputs), describe_batch((), inputs)
-        token_mask = None if mask is None else mask.to(torch.uint8)
-        with ExitStack() as stack:
-            for routing in self._routings:
-                context = routing.using(
-                    task_ids=inputs.get(TASK_IDS),
-                    token_mask=token_mask,
-                    tally=tally,
-                    seed=draw_seed() if self.model.training and self._recomputes_with_other_seeds else None,
-                    lengths=() if batch is None else batch.lengths,
-                )
-                stack.enter_context(context)
+        draws_seed = self.model.training and self._recomputes_with_other_seeds
+        values = {
+            "task_ids": inputs.get(TASK_IDS),
+            "token_mask": None if mask is None else mask.to(torch.uint8),
+            "tally": tally,
+            "lengths": () if batch is None else batch.lengths,
+        }
+        seeds = [draw_seed() if draws_seed else None for _ in self._routings]
+        with using_all([(r, {**values, "seed": seed}) for r, seed in zip(self._routings, seeds, strict=True)]):
             yield
 
     @property

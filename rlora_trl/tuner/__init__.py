@@ -2,10 +2,11 @@
 
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig, RLoraPeftType
+from .head_usage import HeadUsage
 from .layer import RLoraLayer, RLoraLinear
 from .model import RLoraModel
 from .registration import register
-from .routing import HeadUsage, Routing, find_routings, set_task
+from .routing import Routing, find_routings, set_task
 
 
 __all__ = [

@@ -1,4 +1,6 @@
-"""One multi-head adapter as a module: it owns A, the heads B, the router and the anchor, and knows nothing of PEFT."""
+"""One multi-head adapter as a module: A, the heads B, the router and the anchor. It knows nothing of PEFT."""
+
+from __future__ import annotations
 
 from operator import is_
 from typing import Any, NamedTuple
@@ -13,31 +15,39 @@ from .initialization import init_heads_, init_router_
 from .routing import Routing
 
 
-# Weights below this are none: their logits stay finite in 16 bits, and zero times them is zero.
+# Smaller head weights count as zero. Their logits stay finite in 16 bits, and zero times them is zero.
 _TINY = 1e-300
-# An odd number that spreads the numbers of layers over the bits of a seed.
+# An odd number that spreads the index of a layer over the bits of a seed.
 _SPREAD = 0x2545F4914F6CDD1D
 
 
 class PrefetchedWeights(NamedTuple):
-    """Weights of an adapter that were packed before it was called, and what they were made from."""
+    """
+    Weights of an adapter that were concatenated before its forward pass; see [`WeightPrefetch`].
 
-    packed: ConcatWeights
+    Args:
+        weights ([`ConcatWeights`]): The concatenated weights.
+        layout ([`Layout`]), scaling (`float`): How they were concatenated.
+        tensors (`AdapterTensors`): The tensors that they were made from.
+        versions (`list[int | None]`): How often each tensor had been written to.
+    """
+
+    weights: ConcatWeights
     layout: Layout
     scaling: float
     tensors: AdapterTensors
     versions: list[int | None]
 
     @classmethod
-    def of(cls, packed: ConcatWeights, spec: DeltaSpec, tensors: AdapterTensors) -> "PrefetchedWeights":
-        """The weights `packed` just now from `tensors`."""
-        return cls(packed, spec.layout, spec.scaling, tensors, _versions(tensors))
+    def of(cls, weights: ConcatWeights, spec: DeltaSpec, tensors: AdapterTensors) -> PrefetchedWeights:
+        """Weights that were made from `tensors` just now."""
+        return cls(weights, spec.layout, spec.scaling, tensors, _versions(tensors))
 
     def holds_for(self, tensors: AdapterTensors, layout: Layout, scaling: float, x: torch.Tensor) -> bool:
-        """Whether these are the weights for an input, made from these very tensors as they are now."""
-        down = self.packed.down
+        """Whether the weights suit the input `x` and equal what the tensors would give now."""
+        down = self.weights.down
         return (
-            # Not the same ones in `torch.func.functional_call`, nor on the same device where layers come and go.
+            # `torch.func.functional_call` passes other tensors, and offloaded layers change their device.
             all(map(is_, tensors, self.tensors))
             and down.dtype == x.dtype
             and down.device == x.device
@@ -48,7 +58,6 @@ class PrefetchedWeights(NamedTuple):
 
 
 def _versions(tensors: AdapterTensors) -> list[int | None]:
-    """How often each tensor was written to."""
     return [None if tensor is None else tensor._version for tensor in tensors]
 
 
@@ -61,14 +70,14 @@ class MultiHeadAdapter(nn.Module):
         delta(x) = scaling * (sum_i w_i B_i (m_i . h) / (1 - p)  -  B0 (A0 x))
 
     `A0` and `B0` are the initial `A` and the mean over heads of the initial `B`. The paper subtracts `B0 A0` from the
-    frozen weight; kept here instead, the base layer is never touched, whatever its dtype or quantization. With an A
-    for each head (`share_a=False`) h is A_i x, `A0` and `B0` are the initial `A` and `B`, and what is subtracted is
-    the mean over heads of B0_i (A0_i x).
+    frozen weight; keeping them here leaves the base layer untouched, whatever its dtype or quantization. With one A
+    for each head (`share_a=False`) h is A_i x, `A0` and `B0` are the initial `A` and `B`, and the mean over heads of
+    B0_i (A0_i x) is subtracted.
 
-    The weights are the softmax of logits, which are `router x` ("softmax"), the same with all but the largest
-    `router_top_k` left out ("top_k"), or those of the token's task ("task"); or they are all alike ("uniform").
+    The head weights w are the softmax of logits, which are `router x` ("softmax"), its `router_top_k` largest entries
+    ("top_k"), or parameters of the token's task ("task"). With "uniform" all heads weigh the same.
 
-    All parameters are direct members, so that DeepSpeed ZeRO-3 gathers them when the module is called.
+    All parameters are direct members: DeepSpeed ZeRO-3 gathers those when the module is called.
 
     Args:
         in_features (`int`), out_features (`int`):
@@ -82,11 +91,11 @@ class MultiHeadAdapter(nn.Module):
         router (`str`, *optional*, defaults to `"softmax"`):
             `"softmax"`, `"top_k"`, `"task"` or `"uniform"`.
         router_top_k (`int`, *optional*):
-            Heads kept for each token by `"top_k"`.
+            Number of heads for each token with `"top_k"`.
         share_a (`bool`, *optional*, defaults to `True`):
-            One A for all heads rather than one for each.
+            Use one A for all heads rather than one for each.
         routing ([`Routing`], *optional*):
-            What the layers of one adapter share; its tasks are the rows of a task router.
+            State that the layers of one adapter share; its tasks are the rows of a task router.
         router_init (`str`, *optional*, defaults to `"zeros"`):
             `"zeros"` or `"kaiming_uniform"`.
         dropout (`float`, *optional*, defaults to `0.0`):
@@ -105,6 +114,9 @@ class MultiHeadAdapter(nn.Module):
     anchor_names = ("A0", "B0")
     # What a state dict of this module may contain.
     tensor_names = ("A", "B", "router", "A0", "B0")
+    # Set by `WeightPrefetch` for one forward pass.
+    prefetched: PrefetchedWeights | None = None
+
     A: nn.Parameter
     B: nn.Parameter
     router: nn.Parameter | None
@@ -125,12 +137,11 @@ class MultiHeadAdapter(nn.Module):
         init_weights: str | bool = "rlora",
     ) -> dict[str, tuple[int, ...]]:
         """
-        The tensors that an adapter of these settings has: the only place that knows them.
+        The tensors of an adapter with these settings. Nothing else knows them.
 
         Args:
-            num_tasks (`int`, *optional*, defaults to `0`): Rows of a task router.
-
-        See the class for the other arguments.
+            num_tasks (`int`, *optional*, defaults to `0`):
+                Rows of a task router. The other arguments are those of the class.
 
         Returns:
             `dict[str, tuple[int, ...]]`: Shapes by name, in the order of `tensor_names`.
@@ -168,9 +179,6 @@ class MultiHeadAdapter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self._cache: tuple[list, InferenceDelta] | None = None  # see `_packed`
-        # That of the last products for which the weights were not packed ahead.
-        self.product_dtype: torch.dtype | None = None
         self.in_features, self.out_features = in_features, out_features
         self.r, self.num_heads = r, num_heads
         self.scaling = scaling
@@ -182,11 +190,15 @@ class MultiHeadAdapter(nn.Module):
         self.share_a = share_a
         self.routing = routing if routing is not None else Routing(None, router)
         self.layer_number = self.routing.number_layer()
-        # This layer's rows in the records of a trainer, and of evaluation.
+
+        # Rows of this layer in the routing statistics of a trainer, and in `HeadUsage`.
         self.routing_row: int | None = None
         self.usage_row: int | None = None
-        # Logits `[N]` of the weights that all tokens get, in place of the router; see `fixed_head_weights`.
+        # Logits `[N]` that replace the router for all tokens; see `fixed_head_weights`.
         self.fixed_logits: torch.Tensor | None = None
+        # Dtype of the last products that ran without prefetched weights.
+        self.product_dtype: torch.dtype | None = None
+        self._cache: tuple[list, InferenceDelta] | None = None  # see `_inference_delta`
 
         # Shapes of the whole tensors: DeepSpeed and FSDP leave shards in the parameters.
         self.shapes = self.expected_tensors(
@@ -212,24 +224,24 @@ class MultiHeadAdapter(nn.Module):
         """Draw new initial values and set the anchor to them."""
         init_heads_(self.A, self.B, self.init_weights, self.init_gamma)
         if self.router is not None:
-            # A router of zeros hides from tests whether it is used at all.
+            # With a router of zeros a test could not see whether it is used.
             init_router_(self.router, self.router_init if self.init_weights is not False else "kaiming_uniform")
         self.reset_anchor()
 
     def _anchor_of(self, B: torch.Tensor) -> torch.Tensor:
-        """What the anchor keeps of B: with a shared A its mean is enough."""
+        """The part of B that the anchor needs: with a shared A the mean over heads is enough."""
         return B.mean(0) if self.share_a else B
 
     @torch.no_grad()
     def reset_anchor(self) -> None:
-        """Set the anchor to the present values, so that the delta with equal weights of all heads is zero."""
+        """Set the anchor to the current values, so that the delta with equal head weights is zero."""
         if self.A0 is not None and self.B0 is not None:
             self.A0.copy_(self.A)
             self.B0.copy_(self._anchor_of(self.B))
 
     @torch.no_grad()
     def is_at_anchor(self) -> bool:
-        """Whether A and the mean of B still are at the initial values: the delta with equal weights is zero."""
+        """Whether A and the mean of B equal the anchor, so that the delta with equal head weights is zero."""
         return (
             self.A0 is not None
             and self.B0 is not None
@@ -238,14 +250,14 @@ class MultiHeadAdapter(nn.Module):
         )
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Cast all parameters; an adapter at its initial values stays there, with an anchor of the rounded values."""
+        """Cast all parameters. An adapter that equals its anchor still does so after rounding."""
         at_anchor = self.A.device.type != "meta" and self.is_at_anchor()
         self.to(dtype)
         if at_anchor:
             self.reset_anchor()
 
     def freeze_anchor(self) -> None:
-        """Take gradients off the anchor again, after code that turned them on for every parameter."""
+        """Turn gradients off for the anchor, after code that turned them on for every parameter."""
         for name in self.anchor_names:
             parameter = getattr(self, name)
             if parameter is not None:
@@ -253,10 +265,10 @@ class MultiHeadAdapter(nn.Module):
 
     @property
     def trains(self) -> bool:
-        """Whether any parameter is trained."""
+        """Whether any parameter requires a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def requires_grad_(self, requires_grad: bool = True) -> "MultiHeadAdapter":
+    def requires_grad_(self, requires_grad: bool = True) -> MultiHeadAdapter:
         """Turn gradients on or off for all parameters but the anchor, which stays frozen."""
         super().requires_grad_(requires_grad)
         self.freeze_anchor()
@@ -276,31 +288,53 @@ class MultiHeadAdapter(nn.Module):
             x (`torch.Tensor` of shape `[..., d_in]`): Input of the layer.
             base (`torch.Tensor` of shape `[..., d_out]`, *optional*): Output of the layer.
             weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*): Frozen weight, to compute that output here.
-            inplace (`bool`, *optional*, defaults to `False`): The result may be written over `base`.
+            inplace (`bool`, *optional*, defaults to `False`): The result may overwrite `base`.
 
         Returns:
-            `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base` where it is given.
+            `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base`, if that is passed.
         """
+        # Autocast does not look into the fused function, so its dtype is applied here.
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
         if autocast and x.dtype != (dtype := torch.get_autocast_dtype(device_type)):
             x = x.to(dtype)
+
+        # A recomputation needs the context of this pass, and an evaluation counts it.
         training, routing = self.training, self.routing
         if training or torch.is_grad_enabled():
             routing.note_forward()
         if not training and routing.batch.usage is not None:
-            self._record_usage(x)
+            self._count_usage(x)
+
+        # Cases that the fused function does not cover.
         masked = training and self.dropout > 0.0
         on_input = masked and self.dropout_position == "input"
         if torch.compiler.is_compiling() and not on_input:
             return self._compiled(x, base, weight, masked)
         if on_input or (base is not None and base.dtype != x.dtype):
             return self._composed(x, base, weight, masked)
-        logits = self._given_logits(x)
+
+        # Inference keeps its concatenated weights from call to call.
         if not training and not torch.is_grad_enabled() and weight is None:
-            return self._packed(x).apply(x, base, logits=logits, inplace=inplace)
+            logits = self._replacing_logits(x)
+            return self._inference_delta(x).apply(x, base, logits=logits, inplace=inplace)
+
+        if not autocast:
+            return self._fused(x, base, weight, inplace, masked)
+        # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
+        torch.set_autocast_enabled(device_type, False)
+        try:
+            return self._fused(x, base, weight, inplace, masked)
+        finally:
+            torch.set_autocast_enabled(device_type, True)
+
+    def _fused(
+        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, inplace: bool, masked: bool
+    ) -> torch.Tensor:
+        """`forward` as one autograd function: the way of training."""
+        logits = self._replacing_logits(x)
         tensors, layout = self.kernel_tensors(), self._layout()
-        packed = self._prefetched(tensors, layout, x)
+        weights = self._prefetched(tensors, layout, x)
         spec = DeltaSpec(
             layout,
             self.scaling,
@@ -309,64 +343,55 @@ class MultiHeadAdapter(nn.Module):
             inplace and base is not None and base.is_contiguous(),
             self._probe(x),
         )
-        if not autocast:
-            return fused_delta(x, *tensors, logits, base, weight, spec, packed)
-        # All is in its dtype by now, and autocast costs each product of a short step a third more of the host's time.
-        torch.set_autocast_enabled(device_type, False)
-        try:
-            return fused_delta(x, *tensors, logits, base, weight, spec, packed)
-        finally:
-            torch.set_autocast_enabled(device_type, True)
+        return fused_delta(x, *tensors, logits, base, weight, spec, weights)
 
     def _draw_seed(self) -> int:
-        """The seed of a dropout mask; made from that of the batch, where there is one."""
+        """The seed of a dropout mask, derived from the seed of the batch if it has one."""
         seed = self.routing.batch.seed
         return draw_seed() if seed is None else (seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
 
     def _draw_seed_tensor(self, device: torch.device) -> torch.Tensor:
-        """The same for `torch.compile`."""
+        """[`_draw_seed`] for `torch.compile`."""
         seed = self.routing.batch.seed_tensor
         if seed is None:
             return draw_seed_tensor(device)
-        own = (self.layer_number * _SPREAD) & (2**63 - 1)
-        return torch.full((), own, dtype=torch.int64, device=device) ^ seed
+        layer_seed = (self.layer_number * _SPREAD) & (2**63 - 1)
+        return torch.full((), layer_seed, dtype=torch.int64, device=device) ^ seed
 
     def kernel_tensors(self) -> AdapterTensors:
-        """What the kernels get: with the router where it is a matrix for the input, which that of tasks is not."""
+        """The tensors for the kernels: with the router only if it is applied to the input."""
         routed = self.router_kind != "task" and self.fixed_logits is None
         return self.A, self.B, self.router if routed else None, self.A0, self.B0
 
     def _layout(self) -> Layout:
-        """The columns of the projections: with logits where a router or a fixed mixture gives them."""
-        routed = self.router_kind != "uniform" or self.fixed_logits is not None
-        return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, self._top_k())
+        """The columns of the projections, with logits unless all heads weigh the same."""
+        fixed = self.fixed_logits is not None
+        routed, top_k = fixed or self.router_kind != "uniform", 0 if fixed else self.top_k
+        return Layout(self.num_heads, self.r, routed, self.init_weights == "rlora", self.share_a, top_k)
 
     def delta_spec(self) -> DeltaSpec:
-        """What [`concat_weights`] needs to know of this adapter, besides its tensors."""
+        """The settings that [`concat_weights`] needs."""
         return DeltaSpec(self._layout(), self.scaling)
 
     def _prefetched(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> ConcatWeights | None:
-        """The weights that were packed for this forward pass of the model, where they hold."""
-        ahead = self.routing.packed.get(self.layer_number)
-        if ahead is not None and ahead.holds_for(tensors, layout, self.scaling, x):
-            return ahead.packed
-        if self.product_dtype != x.dtype:  # `nn.Module` takes its time to set attributes
+        """The prefetched weights, if they hold for this call."""
+        prefetched = self.prefetched
+        if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
+            return prefetched.weights
+        if self.product_dtype != x.dtype:  # `nn.Module.__setattr__` is slow
             self.product_dtype = x.dtype
         return None
-
-    def _top_k(self) -> int:
-        return self.top_k if self.fixed_logits is None else 0
 
     def _probe(self, x: torch.Tensor) -> LayerProbe | None:
         if not self.training or self.fixed_logits is not None:
             return None
-        # Under reentrant checkpointing the first pass has no backward pass: the recomputation records.
+        # With reentrant checkpointing the first pass has no backward pass; the recomputation reports.
         return self.routing.probe(self.routing_row, x.shape[:-1].numel()) if torch.is_grad_enabled() else None
 
     def _composed(
         self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
     ) -> torch.Tensor:
-        """The same from PyTorch's own operations."""
+        """`forward` in PyTorch's own operations."""
         seed: int | torch.Tensor | None = None
         if masked:
             seed = self._draw_seed_tensor(x.device) if torch.compiler.is_compiling() else self._draw_seed()
@@ -377,8 +402,8 @@ class MultiHeadAdapter(nn.Module):
             dropout=self.dropout,
             seed=seed,
             dropout_position=self.dropout_position,
-            logits=self._given_logits(x),
-            top_k=self._top_k(),
+            logits=self._replacing_logits(x),
+            top_k=self._layout().top_k,
             probe=self._probe(x),
         )
         if weight is not None:
@@ -388,7 +413,7 @@ class MultiHeadAdapter(nn.Module):
     def _compiled(
         self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
     ) -> torch.Tensor:
-        """The same for `torch.compile`: matrix products and operators that it does not look into."""
+        """`forward` for `torch.compile`: matrix products, and operators that it does not trace."""
         return compiled_multihead(
             x,
             *self.kernel_tensors(),
@@ -397,81 +422,97 @@ class MultiHeadAdapter(nn.Module):
             scaling=self.scaling,
             dropout=self.dropout,
             seed=self._draw_seed_tensor(x.device) if masked else None,
-            logits=self._given_logits(x),
-            top_k=self._top_k(),
+            logits=self._replacing_logits(x),
+            top_k=self._layout().top_k,
             probe=self._probe(x),
         )
 
-    def _packed(self, x: torch.Tensor) -> InferenceDelta:
-        """The weights side by side in the dtype of `x`, made once for inference, and again when one has changed."""
+    def _inference_delta(self, x: torch.Tensor) -> InferenceDelta:
+        """The weights, concatenated in the dtype of `x`; kept for inference until one of them changes."""
         parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
         key = [x.dtype, torch.is_inference_mode_enabled(), self.fixed_logits is None, self.scaling]
         key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
         if self._cache is None or self._cache[0] != key:
-            packed = concat_weights(*self.kernel_tensors(), self.delta_spec(), x.dtype)
-            self._cache = (key, InferenceDelta(packed))
+            weights = concat_weights(*self.kernel_tensors(), self.delta_spec(), x.dtype)
+            self._cache = (key, InferenceDelta(weights))
         return self._cache[1]
 
-    def task_mixtures(self) -> torch.Tensor:
+    def task_logits(self) -> torch.Tensor:
         """
-        Logits of the heads `[K + 1, N]` for each of the K tasks, and for no task: the mean of the K mixtures.
+        Logits of the heads for each of the K tasks of a task router, and last those of the mean over tasks.
 
-        In float32 or wider.
+        Returns:
+            `torch.Tensor` of shape `[K + 1, N]`: In float32 or wider.
         """
-        logits = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
+        assert self.router is not None
+        logits = self.router.to(torch.promote_types(self.router.dtype, torch.float32))  # [K, N]
         return torch.cat([logits, logits.softmax(-1).mean(0, keepdim=True).log()])
 
-    def _given_logits(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Logits `[T, N]` that take the place of a router's, if there are any."""
+    def _replacing_logits(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Logits `[T, N]` that replace those of a router on the input; `None` without such."""
         if self.fixed_logits is not None:
             return self.fixed_logits.expand(x.shape[:-1].numel(), -1)
-        return self._task_logits(x) if self.router_kind == "task" else None
+        return self._logits_by_task(x) if self.router_kind == "task" else None
 
-    def _task_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits `[T, N]` of the tasks of the tokens of `x`."""
-        mixtures = self.task_mixtures()
-        task_ids = self.routing.token_task_ids(x.shape[:-1], x.device)
+    def _logits_by_task(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, N]` for the tasks of the tokens of `x`."""
+        logits = self.task_logits()  # [K + 1, N]
+        task_ids = self.routing.token_task_ids(x.shape[:-1], x.device)  # [T]
         if task_ids is None:
-            self.routing.warn_of_mean_mixture()
-            return mixtures[-1].expand(x.shape[:-1].numel(), -1)
-        # `embedding`, as its gradient is summed in a fixed order.
-        return nn.functional.embedding(torch.where(task_ids < 0, len(mixtures) - 1, task_ids), mixtures)
+            self.routing.warn_of_mean_weights()
+            return logits[-1].expand(x.shape[:-1].numel(), -1)
+        # Indexing would sum the gradient in a random order; `embedding` has a fixed one.
+        return nn.functional.embedding(torch.where(task_ids < 0, len(logits) - 1, task_ids), logits)
 
     @torch.no_grad()
-    def _record_usage(self, x: torch.Tensor) -> None:
+    def _count_usage(self, x: torch.Tensor) -> None:
+        """Add the head weights of the tokens of `x` to the `HeadUsage` of the batch."""
         routing = self.routing
         usage = routing.batch.usage
         if usage is None or self.usage_row is None:
             return
         tokens = x.shape[:-1].numel()
-        weights = self.mixture(x).reshape(tokens, self.num_heads)
-        task_ids = routing.token_task_ids(x.shape[:-1], x.device)
+        weights = self.head_weights(x).reshape(tokens, self.num_heads)  # [T, N]
+        task_ids = routing.token_task_ids(x.shape[:-1], x.device)  # [T]
         usage.add(self.usage_row, weights, task_ids, routing.mask_for(tokens))
 
-    def train(self, mode: bool = True) -> "MultiHeadAdapter":
-        """Switch between training and inference; what inference keeps is dropped."""
-        # Some optimizers write through `.data`, which leaves no trace that `_packed` sees; but not while in eval mode.
+    def train(self, mode: bool = True) -> MultiHeadAdapter:
+        """Switch between training and inference, and drop the weights that inference keeps."""
+        # Some optimizers write through `.data`, which `_inference_delta` can't notice; but none does in eval mode.
         self._cache = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: all but what inference keeps, and what holds for a while only."""
-        return {**self.__dict__, "_cache": None, "fixed_logits": None}
+        """Copies and pickles leave out the weights that inference keeps, and temporary state."""
+        return {**self.__dict__, "_cache": None, "fixed_logits": None, "prefetched": None}
 
-    def fix_mixture(self, weights: torch.Tensor | None) -> None:
-        """Give all tokens the weights `[N]` of the heads from now on, or with `None` those of the router again."""
+    def fix_head_weights(self, weights: torch.Tensor | None) -> None:
+        """
+        Replace the router by constant head weights.
+
+        Args:
+            weights (`torch.Tensor` of shape `[N]`, *optional*): Weights for all tokens; `None` restores the router.
+        """
         if weights is None:
             self.fixed_logits = None
             return
         wide = torch.promote_types(self.A.dtype, torch.float32)
         logits = weights.to("cpu", torch.float64).clamp(min=_TINY).log()
-        # The kernels take logits in the dtype of the activations: near zero, where weights are large, 16 bits round
-        # them least.
+        # The kernels take logits in the dtype of the activations. 16 bits round least near zero, so that is where the
+        # largest weights go.
         self.fixed_logits = (logits - logits.max()).to(self.A.device, wide)
 
-    def mixture(self, x: torch.Tensor) -> torch.Tensor:
-        """The weights `[..., N]` of the heads for inputs `x` `[..., d_in]`, in float32 or wider."""
-        logits = self._given_logits(x)
+    def head_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        The head weights for an input.
+
+        Args:
+            x (`torch.Tensor` of shape `[..., d_in]`): Input of the layer.
+
+        Returns:
+            `torch.Tensor` of shape `[..., N]`: In float32 or wider.
+        """
+        logits = self._replacing_logits(x)
         if logits is not None:
             return routing_weights(logits).view(*x.shape[:-1], self.num_heads)
         if self.router is None:
@@ -480,14 +521,17 @@ class MultiHeadAdapter(nn.Module):
 
     def delta_weight(self) -> torch.Tensor:
         """
-        The delta as a matrix `[d_out, d_in]` in float32 or wider, where it is one.
+        The delta as a matrix.
+
+        Returns:
+            `torch.Tensor` of shape `[d_out, d_in]`: In float32 or wider.
 
         Raises:
-            ValueError: If the weights of the heads depend on the token.
+            ValueError: If the head weights depend on the token.
         """
         if self.router is not None:
             raise ValueError(
-                f"The delta of an adapter with `router={self.router_kind!r}` depends on the token and is not a "
+                f"The delta of an adapter with `router={self.router_kind!r}` depends on the token, so it is not a "
                 'matrix. Only `router="uniform"` has one.'
             )
         dtype = torch.promote_types(self.A.dtype, torch.float32)
@@ -502,6 +546,5 @@ class MultiHeadAdapter(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"num_heads={self.num_heads}, scaling={self.scaling:g}, router={self.router_kind!r}, "
-            f"share_a={self.share_a}, "
-            f"dropout={self.dropout:g} ({self.dropout_position})"
+            f"share_a={self.share_a}, dropout={self.dropout:g} ({self.dropout_position})"
         )

@@ -1,4 +1,4 @@
-"""`RLoraConfig`: everything that defines the function of an adapter and must be there again when it is loaded."""
+"""`RLoraConfig`: everything that defines the function of an adapter, and is saved with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from typing_extensions import override
 
-from ..files.reading import read_safetensors_header
+from ..reading import read_safetensors_header
 from .initialization import INIT_SCHEMES, ROUTER_INITS
 from .task_names import MAX_TASKS, task_name
 
@@ -33,7 +33,7 @@ class RLoraPeftType(str, Enum):  # noqa: UP042 - as `peft.PeftType`; StrEnum pri
 
 
 class AdapterSource(NamedTuple):
-    """Where an adapter was loaded from: a folder or a Hub name, its revision, and a folder in it."""
+    """Where an adapter was loaded from: a folder or a Hub repository, its revision, and a subfolder."""
 
     name: str
     revision: str | None = None
@@ -48,7 +48,7 @@ class RLoraConfig(PeftConfig):
 
     Args:
         r (`int`, *optional*, defaults to `4`):
-            Rank of each head. A layer with fewer inputs or outputs gets the largest rank that it allows.
+            Rank of each head. A layer with fewer inputs or outputs gets the largest possible rank.
         num_heads (`int`, *optional*, defaults to `3`):
             Number N of head matrices B.
         lora_alpha (`int`, *optional*, defaults to `32`):
@@ -59,7 +59,7 @@ class RLoraConfig(PeftConfig):
             Names of the layers to adapt, a regular expression, or `"all-linear"`. By default the MLP projections,
             which the paper trains.
         exclude_modules (`str` or `list[str]`, *optional*):
-            Names, or a regular expression, of layers to leave alone.
+            Names, or a regular expression, of layers to leave out.
         head_dropout (`float`, *optional*, defaults to `0.2`):
             Probability in `[0, 1)` that an element is dropped during training.
         dropout_position (`str`, *optional*, defaults to `"head"`):
@@ -71,40 +71,40 @@ class RLoraConfig(PeftConfig):
         init_gamma (`float`, *optional*, defaults to `64.0`):
             Constant gamma of Table 1: the standard deviations are `d_out**0.25 / sqrt(gamma * fan)`.
         router (`str`, *optional*, defaults to `"softmax"`):
-            How the heads are weighted. `"softmax"`: of the router's logits for each token. `"top_k"`: the same over
-            the `router_top_k` largest logits. `"task"`: one learned mixture for each of `tasks`. `"uniform"`: all
-            alike.
+            How the heads are weighted. `"softmax"`: softmax of the router's logits for each token. `"top_k"`: the
+            same over the `router_top_k` largest logits. `"task"`: learned weights for each of `tasks`. `"uniform"`:
+            equal weights.
         router_init (`str`, *optional*, defaults to `"zeros"`):
-            `"zeros"`: all heads weigh the same at the start, so that the model at step 0 is the base model.
-            `"kaiming_uniform"`: the authors' code; only close to the base model. `"top_k"` needs it.
+            `"zeros"`: equal head weights at the start, so that the model at step 0 is the base model.
+            `"kaiming_uniform"`: as in the authors' code; only close to the base model. `"top_k"` needs it.
         router_top_k (`int`, *optional*):
-            Number of heads kept for each token by `router="top_k"`, from 2 to `num_heads - 1`.
+            Number of heads for each token with `router="top_k"`, from 2 to `num_heads - 1`.
         share_a (`bool`, *optional*, defaults to `True`):
             One A for all heads; `False` gives each its own (Multi-LoRA, LoRA-MoE).
         tasks (`list[str]`, *optional*):
-            Names of the tasks that the adapter was trained on. The trainer fills it in. Their order is that of the
-            mixtures of `router="task"`, which has to know them when the adapter is made.
+            Names of the tasks that the adapter was trained on. The trainer fills it in. `router="task"` needs them
+            when the adapter is created, and its rows are in their order.
         modules_to_save (`list[str]`, *optional*):
-            Modules besides the adapters to train in full and to save.
+            Further modules to train in full and to save.
         layers_to_transform (`int` or `list[int]`, *optional*), layers_pattern (`str` or `list[str]`, *optional*):
             Indices of the layers to adapt and the name of the list that they index, as in `LoraConfig`.
         rank_pattern (`dict`, *optional*), alpha_pattern (`dict`, *optional*):
-            Layer names, or regular expressions, with a rank or an alpha of their own.
+            Ranks or alphas by layer name or regular expression.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
-            The weight is stored as `[d_in, d_out]`. Set by itself for transformers' `Conv1D`.
+            The weight is stored as `[d_in, d_out]`. Set automatically for transformers' `Conv1D`.
         bias (`str`, *optional*, defaults to `"none"`):
             Which biases to train: `"none"`, `"all"` or `"rlora_only"`.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Rows of the token embedding to train, as in `LoraConfig`.
 
     Raises:
-        ValueError: If a field has a value outside its range, or fields do not go together.
-        TypeError: If a field has a value of another kind.
+        ValueError: If a value is out of range, or fields contradict each other.
+        TypeError: If a value has another type.
     """
 
-    # Not a field, as it is not saved: set where a configuration is loaded, for what lies beside it.
+    # Not a field, as it is not saved. Set when a configuration is loaded, to find the files beside it.
     source: ClassVar[AdapterSource | None] = None
-    # Not a field either: whether it was read from a file. `PeftConfig.from_pretrained`, which transformers calls, does
+    # Not a field either: whether it was read from a file. transformers calls `PeftConfig.from_pretrained`, which does
     # not call `from_pretrained` below.
     loaded: ClassVar[bool] = False
 
@@ -121,7 +121,7 @@ class RLoraConfig(PeftConfig):
         },
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of layers to leave alone."}
+        default=None, metadata={"help": "Names, or a regular expression, of layers to leave out."}
     )
     head_dropout: float = field(default=0.2, metadata={"help": "Probability in [0, 1) that an element is dropped."})
     dropout_position: Literal["head", "input"] = field(
@@ -140,14 +140,14 @@ class RLoraConfig(PeftConfig):
         default="zeros", metadata={"help": "Initial values of the router."}
     )
     router_top_k: int | None = field(
-        default=None, metadata={"help": "Number of heads kept for each token by router='top_k'."}
+        default=None, metadata={"help": "Number of heads for each token with router='top_k'."}
     )
-    share_a: bool = field(default=True, metadata={"help": "One A for all heads rather than one for each."})
+    share_a: bool = field(default=True, metadata={"help": "Use one A for all heads rather than one for each."})
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Names of the tasks that the adapter was trained on; the trainer fills it in."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules besides the adapters to train in full and to save."}
+        default=None, metadata={"help": "Further modules to train in full and to save."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
@@ -155,12 +155,8 @@ class RLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` indexes."}
     )
-    rank_pattern: dict = field(
-        default_factory=dict, metadata={"help": "Layer names, or regular expressions, with a rank of their own."}
-    )
-    alpha_pattern: dict = field(
-        default_factory=dict, metadata={"help": "Layer names, or regular expressions, with an alpha of their own."}
-    )
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Ranks by layer name or regular expression."})
+    alpha_pattern: dict = field(default_factory=dict, metadata={"help": "Alphas by layer name or regular expression."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "The weight is stored as [d_in, d_out]."})
     bias: Literal["none", "all", "rlora_only"] = field(default="none", metadata={"help": "Which biases to train."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
@@ -168,7 +164,7 @@ class RLoraConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        # In a file the method is text, and beside it are fields that PEFT fills in when an adapter is made or saved.
+        # In a file the method is text, and PEFT has filled in these fields.
         saved = self.inference_mode or self.peft_version is not None
         self.loaded = saved and type(vars(self).get("peft_type")) is str  # type: ignore[misc]
         super().__post_init__()
@@ -232,10 +228,12 @@ class RLoraConfig(PeftConfig):
         }
         for name, accepted in choices.items():
             value = getattr(self, name)
-            # `0 == False`, but 0 is a typing error rather than a scheme.
+            # `0 == False`, but 0 is a typo rather than a scheme.
             if value not in accepted or (value == 0 and value is not False):
-                listed = ", ".join(repr(choice) for choice in accepted)
-                raise ValueError(f"`{name}` must be one of {listed}, got {value!r}. Set `{name}={accepted[0]!r}`.")
+                choices_text = ", ".join(map(repr, accepted))
+                raise ValueError(
+                    f"`{name}` must be one of {choices_text}, got {value!r}. Set `{name}={accepted[0]!r}`."
+                )
 
     def _check_layers(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
@@ -255,7 +253,7 @@ class RLoraConfig(PeftConfig):
         if self.router != "top_k":
             if top_k is not None:
                 raise ValueError(
-                    f"`router_top_k={top_k!r}` belongs to `router='top_k'`, and `router` is {self.router!r}. Leave it "
+                    f"`router_top_k={top_k!r}` belongs to `router='top_k'`, but `router` is {self.router!r}. Leave it "
                     "unset, or set `router='top_k'`."
                 )
         elif not isinstance(top_k, int) or isinstance(top_k, bool) or not 2 <= top_k < self.num_heads:
@@ -267,19 +265,19 @@ class RLoraConfig(PeftConfig):
         elif self.router_init == "zeros" and self.init_weights is not False:
             raise ValueError(
                 "`router='top_k'` can't start from `router_init='zeros'`: all logits are equal, so every token would "
-                "get the same heads, and the others nothing to learn from. Set `router_init='kaiming_uniform'`."
+                "use the same heads, and the others would get no gradient. Set `router_init='kaiming_uniform'`."
             )
         if self.num_heads == 1 and self.router != "uniform" and not self.loaded:
             warnings.warn(
-                f"With `num_heads=1` there is nothing for `router={self.router!r}` to weigh: its parameters get no "
-                "gradient. Set `router='uniform'`, or more heads.",
+                f"With `num_heads=1` the parameters of `router={self.router!r}` get no gradient: one head always has "
+                "weight 1. Set `router='uniform'`, or more heads.",
                 stacklevel=4,
             )
 
     def _check_tasks(self) -> None:
         if self.tasks is None:
             return
-        # A set has no order, which is that of the mixtures and must be the same in all processes.
+        # A set has no order, and that of the router's rows must be the same in all processes.
         is_list = isinstance(self.tasks, Iterable) and not isinstance(self.tasks, str | bytes | Set)
         if not is_list or not all(isinstance(task, str) and task.strip() for task in self.tasks):
             raise TypeError(
@@ -292,12 +290,13 @@ class RLoraConfig(PeftConfig):
             raise ValueError(f"`tasks` has a name that can't be used. {error}") from error
         if len(self.tasks) > MAX_TASKS:
             raise ValueError(
-                f"`tasks` names {len(self.tasks)} tasks, and an adapter has at most {MAX_TASKS}. Name groups of them."
+                f"`tasks` names {len(self.tasks)} tasks, and an adapter has at most {MAX_TASKS}. Name groups of tasks."
             )
         counts = Counter(self.tasks)
-        twice = sorted(task for task, count in counts.items() if count > 1)
-        if twice:
-            raise ValueError(f"`tasks` names {', '.join(map(repr, twice))} more than once. Give each task one name.")
+        repeated = sorted(task for task, count in counts.items() if count > 1)
+        if repeated:
+            names = ", ".join(map(repr, repeated))
+            raise ValueError(f"`tasks` names {names} more than once. Give each task one name.")
 
     def _check_symmetry(self) -> None:
         if self.loaded:
@@ -306,8 +305,8 @@ class RLoraConfig(PeftConfig):
         masks_differ = self.head_dropout > 0 and self.dropout_position == "head"
         if identical_heads and not masks_differ and (self.router == "uniform" or self.router_init == "zeros"):
             warnings.warn(
-                "With `init_weights='zero_b'` all heads start alike, and without head dropout or a random router they "
-                "get the same gradients: they stay copies of each other. Set `router_init='kaiming_uniform'` (as "
+                "With `init_weights='zero_b'` all heads start equal, and without head dropout or a random router they "
+                "get the same gradients: they remain copies of each other. Set `router_init='kaiming_uniform'` (as "
                 "HydraLoRA does), `head_dropout` above 0 or `init_weights='rlora'`.",
                 stacklevel=4,
             )
@@ -319,66 +318,66 @@ class RLoraConfig(PeftConfig):
         random softmax router, dropout on the input, scaling alpha / r.
 
         Args:
-            overrides: Fields of [`RLoraConfig`] to set otherwise.
+            overrides: Fields of [`RLoraConfig`] to override.
         """
-        fixed = {"init_weights": "zero_b", "router": "softmax", "router_init": "kaiming_uniform"}
-        return cls(**{**fixed, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
+        preset = {"init_weights": "zero_b", "router": "softmax", "router_init": "kaiming_uniform"}
+        return cls(**{**preset, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
 
     @classmethod
     def multi_lora(cls, **overrides: Any) -> RLoraConfig:
         """
-        Several LoRA adapters side by side, each with an A of its own, added up with equal weights.
+        The mean of several LoRA adapters, each with its own A.
 
         Args:
-            overrides: Fields of [`RLoraConfig`] to set otherwise.
+            overrides: Fields of [`RLoraConfig`] to override.
         """
-        fixed = {"init_weights": "zero_b", "router": "uniform", "share_a": False}
-        return cls(**{**fixed, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
+        preset = {"init_weights": "zero_b", "router": "uniform", "share_a": False}
+        return cls(**{**preset, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
 
     @classmethod
     def moe_lora(cls, **overrides: Any) -> RLoraConfig:
         """
-        LoRA adapters as a mixture of experts: each with an A of its own, two of them chosen for each token.
+        LoRA adapters as a mixture of experts: each with its own A, two of them for each token.
 
         Args:
-            overrides: Fields of [`RLoraConfig`] to set otherwise.
+            overrides: Fields of [`RLoraConfig`] to override.
         """
-        fixed = {"init_weights": "zero_b", "router": "top_k", "router_top_k": 2, "router_init": "kaiming_uniform"}
-        fixed |= {"share_a": False, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False}
-        return cls(**{**fixed, **overrides})
+        preset = {"init_weights": "zero_b", "router": "top_k", "router_top_k": 2, "router_init": "kaiming_uniform"}
+        preset |= {"share_a": False, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False}
+        return cls(**{**preset, **overrides})
 
     @classmethod
     def mtl_lora(cls, **overrides: Any) -> RLoraConfig:
         """
-        One A and one learned mixture of the heads for each task, as in MTL-LoRA ([arXiv
+        One A and learned head weights for each task, as in MTL-LoRA ([arXiv
         2410.09437](https://huggingface.co/papers/2410.09437)), without its transformation of A x for each task. The
-        mixtures start at random: heads that start at zero under equal mixtures would stay copies of each other.
+        head weights start at random: with equal weights, heads that start at zero would remain copies of each other.
 
         Args:
-            overrides: Fields of [`RLoraConfig`] to set otherwise.
+            overrides: Fields of [`RLoraConfig`] to override.
         """
-        fixed = {"init_weights": "zero_b", "router": "task", "router_init": "kaiming_uniform"}
-        return cls(**{**fixed, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
+        preset = {"init_weights": "zero_b", "router": "task", "router_init": "kaiming_uniform"}
+        return cls(**{**preset, "dropout_position": "input", "head_dropout": 0.05, "use_rslora": False, **overrides})
 
     def scaling(self, r: int | None = None, alpha: float | None = None) -> float:
-        """The factor of the delta for rank `r` and `alpha`, by default the configured ones."""
+        """The factor of the delta for a rank and an alpha, by default the configured ones."""
         r = self.r if r is None else r
         alpha = self.lora_alpha if alpha is None else alpha
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def rank_of(self, layer: str, *sizes: int) -> int:
         """
-        The rank in a layer: the one that `rank_pattern` has for it, or `r`, and at most its smallest size.
+        The rank in a layer: that of `rank_pattern`, or `r`, limited by the sizes of the layer.
 
         Args:
             layer (`str`): The layer's name in the model.
             sizes (`int`): Its input and output features.
         """
-        wanted = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
-        return min(wanted, *sizes) if sizes else wanted
+        rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
+        return min(rank, *sizes) if sizes else rank
 
     def alpha_of(self, layer: str) -> float:
-        """The alpha in a layer: the one that `alpha_pattern` has for it, or `lora_alpha`."""
+        """The alpha in a layer: that of `alpha_pattern`, or `lora_alpha`."""
         return self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), layer), self.lora_alpha)
 
     @classmethod
@@ -390,7 +389,7 @@ class RLoraConfig(PeftConfig):
         Load the configuration from a folder or a Hub repository; see `peft.PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: If the adapter's weights lie in the same folder and are truncated or not safetensors.
+            ValueError: If the folder has weights that are truncated or not safetensors.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.source = AdapterSource(str(pretrained_model_name_or_path), kwargs.get("revision"), subfolder)
@@ -402,12 +401,12 @@ class RLoraConfig(PeftConfig):
 
 def check_safetensors_file(path: str) -> None:
     """
-    Check that the header of a safetensors file describes the file exactly, before anything reads it.
+    Check that the header of a safetensors file describes it exactly, before anything reads it.
 
     Args:
         path (`str`): The file.
 
     Raises:
-        ValueError: If it does not; the message says how.
+        ValueError: If it does not.
     """
     read_safetensors_header(path)

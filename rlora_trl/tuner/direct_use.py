@@ -1,4 +1,4 @@
-"""Linear layers whose parent computes with their weight instead of calling them: an adapter there would do nothing.
+"""Finds linear layers whose parent computes with their weight instead of calling them: adapters have no effect there.
 
 `torch.nn.MultiheadAttention` passes `self.out_proj.weight` to a function, and the Mamba mixers pass the weights of
 `x_proj` and `out_proj` to a fused kernel in training. An adapter on such a layer is never called, or not on every
@@ -6,7 +6,11 @@ path, and neither PyTorch nor PEFT reports it. PEFT refuses LoRA on `out_proj` i
 (`_check_lora_target_modules_mamba`). Here the source of the parent's class decides, which covers other architectures
 and custom modules too: a read of `self.<child>.weight` counts if code that `forward` reaches computes with its value.
 Reads of its dtype, device or shape don't count, nor do tests, nor reads on a path that the model's settings switch off
-(`pretraining_tp` in BLOOM). What no source shows (`getattr` with a computed name, `parameters()`) is not found.
+(`pretraining_tp` in BLOOM). Reads that the source does not show (`getattr` with a computed name, `parameters()`) are
+not found.
+
+Three steps: `_reachable` collects the methods that `forward` may call, `_Scan` follows modules and weights through the
+source of each as paths (`("stack", "*", "weight")`), and `_resolve` finds the layers of a model at these paths.
 """
 
 from __future__ import annotations
@@ -30,15 +34,15 @@ _DESCRIBES = frozenset(
     "dtype device shape ndim size numel dim requires_grad is_cuda is_meta is_contiguous is_floating_point data_ptr "
     "element_size stride nbytes itemsize layout grad".split()
 )
-# Functions and methods that take from a weight no more than its type, dtype, device or shape, or print it.
+# Functions and methods that use only the type, dtype, device or shape of a weight, or print it.
 _ASKS = frozenset(
     "isinstance hasattr getattr setattr type id len to type_as view_as expand_as zeros_like empty_like ones_like "
     "full_like rand_like randn_like print info debug warning warning_once".split()
 )
 # Calls whose result has the same elements.
 _ITERATES = frozenset("enumerate reversed list tuple iter values items children next zip".split())
-# Reads that don't count, by class and child: `query_states` is passed to DeBERTa's attention by none of transformers'
-# models (5.23), and RWKV rescales the weights of layers that it calls.
+# Reads that don't count, by class and child: no model of transformers (5.23) passes `query_states` to DeBERTa's
+# attention, and RWKV rescales the weights of layers that it calls.
 _UNUSED = frozenset(
     (
         ("DisentangledSelfAttention", ("in_proj",)),
@@ -46,11 +50,11 @@ _UNUSED = frozenset(
         ("RwkvModel", ("blocks", _ANY, "feed_forward", "value")),
     )
 )
-# What a test of a module's settings is made of.
+# Syntax of a test of a module's settings.
 _TEST: tuple[type[ast.AST], ...] = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp)
 _TEST += (ast.Not, ast.expr_context, ast.cmpop, ast.boolop)
 Path = tuple[str, ...]
-Known = frozenset[tuple[str, frozenset[Path]]]
+Names = frozenset[tuple[str, frozenset[Path]]]
 
 
 class _Condition(NamedTuple):
@@ -59,7 +63,7 @@ class _Condition(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A read of a weight: the path from the module to the layer (`"*"` for an index), and what it depends on."""
+    """A read of a weight: the path from the module to the layer (`"*"` for an index), and its conditions."""
 
     path: Path
     conditions: tuple[_Condition, ...]
@@ -67,7 +71,7 @@ class _Read(NamedTuple):
 
 def bypassed_layers(model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> dict[str, type]:
     """
-    The linear layers of a model that some parent computes with instead of calling.
+    The linear layers of a model whose weight some parent computes with, instead of calling them.
 
     Args:
         model (`torch.nn.Module`): The model, with adapters or without.
@@ -80,15 +84,16 @@ def bypassed_layers(model: nn.Module, is_linear: Callable[[nn.Module], bool]) ->
     parents = [m for m in model.modules() if not isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     types: list[type] = [type(module) for module in parents]
     methods = _reachable(types)
-    found = {}
+
+    readers = {}
     for module, cls in zip(parents, types, strict=True):
         for read in (read for method in methods[cls] for read in _reads_in(cls, method)):
             if not all(_may_hold(condition, module) for condition in read.conditions):
                 continue
             for layer in _resolve(module, read.path):
                 if is_linear(layer) or isinstance(layer, BaseTunerLayer):
-                    found[names[id(layer)]] = cls
-    return found
+                    readers[names[id(layer)]] = cls
+    return readers
 
 
 def _resolve(module: nn.Module, path: Path) -> Iterator[nn.Module]:
@@ -96,7 +101,7 @@ def _resolve(module: nn.Module, path: Path) -> Iterator[nn.Module]:
     if not path:
         yield module
         return
-    # What wraps a layer hands its attributes on.
+    # Wrappers of PEFT forward the attributes of their layer.
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
     children = module.children() if path[0] == _ANY else [module._modules.get(path[0])]
@@ -106,7 +111,7 @@ def _resolve(module: nn.Module, path: Path) -> Iterator[nn.Module]:
 
 
 def _reachable(classes: Iterable[type]) -> dict[type, list[FunctionType]]:
-    """The methods of each class that `forward` of any of them may call: those whose names its code has, and so on."""
+    """The methods of each class that `forward` of any of them may call, judged by the names in the code."""
     waiting = {cls: list(_methods_of(cls)) for cls in classes}
     reached: dict[type, list[FunctionType]] = {cls: [] for cls in waiting}
     names, before = {"forward", "__call__"}, 0
@@ -123,16 +128,16 @@ def _reachable(classes: Iterable[type]) -> dict[type, list[FunctionType]]:
 
 @lru_cache(maxsize=4096)
 def _methods_of(cls: type) -> tuple[tuple[str, FunctionType], ...]:
-    """The functions of a class by name, with those of its parents that they replace and call by `super`."""
-    found: dict[str, list[FunctionType]] = {}
+    """The functions of a class by name, with those of its parents that they override and call by `super`."""
+    methods_by_name: dict[str, list[FunctionType]] = {}
     for base in inspect.getmro(cls):
         if base is nn.Module:
             break
         for name, value in vars(base).items():
             function = _function(value)
-            if function is not None and all("super" in _names_in(method) for method in found.get(name, ())):
-                found.setdefault(name, []).append(function)
-    return tuple((name, method) for name, methods in found.items() for method in methods)
+            if function is not None and all("super" in _names_in(method) for method in methods_by_name.get(name, ())):
+                methods_by_name.setdefault(name, []).append(function)
+    return tuple((name, method) for name, methods in methods_by_name.items() for method in methods)
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -164,7 +169,7 @@ def _names_in(function: FunctionType) -> frozenset[str]:
 @lru_cache(maxsize=16384)
 def _reads_in(cls: type, method: FunctionType) -> tuple[_Read, ...]:
     """The reads of weights that a method of a class computes with."""
-    # Few methods have any, and parsing the source takes long.
+    # Parsing the source is slow, and few methods read weights.
     followed = [other for name, other in _methods_of(cls) if name in _names_in(method)]
     if not any(_WEIGHT in _names_in(function) for function in (method, *followed)):
         return ()
@@ -178,38 +183,40 @@ def _first_of(function: FunctionType) -> str:
 
 
 @lru_cache(maxsize=16384)
-def _scan(cls: type, function: FunctionType, known: Known, callers: tuple[FunctionType, ...] = ()) -> _Scan:
-    return _Scan(cls, function, known, callers)
+def _scan(cls: type, function: FunctionType, names: Names, callers: tuple[FunctionType, ...] = ()) -> _Scan:
+    return _Scan(cls, function, names, callers)
 
 
 class _Scan:
     """
-    The reads in a function, and the paths of what it returns.
+    The reads in a function, and the paths of its return values.
 
-    A path leads from the module to one below it, or on to the weight of that. What is taken from a weight alone has
-    the path of the weight.
+    A path leads from the module to one of its submodules, or to the weight of that. A value that is derived from one
+    weight only has the path of the weight.
 
     Args:
         cls (`type`): Class of the module.
         function (`FunctionType`): A method, or a function that it calls.
-        known (`frozenset`): Names that stand for modules and weights, with the paths of each.
-        callers (`tuple[FunctionType, ...]`): The functions that it is called by.
+        names (`frozenset`): Local names of modules and weights, with the paths of each.
+        callers (`tuple[FunctionType, ...]`): The chain of calls that leads to it.
     """
 
-    def __init__(self, cls: type, function: FunctionType, known: Known, callers: tuple[FunctionType, ...]) -> None:
+    def __init__(self, cls: type, function: FunctionType, names: Names, callers: tuple[FunctionType, ...]) -> None:
         self.cls, self.function, self.callers = cls, function, (*callers, function)
-        self.known = {name: set(paths) for name, paths in known}
+        self.names = {name: set(paths) for name, paths in names}
         self.reads: list[_Read] = []
         self.returned: set[Path] = set()
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError, SyntaxError):
-            return  # without its source, a function is taken as one that calls its layers
+            return  # a function without source is assumed to call its layers
+
         nodes = list(ast.walk(tree))
         self.parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
-        for _ in range(3):  # a name may stand for another one
+        for _ in range(3):  # names may refer to other names
             for node in nodes:
                 self._note_names(node)
+
         for node in nodes:
             if isinstance(node, ast.Return) and node.value is not None:
                 self.returned |= self._paths_of(node.value)
@@ -226,7 +233,7 @@ class _Scan:
         ]
 
     def _note_names(self, node: ast.AST) -> None:
-        """Add names that stand for modules or weights: `proj = self.proj`, `for layer in self.layers`."""
+        """Add local names of modules and weights: `proj = self.proj`, `for layer in self.layers`."""
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 self._bind(target, node.value)
@@ -239,7 +246,7 @@ class _Scan:
         if isinstance(target, ast.Name):
             paths = self._elements_of(value) if elements else self._paths_of(value)
             if paths:
-                self.known.setdefault(target.id, set()).update(paths)
+                self.names.setdefault(target.id, set()).update(paths)
         elif isinstance(target, ast.Tuple | ast.List):
             called = _name_of(value.func) if isinstance(value, ast.Call) else ""
             values = [value] * len(target.elts)
@@ -260,13 +267,13 @@ class _Scan:
         return {path if _is_weight(path) else (*path, _ANY) for path in self._paths_of(node)}
 
     def _paths_of(self, node: ast.AST) -> set[Path]:
-        """The paths of `self.a.b[i]`, of its weight and of what is taken from that; none for other expressions."""
+        """The paths of `self.a.b[i]`, its weight and values derived from that; none for other expressions."""
         called = self._called(node)
         if called is not None:
             return called.returned
         match node:
             case ast.Name(id=name):
-                return self.known.get(name, set())
+                return self.names.get(name, set())
             case ast.Attribute(value=value, attr=name):
                 return self._below(value, name)
             case ast.Call(func=ast.Name(id="getattr"), args=[value, ast.Constant(value=name), *_]):
@@ -289,34 +296,38 @@ class _Scan:
 
     def _below(self, node: ast.expr, name: str) -> set[Path]:
         paths = self._paths_of(node)
-        taken = set(filter(_is_weight, paths))
-        return {(*path, name) for path in paths - taken} | (taken if name not in _DESCRIBES else set())
+        weights = set(filter(_is_weight, paths))
+        return {(*path, name) for path in paths - weights} | (weights if name not in _DESCRIBES else set())
 
     def _called(self, node: ast.AST) -> _Scan | None:
-        """The function that a call or a property runs, where it takes a weight, or a module and reads a weight."""
+        """The function that a call or property runs, if it gets a weight, or a module and reads a weight."""
         call = node if isinstance(node, ast.Call) else None
         named = node if call is None else call.func
         function: FunctionType | None = None
-        given: list[set[Path]] = []
+        leading: list[set[Path]] = []  # the paths of `self`
+
+        # A method or property of the module, or a function of the same source file.
         if isinstance(named, ast.Attribute) and () in self._paths_of(named.value):
             value = inspect.getattr_static(self.cls, named.attr, None)
             if (call is None) != isinstance(value, FunctionType):
-                function, given = _function(value), [{()}]
+                function, leading = _function(value), [{()}]
         elif isinstance(named, ast.Name) and call is not None:
             helper = self.function.__globals__.get(named.id)
-            # What a decorator puts in the place of a function (a kernel from the Hub) may do more with a weight.
+            # The replacement of a decorated function (a kernel from the Hub) may do more with a weight.
             function = helper if isinstance(helper, FunctionType) and not hasattr(helper, "__wrapped__") else None
         if function is None or function in self.callers or len(self.callers) > 4:
             return None
+
+        # Its parameters become names of modules and weights.
         arguments = call.args if call else []
-        passed = dict(zip(function.__code__.co_varnames, [*given, *map(self._paths_of, arguments)], strict=False))
+        passed = dict(zip(function.__code__.co_varnames, [*leading, *map(self._paths_of, arguments)], strict=False))
         passed |= {str(word.arg): self._paths_of(word.value) for word in (call.keywords if call else ())}
-        known = frozenset((name, frozenset(paths)) for name, paths in passed.items() if paths)
-        reads = _WEIGHT in _names_in(function) or any(_is_weight(path) for _, paths in known for path in paths)
-        return _scan(self.cls, function, known, self.callers) if known and reads else None
+        names = frozenset((name, frozenset(paths)) for name, paths in passed.items() if paths)
+        reads = _WEIGHT in _names_in(function) or any(_is_weight(path) for _, paths in names for path in paths)
+        return _scan(self.cls, function, names, self.callers) if names and reads else None
 
     def _computes_with(self, node: ast.AST) -> bool:
-        """Whether a value that is taken from a weight becomes part of another: not if it is described or tested."""
+        """Whether a value derived from a weight enters another value, rather than being described or tested."""
         parent = self.parents[node]
         while isinstance(parent, ast.keyword | ast.Starred | ast.Dict):
             node, parent = parent, self.parents[parent]
@@ -324,7 +335,7 @@ class _Scan:
             return False
         match parent:
             case ast.Attribute() | ast.IfExp() | ast.BoolOp() | ast.NamedExpr():
-                return False  # what is taken from it is looked at by itself
+                return False  # the parent is examined on its own
             case ast.Tuple() | ast.List() | ast.ListComp() | ast.GeneratorExp():
                 return False
             case ast.Subscript(value=value):
@@ -356,25 +367,25 @@ def _name_of(function: ast.expr) -> str:
 
 
 def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[_Condition]:
-    """The tests around a node, each part by itself where all of them must hold."""
+    """The tests around a node; a conjunction is split into its parts."""
     while node in parents:
         node, parent = parents[node], node
         if isinstance(node, ast.If | ast.IfExp) and parent is not node.test:
             holds = parent is node.body or (isinstance(node, ast.If) and parent in node.body)
-            alone = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And if holds else ast.Or)
-            for part in node.test.values if alone and isinstance(node.test, ast.BoolOp) else [node.test]:
+            splits = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And if holds else ast.Or)
+            for part in node.test.values if splits and isinstance(node.test, ast.BoolOp) else [node.test]:
                 yield _Condition(part, holds)
 
 
 def _may_hold(condition: _Condition, module: nn.Module) -> bool:
-    """Whether a condition holds for the settings of a module, or depends on what can change from call to call."""
+    """Whether a condition may hold: by the settings of a module, or because it can change from call to call."""
     for node in ast.walk(condition.test):
         named = node.id if isinstance(node, ast.Name) else "self"
         if not isinstance(node, _TEST) or named != "self" or getattr(node, "attr", None) == "training":
             return True
     try:
         value = eval(compile(ast.Expression(condition.test), "<test>", "eval"), {"__builtins__": {}, "self": module})
-    except Exception:  # whatever properties of the module raise
+    except Exception:  # properties of the module may raise anything
         return True
     is_plain = value is None or isinstance(value, bool | int | float | str)
     return not is_plain or bool(value) == condition.holds

@@ -32,7 +32,7 @@ def init_heads_(A: torch.Tensor, B: torch.Tensor, scheme: str | bool, gamma: flo
     - `False`: both Kaiming-uniform, so that the delta is not zero; for tests.
 
     Args:
-        A (`torch.Tensor` of shape `[r, d_in]` or `[N, r, d_in]`): Down-projection, of all heads or one for each.
+        A (`torch.Tensor` of shape `[r, d_in]` or `[N, r, d_in]`): Down-projection, shared or one for each head.
         B (`torch.Tensor` of shape `[N, d_out, r]`): Head matrices.
         scheme (`str` or `bool`): One of the above.
         gamma (`float`): Constant of Table 1.
@@ -45,6 +45,7 @@ def init_heads_(A: torch.Tensor, B: torch.Tensor, scheme: str | bool, gamma: flo
             A.zero_()
         else:
             nn.init.kaiming_uniform_(A.view(-1, d_in), a=math.sqrt(5))
+
         if scheme in ("rlora", "zero_a"):
             B.normal_(0.0, table1_std(d_out, d_out, gamma))
         elif scheme == "zero_b":
@@ -58,7 +59,7 @@ def init_router_(router: torch.Tensor, scheme: str) -> None:
     """
     Fill the router `[N, d_in]`, or `[tasks, N]` for a task router.
 
-    `"zeros"` weighs all heads alike, `"kaiming_uniform"` is the authors' choice.
+    `"zeros"` gives equal head weights, `"kaiming_uniform"` is what the authors' code does.
     """
     with torch.no_grad():
         if scheme == "zeros":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..files.comparison import compare_tensors
-from ..files.reading import first_few
+from ..reading import first_few
+from .comparison import compare_tensors
 from .layer import RLoraLayer
 
 
-# What PEFT puts before the names in a file, and a plain transformers model does not have.
+# Prefix that PEFT gives to the names in a file, and that names in a plain transformers model lack.
 _PREFIX = "base_model.model."
 
 
@@ -28,11 +29,13 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: Mappi
     Raises:
         ValueError: If tensors are missing or unknown, have other shapes, or hold values that are not finite.
     """
-    expected = {
-        f"{layer_name}.rlora_adapters.{adapter_name}.{name}": shape
+    adapters: dict[str, Any] = {
+        f"{layer_name}.rlora_adapters.{adapter_name}": layer.rlora_adapters[adapter_name]
         for layer_name, layer in model.named_modules()
         if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
-        for name, shape in layer.rlora_adapters[adapter_name].shapes.items()
+    }
+    expected = {
+        f"{prefix}.{name}": shape for prefix, adapter in adapters.items() for name, shape in adapter.shapes.items()
     }
     tensors = {
         name if name in expected else name.removeprefix(_PREFIX): tensor

@@ -1,105 +1,77 @@
-"""The tuner: which layers of a model get an adapter, and what may be done with them afterwards."""
+"""The tuner: puts adapters onto the layers of a model, and passes the tasks of each batch to them."""
 
 from __future__ import annotations
 
 import os
-import re
 import weakref
-from collections.abc import Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
 from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from typing_extensions import override
 
-from ..files.reading import first_few
 from .adapter import MultiHeadAdapter
+from .batch import BatchShape, TaskIds, check_task_ids, describe_batch
+from .bnb_cpu import guard_cpu_order
 from .config import RLoraConfig
-from .direct_use import bypassed_layers
-from .layer import RLoraLayer, RLoraLinear, guard_cpu_order
+from .layer import RLoraLayer, RLoraLinear
 from .loading import check_adapter_tensors
+from .offload import refuse_offloaded
 from .prefetch import WeightPrefetch
-from .routing import GivenBatch, Routing, TaskIds, check_task_ids, describe_batch, find_routings, set_task
-from .target_checks import ignored_indices, ignored_names, narrow_layers, refuse_offloaded, warn_once
+from .routing import Routing, find_routings, set_task, using_all
+from .targets import (
+    MLP_TARGET_MODULES,
+    ignored_indices,
+    ignored_names,
+    is_linear,
+    leave_out_bypassed,
+    narrow_layers,
+    warn_once,
+)
 
 
 logger = logging.get_logger(__name__)
 
-# The layers named "output.dense" include attention's, so these need an expression.
-_BERT = r".*\.layer\.\d+\.(intermediate|output)\.dense"
-_GATED = ["gate_proj", "up_proj", "down_proj"]
-_FUSED_GATED = ["gate_up_proj", "down_proj"]
-# The MLP projections of each architecture: the layers that the paper trains.
-MLP_TARGET_MODULES: dict[str, list[str] | str] = {
-    **dict.fromkeys(
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gemma3 olmo olmo2 olmo3 smollm3 cohere cohere2 granite "
-        "stablelm helium exaone4 seed_oss".split(),
-        _GATED,
-    ),
-    **dict.fromkeys("phi3 glm glm4".split(), _FUSED_GATED),
-    "starcoder2": ["c_fc", "c_proj"],
-    **dict.fromkeys("arcee apertus".split(), ["up_proj", "down_proj"]),
-    # Attention has a c_proj too.
-    **dict.fromkeys("gpt2 gpt_bigcode gpt_neo".split(), ["mlp.c_fc", "mlp.c_proj"]),
-    "gptj": ["fc_in", "fc_out"],
-    "gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
-    "bloom": ["dense_h_to_4h", "dense_4h_to_h"],
-    "falcon": ["dense_h_to_4h", "dense_4h_to_h"],
-    "mpt": ["ffn.up_proj", "ffn.down_proj"],
-    "opt": ["fc1", "fc2"],
-    "phi": ["fc1", "fc2"],
-    **dict.fromkeys("bart mbart pegasus marian".split(), ["fc1", "fc2"]),
-    **dict.fromkeys("t5 mt5".split(), ["wi", "wi_0", "wi_1", "wo"]),
-    **dict.fromkeys("bert roberta xlm-roberta electra deberta deberta-v2".split(), _BERT),
-    "distilbert": ["lin1", "lin2"],
-    "modernbert": ["Wi", "mlp.Wo"],
-}
-
 
 def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    """Forward pre-hook that hands the adapter of each row to a layer."""
+    """Forward pre-hook that passes the adapter of each row to a layer."""
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
 
 
 def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
-    Forward pre-hook of a `PeftModel`: hands `task_ids` to the tuner.
+    Forward pre-hook of a `PeftModel`: passes `task_ids` to the tuner.
 
     `PeftModelForCausalLM.forward` has a parameter of that name, for prompt tuning, and drops it otherwise (no upstream
     issue as of peft 0.21.2).
     """
     task_ids = kwargs.pop("task_ids", None)
     if isinstance(peft_model.base_model, RLoraModel):
-        peft_model.base_model._given_tasks = None if task_ids is None else (task_ids, describe_batch(args, kwargs))
+        peft_model.base_model._pending_tasks = None if task_ids is None else (task_ids, describe_batch(args, kwargs))
     return args, kwargs
 
 
 def _drop_task_ids(peft_model: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of a `PeftModel`: task ids that its tuner did not take, as adapters are disabled, are dropped."""
+    """Forward hook of a `PeftModel`: drops task ids that the tuner did not use, as with disabled adapters."""
     if isinstance(peft_model.base_model, RLoraModel):
-        peft_model.base_model._given_tasks = None
+        peft_model.base_model._pending_tasks = None
 
 
 class _OnRegistration:
     """
-    Hooks a tuner's `PeftModel` at the moment that it takes the tuner in: PEFT hands a tuner no reference to it (no
-    upstream issue as of peft 0.21.2).
+    Hooks the `PeftModel` of a tuner when it registers the tuner: PEFT gives a tuner no reference to it (no upstream
+    issue as of peft 0.21.2).
     """
 
     def __init__(self, tuner: nn.Module) -> None:
@@ -107,36 +79,53 @@ class _OnRegistration:
         self.handle = register_module_module_registration_hook(self)
 
     def __call__(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        # `PeftModel.__init__` makes the tuner and registers it: nothing comes between. If this is not it, there is no
-        # `PeftModel` (transformers' own loading of adapters).
+        # `PeftModel.__init__` registers the tuner right after creating it. If another module comes first, there is no
+        # `PeftModel` (transformers loads the adapter).
         self.handle.remove()
         if isinstance(parent, PeftModel) and child is not None and child is self.tuner():
             parent.register_forward_pre_hook(_take_task_ids, with_kwargs=True)
             parent.register_forward_hook(_drop_task_ids, always_call=True)
 
 
-def _with_names(excluded: Any, names: list[str]) -> Any:
-    """`exclude_modules`, an expression or names, with further names."""
-    if isinstance(excluded, str):
-        return "|".join([f"(?:{excluded})", *map(re.escape, names)])
-    return {*(excluded or ()), *names}
+def _check_adapter(adapter_name: str, config: RLoraConfig, model: nn.Module) -> None:
+    """
+    Check what an adapter needs, before any layer is touched.
 
-
-def _names_of(classes: Iterable[type]) -> str:
-    return ", ".join(sorted({cls.__name__ for cls in classes}))
+    Raises:
+        ValueError: If its name clashes with parameter names, a task router has no tasks, or PEFT would not find the
+            modules of a compiled model.
+    """
+    if adapter_name in MultiHeadAdapter.tensor_names or "." in adapter_name:
+        # PEFT recognizes adapters by their names within parameter names, which PyTorch separates by dots.
+        raise ValueError(
+            f"An adapter can't be named {adapter_name!r}: names must not contain dots, nor be one of "
+            f"{', '.join(MultiHeadAdapter.tensor_names)}, the tensors of R-LoRA's adapters. Choose another."
+        )
+    if config.router == "task" and not config.tasks:
+        raise ValueError(
+            f"`router='task'` learns head weights for each task and needs the names of the tasks, but `tasks` is "
+            f"{config.tasks!r}. Set `RLoraConfig(tasks=[...])`, or let `RLoraSFTTrainer` create the adapter from "
+            "a dictionary of datasets or a task column."
+        )
+    if (config.modules_to_save or config.trainable_token_indices) and any(map(is_compiled_module, model.modules())):
+        raise ValueError(
+            "`modules_to_save` and `trainable_token_indices` can't be used on a model that was compiled with "
+            "`torch.compile`: PEFT does not find them under its names. Pass the original model "
+            "(`model._orig_mod`), and compile it in place (`model.compile()`) or afterwards."
+        )
 
 
 def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
-    """Say when a loaded adapter comes onto a model of another name, which may have its shapes all the same."""
+    """Warn if a loaded adapter was trained on a model of another name, whose shapes may be the same."""
     trained_on = config.base_model_name_or_path
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if config.source is None or not trained_on or not name or trained_on == name:
         return
-    # A folder may hold the same model.
+    # A local folder may hold the same model.
     if not os.path.exists(name) and not os.path.exists(trained_on):
         logger.warning(
-            f"The adapter from {config.source.name} was trained on {trained_on} and is loaded on {name}. Its outputs "
-            "are only meant for the former; ignore this if the two are the same model."
+            f"The adapter from {config.source.name} was trained on {trained_on} but is loaded on {name}. Load it on "
+            "the former; ignore this if the two are the same model."
         )
 
 
@@ -144,7 +133,7 @@ class RLoraModel(BaseTuner):
     """
     A model with R-LoRA adapters on its linear layers ([paper](https://huggingface.co/papers/2502.15455)).
 
-    Created by `peft.get_peft_model(model, RLoraConfig(...))`; used through the `PeftModel` that this returns.
+    Created by `peft.get_peft_model(model, RLoraConfig(...))`, and used through the `PeftModel` that it returns.
 
     Args:
         model (`torch.nn.Module`): The model to adapt.
@@ -160,54 +149,39 @@ class RLoraModel(BaseTuner):
         # A `PeftModel` passes a dictionary; `inject_adapter_in_model`, which transformers calls, a configuration.
         self._in_peft_model = isinstance(peft_config, dict)
         super().__init__(model, peft_config, *args, **kwargs)
-        # Task ids of a call of the `PeftModel`, and its batch.
-        self._given_tasks: tuple[TaskIds, GivenBatch | None] | None = None
+        # Task ids of a running call of the `PeftModel`, with the sizes of its batch.
+        self._pending_tasks: tuple[TaskIds, BatchShape | None] | None = None
         self._prefetch = WeightPrefetch()
         _OnRegistration(self)
 
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if adapter_name in MultiHeadAdapter.tensor_names or "." in adapter_name:
-            # PEFT tells adapters apart by their names within parameter names, and PyTorch separates those by dots.
-            raise ValueError(
-                f"An adapter can't be named {adapter_name!r}: names must be without dots and none of "
-                f"{', '.join(MultiHeadAdapter.tensor_names)}, which are tensors of R-LoRA's adapters. Choose another."
-            )
         config = self.peft_config[adapter_name]
-        if config.router == "task" and not config.tasks:
-            raise ValueError(
-                f"`router='task'` learns a mixture for each task and needs their names when the adapter is made, but "
-                f"`tasks` is {config.tasks!r}. Set `RLoraConfig(tasks=[...])`, or let `RLoraSFTTrainer` make the "
-                "adapter from a dictionary of data sets or a task column."
-            )
-        if (config.modules_to_save or config.trainable_token_indices) and any(
-            map(is_compiled_module, model.modules())
-        ):
-            raise ValueError(
-                "`modules_to_save` and `trainable_token_indices` can't be used on a model that was compiled with "
-                "`torch.compile`: PEFT does not find them again under its names. Pass the model itself "
-                "(`model._orig_mod`), and compile it in place (`model.compile()`) or afterwards."
-            )
+        _check_adapter(adapter_name, config, model)
         _warn_of_another_base(config, model)
         if config.base_model_name_or_path is None:
-            # PEFT (0.21) sets it for the first adapter only, and for others when it has saved them: by the name it
-            # decides whether a resized embedding must be saved.
+            # PEFT sets it for the first adapter only, and for others when it has saved them, although it decides by
+            # this name whether to save a resized embedding (no upstream issue as of peft 0.21.2).
             config.base_model_name_or_path = vars(model).get("name_or_path") or None
-        chosen = config.target_modules  # before PEFT fills in the default of the architecture
-        self._chosen_targets = () if chosen is None or isinstance(chosen, str) else chosen
+
+        # Before PEFT fills in the default of the architecture.
+        targets = config.target_modules
+        self._user_targets = () if targets is None or isinstance(targets, str) else targets
         self._ignored: list[str] = []
         self._new_routing = Routing(config.tasks, config.router)
+
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
+            names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)})
             raise NoMatchingPeftModuleError(
                 f"{error} R-LoRA adapts linear layers, and this model's are named {', '.join(names) or '(none)'}. Set "
                 '`target_modules` to some of them, or to "all-linear".'
             ) from error
+
         self._warn_of_ignored(model, adapter_name)
         guard_cpu_order(model)
-        # Looked for now, as a model has thousands of modules.
+        # Collected once, as a model has thousands of modules.
         self._adapted = [module for module in model.modules() if isinstance(module, RLoraLayer)]
 
     @override
@@ -218,7 +192,7 @@ class RLoraModel(BaseTuner):
                 'the names of the MLP projections, or to "all-linear".'
             )
         prepared = super()._prepare_adapter_config(peft_config, model_config)
-        # The default of some architectures is an expression, which indices of layers don't go with.
+        # The default of some architectures is an expression, which excludes `layers_to_transform`.
         prepared._check_layers()
         return prepared
 
@@ -227,54 +201,15 @@ class RLoraModel(BaseTuner):
         """Compare the configuration with the model, before any layer is touched."""
         super()._prepare_model(peft_config, model)
         refuse_offloaded(peft_config, model, self._in_peft_model)
-        self._leave_out_bypassed(peft_config, model)
+        leave_out_bypassed(peft_config, model)
+
         default = self.target_module_mapping.get(self.get_model_config(model).get("model_type", ""))
-        # A default that an earlier model has put into the configuration is still one.
-        targets = (
-            () if isinstance(default, list) and set(default) == set(self._chosen_targets) else self._chosen_targets
-        )
+        # PEFT may have filled in the default for an earlier model.
+        targets = () if isinstance(default, list) and set(default) == set(self._user_targets) else self._user_targets
         self._ignored = list(ignored_names(peft_config, targets, [name for name, _ in model.named_modules() if name]))
 
-    def _leave_out_bypassed(self, peft_config: RLoraConfig, model: nn.Module) -> None:
-        """
-        Leave layers that are not called out of "all-linear", and refuse them where they are named.
-
-        Raises:
-            ValueError: If `target_modules` selects such a layer.
-        """
-        readers = bypassed_layers(model, _is_linear)
-        if not readers:
-            return
-
-        targets = peft_config.target_modules
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            every: Any = _maybe_include_all_linear_layers(peft_config, model).target_modules
-            peft_config.target_modules = every - set(readers)
-            # A name is also an end of longer ones.
-            still = [name for name in readers if check_target_module_exists(peft_config, name)]
-            if still:
-                peft_config.exclude_modules = _with_names(peft_config.exclude_modules, still)
-            known = ("torch.", "transformers.")  # whose classes do what is said
-            unsure = {name: cls for name, cls in readers.items() if not cls.__module__.startswith(known)}
-            if unsure:
-                warn_once(
-                    f'"all-linear" leaves out {first_few(unsure)}: the source of {_names_of(unsure.values())} '
-                    "computes with their weights, and adapters would have no effect there. If they are called all the "
-                    "same, read their weights outside of `forward`; if not, name them in `exclude_modules`."
-                )
-            return
-
-        selected = {name: reader for name, reader in readers.items() if check_target_module_exists(peft_config, name)}
-        if selected:
-            raise ValueError(
-                f"`target_modules` selects {first_few(selected)}, and {_names_of(selected.values())} "
-                "computes with the weight of that layer instead of calling it: an adapter would have no effect there, "
-                "or not on every path. R-LoRA adapts layers that are called. Take it out of `target_modules`, or name "
-                'it in `exclude_modules`; "all-linear" leaves such layers out.'
-            )
-
     def _warn_of_ignored(self, model: nn.Module, adapter_name: str) -> None:
-        """Warn of what only the configuration has; not of a loaded one, which is checked against its file."""
+        """Warn about parts of a configuration without effect. A loaded one is checked against its file instead."""
         config = self.peft_config[adapter_name]
         if config.loaded:
             return
@@ -305,7 +240,7 @@ class RLoraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, **options)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_linear(base):
+        if not is_linear(base):
             raise TypeError(
                 f"`target_modules` matches {current_key!r}, a {type(base).__name__}; R-LoRA adapts linear layers "
                 "(torch.nn.Linear, transformers' Conv1D, or quantized). Name it in `exclude_modules`."
@@ -318,11 +253,11 @@ class RLoraModel(BaseTuner):
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """
-        Put a module in the place of another, as `LoraModel` does.
+        Replace a module, as `LoraModel` does.
 
-        PEFT's default (0.21) copies `weight` onto whatever comes back when adapters are unloaded, which a
-        classification head in `modules_to_save` does not have. It also moves adapters to the device of the base's
-        weight, which is "meta" where accelerate offloads it; [`RLoraLayer`] has put them on the right one by then.
+        When adapters are unloaded, PEFT's default copies `weight` onto the original module, which a classification
+        head in `modules_to_save` lacks. It also moves adapters to the device of the base weight, which is "meta" if
+        accelerate offloads it; [`RLoraLayer`] has moved them already. (peft#3114, open as of 0.21.2.)
         """
         setattr(parent, child_name, new_module)
 
@@ -365,16 +300,16 @@ class RLoraModel(BaseTuner):
         self._prefetch = WeightPrefetch()  # which holds tensors
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available for R-LoRA: the error says what to do instead."""
+        """Not available for R-LoRA; the error names the alternatives."""
         raise NotImplementedError(
-            "R-LoRA adapters can't be combined by `add_weighted_adapter`: each has a router that weighs its own "
-            "heads, and none weighs those of a sum. To run several adapters with weights, use `rlora_trl.zoo.mix`; "
+            "R-LoRA adapters can't be combined by `add_weighted_adapter`: each has a router for its own heads, "
+            "and a sum has no router for all of them. To run several adapters with weights, use `rlora_trl.zoo.mix`; "
             "for one combined adapter, export each as plain LoRA with `rlora_trl.export_lora`, load the exports with "
             "`PeftModel` and combine those."
         )
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
-        """Not needed for R-LoRA: the error says what to do instead."""
+        """Not needed for R-LoRA; the error names the alternatives."""
         raise NotImplementedError(
             "R-LoRA adapters have no `subtract_mutated_init`, which converts adapters that change the base weights "
             "(PiSSA, OLoRA): R-LoRA leaves the base as it is and saves its initial values with the adapter. Use "
@@ -386,15 +321,17 @@ class RLoraModel(BaseTuner):
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(
-                    f"There is no adapter {name!r} to merge; loaded are {', '.join(sorted(self.peft_config))}."
+                    f"There is no adapter {name!r} to merge; loaded are {', '.join(sorted(self.peft_config))}. Name "
+                    "some of these."
                 )
             router = self.peft_config[name].router
             if router != "uniform":
                 raise ValueError(
-                    f"Adapter {name!r} can't be merged: with `router={router!r}` its delta depends on the token and "
-                    "is no change of the weights. Keep it unmerged, as `PeftModel` runs it, or call `unload()` for "
+                    f"Adapter {name!r} can't be merged: with `router={router!r}` its delta depends on the token, so "
+                    "it is not a change of weights. Keep it unmerged, as `PeftModel` runs it, or call `unload()` for "
                     'the base model. Adapters with `router="uniform"` can be merged.'
                 )
+
         for layer in self.model.modules():
             backend = getattr(layer, "quantization_backend", None) if isinstance(layer, RLoraLayer) else None
             if backend is not None and not backend.supports_merge:
@@ -405,19 +342,21 @@ class RLoraModel(BaseTuner):
 
     def set_task(self, task: str | int | None) -> None:
         """
-        Choose the task of all batches that follow, for adapters with `router="task"`.
+        Choose the task of all following batches, for adapters with `router="task"`.
 
         Args:
-            task (`str` or `int`): Name of a task in the adapter's `tasks`, or its place; `None` for the mean mixture.
+            task (`str` or `int`): Name of a task in the adapter's `tasks`, or its index; `None` for the mean over
+                tasks.
 
         Raises:
-            ValueError: If there is no adapter with such a router, or it does not know the task.
+            ValueError: If no adapter has a task router, or it lacks the task.
         """
         set_task(self, task)
 
     @override
     def forward(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
-        # Only where the tuner is called itself: a `PeftModel` hands task ids to `_enable_peft_forward_hooks`.
+        # `task_ids` are here only if the tuner itself is called; with a `PeftModel` they reach
+        # `_enable_peft_forward_hooks`.
         with self._with_tasks(task_ids, describe_batch(args, kwargs)):
             return super().forward(*args, **kwargs)
 
@@ -428,16 +367,18 @@ class RLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Give `task_ids` and `adapter_names`, one for each row of the batch, to all layers for a forward pass."""
-        given, self._given_tasks = self._given_tasks, None
-        generates = "task_ids" in kwargs  # `forward` has given its own to `_take_task_ids`
-        task_ids, batch = given or (None, None)
+        """Give `task_ids` and `adapter_names`, one for each row of the batch, to all layers for one forward pass."""
+        pending, self._pending_tasks = self._pending_tasks, None
+        task_ids, batch = pending or (None, None)
+        # `forward` leaves its task ids in `_pending_tasks`; `generate` passes them here.
+        generates = "task_ids" in kwargs
         if generates:
             task_ids, batch = kwargs.pop("task_ids"), describe_batch(args, kwargs, True)
+
         if task_ids is not None and kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "`task_ids` and `adapter_names` can't be given together: which adapter's tasks are meant is not "
-                "known. Run the rows of each adapter by themselves."
+                "`task_ids` and `adapter_names` can't be passed together: task ids belong to one adapter. Run the "
+                "rows of each adapter in a batch of their own."
             )
         with (
             self._with_tasks(task_ids, batch, generates),
@@ -448,52 +389,52 @@ class RLoraModel(BaseTuner):
 
     @contextmanager
     def _prefetched_weights(self) -> Generator[None, None, None]:
-        """Lay the weights of all adapters side by side for a forward pass of training."""
-        # A compiler packs where that suits it; without gradients layers keep what they have packed; and a captured
-        # graph would read addresses that a later pass may free.
+        """Concatenate the weights of all adapters for a forward pass of training."""
+        # A compiler concatenates where that suits it, inference keeps concatenated weights in the layers, and a
+        # captured graph would read addresses that a later pass may free.
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or capturing or not (self.training and torch.is_grad_enabled()):
             yield
             return
-        adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
-        try:
-            self._prefetch.pack(adapters)
+        with self._prefetch.prefetched([adapter for layer in self._adapted for adapter in layer.adapters_in_use()]):
             yield
-        finally:
-            for adapter in adapters:
-                adapter.routing.packed.clear()
 
     @contextmanager
     def _with_tasks(
-        self, task_ids: TaskIds | None, batch: GivenBatch | None, generates: bool = False
+        self, task_ids: TaskIds | None, batch: BatchShape | None, generates: bool = False
     ) -> Generator[None, None, None]:
-        """Give the layers the tasks of a batch."""
+        """Give the tasks of a batch to the layers."""
         if task_ids is None:
             yield
             return
+
+        # Without a task router `resolve` raises.
         routings = find_routings(self)
-        with_tasks = [routing for routing in routings if routing.kind == "task"] or routings
-        resolved = [routing.resolve(task_ids) for routing in with_tasks]
-        known: dict[str, Any] = {"rows_repeat": generates}
+        routings = [routing for routing in routings if routing.kind == "task"] or routings
+        resolved = [routing.resolve(task_ids) for routing in routings]
+        sizes: dict[str, Any] = {"rows_repeat": generates}
         if batch is not None:
             check_task_ids(resolved[0], batch, generates)
-            known = {"rows_repeat": batch.rows_repeat, "lengths": batch.lengths}
-        with ExitStack() as stack:
-            for routing, ids in zip(with_tasks, resolved, strict=True):
-                stack.enter_context(routing.using(task_ids=ids, **known))
+            sizes = {"rows_repeat": batch.rows_repeat, "lengths": batch.lengths}
+
+        contexts = [(routing, {"task_ids": ids, **sizes}) for routing, ids in zip(routings, resolved, strict=True)]
+        with using_all(contexts):
             yield
 
     @contextmanager
     def _mixed_adapters(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
+        """Run each row of a batch with its own adapter."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
             return
         self._check_adapter_names(adapter_names)
+
         # Beam search repeats each row of the batch.
         num_beams = kwargs.get("num_beams")
         repeats = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
         expanded = [name for name in adapter_names for _ in range(repeats)]
+
         handles = []
         try:
             encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
@@ -515,12 +456,11 @@ class RLoraModel(BaseTuner):
                 "`adapter_names` mixes adapters in one batch for inference, but the model is in training mode. Call "
                 "`model.eval()` first."
             )
-        known = set(self.peft_config)
-        unknown = sorted({name for name in adapter_names if name != "__base__"} - known)
+        unknown = sorted({name for name in adapter_names if name != "__base__"} - set(self.peft_config))
         if unknown:
             raise ValueError(
-                f"`adapter_names` has unknown adapters: {', '.join(unknown)}. Loaded are {', '.join(sorted(known))}; "
-                'use "__base__" for rows without an adapter.'
+                f"`adapter_names` has unknown adapters: {', '.join(unknown)}. Loaded are "
+                f'{", ".join(sorted(self.peft_config))}; use "__base__" for rows without an adapter.'
             )
 
     @classmethod
@@ -547,10 +487,3 @@ class RLoraModel(BaseTuner):
 def _without_wrappers(name: str) -> str:
     """The name of a parameter in the model itself, which is its name in files."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear | Conv1D):
-        return True
-    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
-    return backend is not None and getattr(backend, "layer_type", "linear") == "linear"

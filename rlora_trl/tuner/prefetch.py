@@ -1,8 +1,9 @@
-"""The weights of a model's adapters laid side by side all at once, when a forward pass begins."""
+"""Concatenates the weights of all adapters of a model at once, when a forward pass begins."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from .adapter import MultiHeadAdapter, PrefetchedWeights
 
 
 class _Kind(NamedTuple):
-    """What adapters that are packed together have in common."""
+    """What adapters that are concatenated in one launch have in common."""
 
     spec: DeltaSpec
     dtype: torch.dtype
@@ -22,21 +23,22 @@ class _Kind(NamedTuple):
 
 
 class _Group(NamedTuple):
+    """Adapters of one kind, their tensors, and where these are in memory."""
+
     kind: _Kind
-    targets: list[tuple[dict[int, PrefetchedWeights], int]]  # where the weights of each go
+    adapters: list[MultiHeadAdapter]
     tensors: list[AdapterTensors]
     addresses: torch.Tensor | None
 
 
 class WeightPrefetch:
     """
-    Packs the weights of many adapters with one launch for all that are of one kind, rather than one for each.
+    Concatenates the weights of many adapters with one launch for each kind, rather than one for each adapter.
 
-    Short steps are bound by the host (docs/performance.md), and this is a tenth of what a layer asks of it. What is
-    packed is there for one forward pass and used for the very tensors that it was made from, as they were then (but
-    for what is written through `.data` in between). Otherwise an adapter packs its own weights: in its first forward
-    pass, which tells the dtype of its products; where they are sharded (DeepSpeed ZeRO-3, FSDP); and in the
-    recomputations of gradient checkpointing.
+    Short steps are limited by the host (docs/performance.md), and this takes a tenth off the host time of a layer. The
+    weights serve one forward pass, and only while the tensors are the same and unchanged (writes through `.data` go
+    unnoticed). Otherwise an adapter concatenates its own weights: in its first forward pass, which fixes the dtype of
+    its products; if they are sharded (DeepSpeed ZeRO-3, FSDP); and in recomputations of gradient checkpointing.
     """
 
     def __init__(self) -> None:
@@ -44,51 +46,64 @@ class WeightPrefetch:
         self._groups: list[_Group] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take no plan along, which holds for the tensors of one model."""
+        """Copies and pickles leave out the plan, which belongs to the tensors of one model."""
         return {"_key": [], "_groups": []}
 
+    @contextmanager
+    def prefetched(self, adapters: Sequence[MultiHeadAdapter]) -> Generator[None, None, None]:
+        """Set `prefetched` of each adapter that allows it, for the duration of a `with` block."""
+        try:
+            self.concat(adapters)
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.__dict__.pop("prefetched", None)
+
     @torch.no_grad()
-    def pack(self, adapters: Sequence[MultiHeadAdapter]) -> None:
-        """Put weights into `packed` of each adapter's `Routing`, where that can be done ahead."""
-        # What a plan depends on: where all parameters are, whole ones and shards, and what is made of them.
+    def concat(self, adapters: Sequence[MultiHeadAdapter]) -> None:
+        """Set `prefetched` of each adapter that allows it; see [`prefetched`]."""
+        # A plan depends on where all parameters are, on which are whole, and on how they are concatenated.
         parameters = [parameter for adapter in adapters for parameter in adapter._parameters.values()]
         key: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]
         key += [(adapter.product_dtype, adapter.delta_spec()) for adapter in adapters]
         if key != self._key:
             self._key, self._groups = key, _plan(adapters)
-        for (spec, dtype, _), targets, layers, addresses in self._groups:
-            packed = concat_layers(layers, addresses, spec, dtype)
-            for (weights_of, number), tensors, weights in zip(targets, layers, packed, strict=True):
-                weights_of[number] = PrefetchedWeights.of(weights, spec, tensors)
+
+        for (spec, dtype, _), members, layers, addresses in self._groups:
+            concatenated = concat_layers(layers, addresses, spec, dtype)
+            for adapter, tensors, weights in zip(members, layers, concatenated, strict=True):
+                # `nn.Module.__setattr__` is slow.
+                adapter.__dict__["prefetched"] = PrefetchedWeights.of(weights, spec, tensors)
 
 
 def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
-    of_kind: dict[_Kind, list[MultiHeadAdapter]] = {}
+    by_kind: dict[_Kind, list[MultiHeadAdapter]] = {}
     for adapter in adapters:
         kind = _kind_of(adapter)
         if kind is not None:
-            of_kind.setdefault(kind, []).append(adapter)
+            by_kind.setdefault(kind, []).append(adapter)
+
     groups = []
-    for kind, alike in of_kind.items():
-        tensors = [adapter.kernel_tensors() for adapter in alike]
+    for kind, members in by_kind.items():
+        tensors = [adapter.kernel_tensors() for adapter in members]
         addresses = backend(tensors[0][0].device, kind.dtype).addresses_of(tensors)
-        targets = [(adapter.routing.packed, adapter.layer_number) for adapter in alike]
-        groups.append(_Group(kind, targets, tensors, addresses))
+        groups.append(_Group(kind, members, tensors, addresses))
     return groups
 
 
 def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
-    """The kind of an adapter; `None` where its tensors are not there, or the dtype of products is not known."""
+    """The kind of an adapter; `None` if its tensors are not in memory or the dtype of its products is unknown yet."""
     if adapter.product_dtype is None or adapter.A.device.type == "meta":
         return None
     for name, shape in adapter.shapes.items():
         parameter = adapter._parameters.get(name)
-        # Shards are made whole only when the adapter itself is called; and what stands in for a parameter (FSDP,
-        # parametrizations, `functional_call`) may be another tensor each time.
+        # Shards are gathered only when the adapter is called. What replaces a parameter (FSDP, parametrizations,
+        # `functional_call`) may be another tensor each time.
         if type(parameter) is not nn.Parameter or "ds_id" in vars(parameter) or parameter.shape != shape:
             return None
         if not parameter.is_contiguous() or parameter.is_inference():
             return None
+
     sizes = tuple(
         None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in adapter.kernel_tensors()
     )

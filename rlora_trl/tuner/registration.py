@@ -15,8 +15,8 @@ def register() -> None:
     Enter R-LoRA into PEFT's registries; calling it again changes nothing.
 
     `peft.utils.register_peft_method` accepts only members of `peft.PeftType`, an enum that can't be extended. The
-    registries are dictionaries keyed by strings, and a string enum of our own is such a key. (No upstream issue as of
-    peft 0.21.2; peft#2282 brought the function, for methods within PEFT, and peft#2273 asked for others.)
+    registries are dictionaries with string keys, and a member of another string enum is such a key. (No open upstream
+    issue as of peft 0.21.2; peft#2282 added the function for methods inside PEFT, peft#2273 asked for others.)
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[RLoraPeftType.RLORA] = RLoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[RLoraPeftType.RLORA] = RLoraModel

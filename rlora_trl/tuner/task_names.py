@@ -1,4 +1,4 @@
-"""What may name a task: one rule for dictionaries, columns, configurations and saved adapters."""
+"""Names of tasks: one rule for dictionaries, columns, configurations and saved adapters."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from numbers import Integral
 from typing import Any
 
 
-# What an adapter from the Hub is accepted with: names of as many characters, and as many of them.
+# Limits for adapters from the Hub too: characters in a name, and number of names.
 MAX_TASK_NAME = 512
 MAX_TASKS = 10_000
 
-_REMEDY = 'Name it by a short text, such as "sst2".'
+_REMEDY = 'Use a short text, such as "sst2".'
 
 
 def task_name(task: Any) -> str:
     """
-    The name of a task as text.
+    Convert the name of a task to text.
 
     Args:
         task (`str` or `int`): A name, or a whole number, whose digits are the name. NumPy's types count as both.
@@ -31,14 +31,14 @@ def task_name(task: Any) -> str:
         return str(int(task))
     if not isinstance(task, str):
         raise TypeError(
-            f"{task!r} ({type(task).__name__}) can't name a task, which takes a text or a whole number. {_REMEDY}"
+            f"{task!r} ({type(task).__name__}) can't name a task: names are text or whole numbers. {_REMEDY}"
         )
-    name = str.__str__(task)  # of an enumeration of texts the value, of NumPy's text a plain one
+    name = str.__str__(task)  # the value of a string enum, and a plain text for NumPy's
     if not name.strip():
         raise ValueError(f"{name!r} can't name a task: it is blank. {_REMEDY}")
     if len(name) > MAX_TASK_NAME:
         raise ValueError(
-            f"A text of {len(name)} characters ({name[:20]!r}...) can't name a task, whose name has at most "
+            f"A text of {len(name)} characters ({name[:20]!r}...) can't name a task: names have at most "
             f"{MAX_TASK_NAME}. {_REMEDY}"
         )
     try:

@@ -226,7 +226,7 @@ def test_fixed_head_weights_in_every_path(router):
             short = logits(model, ids[:1, :3])  # few tokens: another kernel
             adapter = next(iter(layers.values())).rlora_adapters["default"]
             x = torch.randn(5, adapter.in_features)
-            fixed = adapter.mixture(x)
+            fixed = adapter.head_weights(x)
             if router in ("softmax", "top_k"):
                 compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)(x)
                 assert error(compiled, adapter(x)) <= 1e-5

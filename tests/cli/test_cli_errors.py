@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rlora_cli.errors import quieten_libraries
 from rlora_cli.options import Command
-from rlora_trl.files.reading import AdapterCheckError
+from rlora_trl.reading import AdapterCheckError
 
 
 def _response(status):

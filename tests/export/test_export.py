@@ -38,7 +38,8 @@ from transformers import (
 from rlora_trl import RLoraConfig
 from rlora_trl.analysis.measuring import measure_head_weights
 from rlora_trl.export import export_lora
-from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights, kept_quantized
+from rlora_trl.tuner.bnb_cpu import kept_quantized
+from rlora_trl.tuner.selection import adapted_layers, fixed_head_weights
 
 
 @pytest.mark.parametrize("option", MATRIX)

@@ -25,8 +25,7 @@ from rlora_trl.kernels import (
     rank_space,
 )
 from rlora_trl.kernels.rank_space import Layout
-from rlora_trl.tuner import MultiHeadAdapter
-from rlora_trl.tuner.routing import HeadUsage
+from rlora_trl.tuner import HeadUsage, MultiHeadAdapter
 
 
 T, D_IN, D_OUT, N, R = 37, 13, 17, 3, 4

@@ -309,7 +309,7 @@ def test_what_is_logged(model_folders, tmp_path):
 
     def hook(adapter, args, kwargs):
         x = args[0].detach().reshape(-1, args[0].shape[-1])[mask]
-        weights.append(adapter.mixture(x))
+        weights.append(adapter.head_weights(x))
         losses.append(balance_loss(x @ adapter.router.T, "switch"))
 
     handles = [a.register_forward_pre_hook(hook, with_kwargs=True) for a in adapters_of(trainer)]

@@ -30,7 +30,7 @@ def test_head_usage_by_task(model_folders, tmp_path):
     adapters = [m for m in trainer.model.modules() if isinstance(m, MultiHeadAdapter)]
     assert len(callback.layers) == len(adapters) == 6
     for task in ("colour", "same"):
-        wanted = torch.stack([a.task_mixtures().softmax(-1)[TASKS.index(task)] for a in adapters])
+        wanted = torch.stack([a.task_logits().softmax(-1)[TASKS.index(task)] for a in adapters])
         torch.testing.assert_close(callback.usage[4][task], wanted.detach(), rtol=1e-5, atol=1e-6)
     stored = json.loads((tmp_path / "usage.json").read_text())
     assert stored["layers"] == callback.layers and set(stored["usage"]) == {"2", "4"}
@@ -80,4 +80,6 @@ def test_head_usage_with_a_plain_trainer(model_folders, tmp_path):
     adapters[0].register_forward_pre_hook(lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True)
     with torch.no_grad():
         model(torch.tensor([[5, 6, 7, 8]]))
-    torch.testing.assert_close(weights[0], adapters[0].mixture(seen[0]).mean((0, 1)).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        weights[0], adapters[0].head_weights(seen[0]).mean((0, 1)).detach(), rtol=1e-4, atol=1e-5
+    )

@@ -76,7 +76,7 @@ def test_no_patterns_and_first_layer():
         ({"router": "top_k", "router_top_k": 1}, "A single head would always weigh 1"),
         ({"router": "top_k", "router_top_k": True}, "got True"),
         ({"router": "top_k", "router_top_k": 2}, "Set `router_init='kaiming_uniform'`"),
-        ({"router_top_k": 2}, "belongs to `router='top_k'`, and `router` is 'softmax'"),
+        ({"router_top_k": 2}, "belongs to `router='top_k'`, but `router` is 'softmax'"),
         ({"tasks": ["a", "b", "a"]}, "names 'a' more than once"),
     ],
 )
@@ -93,7 +93,7 @@ def test_tasks_are_names(tasks):
 
 @pytest.mark.parametrize("router", ["softmax", "task"])
 def test_one_head_has_nothing_to_route(router):
-    with pytest.warns(UserWarning, match="nothing for `router='.*'` to weigh"):
+    with pytest.warns(UserWarning, match="parameters of `router='.*'` get no gradient"):
         RLoraConfig(num_heads=1, router=router)
 
 

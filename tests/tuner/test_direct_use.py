@@ -375,7 +375,7 @@ def test_all_linear_leaves_them_out():
 @pytest.mark.parametrize("targets", [["out_proj"], ["attention.out_proj"], r".*out_proj"])
 def test_named_they_are_refused_before_anything_changes(targets):
     model = Attention()
-    with pytest.raises(ValueError, match="selects attention.out_proj, and MultiheadAttention.*exclude_modules"):
+    with pytest.raises(ValueError, match="selects attention.out_proj, but MultiheadAttention.*exclude_modules"):
         get_peft_model(model, RLoraConfig(target_modules=targets))
     assert type(model.out_proj) is nn.Linear
 

@@ -67,7 +67,7 @@ def packed_alone(monkeypatch):
 
 def without_packing(model, x, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(WeightPrefetch, "pack", lambda self, adapters: None)
+        patch.setattr(WeightPrefetch, "concat", lambda self, adapters: None)
         return step(model, x)
 
 
@@ -85,7 +85,7 @@ def test_a_step_is_the_same_and_no_layer_packs(checkpointing, packed_alone, monk
     assert_same(step(model, x), wanted)
     # A recomputation packs for itself: weights are only known not to change during the forward pass.
     assert len(packed_alone) == (0 if checkpointing is None else 3)
-    assert all(not adapter.routing.packed for adapter in adapters_of(model))
+    assert all(not adapter.prefetched for adapter in adapters_of(model))
 
 
 def test_the_first_step_packs_layer_by_layer(packed_alone):
@@ -151,10 +151,10 @@ def test_changed_scale_mixture_and_dtype_are_seen(monkeypatch):
     model.base_model.model.up.set_scale("default", 0.3)
     assert_same(step(model, x), without_packing(model, x, monkeypatch))
     for adapter in adapters_of(model):
-        adapter.fix_mixture(torch.tensor([0.7, 0.2, 0.1]))
+        adapter.fix_head_weights(torch.tensor([0.7, 0.2, 0.1]))
     assert_same(step(model, x), without_packing(model, x, monkeypatch))
     for adapter in adapters_of(model):
-        adapter.fix_mixture(None)
+        adapter.fix_head_weights(None)
     assert_same(step(model, x), without_packing(model, x, monkeypatch))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(2):
@@ -385,7 +385,7 @@ def test_nothing_is_left_behind_by_a_forward_pass_that_fails():
     handle = model.base_model.model.down.register_forward_pre_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(x)
-    assert all(not adapter.routing.packed for adapter in adapters_of(model))
+    assert all(not adapter.prefetched for adapter in adapters_of(model))
     handle.remove()
     step(model, x)
 
@@ -408,7 +408,7 @@ def test_inference_is_not_touched(packed_alone, monkeypatch):
     model, x = adapted(), torch.randn(5, 12)
     step(model, x)
     calls = []
-    monkeypatch.setattr(WeightPrefetch, "pack", lambda self, adapters: calls.append(1))
+    monkeypatch.setattr(WeightPrefetch, "concat", lambda self, adapters: calls.append(1))
     with torch.no_grad():
         model(x)
     model.eval()

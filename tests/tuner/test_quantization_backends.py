@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
-from rlora_trl.tuner.layer import RLoraLinear, _device_of
+from rlora_trl.tuner.layer import RLoraLinear
+from rlora_trl.tuner.offload import compute_device
 
 
 GROUP = 32
@@ -343,5 +344,5 @@ def test_device_is_found_where_a_layer_has_no_weight(library):
     pytest.importorskip(library)
     layer = LAYERS[library](nn.Linear(64, 64, bias=False))
     assert not hasattr(layer, "weight")
-    assert _device_of(layer) == torch.device("cpu")
-    assert _device_of(nn.Identity()) is None
+    assert compute_device(layer) == torch.device("cpu")
+    assert compute_device(nn.Identity()) is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlora_trl.files.comparison import TensorDifferences, compare_tensors
+from rlora_trl.tuner.comparison import TensorDifferences, compare_tensors
 
 
 A, B = ("A", (4, 8)), ("B", (3, 16, 4))

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rlora_trl import RLoraConfig, export_lora
-from rlora_trl.files.reading import read_safetensors_header
 from rlora_trl.files.tensors import check_tensors
+from rlora_trl.reading import read_safetensors_header
 
 
 def messages_of(model, config):
@@ -112,7 +112,7 @@ def test_narrow_layers_get_the_rank_that_they_allow(tmp_path):
         )
     assert len(caught) == 1
     assert "2 of 3 adapted layers" in str(caught[0].message)
-    assert "'gate', of 16 inputs and 1 outputs, gets rank 1 instead of 4" in str(caught[0].message)
+    assert "'gate', with 16 inputs and 1 outputs, gets rank 1 instead of 4" in str(caught[0].message)
     layers = {name: getattr(model.base_model.model, name) for name in ("up", "gate", "classifier")}
     assert {name: layer.r["default"] for name, layer in layers.items()} == {"up": 4, "gate": 1, "classifier": 3}
     assert layers["gate"].scaling["default"] == 5
@@ -193,3 +193,54 @@ def test_a_configuration_from_a_dictionary_or_a_copy_is_new():
     copies = [replace(config), get_peft_config({"peft_type": "RLORA", "target_modules": ["up_proj", "no_such"]})]
     for copied in copies:
         assert len(messages_of(TINY_MODELS["llama"](), copied)) == 1
+
+
+def test_every_known_architecture_exists():
+    from transformers import CONFIG_MAPPING
+
+    from rlora_trl.tuner.targets import MLP_TARGET_MODULES
+
+    assert set(MLP_TARGET_MODULES) <= set(CONFIG_MAPPING)
+
+
+ENCODER_DECODER = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+
+
+SIBLINGS = {"mt5": ({"wi_0", "wi_1", "wo"}, {"d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4})}
+SIBLINGS |= {
+    name: (
+        {"fc1", "fc2"},
+        ENCODER_DECODER
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0, "decoder_start_token_id": 1},
+    )
+    for name in ("mbart", "pegasus", "marian")
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_default_targets_of_siblings(name):
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    expected, sizes = SIBLINGS[name]
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name, vocab_size=80, d_model=32, **sizes))
+    model = get_peft_model(base, RLoraConfig(task_type="SEQ_2_SEQ_LM"))
+    targeted = model.base_model.targeted_module_names
+    assert {name.rpartition(".")[2] for name in targeted} == expected
+    assert len(targeted) == 2 * len(expected)
+
+
+def test_targets_that_match_nothing():
+    with pytest.raises(ValueError, match="nothing_like_it.*down_proj, gate_proj.*all-linear"):
+        get_peft_model(TINY_MODELS["llama"](), RLoraConfig(target_modules=["nothing_like_it"]))
+
+
+def test_target_that_is_not_linear():
+    with pytest.raises(TypeError, match="embed_tokens.*Embedding.*exclude_modules"):
+        get_peft_model(TINY_MODELS["llama"](), RLoraConfig(target_modules=["embed_tokens"]))
+
+
+def test_architecture_without_a_default():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="no default for models of type.*all-linear"):
+        get_peft_model(model, RLoraConfig())
+    assert get_peft_model(nn.Sequential(nn.Linear(4, 4)), RLoraConfig(target_modules=["0"]))

@@ -1,14 +1,21 @@
-"""Unloading, merging and deleting adapters of models that train more than adapters: as with plain LoRA."""
+"""Merging, unloading and deleting adapters, also of models that train more than adapters."""
+
+import copy
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import AuxiliaryTrainingWrapper
-from testing_utils import TINY_MODELS, VOCAB, perturb, random_ids
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from testing_utils import TASK_TYPES, TINY_MODELS, VOCAB, perturb, random_ids
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from rlora_trl import RLoraConfig
-from rlora_trl.tuner import RLoraLayer
+from rlora_trl.tuner import RLoraLayer, RLoraLinear
 
 
 TARGETS = r".*\.layer\.\d+\.(intermediate|output)\.dense"
@@ -111,3 +118,65 @@ def test_delete_adapter(name, options):
     unloaded = model.unload()
     assert_bare(unloaded)
     assert torch.equal(logits(unloaded), base)
+
+
+def adapted(model_folders, name, **kwargs):
+    torch.manual_seed(0)
+    auto = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
+    base = auto.from_pretrained(model_folders[name]).eval()
+    return get_peft_model(base, RLoraConfig(task_type=TASK_TYPES[name], **kwargs)).eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_uniform_router_merges_exactly(model_folders, name):
+    model = adapted(model_folders, name, router="uniform")
+    perturb(model)
+    expected = logits(model)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, RLoraLinear) for module in merged.modules())
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
+def test_softmax_router_refuses_to_merge_before_touching_anything(model_folders, method):
+    model = adapted(model_folders, "llama")
+    perturb(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="depends on the token.*unload\\(\\)"):
+        getattr(model, method)()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert any(isinstance(module, RLoraLinear) for module in model.modules())
+
+
+def test_merging_checks_the_adapters_that_are_named(model_folders):
+    model = adapted(model_folders, "llama", router="uniform")
+    perturb(model)
+    model.add_adapter("soft", RLoraConfig(task_type="CAUSAL_LM"))
+    before = copy.deepcopy(model.state_dict())
+    for method in ("merge_adapter", "merge_and_unload"):
+        with pytest.raises(ValueError, match="'soft' can't be merged"):
+            getattr(model, method)(adapter_names=["default", "soft"])
+        with pytest.raises(ValueError, match="no adapter 'other' to merge"):
+            getattr(model, method)(adapter_names=["other"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.set_adapter("soft")
+    model.merge_and_unload(adapter_names=["default"])
+
+
+def test_safe_merge_refuses_broken_weights(model_folders):
+    model = adapted(model_folders, "llama", router="uniform")
+    with torch.no_grad():
+        next(p for key, p in model.named_parameters() if key.endswith("default.A")).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_a_uniform_router_with_an_a_for_each_head_merges(model_folders):
+    model = adapted(model_folders, "llama", share_a=False, router="uniform")
+    perturb(model, scale=2.0)
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
