@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import WorkerError
 from samples import BASE, save_base, tiny_adapter, tiny_record
-from worker import WorkerError
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, __version__
 from rlora_trl.analysis import HeadWeights

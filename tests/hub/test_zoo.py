@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from processes import WorkerError
 from samples import BASE, save_adapter, save_base, tiny_record
-from worker import WorkerError
 
 
 OTHER_BASE = "user/other-llama"

@@ -1,0 +1,28 @@
+"""Runs source text that talks to the Hub, in forks of a process that has everything imported and has used nothing yet.
+
+`huggingface_hub` reads its settings when it is imported, so client code cannot run in pytest's own process.
+"""
+
+import linecache
+
+import bitsandbytes  # noqa: F401
+import peft  # noqa: F401
+import testing_utils  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: F401
+from transformers import AutoModelForCausalLM  # noqa: F401
+from trl import SFTTrainer  # noqa: F401
+
+import rlora_cli.app  # noqa: F401
+import rlora_trl.export
+import rlora_trl.hub.push
+import rlora_trl.trainer
+import rlora_trl.zoo  # noqa: F401
+
+
+def execute(folder, source, variables):
+    """Execute source text with these variables; what it leaves in its variable `result`."""
+    linecache.cache["<source>"] = (len(source), None, source.splitlines(keepends=True), "<source>")
+    namespace = {"__name__": "__client__", **variables}
+    exec(compile(source, "<source>", "exec"), namespace)
+    return namespace.get("result")
