@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(ROOT / "examples"))
 
+import processes
 import pytest
 import torch
 from testing_utils import TINY_MODELS, build_tokenizer
@@ -65,6 +66,14 @@ def model_folders(tmp_path_factory, tokenizer):
         tokenizer.save_pretrained(folder)
         folders[name] = str(folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Starts training runs on the CPU, of one rank or of several, in milliseconds."""
+    server = processes.Server(tmp_path_factory.mktemp("server"), {**os.environ, **processes.CPU})
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-# Folders with modules whose functions are called.
+# Folders of modules that have functions to call.
 FOLDERS = [str(TESTS / name) for name in ("faults", "distributed", "hub")]
 # The command, also where it is not installed.
 RLORA = [sys.executable, "-c", "from rlora_cli import main; main()"]
@@ -86,7 +86,7 @@ def run(command, *, timeout=180, env=None, **options):
 
 
 class Program:
-    """A program in a session of its own, whose output goes to a file."""
+    """A program in its own session; its output goes to a file."""
 
     def __init__(self, command, output, *, env=None):
         self.output = output
@@ -298,9 +298,9 @@ def _fork(call, rank):
         for stream, file in enumerate((nothing, output, output)):
             os.dup2(file, stream)
         if call["port"]:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": call["ranks"], "LOCAL_WORLD_SIZE": call["ranks"]}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": call["port"]}
-            os.environ |= {name: str(value) for name, value in place.items()}
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": call["ranks"], "LOCAL_WORLD_SIZE": call["ranks"]}
+            ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": call["port"]}
+            os.environ |= {name: str(value) for name, value in ranks.items()}
         status = call_function(call)
     finally:
         sys.stdout.flush()

@@ -100,14 +100,14 @@ def test_worker_trains_four_bit_models(monkeypatch, method):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     import large_worker
 
-    given = large_worker.answer(job(method=method))
-    assert "error" not in given, given
-    row = given["row"]
+    answer = large_worker.answer(job(method=method))
+    assert "error" not in answer, answer
+    row = answer["row"]
     assert len(row["times_ms"]) == 1 and row["times_ms"][0] > 0
     assert row["loss"] == pytest.approx(torch.tensor(float(TINY.vocabulary)).log().item(), rel=0.1)
     lora = TINY.lora_rank(4, 3) * 3 * TINY.layers * (TINY.hidden + TINY.mlp)
     assert row["trainable"] == (TINY.adapter_parameters(4, 3) if method == "ours" else lora)
-    assert given["environment"]["torch"] == torch.__version__
+    assert answer["environment"]["torch"] == torch.__version__
 
 
 def test_worker_reports_errors(monkeypatch):

@@ -11,8 +11,8 @@ import types
 
 import pytest
 import typer
-from cli_program import PROGRAM
 from huggingface_hub import errors as hub_errors
+from processes import RLORA
 from typer.testing import CliRunner
 
 from rlora_cli.app import ReportingGroup
@@ -50,7 +50,7 @@ def test_help_is_quick():
     # Half a second on a free core; with PyTorch it would be several.
     def seconds():
         start = time.perf_counter()
-        done = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*RLORA, "--help"], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and "Usage: rlora" in done.stdout, done.stderr
         return time.perf_counter() - start
 

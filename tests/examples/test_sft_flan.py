@@ -1,21 +1,18 @@
 """`examples/sft_flan.py` as users run it: on the demo, on files of their own, from YAML, in 4 bits."""
 
 import json
-import os
 import resource
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import sft_flan
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
+from processes import ROOT, run
 from testing_utils import task_rows
 
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = (
     *("--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--save_strategy", "no"),
     *("--gradient_checkpointing", "false", "--score_rows", "3"),
@@ -23,9 +20,9 @@ SMALL = (
 
 
 def launch(*arguments, timeout=500):
-    """`accelerate launch examples/sft_flan.py` in a process of its own."""
+    """What `accelerate launch examples/sft_flan.py` prints."""
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "examples" / "sft_flan.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ)
+    done = run(command, timeout=timeout, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

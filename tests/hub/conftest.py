@@ -17,7 +17,7 @@ DROPPED = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_
 
 
 class Worker:
-    """Runs source text as client of the Hub, each in a process of its own that has everything imported."""
+    """Runs source text as client of the Hub, each in its own process, which has everything imported."""
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.server = processes.Server(folder, env)
@@ -40,8 +40,8 @@ class Hub(HubServer):
 
     def env(self, **changes: str) -> dict[str, str]:
         """A whole environment for a process that uses this Hub as "user"."""
-        kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(DROPPED)}
-        return kept | {
+        environment = {key: value for key, value in os.environ.items() if not key.upper().startswith(DROPPED)}
+        return environment | {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
             "HF_HOME": str(self.home),

@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def lfs(self):
-        """What listings tell of a large file."""
+        """Fields of a large file in listings."""
         names = {"oid": self.sha256, "sha256": self.sha256}
         return {} if self.sha256 is None else {"lfs": {**names, "size": self.size, "pointerSize": 134}}
 
@@ -96,7 +96,7 @@ class Repo:
 
 @dataclass
 class Request:
-    """`path` is still percent-encoded, `query` keeps repeated parameters; `user` is whose token came with it."""
+    """`path` is still percent-encoded, `query` keeps repeated parameters; `user` is the owner of its token."""
 
     method: str
     path: str
@@ -464,7 +464,7 @@ def check_results(index):
 
 
 def computed_tags(card, files):
-    """By these tags a model is found."""
+    """The tags by which a search finds a model."""
     relation = "adapter" if "adapter_config.json" in files else "finetune"
     bases = as_list(card.get("base_model"))
     tags = [*as_list(card.get("library_name")), *as_list(card.get("tags")), *(f"base_model:{base}" for base in bases)]

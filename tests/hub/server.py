@@ -114,7 +114,7 @@ class HubServer:
         `status` answers that instead of serving; `drop_after` cuts the connection after so many bytes of the request's
         body (POST, PUT) or of the answer's (GET); `delay` waits so many seconds first; `after` does the work, then
         answers `status` or, with `drop_after`, nothing. A request fails once: of several failures that match, the one
-        given first is used up first.
+        that was injected first is used up first.
         """
         with self._lock:
             self.faults.append(Fault(method, pattern, **how))
