@@ -135,6 +135,10 @@ class HubServer:
 
     # What went over the wire
 
+    def count(self, method: str, pattern: str) -> int:
+        """How many requests matched."""
+        return sum(record.method == method and bool(re.search(pattern, record.path)) for record in self.requests)
+
     def uploaded_bytes(self) -> int:
         """Bytes of large files that were received; cut and repeated uploads count."""
         return sum(record.received for record in self.requests if record.method == "PUT")
