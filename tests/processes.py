@@ -131,7 +131,7 @@ class Server:
         self._runs = 0
 
     def _ask(self, command):
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             with open(self.log, "w") as log:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
                 command_line = [sys.executable, str(TESTS / "processes.py"), "serve"]

@@ -15,10 +15,7 @@ from transformers import AutoModelForCausalLM  # noqa: F401
 from trl import SFTTrainer  # noqa: F401
 
 import rlora_cli.app  # noqa: F401
-import rlora_trl.export
-import rlora_trl.hub.push
-import rlora_trl.trainer
-import rlora_trl.zoo  # noqa: F401
+from rlora_trl import RLoraSFTTrainer, export_lora, pull_adapter, push_adapter, zoo  # noqa: F401
 
 
 def execute(folder, source, variables):
