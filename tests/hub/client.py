@@ -3,10 +3,10 @@
 `huggingface_hub` reads its settings when it is imported, so client code cannot run in pytest's own process.
 """
 
+import contextlib
 import linecache
 import time
 
-import bitsandbytes  # noqa: F401
 import peft  # noqa: F401
 import testing_utils  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
@@ -16,6 +16,10 @@ from trl import SFTTrainer  # noqa: F401
 
 import rlora_cli.app  # noqa: F401
 from rlora_trl import RLoraSFTTrainer, export_lora, pull_adapter, push_adapter, zoo  # noqa: F401
+
+
+with contextlib.suppress(ImportError):
+    import bitsandbytes  # noqa: F401  (PEFT imports it where it is installed)
 
 
 def execute(folder, source, variables):
