@@ -1,4 +1,4 @@
-"""Set up before anything of Hugging Face is imported: no network, no telemetry; and the same seed for each test."""
+"""No network and no telemetry, set before anything of Hugging Face is imported; and fixtures that folders share."""
 
 import gc
 import os
@@ -22,9 +22,9 @@ from testing_utils import TINY_MODELS, build_tokenizer
 
 def pytest_collection_finish():
     """
-    Keep what all imports made out of every later collection of garbage.
+    Exclude what imports made from later garbage collections.
 
-    Trainers collect several times each, which would take half a second every time.
+    Each trainer collects several times, which would take half a second every time.
     """
     gc.collect()
     gc.freeze()
@@ -32,14 +32,14 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen():
-    """The same for what tests of the files before have imported."""
+    """The same for the imports of earlier test files."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def fresh_compiler():
-    """Forget what `torch.compile` made of the same code in earlier tests, which counts towards its limit."""
+    """Forget what `torch.compile` made of this code in earlier tests, which counts toward its limit."""
     import torch._dynamo
 
     torch._dynamo.reset()

@@ -129,6 +129,7 @@ def test_smallest_run(monkeypatch, tmp_path, name):
     import shapes
     from loop_forms import LoopLinear
 
+    # Tiny sizes, and one form that fails.
     script, out = importlib.import_module(name), tmp_path / "rows.jsonl"
     monkeypatch.setitem(shapes._QWEN25, "qwen2.5-3b", (32, 48, 1, 4, 2, 1000, True))
     if name in ("layer", "cpu"):
@@ -146,6 +147,7 @@ def test_smallest_run(monkeypatch, tmp_path, name):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *SMALLEST[name].split(), "--out", str(out)])
     script.main()
 
+    # A row for each form, with its times or its error.
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     failed = [(row["variant"], row["error"]) for row in rows if row.get("error")]
     assert failed == ([("R-LoRA loop N=5 r=4", "out of memory")] if name == "train_step" else [])
@@ -204,6 +206,7 @@ def test_bars_are_ratios_of_one_run():
         assert result[name] == (pytest.approx(value), met), name
     assert result["6x512: all that a step allocates / HydraLoRA loop"][0] == pytest.approx(0.3)
     assert result["6x512: the same above the floor's / HydraLoRA loop's"][0] == pytest.approx(2 / 30)
+
     # What was not measured has no ratio.
     for name in ("4-bit base, 8x2048: time / LoRA without dropout", "decoding, batch 1: time / LoRA"):
         assert result[name][0] is None, name

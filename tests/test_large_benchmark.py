@@ -63,6 +63,8 @@ def test_four_bit_model_is_what_transformers_loads(tmp_path, storage, family):
     )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
     made = build_model(shape, "nf4", CPU, 64, storage)
+
+    # Modules, parameters, states and buffers.
     assert {n: type(m) for n, m in made.named_modules()} == {n: type(m) for n, m in loaded.named_modules()}
     assert {n: type(p) for n, p in made.named_parameters()} == {n: type(p) for n, p in loaded.named_parameters()}
     for ours, theirs in (
@@ -73,12 +75,15 @@ def test_four_bit_model_is_what_transformers_loads(tmp_path, storage, family):
         assert all(ours[key].dtype == theirs[key].dtype for key in ours)
         # As bytes: packed values may look like NaN.
         assert all(torch.equal(as_bytes(ours[key]), as_bytes(theirs[key])) for key in ours)
+
+    # What transformers and PEFT ask a quantized model.
     for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method"):
         assert getattr(made, name) == getattr(loaded, name), name
     assert made.config.quantization_config.to_dict() == loaded.config.quantization_config.to_dict()
     assert type(made.hf_quantizer) is type(loaded.hf_quantizer)
     weight = made.model.layers[0].mlp.gate_proj.weight
     assert weight.quant_state.nested and weight.module.quant_state is weight.quant_state
+
     ids = torch.randint(0, TINY.vocabulary, (2, 9))
     with torch.no_grad():
         assert torch.equal(made(ids).logits, loaded(ids).logits)

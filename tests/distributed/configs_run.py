@@ -46,9 +46,11 @@ def strategy_of(trainer):
 
 
 def run(case, folder, model_folder):
+    # Nothing of the case before is left.
     for state in (AcceleratorState, GradientState):
         state._shared_state.clear()
     PartialState._shared_state.clear()
+
     output = folder / f"out-{case['name']}"
     torch.manual_seed(0)
     arguments = RLoraSFTConfig(str(output), **{**DEFAULTS, **case["arguments"]})
@@ -64,9 +66,11 @@ def run(case, folder, model_folder):
         peft_config=RLoraConfig(head_dropout=0.0),
     )
     trainer.train()
+
     outcome = strategy_of(trainer)
     outcome["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     outcome["processes"] = trainer.accelerator.num_processes
+
     trainer.save_model()
     if rank() == 0:
         saved = load_file(output / "adapter_model.safetensors")

@@ -167,6 +167,8 @@ def run(case, folder, models):
         peft_config=RLoraConfig(**{"head_dropout": 0.0, **case.get("config", {})}),
         quantization_config=four_bit() if case["base"] == "4bit" else None,
     )
+
+    # Watch what takes part in training.
     initial = {name: tensor.detach().cpu().clone() for name, tensor in adapter_tensors(trainer.model).items()}
     dtypes, warnings = Dtypes(), Warnings()
     trainer.add_callback(dtypes)
@@ -178,9 +180,12 @@ def run(case, folder, models):
     if case.get("batch_seed"):
         # As where activations are recomputed with other random states.
         trainer.__class__ = BatchSeed
+
     divided = case["strategy"] == "fsdp2" or case["strategy"].startswith("zero3")
     before = None if divided else digests_of(trainer.model)
     trainer.train()
+
+    # What came of it.
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     outcome = {"dtypes": dtypes.outcome, "losses": [entry["loss"] for entry in logs], "initial": initial}
     outcome["norms"] = [[entry[key] for key in NORMS if key in entry] for entry in logs]
@@ -189,6 +194,7 @@ def run(case, folder, models):
     outcome["type"] = trainer.accelerator.distributed_type.value
     outcome["base_is_unchanged"] = divided or before == digests_of(trainer.model)
     warnings.close()
+
     trainer.save_model()
     outcome["logits"] = logits_of(trainer)
     if rank() == 0:

@@ -142,6 +142,7 @@ def assert_saved_adapter_is_the_trained_one(folder, name, base, outcome):
     assert len(adapter) == 30 and all(value.dtype == torch.float32 for value in adapter.values()), name
     assert all(value.isfinite().all() for value in saved.values()), name
 
+    # As a user loads it, in the precision of training.
     mixed, deepspeed, fsdp = base != "float32", name.startswith("zero"), outcome[0]["type"] == "FSDP"
     computed = {"autocast": mixed and not (deepspeed or fsdp), "rounded": mixed and deepspeed, "in_order": fsdp}
     logits, without = loaded_logits(output, base, **computed)

@@ -248,16 +248,21 @@ def run_out_of_space(folder, settings):
     def trainer_for(steps):
         return build_trainer(folder, {**settings, "arguments": {**settings["arguments"], "max_steps": steps}})
 
+    # A checkpoint and an adapter, whose card somebody has edited.
     first = trainer_for(2)
     first.train()
     first.save_model()
     with open(output / "README.md", "a") as file:
         file.write(BY_HAND)
+
+    # The largest amount of space that is not enough.
     checkpoint = output / "checkpoint-2"
     sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
     # Whole pages for each file; of files whose size is limited, the largest counts.
     needed = sum(4096 * math.ceil(size / 4096) for size in sizes) if disk else max(sizes)
     limit = disk.with_free if disk else limited_files
+
+    # With less than that, saves fail and change nothing.
     outcome = {"checkpoints": [], "models": []}
     before = digests(output)
     for part in settings["parts"]:
@@ -274,6 +279,8 @@ def run_out_of_space(folder, settings):
         with limit(int(0.5 * part * needed)):
             outcome["models"].append(attempt(trainer.save_model))
         assert_unchanged(output, before, outcome)
+
+    # With enough, the run resumes.
     final = trainer_for(6)
     final.train(resume_from_checkpoint=True)
     final.save_model()
@@ -385,6 +392,8 @@ def train_ranks(folder, settings):
         # On CPU transformers leaves `ddp_timeout` out.
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["group_timeout"]))
     trainer = build_trainer(folder, settings)
+
+    # What the test wants of this run.
     if settings.get("spoil"):
         for name, parameter in trainer.model.named_parameters():
             if ".rlora_adapters." in name:
@@ -397,8 +406,9 @@ def train_ranks(folder, settings):
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=settings["scale"])
     if settings.get("die") and settings["die"]["rank"] == rank():
         die_in_step(trainer, settings["die"]["step"], folder / "died", settings["die"].get("by", "SIGKILL"))
+
     outcome = {"error": attempt(lambda: trainer.train(resume_from_checkpoint=settings.get("resume")))}
-    # Of an error that one rank alone has, the others know nothing yet.
+    # After an error of one rank only, collectives would wait for it.
     alike = outcome["error"] is None or outcome["error"][0] == "FloatingPointError"
     outcome["at_end"] = digest_of(weights_of(trainer)) if alike else None
     outcome |= {"weights": weights.digests, "finite": weights.finite, "logs": trainer.state.log_history}

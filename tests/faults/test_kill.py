@@ -98,10 +98,41 @@ def assert_same_run(losses, folders):
             assert loss == pytest.approx(losses[step], rel=1e-6), f"{folder.name}, step {step}"
 
 
+def kill_until_it_ends(server, settings, output, draw, kills, began):
+    """
+    Start a run again and again, each time killed at some moment, until one ends; counts the kills by kind in `kills`.
+
+    Returns the folders of all runs, how many of them resumed, and how many were killed during a write.
+    """
+    folders, status, resumed, in_writes = [], -9, 0, 0
+    while status == -9:
+        assert time.monotonic() - began < TIMEOUT, kills
+        before = steps_of_checkpoints(output)
+        kind = min(kills, key=kills.get)
+        folders.append(output.parent / f"run{len(folders)}")
+        victim = kill_somewhere(server, folders[-1], settings, kind, draw)
+        status = victim.statuses[0]
+        assert status in (0, -9), victim.output()
+
+        # It resumed from the newest checkpoint.
+        steps = losses_in(folders[-1])
+        if steps:
+            assert steps[0][0] == max(before, default=0) + 1
+            resumed += bool(before)
+
+        # All checkpoints are complete, and none was lost.
+        if status == -9:
+            kills[kind] += 1
+            in_writes += any((output / STAGING).glob("*"))
+            for step in steps_of_checkpoints(output):
+                assert_complete(output / f"checkpoint-{step}")
+            assert max(steps_of_checkpoints(output), default=0) >= max(before, default=0)
+    return folders, resumed, in_writes
+
+
 def test_runs_killed_at_random_moments(server, model_folders, uninterrupted, tmp_path):
     losses, adapter = uninterrupted
     draw = random.Random(SEED)
-    print("seed", SEED)
     began = time.monotonic()
     kills = {"moment": 0, "write": 0, "operation": 0}
     in_writes = resumed = chains = 0
@@ -109,33 +140,17 @@ def test_runs_killed_at_random_moments(server, model_folders, uninterrupted, tmp
         chains += 1
         output = tmp_path / f"chain{chains}" / "out"
         settings = settings_for(model_folders["llama"], output)
-        folders, status = [], -9
-        while status == -9:
-            assert time.monotonic() - began < TIMEOUT, f"{kills}, {in_writes} of them in writes"
-            before = steps_of_checkpoints(output)
-            kind = min(kills, key=kills.get)
-            folders.append(output.parent / f"run{len(folders)}")
-            victim = kill_somewhere(server, folders[-1], settings, kind, draw)
-            status = victim.statuses[0]
-            assert status in (0, -9), victim.output()
-            steps = losses_in(folders[-1])
-            if steps:
-                # It resumed from the newest checkpoint.
-                assert steps[0][0] == max(before, default=0) + 1
-                resumed += bool(before)
-            if status == -9:
-                kills[kind] += 1
-                in_writes += any((output / STAGING).glob("*"))
-                for step in steps_of_checkpoints(output):
-                    assert_complete(output / f"checkpoint-{step}")
-                assert max(steps_of_checkpoints(output), default=0) >= max(before, default=0)
+        folders, *counts = kill_until_it_ends(server, settings, output, draw, kills, began)
+        resumed, in_writes = resumed + counts[0], in_writes + counts[1]
+
+        # The losses and the adapter are those of the run that nothing happened to; nothing else is left.
         assert_same_run(losses, folders)
         trained = load_file(output / "adapter_model.safetensors")
         assert trained.keys() == adapter.keys()
         for name, tensor in adapter.items():
             torch.testing.assert_close(trained[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
-        left = [path.name for path in (output / STAGING).glob("*")]
-        assert not left, f"left over after a run that ended well: {left}"
-    print(f"{kills}, {in_writes} of them in writes; {resumed} resumed runs in {chains} chains")
+        assert not list((output / STAGING).glob("*"))
+        assert all(re.fullmatch(r"checkpoint-\d+", path.name) for path in output.glob("checkpoint*"))
+
+    print(f"seed {SEED}: {kills}, {in_writes} of them in writes; {resumed} resumed runs in {chains} chains")
     assert resumed > KILLS // 2 and min(kills.values()) >= KILLS // 3
-    assert all(re.fullmatch(r"checkpoint-\d+", path.name) for path in output.glob("checkpoint*"))
