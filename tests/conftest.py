@@ -1,4 +1,4 @@
-"""Set up before anything of Hugging Face is imported: no network, no telemetry; and the same seed for each test."""
+"""No network and no telemetry, set before anything of Hugging Face is imported; and fixtures that folders share."""
 
 import gc
 import os
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(ROOT / "examples"))
 
+import processes
 import pytest
 import torch
 from testing_utils import TINY_MODELS, build_tokenizer
@@ -21,9 +22,9 @@ from testing_utils import TINY_MODELS, build_tokenizer
 
 def pytest_collection_finish():
     """
-    Keep what all imports made out of every later collection of garbage.
+    Exclude what imports made from later garbage collections.
 
-    Trainers collect several times each, which would take half a second every time.
+    Each trainer collects several times, which would take half a second every time.
     """
     gc.collect()
     gc.freeze()
@@ -31,14 +32,14 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen():
-    """The same for what tests of the files before have imported."""
+    """The same for the imports of earlier test files."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def fresh_compiler():
-    """Forget what `torch.compile` made of the same code in earlier tests, which counts towards its limit."""
+    """Forget what `torch.compile` made of this code in earlier tests, which counts toward its limit."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -65,6 +66,14 @@ def model_folders(tmp_path_factory, tokenizer):
         tokenizer.save_pretrained(folder)
         folders[name] = str(folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Starts training runs on the CPU, of one rank or of several, in milliseconds."""
+    server = processes.Server(tmp_path_factory.mktemp("server"), {**os.environ, **processes.CPU})
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from cli_program import PROGRAM
+from processes import RLORA
 
 from rlora_trl import __version__
 
@@ -42,7 +42,7 @@ def test_help_is_quick():
     # Half a second on a free core; with PyTorch it would be several.
     def seconds():
         start = time.perf_counter()
-        done = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*RLORA, "--help"], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and "Usage: rlora" in done.stdout, done.stderr
         return time.perf_counter() - start
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import typer
-from cli_program import PROGRAM
+from processes import RLORA
 
 from rlora_cli import train_process
 from rlora_cli.train import split_arguments, training_parser, with_defaults
@@ -18,7 +18,7 @@ NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
 def train(*words, timeout=300):
     return subprocess.run(
-        [*PROGRAM, "train", *map(str, words)], capture_output=True, text=True, timeout=timeout, env=os.environ
+        [*RLORA, "train", *map(str, words)], capture_output=True, text=True, timeout=timeout, env=os.environ
     )
 
 

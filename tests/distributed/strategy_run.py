@@ -1,6 +1,5 @@
-"""Train, save and evaluate small cases one after another, as one process or as a rank of several.
-
-    python strategy_run.py cases.json                                       (or by `python -m torch.distributed.run`)
+"""
+Train, save and evaluate small cases one after another, as one process or as a rank of several.
 
 A case has a `name`, a `strategy` ("plain": one process or DDP; "zero1" .. "zero3", "zero3-offload", "fsdp2"), a `base`
 ("float32", "bfloat16" or "4bit"), and may have `arguments` of `RLoraSFTConfig`, `config` of `RLoraConfig`, `fsdp` for
@@ -9,23 +8,14 @@ adapter's initial values, the losses of all steps, the logits of `random_ids()` 
 strategy, and the dtypes of what takes part in training.
 """
 
-import faulthandler
-import gc
-import json
 import logging
 import os
-import signal
-import sys
 from hashlib import sha256
-from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from cases import BACKEND, DEEPSPEED, ON_GPU, SMALL, rank, run_each, start_deepspeed
 from datasets import Dataset
 from testing_utils import build_tokenizer, random_ids, task_rows
 from transformers import BitsAndBytesConfig, TrainerCallback
@@ -33,14 +23,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import rlora_trl.tuner.adapter as adapter_module
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
-from rlora_trl.hub import check_adapter
+from rlora_trl.files.checks import check_adapter
 from rlora_trl.tuner import MultiHeadAdapter
 
 
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-# Set in the GPU suite: a GPU for each rank.
-ON_GPU = os.environ.get("RLORA_TRL_TEST_DEVICE") == "cuda"
 NORMS = ("grad_norm_A", "grad_norm_B", "grad_norm_router")
 ROWS = 8  # of all ranks, in each step
 
@@ -62,51 +48,38 @@ def deepspeed_config(strategy):
     zero = {"stage": int(strategy[4])}
     if strategy.endswith("offload"):
         zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "zero_allow_untested_optimizer": True,
-        # Its own would have to be compiled.
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-    }
+    return {**DEEPSPEED, "zero_optimization": zero}
 
 
 def build_arguments(case, output):
     bf16 = case["base"] != "float32"
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     values = {
-        "use_cpu": not ON_GPU,
+        **SMALL,
         "bf16": bf16,
         "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"},
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "gradient_checkpointing": False,
         "max_steps": 20,
-        "per_device_train_batch_size": ROWS // RANKS,
+        "per_device_train_batch_size": ROWS // ranks,
         "optim": "adamw_torch",
-        "lr_scheduler_type": "constant",
         "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "max_length": 64,
-        "train_sampling_strategy": "sequential",
     }
     if "RANK" in os.environ:
-        values["ddp_backend"] = "nccl" if ON_GPU else "gloo"
+        values["ddp_backend"] = BACKEND
+
+    # Nothing of the case before is left.
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     unset_hf_deepspeed_config()
+
     if case["strategy"].startswith("zero"):
         values["deepspeed"] = deepspeed_config(case["strategy"])
     if case["strategy"] == "fsdp2":
         values |= {"fsdp": True, "fsdp_config": {"version": 2, **case.get("fsdp", {})}}
     arguments = RLoraSFTConfig(str(output), **{**values, **case.get("arguments", {})})
     if case["strategy"] == "fsdp2" and not ON_GPU:
-        # On CPU accelerate knows DDP alone, though PyTorch's FSDP2 runs there.
-        assert arguments.device.type == "cpu" and PartialState().num_processes == RANKS
+        # On CPU accelerate supports DDP only, though PyTorch's FSDP2 runs there.
+        assert arguments.device.type == "cpu" and PartialState().num_processes == ranks
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return arguments
 
@@ -122,7 +95,7 @@ def four_bit():
 
 
 class Warnings(logging.Handler):
-    """Keeps what the trainer warns of."""
+    """Collects the warnings of the trainer."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -138,26 +111,26 @@ class Warnings(logging.Handler):
 
 
 class Dtypes(TrainerCallback):
-    """Notes the dtypes of adapters: kept, in products, in gradients."""
+    """Notes the dtypes of adapters: of parameters, in products, of gradients."""
 
     def __init__(self):
-        self.found = {"kept": set(), "products": set(), "gradients": set()}
+        self.outcome = {"parameters": set(), "products": set(), "gradients": set()}
         self.original = adapter_module.fused_delta
         adapter_module.fused_delta = self
 
     def __call__(self, x, A, B, router, *rest):
         if torch.is_grad_enabled():
             anchors = rest[:2]
-            self.found["products"].add((x.dtype, *{tensor.dtype for tensor in (A, B, router, *anchors)}))
+            self.outcome["products"].add((x.dtype, *{tensor.dtype for tensor in (A, B, router, *anchors)}))
         return self.original(x, A, B, router, *rest)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parameters = adapter_tensors(model).values()
-        self.found["gradients"] |= {p.grad.dtype for p in parameters if p.grad is not None}
+        self.outcome["gradients"] |= {p.grad.dtype for p in parameters if p.grad is not None}
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         adapter_module.fused_delta = self.original
-        self.found["kept"] = {tensor.dtype for tensor in adapter_tensors(model).values()}
+        self.outcome["parameters"] = {tensor.dtype for tensor in adapter_tensors(model).values()}
 
 
 def adapter_tensors(model):
@@ -190,60 +163,47 @@ def run(case, folder, models):
         arguments,
         train_dataset=Dataset.from_list(training_rows(arguments.max_steps)),
         processing_class=build_tokenizer(),
-        # Ranks draw masks of their own, so that without dropout alone losses are those of one process.
+        # Each rank draws its own masks: losses are those of one process only without dropout.
         peft_config=RLoraConfig(**{"head_dropout": 0.0, **case.get("config", {})}),
         quantization_config=four_bit() if case["base"] == "4bit" else None,
     )
+
+    # Watch what takes part in training.
     initial = {name: tensor.detach().cpu().clone() for name, tensor in adapter_tensors(trainer.model).items()}
     dtypes, warnings = Dtypes(), Warnings()
     trainer.add_callback(dtypes)
     if case["strategy"] == "fsdp2" and not ON_GPU:
         for module in trainer.model.modules():
-            # Else some CPUs reorder 4-bit weights for inference, in place, which FSDP2 knows nothing of.
+            # Some CPUs would reorder 4-bit weights for inference, in place, which FSDP2 does not expect.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     if case.get("batch_seed"):
         # As where activations are recomputed with other random states.
         trainer.__class__ = BatchSeed
+
     divided = case["strategy"] == "fsdp2" or case["strategy"].startswith("zero3")
     before = None if divided else digests_of(trainer.model)
     trainer.train()
+
+    # What came of it.
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = {"dtypes": dtypes.found, "losses": [entry["loss"] for entry in logs], "initial": initial}
-    found["norms"] = [[entry[key] for key in NORMS if key in entry] for entry in logs]
-    found["warnings"] = warnings.texts
-    found["processes"] = trainer.accelerator.num_processes
-    found["type"] = trainer.accelerator.distributed_type.value
-    found["base_is_kept"] = divided or before == digests_of(trainer.model)
+    outcome = {"dtypes": dtypes.outcome, "losses": [entry["loss"] for entry in logs], "initial": initial}
+    outcome["norms"] = [[entry[key] for key in NORMS if key in entry] for entry in logs]
+    outcome["warnings"] = warnings.texts
+    outcome["processes"] = trainer.accelerator.num_processes
+    outcome["type"] = trainer.accelerator.distributed_type.value
+    outcome["base_is_unchanged"] = divided or before == digests_of(trainer.model)
     warnings.close()
+
     trainer.save_model()
-    found["logits"] = logits_of(trainer)
-    if RANK == 0:
+    outcome["logits"] = logits_of(trainer)
+    if rank() == 0:
         check_adapter(output)
-    torch.save(found, folder / f"{case['name']}.{RANK}.pt")
+    torch.save(outcome, folder / f"{case['name']}.{rank()}.pt")
     trainer.accelerator.free_memory()
 
 
-def main():
-    given = json.loads(Path(sys.argv[1]).read_text())
-    # The launcher starts ranks in sessions of their own: each ends itself if all else fails.
-    signal.alarm(given["timeout"])
-    faulthandler.dump_traceback_later(given["timeout"] - 30)
-    torch.set_num_threads(1)
-    if any(case["strategy"].startswith("zero") for case in given["cases"]):
-        import deepspeed
-
-        # Else it compiles its own collectives, which takes longer than the tests.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if ON_GPU else "gloo")
-    for case in given["cases"]:
-        # Trainers collect garbage several times each, which takes half a second with all that libraries made.
-        gc.freeze()
-        run(case, Path(sys.argv[1]).parent, given["models"])
-        gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def run_cases(folder, cases, models):
+    if any(case["strategy"].startswith("zero") for case in cases):
+        start_deepspeed()
+    run_each(cases, lambda case: run(case, folder, models))

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from launching import ON_GPU, launch
+from cases import ON_GPU
 from peft import get_peft_model
 from testing_utils import perturb, task_rows
 from transformers import AutoModelForCausalLM
@@ -19,7 +19,7 @@ LOSSES = ("switch", "importance", "mutual_information", "z")
 TASKS = ("first", "colour")
 # A case of two ranks is named `<strategy>.<rows>-<loss>[@<what differs>]`; its reference is `<rows>-<loss>`.
 STAGES = {"ddp": None, "zero2": 2, "zero3": 3}
-# Seconds for the one launch of two ranks, which takes about 60.
+# Seconds for the launch of two ranks, which takes about 60.
 TIMEOUT = 300
 # Relative to the largest element of an update; updates are sums of float32 in another order. On GPUs, products of
 # other sizes take other kernels, and each of the two layers adds to the difference.
@@ -48,7 +48,7 @@ def by_task():
 
 
 def case(name, rows, kind, *, coef=1.0, **kwargs):
-    """A case for `balance_run.py`; all but its own keywords are arguments of the trainer."""
+    """A case for `balance_run.py`; all keywords but `stage`, `by_name` and `save` are arguments of the trainer."""
     entry = {"name": name, "rows": rows}
     for key in ("stage", "by_name", "save"):
         if key in kwargs:
@@ -60,7 +60,7 @@ def case(name, rows, kind, *, coef=1.0, **kwargs):
 
 @pytest.fixture(scope="module")
 def start(model_folders, tmp_path_factory):
-    """Folders of a model, and of an adapter that is away from its initial values."""
+    """Folders of a model, and of an adapter that has left its initial values."""
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     config = RLoraConfig(task_type="CAUSAL_LM", head_dropout=0.0, router_init="kaiming_uniform", tasks=list(TASKS))
@@ -68,11 +68,11 @@ def start(model_folders, tmp_path_factory):
     perturb(model)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
-    return {"model": model_folders["llama"], "adapter": str(folder)}
+    return model_folders["llama"], str(folder)
 
 
 @pytest.fixture(scope="module")
-def alone(start, tmp_path_factory):
+def alone(launch, start, tmp_path_factory):
     """All references: one process with the whole batch of 8."""
     whole = {"per_device_train_batch_size": 8}
     uneven, same = uneven_rows(), twice(uneven_rows())
@@ -84,27 +84,27 @@ def alone(start, tmp_path_factory):
     cases += [case("tasks", by_task() * 2, "switch", max_steps=2, balance_scope="global", **whole)]
     cases += [case("by_name-z", uneven, "z", by_name=True, **whole)]
     cases += [case("by_name-none", uneven, "none", by_name=True, **whole)]
-    found = launch(tmp_path_factory.mktemp("alone") / "run", start, cases, 1)
-    return {name: ranks[0] for name, ranks in found.items()}
+    outcomes = launch(tmp_path_factory.mktemp("alone"), "balance_run", cases, *start)
+    return {name: ranks[0] for name, ranks in outcomes.items()}
 
 
-def updates(found):
-    return {name: found["after"][name] - found["before"][name] for name in found["after"]}
+def updates(outcome):
+    return {name: outcome["after"][name] - outcome["before"][name] for name in outcome["after"]}
 
 
-def assert_same_update(expected, found, plain):
+def assert_same_update(expected, outcome, plain):
     """
     The update on two processes is the one on one process; and that of routers is another without the balance loss.
 
     Args:
-        expected, found (`dict`): What one process found, and what a rank of two found.
-        plain (`dict`): What one process found without a balance loss.
+        expected, outcome (`dict`): Outcomes of one process, and of a rank of two.
+        plain (`dict`): Outcome of one process without a balance loss.
     """
-    assert found["processes"] == 2 and expected["processes"] == 1
-    want, have, without = updates(expected), updates(found), updates(plain)
+    assert outcome["processes"] == 2 and expected["processes"] == 1
+    want, have, without = updates(expected), updates(outcome), updates(plain)
     assert want.keys() == have.keys() and any(name.endswith("router") for name in want)
     for name in want:
-        torch.testing.assert_close(found["before"][name], expected["before"][name], rtol=0, atol=0)
+        torch.testing.assert_close(outcome["before"][name], expected["before"][name], rtol=0, atol=0)
         largest = want[name].abs().max().item()
         assert largest > 0, name
         # A weight is itself rounded to float32.
@@ -152,8 +152,8 @@ def cases_of(strategy):
     """All cases of DDP or of a stage of DeepSpeed."""
     cases = agreement_cases(strategy)
     if strategy == "ddp":
-        own = {"average_tokens_across_devices": False}
-        cases += [case(f"ddp.own-{kind}", uneven_rows(), kind, **own) for kind in ("z", "none")]
+        settings = {"average_tokens_across_devices": False}
+        cases += [case(f"ddp.own-{kind}", uneven_rows(), kind, **settings) for kind in ("z", "none")]
     if strategy == "zero3":
         cases += agreement_cases("zero3-checkpointing")
         cases.append(case("zero3.by_name-z", uneven_rows(), "z", stage=3, by_name=True))
@@ -169,11 +169,11 @@ def cases_of(strategy):
 
 
 @pytest.fixture(scope="module")
-def ranks(start, tmp_path_factory):
-    """What each of two ranks found, by case: all of them in one launch, as most of the time is imports."""
+def ranks(launch, start, tmp_path_factory):
+    """Outcomes of two ranks, by case, in one launch."""
     strategies = STAGES if find_spec("deepspeed") else ("ddp",)
     cases = [entry for strategy in strategies for entry in cases_of(strategy)]
-    return launch(tmp_path_factory.mktemp("ranks") / "run", start, cases, 2, timeout=TIMEOUT)
+    return launch(tmp_path_factory.mktemp("ranks"), "balance_run", cases, *start, ranks=2, timeout=TIMEOUT)
 
 
 def require_deepspeed(strategy):
@@ -183,10 +183,10 @@ def require_deepspeed(strategy):
 
 def test_each_case_has_its_strategy(ranks):
     """All run in the same processes: what one leaves behind would make the next one another."""
-    for name, found in ranks.items():
+    for name, outcome in ranks.items():
         stage = STAGES[name.partition(".")[0].partition("-")[0]]
         kind = "DEEPSPEED" if stage else "MULTI_GPU" if ON_GPU else "MULTI_CPU"
-        assert [(rank["type"], rank["stage"]) for rank in found] == [(kind, stage)] * 2, name
+        assert [(rank["type"], rank["stage"]) for rank in outcome] == [(kind, stage)] * 2, name
 
 
 def test_ddp_update_is_that_of_one_process(alone, ranks):
@@ -194,14 +194,14 @@ def test_ddp_update_is_that_of_one_process(alone, ranks):
 
 
 def test_ddp_balance_part_where_ranks_divide_by_their_own_tokens(alone, ranks):
-    """The loss is then another than on one process; what the balance loss adds to a step is still the same."""
+    """The loss then differs from that of one process; what the balance loss adds to a step does not."""
     with_one, without_one = updates(alone["uneven-z"]), updates(alone["uneven-none"])
-    for found, plain in zip(ranks["ddp.own-z"], ranks["ddp.own-none"], strict=True):
-        with_two, without_two = updates(found), updates(plain)
+    for outcome, plain in zip(ranks["ddp.own-z"], ranks["ddp.own-none"], strict=True):
+        with_two, without_two = updates(outcome), updates(plain)
         for name in with_one:
             added = with_one[name] - without_one[name]
             # Differences of differences, each rounded to float32 about the weights.
-            slack = TOLERANCE * added.abs().max() + 2**-21 * found["after"][name].abs().max()
+            slack = TOLERANCE * added.abs().max() + 2**-21 * outcome["after"][name].abs().max()
             assert (with_two[name] - without_two[name] - added).abs().max() <= slack, name
             if name.endswith("router"):
                 assert added.abs().max() > 100 * slack, name
@@ -218,10 +218,10 @@ def test_zero_3_update_is_that_of_one_process(alone, ranks, strategy):
     names = assert_cases_agree(alone, ranks, strategy)
     saved = [ranks[name][0] for name in names if "saved" in ranks[name][0]]
     assert len(names) == 6 and len(saved) == 5
-    for found in saved:
-        trained = {name.replace(".default", ""): value for name, value in found["after"].items()}
+    for outcome in saved:
+        trained = {name.replace(".default", ""): value for name, value in outcome["after"].items()}
         for name, value in trained.items():
-            assert torch.equal(found["saved"][name], value), name
+            assert torch.equal(outcome["saved"][name], value), name
 
 
 def test_zero_3_model_loaded_in_parts(alone, ranks):
@@ -244,26 +244,26 @@ def test_global_scope_takes_shares_from_both_ranks(alone, ranks, strategy):
     first, second = tasks
     heads, layers = first["num_heads"], len(first["records"][0])
     assert len(first["priors"]) == len(second["priors"]) == 2
-    assert first["priors"][0] is None and second["priors"][0] is None  # nothing is known before the first step
+    assert first["priors"][0] is None and second["priors"][0] is None  # no step was made
     # What the second step begins with is what the first left behind.
-    closed = [found["records"][1] for found in tasks]
+    closed = [outcome["records"][1] for outcome in tasks]
     assert all((record[:, 0] > 0).all() for record in closed)
     expected = shares(closed, heads)
-    for found in tasks:
-        assert torch.equal(found["priors"][1], first["priors"][1])
-        torch.testing.assert_close(found["priors"][1][:, : 2 * heads], expected, rtol=1e-6, atol=1e-7)
-    # The ranks differ, so that neither has these shares by itself.
+    for outcome in tasks:
+        assert torch.equal(outcome["priors"][1], first["priors"][1])
+        torch.testing.assert_close(outcome["priors"][1][:, : 2 * heads], expected, rtol=1e-6, atol=1e-7)
+    # The ranks differ, so that neither alone has these shares.
     for record in closed:
         assert (shares([record], heads) - expected).abs().max() > 1e-3
     # And one process, which has all rows in one batch, finds the same.
     torch.testing.assert_close(first["priors"][1], alone["tasks"]["priors"][1], rtol=1e-5, atol=1e-6)
 
-    for found in tasks:
-        assert found["reduces"] == [[1 + layers * (1 + 2 * heads)]] * 2
-    for found in micro:
-        assert found["reduces"] == [[1]] * 2
-    for found in none:
-        assert found["reduces"] == [[]] * 2
+    for outcome in tasks:
+        assert outcome["reduces"] == [[1 + layers * (1 + 2 * heads)]] * 2
+    for outcome in micro:
+        assert outcome["reduces"] == [[1]] * 2
+    for outcome in none:
+        assert outcome["reduces"] == [[]] * 2
     # Nor is anything summed over ranks behind the accelerator's back.
     for with_balance, without in zip(tasks + micro, none * 2, strict=True):
         more = [len(a) - len(b) for a, b in zip(with_balance["all_reduces"], without["all_reduces"], strict=True)]
@@ -274,14 +274,14 @@ def test_global_scope_takes_shares_from_both_ranks(alone, ranks, strategy):
 def test_logs_and_counts_are_those_of_one_process(alone, ranks, strategy):
     require_deepspeed(strategy)
     for name in ("logs-z", "logs-switch"):
-        expected, found = alone[name], ranks[f"{strategy}.{name}"]
+        expected, outcome = alone[name], ranks[f"{strategy}.{name}"]
         assert len(expected["logs"]) == 2
         assert all(counts["rows"] == 8 and counts["tokens"] > 0 for counts in expected["seen"].values())
-        for rank in found:
+        for rank in outcome:
             assert rank["seen"] == expected["seen"] and set(rank["seen"]) == set(TASKS)
-        logs = [entry for rank in found for entry in rank["logs"]]
+        logs = [entry for rank in outcome for entry in rank["logs"]]
         for entry, one in zip(logs, expected["logs"] * 2, strict=True):
-            told = ("loss", "balance_loss", "router_entropy", "head_load_max", "head_load_cv")
-            for key in (*told, *(f"{task}_loss" for task in TASKS)):
+            names = ("loss", "balance_loss", "router_entropy", "head_load_max", "head_load_cv")
+            for key in (*names, *(f"{task}_loss" for task in TASKS)):
                 assert entry[key] == pytest.approx(one[key], rel=1e-5), (name, key)
             assert one["head_load_max"] > 1 / 3 + 1e-3 and one["balance_loss"] > 1e-3

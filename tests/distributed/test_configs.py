@@ -1,11 +1,9 @@
-"""The files in `deepspeed_configs/`: read by who reads them, and tried on two CPU processes that are two machines."""
+"""The files in `deepspeed_configs/`, as accelerate and DeepSpeed read them, and in training on two CPU processes."""
 
 import json
 import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,23 +11,20 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from launching import free_port, stop
+from processes import CPU, ROOT, Program, free_port, script
 
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "deepspeed_configs"
-SCRIPT = Path(__file__).parent / "configs_run.py"
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 STRATEGIES = (*STAGES, "fsdp2", "ddp")
 # Seconds for a launch; all take less than 60.
 TIMEOUT = 150
-CPU = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def test_there_is_a_file_for_each_strategy():
     files = {path.name for path in CONFIGS.iterdir()}
     assert files == {"README.md", *(f"{name}.json" for name in STAGES), *(f"{name}.yaml" for name in STRATEGIES)}
-    # The README speaks of each, and of nothing that is not there.
+    # The README names these files and no others.
     named = set(re.findall(r"[\w-]+\.(?:json|yaml)\b", (CONFIGS / "README.md").read_text()))
     assert named == files - {"README.md"}
 
@@ -92,43 +87,21 @@ def test_deepspeed_reads_the_file_as_training_fills_it_in(name):
     assert "auto" not in json.dumps(config.config)
     read = DeepSpeedConfig({**config.config, "train_batch_size": 2})
     assert read.zero_optimization_stage == STAGES[name] and read.grad_accum_dtype == "fp32"
-    # Names that DeepSpeed does not know are kept aside by its parser rather than refused.
-    known = type(read.zero_config).model_fields
-    names = {*known, *(field.alias for field in known.values() if field.alias)}
+    # DeepSpeed's parser does not refuse names that it does not know.
+    fields = type(read.zero_config).model_fields
+    names = {*fields, *(field.alias for field in fields.values() if field.alias)}
     assert set(config.config["zero_optimization"]) <= names
 
 
-def start(command, folder, name):
-    with open(folder / f"{name}.txt", "w") as output:
-        return subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, **CPU},
-            start_new_session=True,
-        )
-
-
-def finish(process):
-    """The exit code, or `None` of a launcher that takes too long."""
-    try:
-        return process.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            stop(process)
-
-
 def train(folder, model, cases, commands):
-    """Run `configs_run.py` by each of the commands at the same time; what both ranks found, by case."""
-    given = {"cases": cases, "model": model, "timeout": TIMEOUT + 20}
-    (folder / "cases.json").write_text(json.dumps(given))
-    words = [str(SCRIPT), str(folder / "cases.json")]
-    started = [start([sys.executable, *command, *words], folder, str(i)) for i, command in enumerate(commands)]
-    codes = [finish(process) for process in started]
-    logs = "\n".join((folder / f"{i}.txt").read_text()[-5000:] for i in range(len(commands)))
+    """Run the cases by each of the commands at the same time; the outcome on both ranks, by case."""
+    words = script("configs_run:run_cases", cases, model, folder=folder, timeout=TIMEOUT + 20)
+    launchers = [
+        Program([sys.executable, *command, *words], folder / f"output-{i}.txt", env=CPU)
+        for i, command in enumerate(commands)
+    ]
+    codes = [launcher.wait(TIMEOUT) for launcher in launchers]
+    logs = "\n".join(launcher.tail() for launcher in launchers)
     assert codes == [0] * len(commands), f"{codes}: {logs}"
     names = [entry["name"] for entry in cases]
     return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)] for name in names}
@@ -138,14 +111,14 @@ def case(name, environment=None, **arguments):
     return {"name": name, "environment": environment or {}, "arguments": arguments}
 
 
-def assert_strategy(name, found):
-    assert found["processes"] == 2
+def assert_strategy(name, outcome):
+    assert outcome["processes"] == 2
     if name in STAGES:
-        assert found["wrapper"] == "DeepSpeedEngine" and found["stage"] == STAGES[name]
-        assert found["accumulated_in"] == "torch.float32" and "Adam" not in found["optimizer"]
-        assert found["offloaded"] == (["cpu", "cpu"] if name == "zero3_offload" else ["none", "none"])
+        assert outcome["wrapper"] == "DeepSpeedEngine" and outcome["stage"] == STAGES[name]
+        assert outcome["accumulated_in"] == "torch.float32" and "Adam" not in outcome["optimizer"]
+        assert outcome["offloaded"] == (["cpu", "cpu"] if name == "zero3_offload" else ["none", "none"])
     else:
-        assert found["wrapper"] == ("DistributedDataParallel" if name == "ddp" else "FSDPPeftModelForCausalLM")
+        assert outcome["wrapper"] == ("DistributedDataParallel" if name == "ddp" else "FSDPPeftModelForCausalLM")
 
 
 def assert_same_training(expected, ranks):

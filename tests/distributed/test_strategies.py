@@ -7,7 +7,7 @@ Single process, DDP, DeepSpeed ZeRO-1, 2, 3 and 3 with offload to the CPU, and F
 
 import pytest
 import torch
-from launching import ON_GPU, launch
+from cases import ON_GPU
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from strategy_run import four_bit
@@ -36,13 +36,13 @@ SPLIT_TOLERANCE = 2e-4
 SLACK = {"float32": 1e-5, "bfloat16": 2**-7, "4bit": 2**-7} if ON_GPU else dict.fromkeys(BASES, 0.0)
 SOME_STEPS = {"arguments": {"max_steps": 4, "learning_rate": 1e-2}}
 DROPOUT = {"config": {"head_dropout": 0.5}, "batch_seed": True}
-# The rows of each of two ranks by themselves.
+# Micro-batches with the rows of each of two ranks.
 SPLIT_ROWS = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
 ACCUMULATED = {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 
 def case(strategy, base, name=None, **kwargs):
-    """A case for `strategy_run.py`; with few steps where others tell as much of the losses of many."""
+    """A case for `strategy_run.py`; with few steps where other cases prove the losses of many."""
     entry = {"name": name or f"{strategy}-{base}", "strategy": strategy.replace("ddp", "plain"), "base": base}
     few = {"arguments": {"max_steps": 6}} if base == "bfloat16" and strategy in ("zero1", "zero3-offload") else {}
     return {**entry, **(SOME_STEPS if base == "4bit" else few), **kwargs}
@@ -69,20 +69,20 @@ def models(model_folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(models, tmp_path_factory):
-    """One process with the whole batch: what it found by base, and its folder."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
+def alone(launch, models, tmp_path_factory):
+    """Outcomes of one process with the whole batch, by case, and their folder."""
+    folder = tmp_path_factory.mktemp("alone")
     cases = [case("plain", base) for base in BASES] + [SPLIT]
-    return launch(folder, {"models": models}, cases, 1, program="strategy_run.py", timeout=TIMEOUT), folder
+    return launch(folder, "strategy_run", cases, models, timeout=TIMEOUT), folder
 
 
 @pytest.fixture(scope="module")
-def ranks(models, tmp_path_factory):
-    """What two processes found, by case, and their folder."""
+def ranks(launch, models, tmp_path_factory):
+    """Outcomes of two processes, by case, and their folder."""
     pytest.importorskip("deepspeed")
-    folder = tmp_path_factory.mktemp("ranks") / "run"
+    folder = tmp_path_factory.mktemp("ranks")
     cases = [case(strategy, base) for strategy in STRATEGIES for base in BASES] + EXTRAS
-    return launch(folder, {"models": models}, cases, 2, program="strategy_run.py", timeout=TIMEOUT), folder
+    return launch(folder, "strategy_run", cases, models, ranks=2, timeout=TIMEOUT), folder
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def _one_thread():
 @torch.no_grad()
 def loaded_logits(folder, base, *, autocast=False, rounded=False, in_order=False):
     """
-    Logits of a saved adapter on its base, loaded as a user loads it; and of the base by itself.
+    Logits of a saved adapter on its base, loaded as a user loads it; and of the base alone.
 
     Args:
         folder (`Path`): Where the adapter was saved.
@@ -123,7 +123,7 @@ def loaded_logits(folder, base, *, autocast=False, rounded=False, in_order=False
             return logits, model(input_ids=ids).logits.float().cpu()
 
 
-def assert_saved_adapter_is_the_trained_one(folder, name, base, found):
+def assert_saved_adapter_is_the_trained_one(folder, name, base, outcome):
     """
     The file is complete, in float32 and finite, and loaded elsewhere gives the logits of the trained model.
 
@@ -131,23 +131,24 @@ def assert_saved_adapter_is_the_trained_one(folder, name, base, found):
         folder (`Path`): Where the cases ran.
         name (`str`): The case.
         base (`str`): One of `BASES`.
-        found (`list[dict]`): What each rank found.
+        outcome (`list[dict]`): The outcome on each rank.
     """
     output = folder / f"out-{name}"
     check_adapter(output)
     saved = load_file(output / "adapter_model.safetensors")
-    own = {key: value for key, value in saved.items() if ".rlora_adapters." in key}
+    adapter = {key: value for key, value in saved.items() if ".rlora_adapters." in key}
     for tensor in ("A", "B", "router", "A0", "B0"):
-        assert sum(key.endswith(f".{tensor}") for key in own) == 6, name  # three projections in each of two layers
-    assert len(own) == 30 and all(value.dtype == torch.float32 for value in own.values()), name
+        assert sum(key.endswith(f".{tensor}") for key in adapter) == 6, name  # three projections in each of two layers
+    assert len(adapter) == 30 and all(value.dtype == torch.float32 for value in adapter.values()), name
     assert all(value.isfinite().all() for value in saved.values()), name
 
-    mixed, deepspeed, fsdp = base != "float32", name.startswith("zero"), found[0]["type"] == "FSDP"
+    # As a user loads it, in the precision of training.
+    mixed, deepspeed, fsdp = base != "float32", name.startswith("zero"), outcome[0]["type"] == "FSDP"
     computed = {"autocast": mixed and not (deepspeed or fsdp), "rounded": mixed and deepspeed, "in_order": fsdp}
     logits, without = loaded_logits(output, base, **computed)
     largest = without.abs().max().item()
     assert (logits - without).abs().max() > 0.1 * largest, name  # training has done something
-    for rank in found:
+    for rank in outcome:
         difference = (rank["logits"].float() - logits).abs().max().item()
         assert difference <= SLACK[base] * largest, f"{name}: {difference:.2e} beside logits of {largest:.2e}"
     if computed["rounded"]:  # and as it is loaded, in float32, it is close
@@ -157,19 +158,19 @@ def assert_saved_adapter_is_the_trained_one(folder, name, base, found):
 
 @pytest.mark.parametrize("base", BASES)
 def test_one_process(alone, base):
-    found, folder = alone
-    assert found[f"plain-{base}"][0]["processes"] == 1
-    assert_saved_adapter_is_the_trained_one(folder, f"plain-{base}", base, found[f"plain-{base}"])
+    outcome, folder = alone
+    assert outcome[f"plain-{base}"][0]["processes"] == 1
+    assert_saved_adapter_is_the_trained_one(folder, f"plain-{base}", base, outcome[f"plain-{base}"])
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes(ranks, strategy, base):
-    found, folder = ranks
+    outcome, folder = ranks
     name = f"{strategy}-{base}"
     expected = {"ddp": "MULTI_GPU" if ON_GPU else "MULTI_CPU", "fsdp2": "FSDP"}.get(strategy, "DEEPSPEED")
-    assert [(rank["processes"], rank["type"]) for rank in found[name]] == [(2, expected)] * 2
-    assert_saved_adapter_is_the_trained_one(folder, name, base, found[name])
+    assert [(rank["processes"], rank["type"]) for rank in outcome[name]] == [(2, expected)] * 2
+    assert_saved_adapter_is_the_trained_one(folder, name, base, outcome[name])
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -209,34 +210,34 @@ def test_dtypes(alone, ranks, base):
     """Adapters are float32 parameters everywhere but under DeepSpeed, which keeps float32 values beside its own."""
     activations = torch.float32 if base == "float32" else torch.bfloat16
     cases = {"plain": alone[0], **dict.fromkeys(STRATEGIES, ranks[0])}
-    for strategy, found in cases.items():
-        kept = activations if strategy in ZERO else torch.float32
-        for rank in found[f"{strategy}-{base}"]:
+    for strategy, outcome in cases.items():
+        stored = activations if strategy in ZERO else torch.float32
+        for rank in outcome[f"{strategy}-{base}"]:
             dtypes = rank["dtypes"]
-            assert dtypes["kept"] == {kept}, strategy
-            assert dtypes["products"] == {(activations, kept)}, strategy
-            # DeepSpeed keeps its own.
+            assert dtypes["parameters"] == {stored}, strategy
+            assert dtypes["products"] == {(activations, stored)}, strategy
+            # DeepSpeed keeps gradients elsewhere.
             assert dtypes["gradients"] == (set() if strategy in ZERO else {torch.float32}), strategy
-            assert rank["base_is_kept"], strategy
+            assert rank["base_is_unchanged"], strategy
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_gradients_are_told(alone, ranks, base):
-    """Norms are those of one process where gradients are at hand, and no first step is said to have none."""
+def test_gradient_norms_are_logged(alone, ranks, base):
+    """Norms are those of one process where the trainer has gradients; no step warns that it has none."""
     expected = alone[0][f"plain-{base}"][0]
     for strategy in ("ddp", "fsdp2"):
         for rank in ranks[0][f"{strategy}-{base}"]:
             for norms, of_one in zip(rank["norms"], expected["norms"], strict=True):
                 assert len(norms) == 3 and norms == pytest.approx(of_one, rel=30 * LOSS_TOLERANCE[base]), strategy
-    for found in (alone[0], ranks[0]):
-        assert all(rank["warnings"] == [] for case_ranks in found.values() for rank in case_ranks)
+    for outcome in (alone[0], ranks[0]):
+        assert all(rank["warnings"] == [] for case_ranks in outcome.values() for rank in case_ranks)
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_modules_to_save(ranks, models, strategy):
-    found, folder = ranks
+    outcome, folder = ranks
     name = f"{strategy}-lm_head"
-    assert_saved_adapter_is_the_trained_one(folder, name, "bfloat16", found[name])
+    assert_saved_adapter_is_the_trained_one(folder, name, "bfloat16", outcome[name])
     saved = load_file(folder / f"out-{name}" / "adapter_model.safetensors")
     (head,) = [value for key, value in saved.items() if "lm_head" in key]
     before = load_file(f"{models['bfloat16']}/model.safetensors")["lm_head.weight"]
@@ -244,11 +245,11 @@ def test_modules_to_save(ranks, models, strategy):
 
 
 def test_fsdp_checkpointing_recomputes_the_same_masks(ranks):
-    """accelerate's does not restore random states; losses of later steps tell the gradients of those before."""
-    found, folder = ranks
-    for rank, expected in zip(found["fsdp2-dropout"], found["ddp-dropout"], strict=True):
+    """accelerate's does not restore random states; losses of later steps depend on the gradients of those before."""
+    outcome, folder = ranks
+    for rank, expected in zip(outcome["fsdp2-dropout"], outcome["ddp-dropout"], strict=True):
         assert rank["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE["float32"])
-    assert_saved_adapter_is_the_trained_one(folder, "fsdp2-dropout", "float32", found["fsdp2-dropout"])
+    assert_saved_adapter_is_the_trained_one(folder, "fsdp2-dropout", "float32", outcome["fsdp2-dropout"])
 
 
 def test_fsdp_accumulates_gradients(alone, ranks):
@@ -259,10 +260,10 @@ def test_fsdp_accumulates_gradients(alone, ranks):
 
 
 def test_fsdp_loading_on_one_rank(ranks):
-    found, folder = ranks
-    assert_saved_adapter_is_the_trained_one(folder, "fsdp2-ram", "bfloat16", found["fsdp2-ram"])
-    steps = len(found["fsdp2-ram"][0]["losses"])
+    outcome, folder = ranks
+    assert_saved_adapter_is_the_trained_one(folder, "fsdp2-ram", "bfloat16", outcome["fsdp2-ram"])
+    steps = len(outcome["fsdp2-ram"][0]["losses"])
     assert steps == 4
-    for rank in found["fsdp2-ram"]:
-        assert rank["dtypes"] == found["fsdp2-bfloat16"][0]["dtypes"]
-        assert rank["losses"][0] == pytest.approx(found["fsdp2-bfloat16"][0]["losses"][0], rel=1e-6)
+    for rank in outcome["fsdp2-ram"]:
+        assert rank["dtypes"] == outcome["fsdp2-bfloat16"][0]["dtypes"]
+        assert rank["losses"][0] == pytest.approx(outcome["fsdp2-bfloat16"][0]["losses"][0], rel=1e-6)

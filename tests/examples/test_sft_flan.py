@@ -1,33 +1,22 @@
-"""`examples/sft_flan.py` as users run it: on the demo, on files of their own, from YAML, in 4 bits."""
+"""`examples/sft_flan.py` as users run it: on the demo, on their files, from YAML, in 4 bits."""
 
 import json
-import os
 import resource
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import sft_flan
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
+from processes import ROOT, run
 from testing_utils import task_rows
 
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = (
     *("--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--save_strategy", "no"),
     *("--gradient_checkpointing", "false", "--score_rows", "3"),
 )
-
-
-def launch(*arguments, timeout=500):
-    """`accelerate launch examples/sft_flan.py` in a process of its own."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "examples" / "sft_flan.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture
@@ -38,12 +27,10 @@ def rows_file(tmp_path):
     return path
 
 
-def test_launch_on_a_file_of_tasks(model_folders, rows_file, tmp_path):
-    output = launch(
-        *("--model_name_or_path", model_folders["llama"], "--dataset_name", str(rows_file), "--task_column", "kind"),
-        *("--output_dir", str(tmp_path / "out"), *SMALL),
-    )
-    assert "AutoPeftModelForCausalLM.from_pretrained" in output
+def test_file_of_tasks(model_folders, rows_file, tmp_path, capsys):
+    words = ("--model_name_or_path", model_folders["llama"], "--dataset_name", str(rows_file), "--task_column", "kind")
+    sft_flan.main([*words, "--output_dir", str(tmp_path / "out"), *SMALL])
+    assert "AutoPeftModelForCausalLM.from_pretrained" in capsys.readouterr().out
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].tasks == ["first", "same"]
 
 
@@ -182,7 +169,10 @@ def test_demo_model_without_its_package(monkeypatch, tmp_path):
 @pytest.mark.smollm2
 def test_quickstart(smollm2, tmp_path):
     """The README's first command: a real model learns ten tasks, in less than 6 GB."""
-    output = launch("--output_dir", str(tmp_path / "out"), timeout=900)
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "examples" / "sft_flan.py")]
+    done = run([*command, "--output_dir", str(tmp_path / "out")], timeout=900, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    output = done.stdout
     mean = next(line for line in output.splitlines() if line.startswith("mean of tasks")).split()
     before, after = float(mean[-2]), float(mean[-1])
     assert before < 40

@@ -1,4 +1,4 @@
-"""What runs in the processes that `fork_server.py` starts. Each rank leaves `result-<rank>.json` in its folder."""
+"""Training runs of the fault tests, called in other processes (`processes.py`)."""
 
 import ctypes
 import faulthandler
@@ -15,9 +15,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import deepspeed
 import torch
 from accelerate import PartialState
@@ -29,7 +26,7 @@ from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.trainer.saving import gather_tensors
 
 
-# Else it compiles its own collectives, which takes longer than the tests.
+# It would compile collectives for shared memory, which takes longer than the tests.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.set_num_threads(1)
 TOKENIZER = build_tokenizer()
@@ -89,7 +86,7 @@ def assert_strategy(trainer, strategy):
 
 
 class Losses(TrainerCallback):
-    """Writes the loss of each step down as it is logged, so that a killed run has told it."""
+    """Writes the loss of each step down as it is logged, so that a killed run leaves it."""
 
     def __init__(self, path):
         self.path = path
@@ -100,22 +97,26 @@ class Losses(TrainerCallback):
                 file.write(json.dumps([state.global_step, logs["loss"]]) + "\n")
 
 
-def build_trainer(folder, given):
-    """A trainer on three tasks, by `model`, `config`, `arguments`, `strategy`, `deepspeed` and `output` in `given`."""
-    strategy = given.get("strategy", "single")
-    arguments = {**ARGUMENTS, **strategy_arguments(strategy, given.get("deepspeed", {})), **given.get("arguments", {})}
-    arguments = RLoraSFTConfig(str(given.get("output", folder / "out")), **arguments)
+def build_trainer(folder, settings):
+    """A trainer on three tasks; `settings`: `model`, `config`, `arguments`, `strategy`, `deepspeed` and `output`."""
+    strategy = settings.get("strategy", "single")
+    arguments = {
+        **ARGUMENTS,
+        **strategy_arguments(strategy, settings.get("deepspeed", {})),
+        **settings.get("arguments", {}),
+    }
+    arguments = RLoraSFTConfig(str(settings.get("output", folder / "out")), **arguments)
     if strategy == "fsdp2":
-        # accelerate takes FSDP for accelerators alone, so it is told that there are some.
+        # accelerate supports FSDP on accelerators only; with this type it divides models among CPUs too.
         assert arguments.device.type == "cpu"
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return RLoraSFTTrainer(
-        given["model"],
+        settings["model"],
         arguments,
         train_dataset=task_datasets(),
         processing_class=TOKENIZER,
-        peft_config=RLoraConfig(**given.get("config", {})),
+        peft_config=RLoraConfig(**settings.get("config", {})),
         callbacks=[Losses(folder / "losses.jsonl")],
     )
 
@@ -138,19 +139,18 @@ def has_checkpoint(folder):
     return any(Path(folder).glob("checkpoint-*"))
 
 
-def train(folder, given):
+def train(folder, settings):
     """
     Train to the end, from the newest checkpoint if there is one, and save the adapter.
 
-    `given` may have `kill_at`: before which operation on files in the output folder to die.
+    `settings` may have `kill_at`: before which operation on files in the output folder to die.
     """
-    trainer = build_trainer(folder, given)
+    trainer = build_trainer(folder, settings)
     output = trainer.args.output_dir
-    if "kill_at" in given:
-        die_at_operation(output, given["kill_at"])
+    if "kill_at" in settings:
+        die_at_operation(output, settings["kill_at"])
     trainer.train(resume_from_checkpoint=has_checkpoint(output) or None)
     trainer.save_model()
-    tell(folder, {})
 
 
 def digests(folder):
@@ -162,7 +162,7 @@ def digests(folder):
 class Disk:
     """A small disk in memory that only this process sees, which can be filled."""
 
-    def __init__(self, place, size):
+    def __init__(self, folder, size):
         # A process with threads can't leave the namespace of its users.
         faulthandler.cancel_dump_traceback_later()
         user, group = os.getuid(), os.getgid()
@@ -178,9 +178,9 @@ class Disk:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-        place.mkdir()
-        self._call("mount", b"tmpfs", str(place).encode(), b"tmpfs", 0, f"size={size}".encode())
-        self.filler = place / "filler"
+        folder.mkdir()
+        self._call("mount", b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode())
+        self.filler = folder / "filler"
 
     @staticmethod
     def _call(name, *arguments):
@@ -219,48 +219,53 @@ def attempt(action):
     return None
 
 
-def assert_unchanged(output, before, told):
+def assert_unchanged(output, before, outcome):
     after = digests(output)
-    # The card tells of the run, and goes on while training does.
+    # The card describes the run, which continues.
     names = (before.keys() | after.keys()) - {"README.md"}
     changed = sorted(name for name in names if before.get(name) != after.get(name))
-    assert not changed and not list(output.glob(".*")), f"{changed} changed, {told}"
+    assert not changed and not list(output.glob(".*")), f"{changed} changed, {outcome}"
     card = (output / "README.md").read_text()
-    assert card.startswith("---") and card.endswith(BY_HAND), f"the card is not whole: {card[-200:]!r}, {told}"
+    assert card.startswith("---") and card.endswith(BY_HAND), f"the card is not whole: {card[-200:]!r}, {outcome}"
 
 
-def run_out_of_space(folder, given):
+def run_out_of_space(folder, settings):
     """
     Save while there is not enough space, for each of several amounts of it, then with enough.
 
-    `given` has `how`, `"disk"` or `"limit"`, and `parts`: of the largest amount that is not enough.
+    `settings` has `how`, `"disk"` or `"limit"`, and `parts`: of the largest amount that is not enough.
     """
-    place = folder / "disk"
+    mount = folder / "disk"
     disk = None
-    if given["how"] == "disk":
+    if settings["how"] == "disk":
         try:
-            disk = Disk(place, 2**24)
+            disk = Disk(mount, 2**24)
         except OSError as error:
-            return tell(folder, {"impossible": str(error)})
-    output = place / "out"
-    given = {**given, "output": str(output)}
+            return {"impossible": str(error)}
+    output = mount / "out"
+    settings = {**settings, "output": str(output)}
 
     def trainer_for(steps):
-        return build_trainer(folder, {**given, "arguments": {**given["arguments"], "max_steps": steps}})
+        return build_trainer(folder, {**settings, "arguments": {**settings["arguments"], "max_steps": steps}})
 
+    # A checkpoint and an adapter, whose card somebody has edited.
     first = trainer_for(2)
     first.train()
     first.save_model()
     with open(output / "README.md", "a") as file:
         file.write(BY_HAND)
+
+    # The largest amount of space that is not enough.
     checkpoint = output / "checkpoint-2"
     sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
     # Whole pages for each file; of files whose size is limited, the largest counts.
     needed = sum(4096 * math.ceil(size / 4096) for size in sizes) if disk else max(sizes)
     limit = disk.with_free if disk else limited_files
-    told = {"checkpoints": [], "models": []}
+
+    # With less than that, saves fail and change nothing.
+    outcome = {"checkpoints": [], "models": []}
     before = digests(output)
-    for part in given["parts"]:
+    for part in settings["parts"]:
         trainer = trainer_for(4)
         save = trainer._save_checkpoint
 
@@ -269,16 +274,18 @@ def run_out_of_space(folder, given):
                 return save(*args)
 
         trainer._save_checkpoint = save_checkpoint
-        told["checkpoints"].append(attempt(lambda trainer=trainer: trainer.train(resume_from_checkpoint=True)))
-        assert_unchanged(output, before, told)
+        outcome["checkpoints"].append(attempt(lambda trainer=trainer: trainer.train(resume_from_checkpoint=True)))
+        assert_unchanged(output, before, outcome)
         with limit(int(0.5 * part * needed)):
-            told["models"].append(attempt(trainer.save_model))
-        assert_unchanged(output, before, told)
+            outcome["models"].append(attempt(trainer.save_model))
+        assert_unchanged(output, before, outcome)
+
+    # With enough, the run resumes.
     final = trainer_for(6)
     final.train(resume_from_checkpoint=True)
     final.save_model()
     assert digests(output)["adapter_model.safetensors"] != before["adapter_model.safetensors"]
-    return tell(folder, told)
+    return outcome
 
 
 def weights_of(trainer):
@@ -372,65 +379,56 @@ def die_in_step(trainer, step, path, by):
     trainer.training_step = last_step
 
 
-def train_ranks(folder, given):
+def train_ranks(folder, settings):
     """
-    Train under a strategy and tell the weights after each step, the logs, the error, and what saving gave.
+    Train under a strategy; returns the weights after each step, the logs, the error, and the error of saving.
 
-    `given` may have `faults` (see `poison`), `die` (a rank, the step in which it dies, and by what), `resume`, `save`,
-    `spoil` (begin with other values than were drawn), the first `scale` of a gradient scaler, and `group_timeout`, the
-    seconds that collectives wait.
+    `settings` may have `faults` (see `poison`), `die` (a rank, the step in which it dies, and by what), `resume`,
+    `save`, `spoil` (begin with other values than were drawn), the first `scale` of a gradient scaler, and
+    `group_timeout`, the seconds that collectives wait.
     """
-    strategy = given.get("strategy", "single")
-    if "group_timeout" in given:
+    strategy = settings.get("strategy", "single")
+    if "group_timeout" in settings:
         # On CPU transformers leaves `ddp_timeout` out.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=given["group_timeout"]))
-    trainer = build_trainer(folder, given)
-    if given.get("spoil"):
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=settings["group_timeout"]))
+    trainer = build_trainer(folder, settings)
+
+    # What the test wants of this run.
+    if settings.get("spoil"):
         for name, parameter in trainer.model.named_parameters():
             if ".rlora_adapters." in name:
                 parameter.data += 0.1
     weights = Weights(trainer, strategy)
     trainer.add_callback(weights)
-    if given.get("faults"):
-        poison(trainer, given["faults"])
-    if "scale" in given:
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=given["scale"])
-    if given.get("die") and given["die"]["rank"] == rank():
-        die_in_step(trainer, given["die"]["step"], folder / "died", given["die"].get("by", "SIGKILL"))
-    told = {"error": attempt(lambda: trainer.train(resume_from_checkpoint=given.get("resume")))}
-    # Of an error that one rank alone has, the others know nothing yet.
-    alike = told["error"] is None or told["error"][0] == "FloatingPointError"
-    told["at_end"] = digest_of(weights_of(trainer)) if alike else None
-    told |= {"weights": weights.digests, "finite": weights.finite, "logs": trainer.state.log_history}
-    if "scale" in given:
-        told["scale"] = trainer.accelerator.scaler.get_scale()
-    if given.get("save") and alike:
-        told["save_error"] = attempt(trainer.save_model)
-    tell(folder, told)
+    if settings.get("faults"):
+        poison(trainer, settings["faults"])
+    if "scale" in settings:
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=settings["scale"])
+    if settings.get("die") and settings["die"]["rank"] == rank():
+        die_in_step(trainer, settings["die"]["step"], folder / "died", settings["die"].get("by", "SIGKILL"))
+
+    outcome = {"error": attempt(lambda: trainer.train(resume_from_checkpoint=settings.get("resume")))}
+    # After an error of one rank only, collectives would wait for it.
+    alike = outcome["error"] is None or outcome["error"][0] == "FloatingPointError"
+    outcome["at_end"] = digest_of(weights_of(trainer)) if alike else None
+    outcome |= {"weights": weights.digests, "finite": weights.finite, "logs": trainer.state.log_history}
+    if "scale" in settings:
+        outcome["scale"] = trainer.accelerator.scaler.get_scale()
+    if settings.get("save") and alike:
+        outcome["save_error"] = attempt(trainer.save_model)
+    return outcome
 
 
-def make_universal(folder, given):
-    """Make a checkpoint of DeepSpeed, `given["checkpoint"]`, one that any number of processes can load."""
+def make_universal(folder, settings):
+    """Make a checkpoint of DeepSpeed, `settings["checkpoint"]`, one that any number of processes can load."""
     import argparse
 
     from deepspeed.checkpoint import ds_to_universal
 
-    checkpoint = Path(given["checkpoint"])
+    checkpoint = Path(settings["checkpoint"])
     parts = checkpoint / (checkpoint / "latest").read_text().strip()
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     # What transformers does not write for stages 1 and 2.
-    options["inject_missing_state"] = given["stage"] < 3
+    options["inject_missing_state"] = settings["stage"] < 3
     arguments = {"input_folder": str(parts), "output_folder": f"{parts}_universal", **options}
     ds_to_universal.main(argparse.Namespace(**arguments))
-    tell(folder, {})
-
-
-def tell(folder, result):
-    (folder / f"result-{rank()}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    # By a launcher: the name of a function, and the folder with what it is given.
-    signal.alarm(120)
-    place = Path(sys.argv[2])
-    globals()[sys.argv[1]](place, json.loads((place / "given.json").read_text()))

@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL at any moment goes on from the newest complete checkpoint as if nothing had happened."""
+"""A run killed by SIGKILL at any moment resumes from the newest complete checkpoint with the same losses."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from losses import losses_in
+from runs import losses_in, run, start
 from safetensors.torch import load_file
 
 from rlora_trl.hub import check_adapter
@@ -26,7 +26,7 @@ TIMEOUT = 240
 STAGING = ".rlora-saving"
 
 
-def given_for(model, output, **rest):
+def settings_for(model, output, **rest):
     arguments = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     return {"model": model, "output": str(output), "arguments": {**arguments, "save_total_limit": 3}, **rest}
 
@@ -55,38 +55,38 @@ def checkpoints_in(staging):
         return set()
 
 
-def wait_for_write(run, staging, skipped):
+def wait_for_write(victim, staging, skipped):
     """Wait until a checkpoint is being written, after `skipped` others; or until the run ends."""
     seen = set()
-    while not run.ended():
+    while not victim.ended():
         seen |= checkpoints_in(staging)
         if len(seen) > skipped:
             return
         time.sleep(0.0005)
 
 
-def kill_somewhere(server, folder, given, kind, draw):
+def kill_somewhere(server, folder, settings, kind, draw):
     """Start a run and kill it at a moment of a kind; returns the run, ended."""
     if kind == "operation":
-        given = {**given, "kill_at": draw.randint(1, 120)}
-    run = server.start("train", folder, given)
+        settings = {**settings, "kill_at": draw.randint(1, 120)}
+    victim = start(server, "train", folder, settings)
     if kind == "moment":
-        run.ended(draw.uniform(0.0, 1.5))
+        victim.ended(draw.uniform(0.0, 1.5))
     elif kind == "write":
-        wait_for_write(run, folder.parent / "out" / STAGING, draw.randint(0, 2))
+        wait_for_write(victim, folder.parent / "out" / STAGING, draw.randint(0, 2))
         time.sleep(draw.uniform(0.0, 0.03))
     else:
-        run.ended(60)
-    run.kill()
-    run.wait()
-    return run
+        victim.ended(60)
+    victim.kill()
+    victim.wait()
+    return victim
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(server, model_folders, tmp_path_factory):
     """Losses by step, and the adapter, of a run that nothing happens to."""
     folder = tmp_path_factory.mktemp("whole")
-    server.run("train", folder, given_for(model_folders["llama"], folder / "out"))
+    run(server, "train", folder, settings_for(model_folders["llama"], folder / "out"))
     losses = dict(losses_in(folder))
     assert sorted(losses) == list(range(1, STEPS + 1)) and len(set(losses.values())) > STEPS // 2
     return losses, load_file(folder / "out" / "adapter_model.safetensors")
@@ -98,44 +98,59 @@ def assert_same_run(losses, folders):
             assert loss == pytest.approx(losses[step], rel=1e-6), f"{folder.name}, step {step}"
 
 
+def kill_until_it_ends(server, settings, output, draw, kills, began):
+    """
+    Start a run again and again, each time killed at some moment, until one ends; counts the kills by kind in `kills`.
+
+    Returns the folders of all runs, how many of them resumed, and how many were killed during a write.
+    """
+    folders, status, resumed, in_writes = [], -9, 0, 0
+    while status == -9:
+        assert time.monotonic() - began < TIMEOUT, kills
+        before = steps_of_checkpoints(output)
+        kind = min(kills, key=kills.get)
+        folders.append(output.parent / f"run{len(folders)}")
+        victim = kill_somewhere(server, folders[-1], settings, kind, draw)
+        status = victim.statuses[0]
+        assert status in (0, -9), victim.output()
+
+        # It resumed from the newest checkpoint.
+        steps = losses_in(folders[-1])
+        if steps:
+            assert steps[0][0] == max(before, default=0) + 1
+            resumed += bool(before)
+
+        # All checkpoints are complete, and none was lost.
+        if status == -9:
+            kills[kind] += 1
+            in_writes += any((output / STAGING).glob("*"))
+            for step in steps_of_checkpoints(output):
+                assert_complete(output / f"checkpoint-{step}")
+            assert max(steps_of_checkpoints(output), default=0) >= max(before, default=0)
+    return folders, resumed, in_writes
+
+
 def test_runs_killed_at_random_moments(server, model_folders, uninterrupted, tmp_path):
     losses, adapter = uninterrupted
     draw = random.Random(SEED)
-    print("seed", SEED)
     began = time.monotonic()
     kills = {"moment": 0, "write": 0, "operation": 0}
     in_writes = resumed = chains = 0
     while sum(kills.values()) < KILLS or in_writes < KILLS_IN_WRITES:
         chains += 1
         output = tmp_path / f"chain{chains}" / "out"
-        given = given_for(model_folders["llama"], output)
-        folders, status = [], -9
-        while status == -9:
-            assert time.monotonic() - began < TIMEOUT, f"{kills}, {in_writes} of them in writes"
-            before = steps_of_checkpoints(output)
-            kind = min(kills, key=kills.get)
-            folders.append(output.parent / f"run{len(folders)}")
-            run = kill_somewhere(server, folders[-1], given, kind, draw)
-            status = run.statuses[0]
-            assert status in (0, -9), run.output()
-            told = losses_in(folders[-1])
-            if told:
-                # It went on from the newest checkpoint that there was.
-                assert told[0][0] == max(before, default=0) + 1
-                resumed += bool(before)
-            if status == -9:
-                kills[kind] += 1
-                in_writes += any((output / STAGING).glob("*"))
-                for step in steps_of_checkpoints(output):
-                    assert_complete(output / f"checkpoint-{step}")
-                assert max(steps_of_checkpoints(output), default=0) >= max(before, default=0)
+        settings = settings_for(model_folders["llama"], output)
+        folders, *counts = kill_until_it_ends(server, settings, output, draw, kills, began)
+        resumed, in_writes = resumed + counts[0], in_writes + counts[1]
+
+        # The losses and the adapter are those of the run that nothing happened to; nothing else is left.
         assert_same_run(losses, folders)
         trained = load_file(output / "adapter_model.safetensors")
         assert trained.keys() == adapter.keys()
         for name, tensor in adapter.items():
             torch.testing.assert_close(trained[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
-        left = [path.name for path in (output / STAGING).glob("*")]
-        assert not left, f"left over after a run that ended well: {left}"
-    print(f"{kills}, {in_writes} of them in writes; {resumed} resumed runs in {chains} chains")
+        assert not list((output / STAGING).glob("*"))
+        assert all(re.fullmatch(r"checkpoint-\d+", path.name) for path in output.glob("checkpoint*"))
+
+    print(f"seed {SEED}: {kills}, {in_writes} of them in writes; {resumed} resumed runs in {chains} chains")
     assert resumed > KILLS // 2 and min(kills.values()) >= KILLS // 3
-    assert all(re.fullmatch(r"checkpoint-\d+", path.name) for path in output.glob("checkpoint*"))

@@ -68,19 +68,19 @@ def refused(trainer, resume=True):
 
 
 @pytest.mark.parametrize("resume", [True, "checkpoint-2"])
-def test_unchanged_run_goes_on(run, output, resume):
+def test_unchanged_run_resumes(run, output, resume):
     model, _, expected = run
     trainer = build(model, output)
     trainer.train(resume_from_checkpoint=resume if resume is True else str(output / resume))
-    found = losses(trainer)
-    assert found == pytest.approx(expected, rel=1e-6) and set(found) == {1, 2, 3, 4, 5}
+    resumed = losses(trainer)
+    assert resumed == pytest.approx(expected, rel=1e-6) and set(resumed) == {1, 2, 3, 4, 5}
 
 
 # A resume that did not really load
 
 
 def test_adapter_that_was_not_loaded(run, output, monkeypatch):
-    """As with a model that is wrapped once more, into whose names nothing fits."""
+    """As with a model that is wrapped once more, so that no saved name fits."""
     monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *args, **kwargs: None)
     text = refused(build(run[0], output))
     assert "tensors in the model are not those in" in text and "checkpoint-4" in text, text
@@ -146,7 +146,7 @@ def test_no_optimizer_was_saved(run, tmp_path):
     ids=["optimizer cut", "state cut", "state empty", "own state empty", "settings cut", "no adapter"],
 )
 def test_damaged_checkpoint_is_passed_over(run, output, damage, caplog):
-    """As a disk may leave it that lost what was not flushed: the run goes on from the one before."""
+    """As a disk may leave it that lost what was not flushed: the run resumes from the one before."""
     model, _, expected = run
     damage(output / "checkpoint-4")
     trainer = build(model, output)
@@ -174,14 +174,14 @@ def test_damaged_checkpoint_is_passed_over(run, output, damage, caplog):
 )
 def test_other_settings_are_refused(run, output, setting, before, now):
     text = refused(build(run[0], output, {setting: now}))
-    told = next(line.strip() for line in text.splitlines() if line.strip().startswith(f"{setting}: "))
+    line = next(line.strip() for line in text.splitlines() if line.strip().startswith(f"{setting}: "))
     if before is None:
-        assert "down_proj" in told and told.endswith("this run has ['up_proj']"), told
+        assert "down_proj" in line and line.endswith("this run has ['up_proj']"), line
     else:
-        assert told == f"{setting}: checkpoint has {before!r}, this run has {now!r}"
+        assert line == f"{setting}: checkpoint has {before!r}, this run has {now!r}"
 
 
-def test_all_differences_are_told(run, output):
+def test_all_differences_are_listed(run, output):
     text = refused(build(run[0], output, {"r": 8, "num_heads": 2}, tasks={"same": "other"}))
     assert "r: checkpoint has 4, this run has 8" in text
     assert "num_heads: checkpoint has 3, this run has 2" in text

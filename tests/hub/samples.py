@@ -53,7 +53,7 @@ def tiny_record(base: str | None = BASE, layers: int = 2, heads: int = 3) -> Ada
 
 
 def save_adapter(folder: Path, seed: int = 0, **config) -> Path:
-    """A folder as a trainer leaves it, with a checkpoint and its own files around the adapter."""
+    """A folder as a trainer leaves it, with a checkpoint and private files around the adapter."""
     model = tiny_adapter(seed, **config)
     model.save_pretrained(folder)
     tiny_record().save(folder)

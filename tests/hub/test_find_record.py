@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from processes import WorkerError
 from samples import BASE, save_base, tiny_adapter, tiny_record
-from worker import WorkerError
 
 from rlora_trl.files.layout import RECORD_NAME
 from rlora_trl.files.record import AdapterRecord, TaskRecord

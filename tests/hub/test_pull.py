@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from processes import WorkerError
 from samples import BASE, save_adapter
-from worker import WorkerError
 
 from rlora_trl.files.layout import published_files
 from rlora_trl.hub import adapter_digest

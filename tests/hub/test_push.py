@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
+from processes import WorkerError
 from samples import BASE, TASKS, save_adapter, save_base
-from worker import WorkerError
 
 from rlora_trl.hub import adapter_digest
 
@@ -186,7 +186,7 @@ def test_a_recorded_export_is_no_export_in_the_repository(hub, push, folder, tmp
 def test_exports_of_unknown_tasks(hub, push, folder):
     with pytest.raises(WorkerError, match="'frist'.*first, colour, same"):
         push(folder, exports=["frist"])
-    assert REPO not in hub.api.state.repos
+    assert REPO not in hub.repos
 
 
 def test_repository_of_a_stock_trainer(hub, push, folder):
@@ -333,7 +333,7 @@ def test_names_that_are_no_names(hub, push, tmp_path, name):
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
     with pytest.raises(WorkerError, match="as `base_model`"):
         push(folder)
-    assert REPO not in hub.api.state.repos
+    assert REPO not in hub.repos
 
 
 def test_base_model_in_a_local_folder(hub, push, tmp_path):
@@ -342,7 +342,7 @@ def test_base_model_in_a_local_folder(hub, push, tmp_path):
     (folder / "rlora_record.json").unlink()
     with pytest.raises(WorkerError, match="as `base_model`") as caught:
         push(folder)
-    assert "local folder" in caught.value.message and REPO not in hub.api.state.repos
+    assert "local folder" in caught.value.message and REPO not in hub.repos
     push(folder, base_model=BASE)
     assert json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"] == BASE
     assert str(tmp_path).encode() not in b"".join(hub.files(REPO).values())
@@ -354,7 +354,7 @@ def test_damaged_adapters_are_not_published(hub, push, tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(weights[:-10])
     with pytest.raises(WorkerError) as caught:
         push(folder)
-    assert caught.value.type == "AdapterCheckError" and REPO not in hub.api.state.repos
+    assert caught.value.type == "AdapterCheckError" and REPO not in hub.repos
 
 
 def test_adapter_of_another_name_from_a_model(hub, worker, base, push):

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from processes import WorkerError
 from safetensors.torch import load_file, save_file
 from samples import BASE, save_base
-from worker import WorkerError
 
 
 HERE = Path(__file__).parent

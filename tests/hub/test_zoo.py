@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from processes import WorkerError
 from samples import BASE, save_adapter, save_base, tiny_record
-from worker import WorkerError
 
 from rlora_trl import zoo as zoo_module
 from rlora_trl.zoo import AdapterInfo, Comparison
