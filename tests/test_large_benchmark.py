@@ -296,7 +296,7 @@ def test_tables():
     assert "| 1 | 4-bit | 1000 | 1100 | 1.10 | 11.9 | 12.3 | 13.5 |" in text
     assert "| 2 | 4-bit, DDP | 1250 | 1222 | 0.98 |" in text
     assert "| 2 | bf16, FSDP2 | 800 | failed |  |" in text
-    assert "| 1 to 2 | 4-bit | 80% | 90% |" in text
+    assert "| 1 to 2 | 4-bit | 80 % | 90 % |" in text
     assert "| 1 to 2 | bf16, FSDP2 | 90 % (of bf16) |  |" in text
     assert "| mistral-large-123b, 88 | 122.6 B | out of memory | 3000 | out of memory | 12.3 |" in text
     assert "GPU X: qwen2.5-7b shape, 28 layers, 4 x 2048 tokens" in text and "torch 2, 2026-01-01." in text

@@ -218,11 +218,16 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str, bas
 
 
 def _base_differences(folder: Path, saved: RLoraConfig, config: RLoraConfig, commit: str | None) -> list[str]:
-    """How the base models differ. Local folders are not compared, as they may have been moved."""
+    """How the base models differ. Another local folder may be the same model in another place: it is warned of."""
     differences = []
-    names = [hub_name(each.base_model_name_or_path) for each in (saved, config)]
-    if None not in names and names[0] != names[1]:
-        differences.append(f"base model: checkpoint has {names[0]}, this run has {names[1]}")
+    before, now = saved.base_model_name_or_path, config.base_model_name_or_path
+    if before != now and hub_name(before) and hub_name(now):
+        differences.append(f"base model: checkpoint has {before}, this run has {now}")
+    elif before != now:
+        logger.warning(
+            f"The checkpoint was trained on the base model {before!r}, and this run has {now!r}. Make sure that they "
+            "are the same model: the weights of local folders are not compared."
+        )
     record = AdapterRecord.load(folder)
     saved_commit = None if record is None else record.base_model_revision
     if commit is not None and saved_commit is not None and commit != saved_commit:

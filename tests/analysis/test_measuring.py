@@ -54,7 +54,9 @@ def by_hand(model, tokenizer, rows):
     for row in rows:
         ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
         logits(model, torch.tensor([ids]))
-        weights = [layer.rlora_adapters["default"].mixture(inputs[name])[0].sum(0) for name, layer in layers.items()]
+        weights = [
+            layer.rlora_adapters["default"].head_weights(inputs[name])[0].sum(0) for name, layer in layers.items()
+        ]
         sums = torch.stack(weights) if sums is None else sums + torch.stack(weights)
         count += len(ids)
     for hook in hooks:

@@ -259,7 +259,7 @@ def test_what_is_refused(model_folders, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="got `task='colour'`"):
             export_lora(model, out, task="colour")
     lora = get_peft_model(load_base(model_folders, "llama"), LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="is of another method"):
+    with pytest.raises(ValueError, match="belongs to another method"):
         export_lora(lora, out)
     lora.save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="only R-LoRA adapters can be exported"):

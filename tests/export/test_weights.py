@@ -21,7 +21,7 @@ def test_exact_routers(model_folders, tmp_path, tokenizer, option):
         "hydra_uniform": {"router": "uniform", "share_a": False, "init_weights": "zero_b"},
     }[option]
     if option == "one_head":
-        with pytest.warns(UserWarning, match="nothing for"):
+        with pytest.warns(UserWarning, match="get no gradient"):
             model = adapted(model_folders, **kwargs)
     else:
         model = adapted(model_folders, **kwargs)
