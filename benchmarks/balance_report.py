@@ -19,7 +19,7 @@ from report import HERE, ROOT
 
 BEGIN, END = "<!-- balance:begin -->", "<!-- balance:end -->"
 # The palette of Okabe and Ito, which color-blind readers can tell apart.
-COLOURS = dict(zip(COEFS, ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+COLORS = dict(zip(COEFS, ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
 LABELS = {"none": "no balance loss", "switch": "switch", "importance": "importance", "z": "z"}
 LABELS |= {"mutual_information": "mutual information"}
 VARIED = ("loss", "coef", "scope", "seed")
@@ -179,7 +179,7 @@ def draw_panel(axis: Any, found: dict[Group, list[dict]], key: str) -> None:
         curves = [curve for curve in curves if curve]
         if not curves:
             continue
-        look = {"color": COLOURS[group[0]], "linestyle": ("-", "--", "-.", (0, (1, 1)))[styles[group] % 4]}
+        look = {"color": COLORS[group[0]], "linestyle": ("-", "--", "-.", (0, (1, 1)))[styles[group] % 4]}
         if len(curves) > 1:
             for curve in curves:
                 axis.plot(curve.keys(), curve.values(), linewidth=0.6, alpha=0.45, **look)
