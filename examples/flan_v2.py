@@ -1,9 +1,9 @@
-"""Flan v2 as in Setting 2 of the R-LoRA paper (arXiv 2502.15455): ten clusters, 42 tasks, a dictionary of data sets.
+"""Flan v2 as in Setting 2 of the R-LoRA paper (arXiv 2502.15455): ten clusters, 42 tasks, a dictionary of datasets.
 
 All ten clusters belong to the Flan 2021 part of the Flan v2 collection (arXiv 2301.13688), whose tasks are defined in
 https://github.com/google-research/FLAN (`flan/v2/task_configs_v1.py`). `Muennighoff/flan` on the Hub has that part as
-one JSON-lines file per data set and split, `{split}/{name}_10templates_{split}.jsonl`, so single tasks can be
-downloaded. Its rows are zero-shot, written with ten templates per data set, with the columns `inputs`, `targets` and
+one JSON-lines file per dataset and split, `{split}/{name}_10templates_{split}.jsonl`, so single tasks can be
+downloaded. Its rows are zero-shot, written with ten templates per dataset, with the columns `inputs`, `targets` and
 `task`; it lacks the few-shot and chain-of-thought forms of Flan v2.
 
     from flan_v2 import load_flan
@@ -25,8 +25,8 @@ Rows: TypeAlias = Dataset | IterableDataset
 FLAN_REPO_ID = "Muennighoff/flan"
 FILE_PATTERN = "{split}/{name}_10templates_{split}.jsonl"
 
-# Cluster -> task -> names of its data sets in the collection. A task has several if the collection separates rounds,
-# difficulties or domains of one data set.
+# Cluster -> task -> names of its datasets in the collection. A task has several if the collection separates rounds,
+# difficulties or domains of one dataset.
 FLAN_CLUSTERS: dict[str, dict[str, tuple[str, ...]]] = {
     "struct_to_text": {
         "common_gen": ("common_gen",),
@@ -125,8 +125,8 @@ def load_flan(
     Args:
         clusters (`Sequence[str]`, *optional*): Keys of `FLAN_CLUSTERS`. Defaults to all ten.
         split (`str`, *optional*, defaults to `"train"`): `"train"`, `"validation"` or `"test"`.
-        repo_id (`str`, *optional*, defaults to `"Muennighoff/flan"`): Data set on the Hub, or a local folder, with one
-            file per data set at `FILE_PATTERN` and the columns `inputs` and `targets`.
+        repo_id (`str`, *optional*, defaults to `"Muennighoff/flan"`): Dataset on the Hub, or a local folder, with one
+            file per dataset at `FILE_PATTERN` and the columns `inputs` and `targets`.
         rows_per_task (`int`, *optional*, defaults to 1000): Maximum number of rows per task. `None` keeps all rows, at
             most 30,000 per file of the training split.
         streaming (`bool`, *optional*, defaults to `False`): Read only as much of each file as needed; see above.
@@ -172,7 +172,7 @@ def _checked_clusters(clusters: Sequence[str] | None) -> list[str]:
 
 
 def _open_file(task: str, name: str, split: str, repo_id: str, revision: str | None, streaming: bool) -> Rows:
-    """The rows of one data set's file, with the columns `inputs` and `targets`."""
+    """The rows of one dataset's file, with the columns `inputs` and `targets`."""
     path = FILE_PATTERN.format(name=name, split=split)
     try:
         rows = load_dataset(

@@ -4,7 +4,7 @@ Without arguments it trains a real 135M model on ten small generated tasks, on a
 
     accelerate launch examples/sft_flan.py
 
-With your own model and data (any data set in TRL's formats, from the Hub or a local JSONL or Parquet file):
+With your own model and data (any dataset in TRL's formats, from the Hub or a local JSONL or Parquet file):
 
     accelerate launch examples/sft_flan.py \\
         --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my_tasks.jsonl --task_column task \\
@@ -88,7 +88,7 @@ class FlanArguments(script.RLoraScriptArguments):
 
 
 def load_data(args: FlanArguments, training_args: RLoraSFTConfig) -> script.TrainingData:
-    """The user's data set, Flan v2, or the generated tasks."""
+    """The user's dataset, Flan v2, or the generated tasks."""
     if args.dataset_name is not None:
         return script.load_data(args, training_args)
     evaluates = training_args.eval_strategy != "no"

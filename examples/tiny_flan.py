@@ -1,4 +1,4 @@
-"""Tiny Flan: a small generated multi-task instruction data set.
+"""Tiny Flan: a small generated multi-task instruction dataset.
 
 It has ten tasks, one for each of ten clusters of Flan v2. All rows are generated from the templates, word lists and
 facts in this file, so nothing is downloaded, and the same seed always gives the same rows. The rows are short (about
@@ -474,7 +474,7 @@ def closed_book_fact(rng: Random, kind: int) -> Example:
     return Example(question[0].upper() + question[1:], answer)
 
 
-# The data set
+# The dataset
 
 TASKS: dict[str, TinyTask] = {
     "struct_to_text": TinyTask("struct_to_text", struct_to_text, 3),
@@ -497,7 +497,7 @@ def split_of(task: str, example: Example) -> Split:
 
 
 def make_row(task: str, example: Example) -> dict:
-    """The example as a row of the data set."""
+    """The example as a row of the dataset."""
     return {
         "task": task,
         "cluster": TASKS[task].cluster,

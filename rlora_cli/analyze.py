@@ -26,7 +26,7 @@ def analyze(
         typer.Option(
             "--data",
             help="Measure the head weights of each task on these rows: a JSON-lines, Parquet or CSV file, a folder, "
-            "or a data set on the Hub.",
+            "or a dataset on the Hub.",
         ),
     ] = None,
     split: options.Split = None,

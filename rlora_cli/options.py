@@ -33,7 +33,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="Rows with prompt and completion, or messages that end with the answer; options if there are any. "
-        "A JSON-lines, Parquet or CSV file, a folder, or a data set on the Hub.",
+        "A JSON-lines, Parquet or CSV file, a folder, or a dataset on the Hub.",
     ),
 ]
 Split = Annotated[

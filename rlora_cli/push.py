@@ -29,7 +29,7 @@ def push(
     ] = None,
     license: Annotated[str | None, typer.Option("--license", help="License of the adapter, e.g. apache-2.0.")] = None,
     datasets: Annotated[
-        list[str] | None, typer.Option("--dataset", metavar="NAME", help="Hub name of a data set; may be repeated.")
+        list[str] | None, typer.Option("--dataset", metavar="NAME", help="Hub name of a dataset; may be repeated.")
     ] = None,
     tags: Annotated[
         list[str] | None, typer.Option("--tag", metavar="TAG", help="Tag for the card; may be repeated.")

@@ -138,11 +138,11 @@ CONTRACT = [Row(*row) for row in (
     ("huggingface_hub:HfApi", "run_as_future", "fn", "pushes in the background"),
     ("huggingface_hub", "try_to_load_from_cache", "repo_id, filename, *, revision=None", "the commit of the base model"),
     ("datasets", "interleave_datasets", "datasets, probabilities=None, seed=None, *, stopping_strategy='first_exhausted'", "mixtures of streams"),
-    ("datasets:Dataset", "__init__", "arrow_table, info=None, split=None, *, fingerprint=None", "columns of data sets with indices"),
+    ("datasets:Dataset", "__init__", "arrow_table, info=None, split=None, *, fingerprint=None", "columns of datasets with indices"),
     ("datasets:Dataset", "_indices", None, "places of rows of shuffled and selected data"),
     ("datasets:Dataset", "_fingerprint", None, "results that are cached, of such data"),
     ("datasets.table", "table_cast", "table, schema", "types of tasks, cast without slices"),
-    ("datasets:DatasetInfo", "download_checksums", None, "the name of a data set on the Hub"),
+    ("datasets:DatasetInfo", "download_checksums", None, "the name of a dataset on the Hub"),
 
     # Callbacks and configurations
     (CALLBACK, "on_init_end", EVENT, "use of heads"),

@@ -85,7 +85,7 @@ class TaskRecord:
     Args:
         name (`str`): Its name, as in `RLoraConfig.tasks`.
         cluster (`str`, *optional*): Kind of task, for example `"sentiment"`.
-        dataset (`str`, *optional*): Name of the data set on the Hub.
+        dataset (`str`, *optional*): Name of the dataset on the Hub.
         license (`str`, *optional*): License of the data.
         rows (`int`, *optional*), tokens (`int`, *optional*): Number that training has seen, repetitions counted.
         share (`float`, *optional*): Share of the task mixture, a ratio in `[0, 1]`.

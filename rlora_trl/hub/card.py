@@ -74,7 +74,7 @@ def render_card(
     """
     Render the card of an adapter, or update an existing one.
 
-    Unknown facts are left out. So are folders: a base model or data set that is not on the Hub is not named.
+    Unknown facts are left out. So are folders: a base model or dataset that is not on the Hub is not named.
 
     Args:
         config ([`RLoraConfig`]):
@@ -184,7 +184,7 @@ def _merge_results(
             others.append(result)
     results = _own_results(tasks, {result.dataset_type for result in others if result.dataset_name not in names})
 
-    # The Hub identifies a result by its data set and configuration: results of one identity are of one task.
+    # The Hub identifies a result by its dataset and configuration: results of one identity are of one task.
     owners = {result.unique_identifier: result.dataset_name for result in results}
     present = {(result.dataset_name, result.metric_type) for result in results}
     for result in others:
@@ -199,9 +199,9 @@ def _own_results(tasks: Sequence[TaskRecord], others: set[str]) -> list[EvalResu
     The metrics of the record.
 
     Args:
-        tasks (`Sequence[TaskRecord]`): The tasks. Those that share a data set, with each other or with one of
+        tasks (`Sequence[TaskRecord]`): The tasks. Those that share a dataset, with each other or with one of
             `others`, are distinguished by its configuration, which gets the name of the task.
-        others (`set[str]`): Data sets of other results.
+        others (`set[str]`): Datasets of other results.
     """
     used = Counter(task.dataset for task in tasks)
     results = []

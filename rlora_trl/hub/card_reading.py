@@ -151,7 +151,7 @@ def read_card_info(card_data: CardData | Mapping[str, Any] | None, model_index: 
 
 
 def _read_metrics(eval_results: Any, model_index: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Name of the data set (in cards of this package that of the task), name of the metric, and value."""
+    """Name of the dataset (in cards of this package that of the task), name of the metric, and value."""
     for result in eval_results if isinstance(eval_results, list) else []:
         if isinstance(result, EvalResult):
             yield result.dataset_name, result.metric_type, result.metric_value

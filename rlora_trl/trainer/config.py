@@ -23,7 +23,7 @@ class RLoraSFTConfig(SFTConfig):
         > Parameters that control the tasks
 
         task_column (`str`, *optional*, defaults to `"task"`):
-            Column that names the task of each row, in a data set of several tasks. A data set without the default
+            Column that names the task of each row, in a dataset of several tasks. A dataset without the default
             column is trained on without tasks; a column of any other name must exist.
         mixing (`str`, *optional*, defaults to `"proportional"`):
             How many rows of each task an epoch draws (T5, arXiv 1910.10683, section 3.5.2). `"proportional"`: as many
@@ -77,7 +77,7 @@ class RLoraSFTConfig(SFTConfig):
     """
 
     task_column: str = field(
-        default="task", metadata={"help": "Column that names the task of each row, in a data set of several tasks."}
+        default="task", metadata={"help": "Column that names the task of each row, in a dataset of several tasks."}
     )
     mixing: Literal["proportional", "equal", "temperature"] = field(
         default="proportional", metadata={"help": "How many rows of each task an epoch draws."}

@@ -28,7 +28,7 @@ _HUB_SOURCE = re.compile(r"(?:hf://datasets/|huggingface\.co/datasets/)([\w.-]+/
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the training data say of a task: the cluster it belongs to, and its data set on the Hub."""
+    """What the training data say of a task: the cluster it belongs to, and its dataset on the Hub."""
 
     cluster: str | None = None
     dataset: str | None = None
@@ -47,7 +47,7 @@ class RunRecord:
     Attributes:
         seen (`dict[str, dict[str, int]]`): Rows and tokens of each task that the run was trained on.
         head_weights ([`HeadWeights`], *optional*): Mean head weights by task, as measured last.
-        dataset_name (`str`, *optional*): The data set on the Hub that all of the training data come from.
+        dataset_name (`str`, *optional*): The dataset on the Hub that all of the training data come from.
     """
 
     def __init__(self, train_dataset: Any, task_column: str, trained_before: RLoraConfig | None = None) -> None:
@@ -182,7 +182,7 @@ def _text(value: Any) -> str | None:
 
 
 def _hub_dataset(dataset: Any) -> str | None:
-    """The repository of a data set that `load_dataset` got from the Hub."""
+    """The repository of a dataset that `load_dataset` got from the Hub."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return None
     for source in dataset.info.download_checksums or ():

@@ -112,7 +112,7 @@ class TaskData:
         if self.routes_by_task and dataset is not None:
             raise ValueError(
                 '`router="task"` learns from the task of each row, and the training data has no column of tasks. Pass '
-                "a dictionary of data sets by task, or a data set with a column (`task_column`) and, for a stream, "
+                "a dictionary of datasets by task, or a dataset with a column (`task_column`) and, for a stream, "
                 "`RLoraConfig(tasks=[...])`."
             )
         return dataset
@@ -148,7 +148,7 @@ class TaskData:
         prepare: Callable[[AnyDataset, RLoraSFTConfig, bool], AnyDataset],
     ) -> AnyDataset:
         """
-        Prepare one data set as `SFTTrainer` does, and keep the task of each row, or with packing of each token.
+        Prepare one dataset as `SFTTrainer` does, and keep the task of each row, or with packing of each token.
 
         Args:
             dataset (`Dataset` or `IterableDataset`): The data.
@@ -162,9 +162,9 @@ class TaskData:
         is_training = dataset is self._training
         self._is_prepared = self._is_prepared or is_training
         if not any_format and not (is_training and self._rows_are_checked):
-            dataset = check_rows(dataset, f"The data set {name!r}", text_column=args.dataset_text_field)
+            dataset = check_rows(dataset, f"The dataset {name!r}", text_column=args.dataset_text_field)
 
-        # `evaluate` prepares its data once more for each data set of a dictionary.
+        # `evaluate` prepares its data once more for each dataset of a dictionary.
         dataset = self._lost_rows.renumber(dataset)
         is_new = isinstance(dataset, Dataset) and not self._lost_rows.is_known(dataset)
         before = rows_of_tasks(dataset, len(self.names)) if is_new else None
@@ -253,7 +253,7 @@ class TaskData:
         """
         if self._training is not None and not is_prepared and not self._is_prepared:
             raise RuntimeError(
-                "The trainer prepared another data set than the one that it was given, and the mixture of tasks would "
+                "The trainer prepared another dataset than the one that it was given, and the mixture of tasks would "
                 "be lost: this version of TRL copies training data before it prepares them. Install a version that "
                 "`rlora_trl` supports (`pip install --upgrade rlora-trl`)."
             )
@@ -290,7 +290,7 @@ class TaskData:
         if args.mixes_tasks and self.mixture is None and isinstance(train_dataset, Dataset):
             raise ValueError(
                 f"`mixing={args.mixing!r}` mixes tasks, and the training data has no column of tasks. Pass a "
-                "dictionary of data sets by task, or set `task_column` to the column that names them."
+                "dictionary of datasets by task, or set `task_column` to the column that names them."
             )
 
     def _sample_mixture(self, dataset: Dataset) -> MixtureSampler:

@@ -1,4 +1,4 @@
-"""`RLoraSFTTrainer`: TRL's `SFTTrainer` for R-LoRA adapters and data sets of several tasks."""
+"""`RLoraSFTTrainer`: TRL's `SFTTrainer` for R-LoRA adapters and datasets of several tasks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ logger = get_logger(__name__)
 
 
 class _Evaluated(NamedTuple):
-    """What is evaluated at this moment: the name of the data set, and its rows with options."""
+    """What is evaluated at this moment: the name of the dataset, and its rows with options."""
 
     name: str
     option_rows: OptionRows | None
@@ -74,8 +74,8 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     Everything that `trl.SFTTrainer` does works as it does there. What differs:
 
-    - `train_dataset` may also be a dictionary of data sets by task, which are joined and mixed (`args.mixing`), or a
-      data set with a column (`args.task_column`) that names the task of each row. The tasks' names are saved with the
+    - `train_dataset` may also be a dictionary of datasets by task, which are joined and mixed (`args.mixing`), or a
+      dataset with a column (`args.task_column`) that names the task of each row. The tasks' names are saved with the
       adapter, and the task of each row reaches the layers (`RLoraConfig(router="task")`), whatever the packing.
     - `peft_config` defaults to `RLoraConfig()`.
     - `args.balance_loss` adds a loss that keeps all heads in use; the evaluation loss does not have it.
@@ -97,7 +97,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         train_dataset (`Dataset`, `IterableDataset` or `dict[str, Dataset | IterableDataset]`):
             Training data. A `DatasetDict` holds splits, not tasks, and is refused.
         eval_dataset (`Dataset`, `IterableDataset` or `dict[str, Dataset | IterableDataset]`, *optional*):
-            Evaluation data. A dictionary, or a data set with the task column, gives metrics for each task.
+            Evaluation data. A dictionary, or a dataset with the task column, gives metrics for each task.
         quantization_config (`BitsAndBytesConfig`, *optional*):
             As in `SFTTrainer`: how to quantize a model given by name.
         peft_config ([`RLoraConfig`], *optional*):
@@ -241,7 +241,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         is_removed = self.args.remove_unused_columns and text not in self._signature_columns
         for name, dataset in {"train": self.train_dataset, **evaluation}.items():
             if dataset is not None:
-                check_pictures(dataset, f"The data set {name!r}", text_column=None if is_removed else text)
+                check_pictures(dataset, f"The dataset {name!r}", text_column=None if is_removed else text)
 
     # The task of each row, from the data to the batch
 
@@ -682,7 +682,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
         Args:
             model_name (`str`, *optional*): Not used: the title of a card is the name of its repository.
-            dataset_name (`str` or `list[str]`, *optional*): Data sets on the Hub, for the metadata.
+            dataset_name (`str` or `list[str]`, *optional*): Datasets on the Hub, for the metadata.
             tags (`str` or `list[str]`, *optional*): Tags, for the metadata.
         """
         if self.is_world_process_zero():

@@ -23,7 +23,7 @@ def _load_example() -> ModuleType:
 
 flan = _load_example()
 
-# The paper's list, and how many names each of its data sets has in the collection where that is more than one.
+# The paper's list, and how many names each of its datasets has in the collection where that is more than one.
 PAPER = {
     "struct_to_text": "common_gen dart e2e_nlg web_nlg",
     "translation": "wmt14_en_fr wmt16_en_de wmt16_en_tr wmt16_en_ru wmt16_en_fi wmt16_en_ro paracrawl_en_es",

@@ -1,4 +1,4 @@
-"""Tests of the embedded data set in examples/tiny_flan.py; no model is needed."""
+"""Tests of the embedded dataset in examples/tiny_flan.py; no model is needed."""
 
 import importlib.util
 import sys

@@ -319,7 +319,7 @@ def test_one_result_for_each_task():
     assert index["name"] == "ten-tasks" and len(index["results"]) == 3
     for entry, name in zip(index["results"], ("sst2", "rte", "en_fr"), strict=True):
         assert entry["task"]["type"] == "text-generation" and entry["dataset"]["name"] == name
-    # Two tasks of one data set differ by configuration; a single one claims none.
+    # Two tasks of one dataset differ by configuration; a single one claims none.
     assert index["results"][1]["dataset"] == {"name": "rte", "type": "nyu-mll/glue", "config": "rte"}
     assert index["results"][2]["dataset"] == {"name": "en_fr", "type": "en_fr"}
     assert index["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.953, "name": "Accuracy"}]

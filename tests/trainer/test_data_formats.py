@@ -18,11 +18,11 @@ ACCEPTED = "accepted are 'prompt' with 'completion', 'text', or 'messages'. Rena
 @pytest.mark.parametrize(
     "train, message",
     [
-        (OTHER, f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
-        (OTHER.to_iterable_dataset(), f"The data set 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
+        (OTHER, f"The dataset 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
+        (OTHER.to_iterable_dataset(), f"The dataset 'train' has the columns 'question', 'answer'; {ACCEPTED}"),
         ({"a": OTHER}, f"Task 'a' has the columns 'question', 'answer'; {ACCEPTED}"),
         ({"a": OTHER.to_iterable_dataset()}, f"Task 'a' has the columns 'question', 'answer'; {ACCEPTED}"),
-        (NULL, "The data set 'train', row 6, column 'completion': it is missing or null, and must be text"),
+        (NULL, "The dataset 'train', row 6, column 'completion': it is missing or null, and must be text"),
         ({"a": Dataset.from_list(ROWS), "b": NULL}, "Task 'b', row 6, column 'completion': it is missing or null"),
         (Dataset.from_list([{"prompt": "w1", "completion": 4}]), "column 'completion': it is 4, of type int"),
     ],
@@ -34,17 +34,17 @@ def test_other_columns_and_values_are_refused(model_folders, tmp_path, train, me
 
 
 def test_evaluation_data_too(model_folders, tmp_path):
-    with pytest.raises(ValueError, match=f"The data set 'eval' has the columns 'question', 'answer'; {ACCEPTED}"):
+    with pytest.raises(ValueError, match=f"The dataset 'eval' has the columns 'question', 'answer'; {ACCEPTED}"):
         make_trainer(model_folders, tmp_path, evaluate=OTHER)
-    with pytest.raises(ValueError, match="The data set 'held out' has the columns"):
+    with pytest.raises(ValueError, match="The dataset 'held out' has the columns"):
         make_trainer(model_folders, tmp_path, evaluate={"held out": OTHER})
-    with pytest.raises(ValueError, match="The data set 'eval' has the columns"):
+    with pytest.raises(ValueError, match="The dataset 'eval' has the columns"):
         make_trainer(model_folders, tmp_path).evaluate(OTHER)
 
 
 def test_a_stream_is_checked_as_it_is_read(model_folders, tmp_path):
     trainer = make_trainer(model_folders, tmp_path, train=NULL.to_iterable_dataset(), max_steps=2)
-    with pytest.raises(ValueError, match="The data set 'train', row 6, column 'completion': it is missing or null"):
+    with pytest.raises(ValueError, match="The dataset 'train', row 6, column 'completion': it is missing or null"):
         trainer.train()
 
 

@@ -200,7 +200,7 @@ NO_COMPLETION = [*rows("red", 3), {"image": picture("red"), "prompt": "<image> w
 def test_other_columns_are_refused_before_the_first_step(processor, tmp_path, listed, settings, message, place):
     good, other = datasets()["red"], Dataset.from_list(listed)
     data = {"train": other} if place == "train" else {"train": good, "evaluate": other}
-    with pytest.raises(ValueError, match=f"The data set {place!r}.*{message}"):
+    with pytest.raises(ValueError, match=f"The dataset {place!r}.*{message}"):
         make_trainer(processor, tmp_path, router="softmax", **data, **settings)
 
 

@@ -332,12 +332,12 @@ def test_joined_rows_are_checked_once(model_folders, tmp_path, monkeypatch):
     for module in (tasks_module, task_data_module):
         monkeypatch.setattr(module, "check_rows", note)
     make_trainer(model_folders, tmp_path, train=task_datasets(4), evaluate=task_datasets(2)["same"])
-    assert checked == ["Task 'first'", "Task 'colour'", "Task 'same'", "The data set 'eval'"]
+    assert checked == ["Task 'first'", "Task 'colour'", "Task 'same'", "The dataset 'eval'"]
     checked.clear()
     streams = {task: dataset.to_iterable_dataset() for task, dataset in task_datasets(4).items()}
     make_trainer(model_folders, tmp_path, train=streams, max_steps=1)
     make_trainer(model_folders, tmp_path, train=task_datasets(4)["same"])
-    assert checked == ["The data set 'train'"] * 2
+    assert checked == ["The dataset 'train'"] * 2
 
 
 @pytest.mark.parametrize("number", ["number_tasks", "number_alike", "renumber"])
