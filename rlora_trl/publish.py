@@ -1,6 +1,6 @@
-"""Publishing an adapter: the files of a push are put together here, and `hub.commit` makes the commit.
+"""Publishing an adapter: collects the files of a push; `hub.commit` makes the commit.
 
-This module stands above `hub` and `export`, which do not know each other.
+The module imports both `hub` and `export`, which do not import each other.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def push_adapter(
     """
     Publish an adapter on the Hub: weights, configuration, card, figures and exports in one commit.
 
-    The card of the repository is updated, and what was written into it by hand stays. Other files of a training
-    folder, such as checkpoints and training arguments, are not uploaded. After an interruption the same call can be
-    made again: files that were uploaded are not transferred a second time.
+    The card of the repository is updated; hand-written text in it stays. Other files of a training folder, such as
+    checkpoints and training arguments, are not uploaded. After an interruption, repeat the call: files that were
+    uploaded are not transferred a second time.
 
     Args:
         adapter (`PeftModel`, `str` or [`CheckedAdapter`]):
@@ -103,15 +103,15 @@ def push_adapter(
             requires `tokenizer`.
 
     Returns:
-        `CommitInfo`: The commit; the head of the branch, if it has all of this already.
+        `CommitInfo`: The commit; the head of the branch if nothing has changed.
 
     Raises:
-        AdapterCheckError: If the adapter is damaged, incomplete or not finite (nothing was published then), or the Hub
-            lists contents that differ from those of the push.
+        AdapterCheckError: If the adapter is damaged, incomplete or not finite (then nothing was published), or the
+            contents that the Hub lists differ from those of the push.
         ValueError: If the base model is a local folder and `base_model` is missing, or a task is unknown.
         FileNotFoundError: If the folder has no adapter.
-        ConnectionError: If the adapter was published, but could not be listed to compare it.
-        HfHubHTTPError: The answer of the Hub, after a few attempts if it was a transient one.
+        ConnectionError: If the adapter was published, but its files could not be listed for comparison.
+        HfHubHTTPError: If the Hub refuses the commit, or transient errors persist after a few attempts.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="rlora-push-") as scratch:
@@ -122,12 +122,12 @@ def push_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-        # What the caller knows beyond the files, and the one pass over the weights.
+        # Facts from the caller, then the only pass over the weights.
         config = _complete_config(folder, base_model, tasks)
         record = _complete_record(record, config, metrics or {})
         checked = _check_staged(adapter, folder)
 
-        # What is made from the adapter.
+        # Exports and figures.
         if exports:
             _check_export_tasks(exports, record, checked, export_data)
             model = adapter if isinstance(adapter, PeftModel) else export_from
@@ -151,7 +151,7 @@ def _stage_files(adapter: _Source, folder: Path, adapter_name: str | None) -> tu
     Copy or save the files of an adapter into a new folder, without exports, record and card.
 
     Returns:
-        `tuple`: The record and the local card, or `None` if there is none.
+        `tuple`: The record and the local card, `None` for those that are missing.
     """
     folder.mkdir(parents=True)
     if isinstance(adapter, PeftModel):
@@ -159,7 +159,7 @@ def _stage_files(adapter: _Source, folder: Path, adapter_name: str | None) -> tu
     source = Path(adapter.folder if isinstance(adapter, CheckedAdapter) else adapter)
     if not (source / CONFIG_NAME).is_file():
         raise FileNotFoundError(
-            f"{source} has no {CONFIG_NAME}: it is not the folder of an adapter. Pass the folder that `save_model` or "
+            f"{source} has no {CONFIG_NAME}: it is not the folder of an adapter. Pass a folder that `save_model` or "
             "`save_pretrained` wrote, or the model."
         )
 
@@ -187,7 +187,7 @@ def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> Ada
 
 
 def _complete_config(folder: Path, base_model: str | None, tasks: Sequence[str] | None) -> dict[str, Any]:
-    """Put the public name of the base model, and tasks if there are none, into the configuration."""
+    """Write the public name of the base model, and missing tasks, into the configuration."""
     path = folder / CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
     recorded = config.get("base_model_name_or_path")
@@ -206,7 +206,7 @@ def _complete_config(folder: Path, base_model: str | None, tasks: Sequence[str] 
         completed["tasks"] = list(tasks)
     if completed != config:
         path.write_text(json.dumps(completed, indent=2, sort_keys=True), encoding="utf-8")
-    # Tasks beyond those of the configuration are recorded only.
+    # Tasks that the configuration lacks go into the record only.
     names = [*(completed.get("tasks") or ()), *(tasks or ())]
     return {**completed, "tasks": list(dict.fromkeys(names))}
 
@@ -231,7 +231,7 @@ def _complete_record(
             )
         floats = {metric: float(value) for metric, value in values.items()}
         tasks[task] = replace(tasks[task], metrics={**tasks[task].metrics, **floats})
-    # The exports of a pulled record are in the repository that it was pulled from.
+    # Exports in the record of a pulled adapter belong to the repository that it was pulled from.
     return replace(record, tasks=list(tasks.values()), exports=[])
 
 
@@ -277,7 +277,7 @@ def _stage_exports(
     Export tasks as plain LoRA adapters into the folder.
 
     Returns:
-        `list[dict]`: What the record says of each; see [`AdapterRecord`].
+        `list[dict]`: The entries for the record; see [`AdapterRecord`].
     """
     source: Any = model
     name = adapter_name or ("default" if model is None else model.active_adapter)
@@ -316,7 +316,7 @@ def _stage_exports(
 
 @contextmanager
 def _public_base(model: PeftModel, adapter_name: str, base_model: str | None) -> Generator[None, None, None]:
-    """Give an adapter of a model the public name of its base, which its exports repeat."""
+    """Set the public name of the base in an adapter's configuration, which exports copy."""
     config = model.peft_config[adapter_name]
     before, config.base_model_name_or_path = config.base_model_name_or_path, base_model
     try:
@@ -338,7 +338,7 @@ def _stage_figures(checked: CheckedAdapter, record: AdapterRecord) -> None:
 
 
 def _with_base_license(api: HfApi, record: AdapterRecord) -> AdapterRecord:
-    """The record with the license of the base model, which one request asks the Hub for."""
+    """The record with the license of the base model, from one request to the Hub."""
     if record.base_model is None or record.base_model_license is not None:
         return record
     try:

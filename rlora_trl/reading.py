@@ -1,8 +1,8 @@
 """
-Reads files that strangers wrote, JSON and the header of a safetensors file, within limits on size, depth and values.
+Reads untrusted files, JSON and the header of a safetensors file, within limits on size, depth and values.
 
-safetensors itself checks that tensors fill the file without holes or overlaps; keys given twice, which two programs
-could read in two ways, are refused here. This module imports neither PyTorch nor PEFT.
+safetensors itself checks that tensors fill the file without holes or overlaps. Duplicate keys, which programs may read
+differently, are refused here. This module imports neither PyTorch nor PEFT.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _REMEDY = "Save the adapter again, or download it again."
 
 
 class AdapterCheckError(ValueError):
-    """The files of an adapter are damaged, hostile or do not fit together; nothing of them has been used."""
+    """The files of an adapter are damaged, hostile or inconsistent. None of their contents were used."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TensorEntry:
 
 
 def first_few(names: Iterable[str], limit: int = 3) -> str:
-    """The first `limit` of the sorted names for a message, and how many more there are."""
+    """The first `limit` sorted names and the number of the others, for a message."""
     ordered = sorted(names)
     listed = ", ".join(ordered[:limit])
     return listed if len(ordered) <= limit else f"{listed} and {len(ordered) - limit} more"
@@ -78,15 +78,15 @@ def check_regular_file(path: str | Path, limit: int) -> int:
         `int`: Its size in bytes.
 
     Raises:
-        AdapterCheckError: If there is no such file, it is not a regular one (a pipe would block), or it is larger than
-            `limit` bytes.
+        AdapterCheckError: If the file is missing, is not a regular file (a pipe would block), or has more than `limit`
+            bytes.
     """
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         raise AdapterCheckError(f"{path} can't be read ({error}). {_REMEDY}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise AdapterCheckError(f"{path} is not a regular file. Put the file itself there.")
+        raise AdapterCheckError(f"{path} is not a regular file. Replace it by the file itself.")
     if status.st_size > limit:
         raise AdapterCheckError(
             f"{path} has {status.st_size} bytes, and at most {limit} are read. It is not the file of an adapter."
@@ -132,7 +132,7 @@ def read_json(path: str | Path, *, limit: int = JSON_LIMIT) -> Any:
 
 
 def _parse_json(data: bytes, source: str) -> Any:
-    # Before the parser, which would make objects of them.
+    # Counted before parsing, which would create an object for each.
     if sum(map(data.count, (b",", b"[", b"]", b"{", b"}"))) > _MAX_ELEMENTS:
         raise AdapterCheckError(f"{source} has more than {_MAX_ELEMENTS} elements. It is not the file of an adapter.")
 
@@ -145,7 +145,7 @@ def _parse_json(data: bytes, source: str) -> Any:
             parse_constant=_finite_float,
         )
         too_deep = _is_deeper(value, _MAX_DEPTH)
-        # Half of a surrogate pair is not a character: it fails wherever the text is written or hashed.
+        # Half of a surrogate pair is not a character, and would fail when the text is written or hashed.
         if b"\\u" in data and not too_deep:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -161,7 +161,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {shorten(key)} is given twice")
+            raise ValueError(f"key {shorten(key)} occurs twice")
         result[key] = value
     return result
 
@@ -205,7 +205,7 @@ def read_safetensors_header(path: str | Path, *, limit: int | None = None) -> di
         AdapterCheckError: If the file is truncated, is not safetensors, or its tensors leave holes, overlap or do not
             fill it exactly.
     """
-    # The whole file, as far as safetensors checks it: overlaps, holes, unknown types, and sizes that do not agree.
+    # The checks of safetensors: overlaps, holes, unknown types, and inconsistent sizes.
     size = check_regular_file(path, 2**63 if limit is None else limit)
     try:
         with open(path, "rb") as file:
@@ -224,7 +224,7 @@ def read_safetensors_header(path: str | Path, *, limit: int | None = None) -> di
             f"{path} is truncated or not a safetensors file: {shorten(str(error), 300)}. {_REMEDY}"
         ) from error
 
-    # The header once more, for what two programs may read in two ways.
+    # The header again, for parts that programs may read differently.
     try:
         if count > _MAX_TENSORS:
             raise AdapterCheckError(f"it has {count} tensors, more than {_MAX_TENSORS}. {_REMEDY}")
@@ -236,7 +236,7 @@ def read_safetensors_header(path: str | Path, *, limit: int | None = None) -> di
 
 
 def _tensor_entry(name: str, entry: Any) -> TensorEntry:
-    """What safetensors accepts, and another program or PyTorch may not."""
+    """Check an entry that safetensors accepts, but PyTorch or another program may not."""
     if not name or len(name) > _MAX_NAME or not name.isprintable():
         raise AdapterCheckError(f"{shorten(name)} is not the name of a tensor. {_REMEDY}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -1,4 +1,4 @@
-"""Reading cards. Anybody may write one, so values of unexpected types and sizes are ignored."""
+"""Reads cards. Their contents are untrusted: values of unexpected types and sizes are ignored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_NAMES, _MAX_NAME_LENGTH = 1000, 300
 
 @dataclass
 class ExistingCard:
-    """What a card holds besides its generated part: metadata, results, and the text before and after that part."""
+    """The contents of a card around its generated part: metadata, results, and the text before and after it."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     results: list[EvalResult] = field(default_factory=list)
@@ -41,7 +41,7 @@ class ExistingCard:
 
 
 def read_card(path: Path) -> str | None:
-    """The text of a card with its line ends as they are; `None` if there is no such file."""
+    """The text of a card, with its line ends unchanged; `None` if the file is missing."""
     if not path.is_file():
         return None
     with open(path, encoding="utf-8", newline="") as file:
@@ -50,7 +50,7 @@ def read_card(path: Path) -> str | None:
 
 def hand_written(text: str) -> str:
     """
-    The hand-written text of a card: without metadata and generated part, and nothing of automatic cards.
+    The hand-written text of a card, without metadata, generated part, and text of automatic cards.
 
     Args:
         text (`str`): The card.
@@ -61,7 +61,7 @@ def hand_written(text: str) -> str:
 
 def read_existing(text: str | None) -> ExistingCard:
     """
-    Take a card apart.
+    Parse a card.
 
     Args:
         text (`str`, *optional*): The card. If Trainer, TRL or PEFT generated it, only part of its metadata is kept.
@@ -80,7 +80,7 @@ def read_existing(text: str | None) -> ExistingCard:
     try:
         data: Any = ModelCard(text).data
         metadata, results = data.to_dict(), list(data.eval_results or [])
-    except Exception as error:  # PyYAML's, and whatever else metadata of a wrong shape brings about
+    except Exception as error:  # PyYAML's errors, and others that malformed metadata causes
         raise ValueError(
             f"The metadata of the existing card, between its two lines of ---, can't be read: {error}. Correct it, or "
             "remove it: the rest of the card is kept."
@@ -115,7 +115,7 @@ def _split_body(body: str, newline: str) -> tuple[str, str]:
 
 def read_card_info(card_data: CardData | Mapping[str, Any] | None, model_index: Any = None) -> dict[str, Any]:
     """
-    What the metadata of a card says about an adapter. Values of unexpected types are ignored.
+    The facts about an adapter in the metadata of a card. Values of unexpected types are ignored.
 
     Args:
         card_data (`CardData` or `Mapping`): Metadata of a card, or `ModelInfo.card_data`.
@@ -125,7 +125,7 @@ def read_card_info(card_data: CardData | Mapping[str, Any] | None, model_index: 
         `dict`: Always `tasks` (`list[str]`), `metrics` (`dict[str, dict[str, float]]`, by task) and `exports`
         (`dict[str, str]`, folders by task). If the card has them: `format`, `r`, `num_heads`, `router`, `scaling`,
         `digest`, `parameters`, `base_model`, `base_model_revision`, `license`, and `measured`, the names of the
-        metrics that a push has put there.
+        metrics that a push has written.
     """
     # Its attributes rather than `to_dict`, which fails for results of a wrong shape.
     data: dict[str, Any] = dict(vars(card_data) if isinstance(card_data, CardData) else card_data or {})
@@ -164,13 +164,13 @@ def _read_metrics(eval_results: Any, model_index: Any) -> Iterator[tuple[Any, An
 
 
 def names_in(value: Any) -> list[str]:
-    """The names in metadata that may be one name, a list of names, or anything else."""
+    """The names in a metadata value, which may be one name, a list, or anything else."""
     entries = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [entry for entry in entries[:_MAX_NAMES] if _is_name(entry)]
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number, and no boolean."""
+    """Whether a value is a finite number, not a boolean."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

@@ -1,7 +1,7 @@
-"""The commit of a push: what the repository has, what it is to have, and the attempts to get there.
+"""The commit of a push: compares the repository with the push, and retries the commit.
 
-One push is one commit. The card and the record are written from the head that the commit is put onto, so that text
-added on the Hub in the meantime is never overwritten.
+One push is one commit. The card and the record are rendered from the parent commit, so that text added on the Hub in
+the meantime is never overwritten.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Publication:
     Args:
         checked ([`CheckedAdapter`]): The adapter, in a folder that belongs to the push: all files that
             [`published_files`] lists are uploaded. Record and card are written into it.
-        record ([`AdapterRecord`]): What is known about it; its exports are those in the folder.
-        card (`str`, *optional*): The local card, whose text is used if the repository has no card.
+        record ([`AdapterRecord`]): Its record, with the exports in the folder.
+        card (`str`, *optional*): The local card. Its text is used if the repository has no card.
         license (`str`, *optional*), datasets (`Sequence[str]`, *optional*), tags (`Sequence[str]`, *optional*): See
             [`render_card`].
     """
@@ -82,7 +82,7 @@ def commit_adapter(
     create_pr: bool = False,
 ) -> CommitInfo:
     """
-    Publish an adapter in one commit, and compare what the Hub lists with what was checked and uploaded.
+    Publish an adapter in one commit, and compare the Hub's listing with the files that were checked and uploaded.
 
     Args:
         api (`HfApi`): The client.
@@ -93,13 +93,13 @@ def commit_adapter(
         create_pr (`bool`, *optional*, defaults to `False`): Open a pull request with the commit instead.
 
     Returns:
-        `CommitInfo`: The commit; the head, if that has all of it already.
+        `CommitInfo`: The commit; the head if nothing has changed.
 
     Raises:
-        AdapterCheckError: If the repository has files for which `pull_adapter` refuses it, or lists contents that
-            differ from those of the push.
+        AdapterCheckError: If the repository has files that `pull_adapter` refuses, or lists contents that differ from
+            the push.
         ConnectionError: If the commit was made, but its files could not be listed.
-        HfHubHTTPError: The answer of the Hub, after a few attempts if it was a transient one.
+        HfHubHTTPError: If the Hub refuses the commit, or transient errors persist after a few attempts.
     """
     transaction = _Transaction(api, repo_id, publication, revision, create_pr)
     commit = transaction.run(message)
@@ -128,12 +128,12 @@ class _Transaction:
         self.deletions: list[CommitOperationDelete] = []
 
     def run(self, message: str) -> CommitInfo:
-        """Commit; again after a transient error, or if the branch has moved."""
+        """Commit; retry after a transient error, or if the branch has moved."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._commit(message)
             except HTTPError as error:
-                # Without a response the connection broke.
+                # No response: the connection broke.
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 transient = status is None or status in _TRANSIENT
 
@@ -158,8 +158,8 @@ class _Transaction:
             differing = self._differing(commit)
         except (HTTPError, OSError) as error:
             raise ConnectionError(
-                f"{self.repo_id} was published as commit {commit}, but could not be listed to compare it: {error}. "
-                f"Check it with `pull_adapter({self.repo_id!r}, revision={commit!r})`."
+                f"{self.repo_id} was published as commit {commit}, but its files could not be listed for comparison: "
+                f"{error}. Check it with `pull_adapter({self.repo_id!r}, revision={commit!r})`."
             ) from error
         if differing:
             raise AdapterCheckError(
@@ -178,7 +178,7 @@ class _Transaction:
             commit_message=message,
             revision=self.revision,
             create_pr=self.create_pr,
-            # The card was rendered from this head: on another one it could revert an edit made on the Hub.
+            # The card was rendered from this head. On another head the commit could revert an edit made on the Hub.
             parent_commit=head,
         )
 
@@ -186,7 +186,7 @@ class _Transaction:
         """Write record and card for a commit onto this head, and list its operations."""
         repository = self._read_repository(head)
 
-        # Exports of the same weights stay, unless this push has made them again.
+        # Exports of the same weights stay, unless this push replaces them.
         remaining = self._remaining_exports(repository)
         record = replace(self.publication.record, exports=[*self.publication.record.exports, *remaining])
         record.save(self.folder)
@@ -217,7 +217,7 @@ class _Transaction:
         return _Repository(files, card, info.get("digest"), record)
 
     def _remaining_exports(self, repository: _Repository) -> list[dict[str, Any]]:
-        """Exports in the repository that were made from the same weights, and not again by this push."""
+        """Exports in the repository that were made from the same weights, and that this push does not replace."""
         if repository.record is None or repository.digest != self.publication.checked.digest:
             return []
         made = {export["path"] for export in self.publication.record.exports}
@@ -229,17 +229,17 @@ class _Transaction:
 
     def _outdated(self, repository: _Repository, remaining: Sequence[str]) -> set[str]:
         """
-        Files to delete: what earlier pushes made from other weights, and a stock trainer's pickles.
+        Files to delete: figures and exports of other weights from earlier pushes, and a stock trainer's pickles.
 
         Raises:
-            AdapterCheckError: If the repository has other files for which `pull_adapter` refuses it.
+            AdapterCheckError: If the repository has other files that `pull_adapter` refuses.
         """
         hostile = {path for path in repository.files if classify(path) is FileKind.HOSTILE}
         pickles = {path for path in hostile if is_training_leftover(path) or path == PICKLED_WEIGHTS_NAME}
         if hostile - pickles:
             raise AdapterCheckError(
                 f"{self.repo_id} has {', '.join(sorted(hostile - pickles)[:5])}, which a loader might execute: "
-                "`pull_adapter` would refuse the repository. Remove them, or push to another one."
+                "`pull_adapter` would refuse the repository. Remove them, or push to another repository."
             )
         if pickles:
             logger.warning(f"This push removes the pickles in {self.repo_id}: {', '.join(sorted(pickles))}")
@@ -253,14 +253,14 @@ class _Transaction:
         return outdated | {path for path in exports if path.startswith(folders)}
 
     def _write_card(self, repository: _Repository, record: AdapterRecord) -> None:
-        """Render the card. Text around the generated part is the repository's, or in a new one the local card's."""
+        """Render the card. Text around the generated part comes from the repository, or first from the local card."""
         local = self.publication.card
         if repository.card is not None and local is not None:
             local_text = hand_written(local)
             if local_text and local_text != hand_written(repository.card):
                 logger.warning(
-                    f"{self.repo_id} keeps the text of its own card, and what was written by hand into the local "
-                    f"{CARD_NAME} is not published. Edit the card on the Hub to change it."
+                    f"{self.repo_id} keeps the text of its card; hand-written text in the local {CARD_NAME} is not "
+                    "published. Edit the card on the Hub to change it."
                 )
 
         checked = self.publication.checked
@@ -317,7 +317,7 @@ class _Transaction:
 
 
 def _explain_failure(error: HTTPError, refused: bool) -> None:
-    """Add the remedy to an error. After a transient one it is unknown whether the commit has landed."""
+    """Add the remedy to an error. After a transient error the commit may have landed."""
     text = "\nRun the same push again: files that were uploaded are not transferred a second time."
     if not isinstance(error, HfHubHTTPError):
         error.args = (f"{error}. The connection to the Hub broke.{text}",)

@@ -1,4 +1,4 @@
-"""Pulls an adapter: the listing is checked before anything is downloaded, the files before anything is loaded."""
+"""Pulls an adapter: checks the listing before the download, and the files before anything is loaded."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def pull_adapter(
         cache_dir (`str`, *optional*):
             Cache of `huggingface_hub`. Defaults to its own.
         base_model (`str`, *optional*):
-            Name on the Hub of the base model that the adapter will be loaded on; another one is an error.
+            Name on the Hub of the base model to load the adapter on; an adapter of another base model is an error.
         exports (`bool`, *optional*, defaults to `False`):
             Download the plain-LoRA exports too.
         local_files_only (`bool`, *optional*, defaults to `False`):
-            Use the cache alone, as with `HF_HUB_OFFLINE=1`.
+            Use only the cache, as with `HF_HUB_OFFLINE=1`.
 
     Returns:
-        `str`: The folder, to give to `from_pretrained`.
+        `str`: The folder, for `from_pretrained`.
 
     Raises:
         AdapterCheckError: If the adapter is damaged, incomplete, hostile, or belongs to another base model.
@@ -92,12 +92,12 @@ def pull_checked(
     if os.path.isdir(repo_id):
         if revision is not None:
             raise ValueError(
-                f"`revision={revision!r}` belongs to a repository, and {repo_id!r} is a folder here. Leave it out, or "
-                "call from elsewhere to get the repository of that name."
+                f"`revision={revision!r}` needs a repository on the Hub, and {repo_id!r} is a local folder. Leave it "
+                "out, or run in another directory to pull the repository of that name."
             )
         return _check(Path(repo_id), base_model)
 
-    # List, check and download, unless only the cache may be used or can be.
+    # List, check and download, unless only the cache is allowed or reachable.
     if local_files_only or constants.HF_HUB_OFFLINE:
         return _check(_cached(repo_id, revision, options), base_model)
     try:
@@ -107,7 +107,7 @@ def pull_checked(
             raise  # the Hub answered
         return _check(_cached(repo_id, revision, options, error), base_model)
 
-    # Files in the cache may have been damaged on disk; downloaded again, they should not be.
+    # Files in the cache may be damaged on disk. Download those again.
     damaged = [path for path in listing.files if not is_same_file(Path(folder, path), listing.files[path])]
     if damaged:
         logger.warning(f"{first_few(damaged)} of {repo_id} are damaged in the cache and are downloaded again.")
@@ -115,15 +115,15 @@ def pull_checked(
         damaged = [path for path in damaged if not is_same_file(Path(folder, path), listing.files[path])]
     if damaged:
         raise AdapterCheckError(
-            f"{first_few(damaged)} of {repo_id} at {listing.commit} arrived with other contents than the Hub lists. "
-            "Something between here and the Hub alters them, or the Hub does; try again from another network."
+            f"{first_few(damaged)} of {repo_id} at {listing.commit} arrived with other contents than the Hub lists: a "
+            "proxy may alter downloads. Try again from another network."
         )
     return _check(Path(folder), base_model)
 
 
 def _cached(repo_id: str, revision: str | None, options: Mapping[str, Any], reason: Exception | None = None) -> Path:
-    """The folder in the cache, where the Hub may not be asked or, for a `reason`, can't be."""
-    # Not `snapshot_download`, which also asks for the files that were left out on purpose.
+    """The folder in the cache, if the Hub may not be used or, with a `reason`, can't be reached."""
+    # Not `snapshot_download`, which would also expect the files that were not downloaded on purpose.
     offline: dict[str, Any] = {"revision": revision, "local_files_only": True, **options}
     try:
         paths = [hf_hub_download(repo_id, name, **offline) for name in (CONFIG_NAME, WEIGHTS_NAME)]
@@ -134,7 +134,7 @@ def _cached(repo_id: str, revision: str | None, options: Mapping[str, Any], reas
             f"The Hub can't be reached ({reason}), and {repo_id} is not in the cache. Try again later."
         ) from reason
     if reason is not None:
-        logger.warning(f"The Hub can't be reached ({reason}); {repo_id} is taken from the cache.")
+        logger.warning(f"The Hub can't be reached ({reason}); using {repo_id} from the cache.")
     return Path(str(paths[0])).parent
 
 
@@ -146,7 +146,7 @@ class _Listing:
 
 
 def _list(api: HfApi, repo_id: str, revision: str | None, exports: bool) -> _Listing:
-    """The commit that a revision names now, and those of its files that are downloaded."""
+    """The commit that a revision names now, and its files to download."""
     info = api.model_info(repo_id, revision=revision, files_metadata=True)
     assert info.sha is not None  # only listings of many repositories leave it out
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -158,31 +158,31 @@ def _list(api: HfApi, repo_id: str, revision: str | None, exports: bool) -> _Lis
 def _download_listed(
     api: HfApi, repo_id: str, revision: str | None, exports: bool, options: Mapping[str, Any]
 ) -> tuple[_Listing, str]:
-    """List, check, download; again if the revision has moved in between."""
+    """List, check and download; repeat if the revision has moved in between."""
     for _ in range(_ATTEMPTS):
         listing = _list(api, repo_id, revision, exports)
         # By the revision's name, so that the cache knows its commit when there is no network.
         folder = _download(listing, revision, options)
         if Path(folder).name == listing.commit:
             return listing, folder
-        logger.info(f"{revision or 'The main branch'} of {repo_id} moved on while it was read; reading it again.")
+        logger.info(f"{revision or 'The main branch'} of {repo_id} changed during the download; starting over.")
     raise AdapterCheckError(
-        f"{revision or 'The main branch'} of {repo_id} got new commits each of the {_ATTEMPTS} times it was read. "
-        "Name a commit in `revision`."
+        f"{revision or 'The main branch'} of {repo_id} changed during each of {_ATTEMPTS} downloads. Pass a commit as "
+        "`revision`."
     )
 
 
 def _download(
     listing: _Listing, revision: str | None, options: Mapping[str, Any], paths: Iterable[str] | None = None
 ) -> str:
-    # Names were checked: none has characters with a meaning in patterns.
+    # Names were checked: none has a wildcard.
     patterns = list(listing.files if paths is None else paths)
     return snapshot_download(listing.repo_id, revision=revision, allow_patterns=patterns, **options)
 
 
 def is_same_file(path: Path, listed: RepoFile | RepoSibling) -> bool:
     """
-    Whether a file is what a commit lists: by SHA-256 where it is a large one, else by Git's hash of its contents.
+    Whether a file has the hash that a commit lists: SHA-256 for large files, else Git's blob hash.
 
     Args:
         path (`Path`): The local file.
@@ -209,8 +209,8 @@ def _check(folder: Path, base_model: str | None) -> CheckedAdapter:
         digest = read_card_info(check_card(card).data).get("digest")
         if digest is not None and digest != checked.digest:
             raise AdapterCheckError(
-                f"The weights in {folder} are not those that its card describes: their digest is {checked.digest}, "
-                f"the card says {digest}. One of the two was exchanged. Use another revision, or ask its author to "
-                "push it again."
+                f"The weights in {folder} do not match its card: their digest is {checked.digest}, the card has "
+                f"{digest}. One of the two was replaced. Use another revision, or ask the author to push the "
+                "adapter again."
             )
     return checked

@@ -1,4 +1,4 @@
-"""The lower floor of the trainer: saves and checkpoints that are whole, and runs that resume from them."""
+"""The base class of the trainer: complete saves and checkpoints, and runs that resume from them."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ logger = get_logger(__name__)
 
 class KeptState(NamedTuple):
     """
-    A part of what a checkpoint keeps of a run, as JSON.
+    State of a run that checkpoints store as JSON.
 
     Args:
-        save (`Callable[[], Any]`): Returns it. Called on all ranks, before anything is written.
+        save (`Callable[[], Any]`): Returns the state. Called on all ranks, before anything is written.
         load (`Callable[[Any], None]`): Restores it; gets `None` for a fresh run, or if the checkpoint lacks it.
     """
 
@@ -69,7 +69,7 @@ class KeptState(NamedTuple):
 
 
 class _OnTrainBegin(TrainerCallback):
-    """Calls the trainer when everything is loaded and prepared, and nothing has changed yet."""
+    """Calls the trainer when everything is loaded and prepared, before the first step."""
 
     def __init__(self, trainer: StagedCheckpoints) -> None:
         self.trainer = trainer
@@ -82,16 +82,16 @@ class _OnTrainBegin(TrainerCallback):
 
 class StagedCheckpoints(SFTTrainer):
     """
-    `SFTTrainer` whose saves are whole, and whose resumed runs are the same runs.
+    `SFTTrainer` with complete saves, and with checks that a resumed run continues the same run.
 
-    - A save is written beside its destination, checked there against the model, and moved into place when it is
-      complete. A folder called `checkpoint-<step>` is a whole checkpoint, whenever the process ended.
+    - A save is written to a staging folder, checked there against the model, and moved into place when it is complete.
+      A folder named `checkpoint-<step>` is a complete checkpoint, even if the process was killed.
     - An adapter is saved in full under every strategy: DDP, DeepSpeed ZeRO 1 to 3, FSDP2.
     - A resumed run is compared with its checkpoint: the adapter's settings, the base model and the settings of the run
       before anything is loaded, and the loaded tensors before the first step.
 
     Attributes:
-        kept_states (`dict[str, KeptState]`): What checkpoints keep of a run besides what `Trainer` keeps, by name.
+        kept_states (`dict[str, KeptState]`): State that checkpoints store in addition to `Trainer`'s, by name.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +108,7 @@ class StagedCheckpoints(SFTTrainer):
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             # FSDP1's flat parameters join frozen and trained ones in one dtype.
             raise ValueError(
-                "R-LoRA trains with FSDP2, and FSDP1 was asked for. Set `fsdp_version: 2` in the accelerate "
+                "FSDP1 is not supported; R-LoRA trains with FSDP2. Set `fsdp_version: 2` in the accelerate "
                 'configuration (see deepspeed_configs/fsdp2.yaml), or `fsdp_config={"version": 2}`.'
             )
 
@@ -116,17 +116,17 @@ class StagedCheckpoints(SFTTrainer):
     def _is_deepspeed_or_fsdp(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    # What the upper floor says of a run
+    # Hooks for the subclass
 
     def _write_beside(self, folder: Path, destination: Path) -> None:
-        """Write the other files of a save into `folder`, which will be moved to `destination`. On the saving rank."""
+        """Write the other files of a save into `folder`, which is moved to `destination` later. Saving rank only."""
 
     def _describe_data(self) -> Any:
-        """What shows whether the training data are those of a checkpoint; see [`describe_data`]."""
+        """A fingerprint of the training data, to compare with a checkpoint; see [`describe_data`]."""
         return describe_data(self.train_dataset)
 
     def _base_commit(self) -> str | None:
-        """The commit of the base model, where it is known."""
+        """The commit of the base model, if known."""
         return None
 
     # Saving
@@ -135,12 +135,12 @@ class StagedCheckpoints(SFTTrainer):
         """
         Save the adapter with its record and card; see `Trainer.save_model`.
 
-        To be called on all ranks under DeepSpeed and FSDP. Files of an earlier save are replaced when all of the new
-        ones are written and checked.
+        Call it on all ranks under DeepSpeed and FSDP. Files of an earlier save are replaced only after all new files
+        are written and checked.
 
         Raises:
-            RuntimeError: If what was written lacks something that the model has, or is not finite.
-            OSError: If there is no space left; what was saved before is unchanged.
+            RuntimeError: If the written file lacks a tensor of the model, or a tensor is not finite.
+            OSError: If the disk is full; earlier files are unchanged.
         """
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         on_all_ranks = self._stage is not None or self._is_deepspeed_or_fsdp
@@ -157,14 +157,14 @@ class StagedCheckpoints(SFTTrainer):
         if not self._is_deepspeed_or_fsdp:
             super().save_model(str(folder), _internal_call=True)
             return
-        # What they save themselves depends on their settings, and lacks frozen parameters.
+        # Their own saves depend on their settings and lack frozen parameters.
         state_dict = self._gather_adapters()
         if self.args.should_save:
             self._save(str(folder), state_dict=state_dict)
 
     @contextmanager
     def _staged(self, folder: Path) -> Generator[tuple[Path, Path], None, None]:
-        """A folder to write in, and the one that its files are moved to when all went well."""
+        """A folder to write to, and the destination that its files are moved to after success."""
         if self._stage is not None:  # within a checkpoint, which is staged as a whole
             yield folder, self._stage.parent / folder.relative_to(self._stage)
             return
@@ -184,7 +184,7 @@ class StagedCheckpoints(SFTTrainer):
 
     @contextmanager
     def _raise_on_all_ranks(self, on_all_ranks: bool = True) -> Generator[None, None, None]:
-        """Raise an error of one process in all of them, so that none waits for another that has given up."""
+        """Raise an error of one process on all ranks, so that no rank waits for one that has failed."""
         own: Exception | None = None
         try:
             yield
@@ -208,7 +208,7 @@ class StagedCheckpoints(SFTTrainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _gather_adapters(self, *, keep: bool | None = None) -> dict[str, torch.Tensor]:
-        """All tensors of the adapters in full, by their names in the model, on the ranks that keep them."""
+        """The full tensors of all adapters, by name in the model; empty on ranks with `keep=False`."""
         names = self._tensors_to_save().names
         if self.accelerator.num_processes > 1:
             names = broadcast_object_list([names])[0]  # all must gather the same
@@ -216,7 +216,7 @@ class StagedCheckpoints(SFTTrainer):
         return gather_tensors(self._peft_model(), names, keep=keep)
 
     def _describe_strategy(self) -> str:
-        """How training is distributed, and the setting for it: the optimizer's state is divided accordingly."""
+        """How training is distributed, and the setting for it. The optimizer state is sharded accordingly."""
         if self.is_deepspeed_enabled:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
             return f"DeepSpeed ZeRO-{stage} (`zero_optimization` in the DeepSpeed configuration)"
@@ -238,14 +238,14 @@ class StagedCheckpoints(SFTTrainer):
 
         with explain_full_disk(root, name):
             try:
-                # DeepSpeed and FSDP run collectives of their own in there, beside which an error must not wait.
+                # DeepSpeed and FSDP run their own collectives here; an error must not wait for other ranks meanwhile.
                 with self._raise_on_all_ranks(not self._is_deepspeed_or_fsdp), self._writing_to(stage):
                     super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()  # all have written their part
+                self.accelerator.wait_for_everyone()  # all ranks have written their parts
 
                 best = self.state.best_model_checkpoint
                 if best is not None and Path(best).parent == stage:
-                    self.state.best_model_checkpoint = str(root / Path(best).name)  # where it will be moved to
+                    self.state.best_model_checkpoint = str(root / Path(best).name)  # its destination
                 with self._raise_on_all_ranks():
                     if writes:
                         self._complete_checkpoint(stage / name, state)
@@ -264,7 +264,7 @@ class StagedCheckpoints(SFTTrainer):
         limit = self.args.save_total_limit
         surplus = 0 if not limit or limit < 1 else len(checkpoints) - max(limit, len(keep))
         for checkpoint in [path for path in checkpoints if path.name not in keep][: max(surplus, 0)]:
-            # It loses its name first, since a folder of that name is a whole checkpoint.
+            # Renamed first, since any folder with that name must be a complete checkpoint.
             removed = root / STAGING / checkpoint.name
             removed.parent.mkdir(exist_ok=True)
             os.replace(checkpoint, removed)
@@ -279,7 +279,7 @@ class StagedCheckpoints(SFTTrainer):
             self._stage = None
 
     def _complete_checkpoint(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Write the kept state into a checkpoint that has everything else, and flush all of it to the disk."""
+        """Write the state file, the last one of a checkpoint, and flush all files to the disk."""
         self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
         state = {
             **state,
@@ -306,16 +306,16 @@ class StagedCheckpoints(SFTTrainer):
 
     def _begin_attempt(self) -> None:
         """
-        Take up the state of the checkpoint, or none, when steps are about to begin.
+        Load the state of the checkpoint, or reset it, before the first step.
 
-        With `auto_find_batch_size` steps begin again with smaller batches when memory did not suffice, and what the
-        attempt before has counted is dropped.
+        With `auto_find_batch_size`, training restarts with smaller batches when it runs out of memory. The counts of
+        the failed attempt are dropped.
         """
         for name, part in self.kept_states.items():
             part.load(self._resumed_state.get(name))
         step = 0 if self._resumed_from is None else step_of(self._resumed_from)
         earlier = self._resumed_state.get("runs")
-        # `Trainer` keeps the batch size that it has found beside the arguments.
+        # `Trainer` stores the batch size that it found in its state, not in the arguments.
         batch_size = self.state.train_batch_size if self.args.auto_find_batch_size else None
         self._run_settings.begin(step, self.args, self._describe_data(), earlier, batch_size=batch_size)
 
@@ -324,7 +324,7 @@ class StagedCheckpoints(SFTTrainer):
         The checkpoint to resume from, whose files and settings have been checked.
 
         Raises:
-            ValueError: If there is none, it is damaged, or it is one of another adapter, base model or run.
+            ValueError: If there is no checkpoint, or it is damaged or belongs to another adapter, base model or run.
         """
         with self._raise_on_all_ranks():
             if self.args.should_save:
@@ -352,7 +352,7 @@ class StagedCheckpoints(SFTTrainer):
         return bool((config.get("checkpoint") or {}).get("load_universal"))
 
     def _newest_of_all(self) -> Path:
-        """The newest whole checkpoint; on nodes with separate disks, the newest that all of them have."""
+        """The newest complete checkpoint; on nodes with separate disks, the newest one that all nodes have."""
         newest: Path | None = None
         with self._raise_on_all_ranks():
             newest = find_checkpoint(self.args.output_dir)
@@ -379,30 +379,32 @@ class StagedCheckpoints(SFTTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self._resumed_from is not None and self.state.global_step >= self.state.max_steps:
-            # The run had ended when it was saved; `Trainer` would train one more step before it checks (no upstream
-            # issue as of transformers 5.23).
+            # The checkpoint was saved at the end of the run. `Trainer` would train one more step before it checks (no
+            # upstream issue as of transformers 5.23).
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 
     def _check_resumed(self) -> None:
         """
-        See that the tensors in training are those of the checkpoint. On all ranks.
+        Check that the tensors in training equal those of the checkpoint. Call it on all ranks.
 
         Raises:
-            ValueError: If they are not.
+            ValueError: If they differ.
         """
         checkpoint = self._resumed_from
-        if checkpoint is None or self._is_checked:  # `auto_find_batch_size` begins again, with what it has
+        if checkpoint is None or self._is_checked:  # `auto_find_batch_size` restarts with loaded tensors
             return
         self._is_checked = True
         self._restore_anchors(checkpoint)
         difference = self._compare_with(checkpoint)
         if difference is not None:
-            raise ValueError(f"The resumed run is not that of {str(checkpoint)!r}: {difference}. {FRESH_START_HINT}")
+            raise ValueError(
+                f"The run was not resumed from {str(checkpoint)!r} correctly: {difference}. {FRESH_START_HINT}"
+            )
 
     def _compare_with(self, checkpoint: Path) -> str | None:
-        """What differs between the tensors in training and the files, or `None`. On all ranks."""
+        """How the tensors in training differ from the files, or `None`. Call it on all ranks."""
         gathered = self._gather_adapters(keep=self.is_world_process_zero())
         difference: list[str | None] = [None]
         if self.is_world_process_zero():
@@ -419,7 +421,7 @@ class StagedCheckpoints(SFTTrainer):
 
     def _restore_anchors(self, checkpoint: Path) -> None:
         """
-        Load anchors from the adapter's file where the strategy's own state lacks them.
+        Load anchors from the adapter's file if the state of the strategy lacks them.
 
         transformers has DeepSpeed leave out frozen parameters (since transformers#27825), and anchors are frozen.
         """

@@ -1,4 +1,4 @@
-"""What the console shows of the logs: the numbers that a person reads. Trackers get all of them."""
+"""Selects the log entries that the console shows. Trackers get all entries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
-# Entries for trackers: what Trainer, SFTTrainer and this package log beside the numbers that people follow.
+# Entries that only trackers get, logged by Trainer, SFTTrainer and this package.
 _FOR_TRACKERS = frozenset(
     (
         *("grad_norm", "grad_norm_A", "grad_norm_B", "grad_norm_router", "entropy", "mean_token_accuracy"),
@@ -23,10 +23,10 @@ _MOST_TASKS = 6
 
 def select_for_console(logs: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     """
-    The entries of a log that a person reads.
+    Select the entries of a log for the console.
 
-    In training these are the loss, the learning rate, the largest share of a head, and the losses of the tasks (of the
-    six with the highest, where there are more); in evaluation the losses, accuracies, and metrics of the user.
+    In training these are the loss, the learning rate, the largest share of a head, and the losses of the tasks (the
+    six highest, if there are more); in evaluation losses, accuracies, and custom metrics.
 
     Args:
         logs (`Mapping[str, Any]`): All entries, as `Trainer.log` gets them.
@@ -77,9 +77,9 @@ class TaskPrinterCallback(_OnConsole, PrinterCallback):
 
 def shorten_console_logs(trainer: Trainer, tasks: Callable[[], Sequence[str]]) -> None:
     """
-    Have the console show what a person reads, in place of the default callbacks of transformers.
+    Replace the default console callbacks of transformers by ones that show selected entries.
 
-    Callbacks of other classes, such as a subclass of the user's or a notebook's, stay as they are.
+    Callbacks of other classes, such as custom subclasses or the notebook callback, are not replaced.
 
     Args:
         trainer (`Trainer`): The trainer.

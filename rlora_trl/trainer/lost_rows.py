@@ -1,8 +1,8 @@
 """
-Rows that preparation leaves without a token to learn from, by task.
+Rows that preparation leaves without a token to train on, by task.
 
 `SFTTrainer` drops a row if `max_length` cuts off all its labels: a prompt that fills it leaves no completion. Packing
-keeps such a row without a label. Both are silent, so a task that the adapter names could disappear from its training.
+keeps such a row without a label. Neither is reported, so all rows of a task could disappear from training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rows_of_tasks(dataset: Dataset, num_tasks: int) -> np.ndarray:
         num_tasks (`int`): Number of tasks.
 
     Returns:
-        `np.ndarray` of shape `[num_tasks + 1]`: Rows by task; the last are those of no known task.
+        `np.ndarray` of shape `[num_tasks + 1]`: Rows by task; the last entry counts rows without a known task.
     """
     if TASK_IDS not in dataset.column_names:
         return np.bincount([num_tasks], minlength=num_tasks + 1) * len(dataset)
@@ -81,7 +81,7 @@ def _have_loss(labels: pa.ChunkedArray, max_length: int | None) -> np.ndarray:
 
 def warn_of_unseen_tasks(seen: Mapping[str, Mapping[str, int]]) -> None:
     """
-    Warn of tasks without a row in training, which is not known before for streams.
+    Warn about tasks without a row in training. For streams this is known only at the end.
 
     Args:
         seen (`Mapping[str, Mapping[str, int]]`): Rows by task; see [`RLoraSFTTrainer.tasks_seen`].
@@ -89,19 +89,19 @@ def warn_of_unseen_tasks(seen: Mapping[str, Mapping[str, int]]) -> None:
     unseen = [task for task, counts in seen.items() if not counts["rows"]]
     if unseen:
         logger.warning(
-            f"Training saw no row of {', '.join(map(repr, unseen))}, which the adapter names as tasks. Their rows may "
-            "have come later than the last step, or have been dropped as no token was left to learn from: train for "
-            "more steps, raise `max_length`, or remove these tasks."
+            f"Training saw no row of {', '.join(map(repr, unseen))}, which are in the adapter's `tasks`. Their rows "
+            "come later in the stream, or were dropped because `max_length` left no token to train on. Train for more "
+            "steps, raise `max_length`, or remove these tasks."
         )
 
 
 class LostRows:
     """
-    Finds rows that preparation loses, refuses or warns of them, and removes tasks that have no rows left.
+    Finds rows that preparation drops, reports them, and removes tasks without remaining rows.
 
     Args:
         max_length (`int`, *optional*): `SFTConfig.max_length`, for messages.
-        labels_are_used (`bool`): Whether batches have the labels of the data; a collator of the user may make others.
+        labels_are_used (`bool`): Whether batches use the labels of the data. A custom collator may set others.
         routes_by_task (`bool`): Whether each task has its own head weights, which must not stay untrained.
 
     Attributes:
@@ -120,7 +120,7 @@ class LostRows:
             f"Note that {cause}a row whose labels are all -100 has no loss. Raise `max_length`, or shorten or remove "
             "these rows."
         )
-        # To be warned of, evaluation data that are noted already, and earlier warnings.
+        # Pending warnings, evaluation data that were counted already, and earlier warnings.
         self._training = ""
         self._evaluation: list[str] = []
         self._noted: list[Dataset] = []
@@ -146,26 +146,26 @@ class LostRows:
             `list[int]`: Ids of the tasks without rows.
 
         Raises:
-            ValueError: If no row is left, or none of a task that has its own head weights.
+            ValueError: If no row remains, or no row of a task that has its own head weights.
         """
         left = self._left(dataset, tasks, cut_at)
         losses = _list_losses(given, left, tasks)
         if not losses:
             return []
         if not left.any():
-            raise ValueError(f"The training data has no row with a token to learn from ({losses}). {self._remedy}")
+            raise ValueError(f"The training data has no row with a token to train on ({losses}). {self._remedy}")
 
         # Tasks without rows.
         gone = [task_id for task_id in range(len(tasks)) if given[task_id] and not left[task_id]]
         names = ", ".join(repr(tasks[task_id]) for task_id in gone)
         if gone and self._routes_by_task:
             raise ValueError(
-                f'`router="task"` learns the head weights of each task from its rows, and none is left of {names} '
+                f'`router="task"` learns the head weights of each task from its rows, and no row remains of {names} '
                 f"({losses}). {self._remedy}"
             )
-        self._training = f"Training data has rows without a token to learn from, which are not trained on: {losses}."
+        self._training = f"Training data has rows without a token to train on, which have no effect: {losses}."
         if gone:
-            self._training += f" Nothing is left of {names}, and the adapter is not recorded as trained on it."
+            self._training += f" No row remains of {names}: the run does not train on it."
         return gone
 
     def note_evaluation(
@@ -226,7 +226,7 @@ class LostRows:
         texts = [self._training] if self._training else []
         if self._evaluation:
             texts.append(
-                "Evaluation data has rows without a token to learn from, which are not evaluated: "
+                "Evaluation data has rows without a token to evaluate, which have no effect: "
                 f"{'; '.join(self._evaluation)}."
             )
         for text in texts:

@@ -1,4 +1,4 @@
-"""What a training step shows of the adapters: use of heads, counts and losses by task, gradients."""
+"""Observes training steps: use of heads, counts and losses by task, gradients."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class StepObserver:
         tasks (`Sequence[str]`): Names of the tasks, in the order of their ids.
         args ([`RLoraSFTConfig`]): Configuration of the run.
         model (`torch.nn.Module`): The model in training.
-        accelerator (`Accelerator`): The trainer's.
+        accelerator (`Accelerator`): The trainer's accelerator.
 
     Attributes:
-        monitor ([`RoutingMonitor`], *optional*): Use of heads, where adapters have a router.
-        ledger ([`TaskLedger`], *optional*): Counts and losses by task, where there are tasks.
-        nan_guard ([`NanGuard`]): Decides what happens to a step whose gradients are not finite.
-        records_step (`bool`): Whether layers write statistics in the step that is running.
+        monitor ([`RoutingMonitor`], *optional*): Use of heads, if adapters have a router.
+        ledger ([`TaskLedger`], *optional*): Counts and losses by task, if the data name tasks.
+        nan_guard ([`NanGuard`]): Applies `nan_policy` to steps with gradients that are not finite.
+        records_step (`bool`): Whether layers write statistics in the running step.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class StepObserver:
             self._end_first_gradients(report=False)
 
     def restart(self) -> None:
-        """Forget what an attempt has observed that was given up."""
+        """Drop the observations of a failed attempt (`auto_find_batch_size`)."""
         self._gradient_norms = {}
         self.nan_guard.restart()
         if self.monitor is not None:
@@ -132,22 +132,22 @@ class StepObserver:
 
     def tally(self, batch: dict[str, Any], divided_by: int) -> RoutingTally:
         """
-        Where the layers write the statistics of a micro-batch, in a step that has them.
+        The tally to which the layers add the statistics of a micro-batch, in a step that records them.
 
         Args:
             batch (`dict`): The micro-batch.
-            divided_by (`int`): What the trainer will divide its loss by.
+            divided_by (`int`): Divisor that the trainer will apply to its loss.
         """
         assert self.monitor is not None
         return self.monitor.tally(divided_by, count_tokens(batch))
 
     @contextmanager
     def reading_outputs(self, model: nn.Module, batch: dict[str, Any]) -> Generator[None, None, None]:
-        """Count the tasks of a micro-batch, with the losses that the outputs of the model show within this context."""
+        """Count the tasks of a micro-batch, and their losses from the outputs of the model in this `with` block."""
         if self.ledger is None or TASK_IDS not in batch:
             yield
             return
-        # For one pass alone, as a model that holds on to its trainer can't be copied or pickled.
+        # Removed after one pass: a model with a reference to its trainer can't be copied or pickled.
         hook = model.register_forward_hook(self._keep_outputs)
         try:
             yield
@@ -158,15 +158,15 @@ class StepObserver:
 
     def _keep_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
         assert self.ledger is not None
-        # A loss function of the user and label smoothing run the model twice: only the pass with the fused head
-        # matters then, and the logits of the other are not kept alive.
+        # With a custom loss or label smoothing the model runs twice. Only the pass with the fused head counts then;
+        # the logits of the other are not kept alive.
         has_log_probs = getattr(outputs, "log_probs", None) is not None
         if has_log_probs or (self._outputs is None and not self.ledger.has_log_probs):
             self._outputs = outputs
 
     def end_step(self, *, is_skipped: bool, will_log: bool) -> None:
         """
-        Look at the gradients of a step, when all are there and none is clipped yet.
+        Observe the gradients of a step, after the last backward pass and before clipping.
 
         Args:
             is_skipped (`bool`): Whether the step is skipped, as its gradients are not finite.
@@ -182,7 +182,7 @@ class StepObserver:
         self._end_first_gradients(report=True)
 
     def extend_logs(self, logs: dict[str, float]) -> None:
-        """Add to the logs of a step what was observed since the last. On all ranks."""
+        """Add the observations since the last log. Call it on all ranks."""
         if self.monitor is not None:
             logs.update(self.monitor.summary(self.reduce))
         similarity = head_similarity(list(self.adapters.values()))
@@ -193,13 +193,13 @@ class StepObserver:
             logs["skipped_steps"] = self.nan_guard.skipped
         if self.ledger is not None:
             by_task = self.ledger.pop_mean_losses(self.reduce)
-            # A task may have the name of another entry.
+            # The name of a task may clash with another entry.
             logs.update({name if name not in logs else f"task_{name}": loss for name, loss in by_task.items()})
 
     # Checkpoints
 
     def tasks_seen(self) -> dict[str, dict[str, int]]:
-        """Rows and tokens of each task that were trained on. On all ranks."""
+        """Rows and tokens of each task so far. Call it on all ranks."""
         return {} if self.ledger is None else self.ledger.totals(self.reduce)
 
     def load_tasks_seen(self, seen: dict[str, dict[str, int]] | None) -> None:
@@ -208,7 +208,7 @@ class StepObserver:
             self.ledger.load(seen or {})
 
     def head_sums(self) -> list[list[float]] | None:
-        """Sums over heads that a balance loss over whole steps needs of the step before. On all ranks."""
+        """Sums of the last step that a balance loss over whole steps uses in the next. Call it on all ranks."""
         return None if self.monitor is None else self.monitor.state(self._accelerator.gather)
 
     def load_head_sums(self, sums: list[list[float]] | None) -> None:

@@ -1,4 +1,4 @@
-"""Adapters in float32 on every base, where TRL and DeepSpeed would round them."""
+"""Keeps adapters in float32 on every base; TRL and DeepSpeed would round them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def undo_bf16_cast(model: nn.Module, loaded: Mapping[nn.Parameter, torch.Tensor]
 
     Args:
         model (`torch.nn.Module`): The trainer's model.
-        loaded (`Mapping`): Values that parameters had before the cast. An adapter that is not among them was created
-            in between: it is drawn again from the seed, on the CPU, so that it is the same under every strategy.
+        loaded (`Mapping`): Values of the parameters before the cast. An adapter that is not among them was created
+            by TRL: it is drawn again from the seed, on the CPU, so that it is the same under every strategy.
         seed (`int`): Seed of the run.
     """
     rounded = [adapter for adapter in _adapters(model) if adapter.A.dtype == torch.bfloat16]
@@ -45,7 +45,7 @@ def cast_for_deepspeed(model: nn.Module, accelerator: Accelerator) -> None:
     """
     Cast adapters as DeepSpeed's engine will, with anchors that agree with the rounded weights.
 
-    The engine keeps float32 values of trained parameters beside them, and these are saved.
+    The engine also keeps float32 values of trained parameters, which are saved.
 
     Args:
         model (`torch.nn.Module`): The trainer's model.

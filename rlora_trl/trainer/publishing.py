@@ -32,10 +32,10 @@ _MEASURED_ROWS = 200
 
 def write_card(path: Path, config: RLoraConfig, record: AdapterRecord, **options: Any) -> None:
     """
-    Write the card of an adapter, in one step: a full disk must not cost text that people wrote.
+    Write the card of an adapter atomically, so that a full disk does not destroy hand-written text.
 
     Args:
-        path (`Path`): Where to.
+        path (`Path`): The file.
         config ([`RLoraConfig`]), record ([`AdapterRecord`]), options: See [`render_card`].
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,12 @@ def write_card(path: Path, config: RLoraConfig, record: AdapterRecord, **options
 
 def push_copy(api: HfApi, folder: Path, repo_id: str, options: dict[str, Any]) -> Future:
     """
-    Push in the background what a folder has now, whatever is written to it meanwhile.
+    Push the current contents of a folder in the background. Later changes of the folder are not included.
 
     Args:
-        api (`HfApi`): Client whose jobs wait for each other.
+        api (`HfApi`): Client that runs its jobs one after another.
         folder (`Path`): Folder of the adapter.
-        repo_id (`str`): Where to.
+        repo_id (`str`): The repository.
         options (`dict`): Arguments of [`push_adapter`].
 
     Returns:
@@ -68,7 +68,7 @@ def push_copy(api: HfApi, folder: Path, repo_id: str, options: dict[str, Any]) -
     def push() -> CommitInfo:
         try:
             return push_adapter(copy, repo_id, **options)
-        except Exception as error:  # the future may never be asked for it
+        except Exception as error:  # logged, since the result of the future may never be read
             logger.warning(f"A push to {repo_id} in the background failed: {error}")
             raise
         finally:
@@ -87,13 +87,13 @@ def rows_to_measure(option_rows: Mapping[str, OptionRows]) -> dict[str, list[Any
 
 
 def is_sharded(model: nn.Module, uses_fsdp: bool) -> bool:
-    """Whether the parameters of a model are divided among processes."""
+    """Whether the parameters of a model are sharded over processes."""
     return uses_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def check_publishing(args: Any, base_model: str | None) -> None:
     """
-    Refuse before training what could not be published after it.
+    Refuse settings before training if the result could not be published.
 
     Args:
         args ([`RLoraSFTConfig`]): The configuration.
@@ -108,18 +108,18 @@ def check_publishing(args: Any, base_model: str | None) -> None:
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(
             f"`hub_strategy={args.hub_strategy.value!r}` uploads checkpoints with the state of the optimizer and the "
-            "training arguments, which are not published with adapters. Use 'every_save' or 'end', and keep "
-            "checkpoints in storage of your own."
+            "training arguments, which are not published with adapters. Use 'every_save' or 'end', and store "
+            "checkpoints elsewhere."
         )
     if args.hub_base_model is None and base_model and hub_name(base_model) is None:
         raise ValueError(
-            f"`push_to_hub=True`, and the base model is the local folder {base_model!r}, which nobody else can load. "
+            f"`push_to_hub=True`, and the base model is the local folder {base_model!r}, which others can't load. "
             "Set `hub_base_model` to its name on the Hub, or load it by that name."
         )
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Number of parameters that train, also where they are divided among processes."""
+    """Number of trainable parameters, sharded or not."""
     return sum(
         parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
         for parameter in model.parameters()
@@ -128,7 +128,7 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def as_list(value: str | Sequence[str] | None) -> list[str]:
-    """A list of the strings in an argument that may be one, several or none."""
+    """An argument that may be a string, several strings or `None`, as a list."""
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)

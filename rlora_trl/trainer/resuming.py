@@ -32,7 +32,7 @@ _MUST_MATCH = (
     *("modules_to_save", "bias", "trainable_token_indices"),
 )
 _UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-# A run may be resumed with other values of these; a warning says so.
+# A run may resume with other values of these, with a warning.
 _WARN_IF_CHANGED = ("head_dropout", "dropout_position")
 # Written by one process, by FSDP, by DeepSpeed.
 _OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
@@ -56,10 +56,10 @@ def list_checkpoints(root: str | Path) -> list[Path]:
 
 def find_checkpoint(root: str | Path) -> Path:
     """
-    The newest whole checkpoint of a folder. Damaged ones are skipped with a warning.
+    The newest complete checkpoint in a folder. Damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the folder has no complete checkpoint.
     """
     problems = []
     for path in list_checkpoints(root):
@@ -70,13 +70,13 @@ def find_checkpoint(root: str | Path) -> Path:
         logger.warning(f"Skipped the damaged checkpoint {path}: {problem}.")
     details = f" ({'; '.join(problems)})" if problems else ""
     raise ValueError(
-        f"`resume_from_checkpoint=True` needs a checkpoint in {str(root)!r}, and it has no whole one{details}. "
-        "Pass the folder of one, or start a new run."
+        f"`resume_from_checkpoint=True` found no complete checkpoint in {str(root)!r}{details}. Pass the folder of a "
+        "checkpoint, or start a new run."
     )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The kept state in a checkpoint, or `{}` if it has none."""
+    """The state file of a checkpoint; `{}` if it is missing."""
     path = checkpoint / STATE_FILE
     return read_object(path) if path.exists() else {}
 
@@ -100,7 +100,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def list_files(checkpoint: Path) -> dict[str, int]:
-    """Sizes in bytes of the files of a checkpoint, without text, which people edit, and JSON."""
+    """Sizes in bytes of the files of a checkpoint, except for text and JSON, which may be edited."""
     return {
         path.relative_to(checkpoint).as_posix(): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
@@ -135,7 +135,7 @@ def _check_files(checkpoint: Path) -> None:
         read_object(folder / CONFIG_NAME)
         path = folder / WEIGHTS_NAME
         if file_digest(path, read_safetensors_header(path)) != digest:
-            raise ValueError(f"the tensors in {path.relative_to(checkpoint)} are not those that were saved")
+            raise ValueError(f"the tensors in {path.relative_to(checkpoint)} differ from those that were saved")
 
 
 def check_files(checkpoint: Path) -> None:
@@ -155,7 +155,7 @@ def check_files(checkpoint: Path) -> None:
 
 def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
     """
-    Check that the optimizer's state in a checkpoint is divided as this run divides it.
+    Check that the optimizer state in a checkpoint is sharded as in this run.
 
     Args:
         checkpoint (`Path`): The checkpoint.
@@ -163,7 +163,7 @@ def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
         processes (`int`): Number of its processes.
 
     Raises:
-        ValueError: If it is divided differently, with the remedy.
+        ValueError: If it is sharded differently, with the remedy.
     """
     state = read_state(checkpoint)
     saved = state.get("strategy", strategy)
@@ -171,18 +171,18 @@ def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
         saved = "another strategy"
     if saved != strategy:
         raise ValueError(
-            f"The optimizer state in {str(checkpoint)!r} was saved with {saved}, and this run has {strategy}. "
-            f"Resume with the former. {FRESH_START_HINT}"
+            f"The optimizer state in {str(checkpoint)!r} was saved with {saved}, and this run uses {strategy}. "
+            f"Resume with {saved}. {FRESH_START_HINT}"
         )
     ranks = state.get("processes", processes)
     if ranks != processes and strategy.startswith("DeepSpeed"):
         tag = f"global_step{step_of(checkpoint)}"
         raise ValueError(
-            f"DeepSpeed's state in {str(checkpoint)!r} is divided among {ranks} processes, and this run has "
-            f"{processes}. Resume with {ranks}; or convert it, in that folder, with `python -m "
+            f"DeepSpeed's state in {str(checkpoint)!r} is sharded over {ranks} processes, and this run has "
+            f"{processes}. Resume with {ranks} processes; or convert it, in that folder, with `python -m "
             f"deepspeed.checkpoint.ds_to_universal --input_folder {tag} --output_folder {tag}_universal` (ZeRO-1 and "
             '2: `--inject_missing_state` too), and resume once with `"checkpoint": {"load_universal": true}` in the '
-            "DeepSpeed configuration and the same batch of a step."
+            "DeepSpeed configuration and the same number of rows per step."
         )
 
 
@@ -194,7 +194,7 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str, bas
         checkpoint (`Path`): The checkpoint.
         config ([`RLoraConfig`]): Configuration of the adapter in training.
         adapter_name (`str`): Its name.
-        base_commit (`str`, *optional*): The commit of the base model that was loaded, where it is known.
+        base_commit (`str`, *optional*): The commit of the loaded base model, if known.
 
     Raises:
         ValueError: If the adapters compute different functions, or the base models are known to differ.
@@ -218,7 +218,7 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str, bas
 
 
 def _base_differences(folder: Path, saved: RLoraConfig, config: RLoraConfig, commit: str | None) -> list[str]:
-    """How the base models differ. Another local folder may be the same model in another place: it is warned of."""
+    """How the base models differ. A local folder in another place may hold the same model: that is a warning."""
     differences = []
     before, now = saved.base_model_name_or_path, config.base_model_name_or_path
     if before != now and hub_name(before) and hub_name(now):
@@ -245,7 +245,7 @@ def _differences(saved: RLoraConfig, present: RLoraConfig, names: tuple[str, ...
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A setting as it is compared: sorted where order is meaningless, `None` for empty values."""
+    """A setting in the form to compare: sorted if its order is meaningless, `None` for empty values."""
     if isinstance(value, Mapping):
         return dict(sorted(value.items())) or None
     if isinstance(value, list | tuple | set | frozenset):
@@ -256,7 +256,7 @@ def _plain(value: Any, name: str) -> Any:
 def compare_tensors(
     expected: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor], checkpoint: str | os.PathLike
 ) -> str | None:
-    """A description of how the tensors in training differ from those of a checkpoint, or `None`."""
+    """How the tensors in training differ from those of a checkpoint, in words, or `None`."""
     if expected.keys() != present.keys():
         return f"{checkpoint} and the model have tensors of different names"
     differing = [
@@ -267,6 +267,6 @@ def compare_tensors(
     name = differing[0]
     norms = f"norm {present[name].float().norm():.6g}, saved with {expected[name].float().norm():.6g}"
     return (
-        f"{len(differing)} of {len(expected)} tensors in the model are not those in {checkpoint}, among them {name} "
+        f"{len(differing)} of {len(expected)} tensors in the model differ from {checkpoint}, among them {name} "
         f"({norms})"
     )

@@ -1,4 +1,4 @@
-"""What a run knows of the adapter that it trains: the source of the adapter's record."""
+"""Collects the facts of a run that go into the adapter's record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HUB_SOURCE = re.compile(r"(?:hf://datasets/|huggingface\.co/datasets/)([\w.-]+/
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the training data say of a task: the cluster it belongs to, and its dataset on the Hub."""
+    """Facts about a task from the training data: its cluster, and its dataset on the Hub."""
 
     cluster: str | None = None
     dataset: str | None = None
@@ -36,7 +36,7 @@ class TaskFacts:
 
 class RunRecord:
     """
-    What a run knows of the adapter that it trains.
+    The facts of a run for the record of its adapter.
 
     Args:
         train_dataset: What [`RLoraSFTTrainer`] takes.
@@ -47,7 +47,7 @@ class RunRecord:
     Attributes:
         seen (`dict[str, dict[str, int]]`): Rows and tokens of each task that the run was trained on.
         head_weights ([`HeadWeights`], *optional*): Mean head weights by task, as measured last.
-        dataset_name (`str`, *optional*): The dataset on the Hub that all of the training data come from.
+        dataset_name (`str`, *optional*): The dataset on the Hub, if all training data come from one.
     """
 
     def __init__(self, train_dataset: Any, task_column: str, trained_before: RLoraConfig | None = None) -> None:
@@ -63,13 +63,13 @@ class RunRecord:
 
     def note_metrics(self, step: int, metrics: Mapping[str, float], tasks: list[str], datasets: Any) -> None:
         """
-        Keep `eval_<task>_accuracy` and `_loss` of each task, with others of the same step.
+        Store the metrics of each task, together with earlier ones of the same step.
 
         Args:
             step (`int`): The step whose weights were evaluated.
             metrics (`Mapping[str, float]`): As `evaluate` returns them.
             tasks (`list[str]`): The adapter's tasks.
-            datasets (`Mapping`): The data that they were measured on, by task.
+            datasets (`Mapping`): The data that was evaluated, by task.
         """
         if self._metrics_step != step:
             self._metrics_step, self._metrics, self._metric_rows = step, {}, {}
@@ -81,14 +81,14 @@ class RunRecord:
                     self._metric_rows[task] = len(datasets[task])
 
     def take_metrics(self, step: int, record: AdapterRecord | None) -> None:
-        """Take the metrics of a checkpoint whose weights were loaded at this step."""
+        """Use the metrics of a checkpoint, after its weights were loaded at this step."""
         if record is not None:
             self._metrics_step = step
             self._metrics = {task.name: dict(task.metrics) for task in record.tasks}
             self._metric_rows = {task.name: task.metric_rows for task in record.tasks if task.metric_rows is not None}
 
     def forget_metrics(self) -> None:
-        """Drop the metrics, when steps begin from the start."""
+        """Drop the metrics when training restarts."""
         self._metrics_step = None
 
     def build(
@@ -103,17 +103,17 @@ class RunRecord:
         base_commit: str | None,
     ) -> AdapterRecord:
         """
-        The adapter's record as of a step; of an adapter that was trained before, continued from its older record.
+        Build the adapter's record at a step. For an adapter that was trained before, it continues the older record.
 
         Args:
             args ([`RLoraSFTConfig`]): Configuration of the run.
             config ([`RLoraConfig`]): Configuration of the adapter.
-            model (`torch.nn.Module`): The model, whose configuration tells dtype and quantization of the base.
+            model (`torch.nn.Module`): The model. Its configuration has the dtype and quantization of the base.
             tasks (`list[str]`): The adapter's tasks.
             step (`int`): Steps trained.
             hyperparameters (`Mapping`): Settings of the run. Before the first step those of the older record are
                 kept.
-            base_commit (`str`, *optional*): Commit of the base model, where it is known.
+            base_commit (`str`, *optional*): Commit of the base model, if known.
         """
         if step == 0 and self._older is not None and self._older.hyperparameters:
             hyperparameters = self._older.hyperparameters
@@ -152,7 +152,7 @@ class RunRecord:
 
 def task_facts(dataset: Any, task_column: str) -> dict[str, TaskFacts]:
     """
-    What map-style training data say of their tasks.
+    Facts about the tasks of map-style training data.
 
     Args:
         dataset: What [`RLoraSFTTrainer`] takes as `train_dataset`.

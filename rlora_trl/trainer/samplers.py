@@ -27,10 +27,10 @@ class MixtureSampler(Sampler[int]):
     """
     Draws rows of several tasks, a fixed number of each in every epoch, in random order.
 
-    Each task has an endless sequence of shuffled passes over its rows, of which epoch e takes the part from
-    e * draws to (e + 1) * draws. So the rows of a task are used evenly over epochs, and none a second time before all
-    others were used once. Only the seed and the epoch decide what is drawn: all processes draw the same, and resuming
-    in a later epoch does not replay earlier ones.
+    Each task has an endless sequence of shuffled passes over its rows; epoch e takes elements e * draws to
+    (e + 1) * draws of it. So no row of a task is drawn a second time before all others were drawn once. The draws
+    depend only on the seed and the epoch: all processes draw the same, and a run that resumes in a later epoch does
+    not replay earlier ones.
 
     > [!NOTE]
     > In several processes, a data loader that accelerate prepared needs `dataloader.set_sampler(sampler)` before
@@ -57,7 +57,7 @@ class MixtureSampler(Sampler[int]):
         outside = tasks[(tasks < 0) | (tasks >= len(self.draws))]
         if outside.size:
             raise ValueError(
-                f"`task_of_row` has task {outside[0]}, and `draws` are those of {len(self.draws)} tasks. Count tasks "
+                f"`task_of_row` has task {outside[0]}, and `draws` has {len(self.draws)} tasks. Count tasks "
                 "from 0, and give the draws of each."
             )
 
@@ -110,10 +110,10 @@ class MixtureSampler(Sampler[int]):
 
 class PartSampler(Sampler[int]):
     """
-    Goes through one part of a dataset in each epoch, in random order; after the last part comes the first again.
+    Draws one part of a dataset per epoch, in random order, and starts over after the last part.
 
-    For packed data, whose parts are the packed draws of one epoch each. Packing gives parts of slightly different
-    lengths; an epoch has as many rows as the shortest, so that the number of its steps is known.
+    Each part has the packed draws of one epoch. Parts differ slightly in length after packing; an epoch has as many
+    rows as the shortest part, so that the number of steps is known.
 
     Args:
         lengths (`Sequence[int]`): Rows of the parts, which follow each other in the dataset.
@@ -125,7 +125,7 @@ class PartSampler(Sampler[int]):
         self.lengths, self.seed, self.epoch = list(lengths), seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through; see [`MixtureSampler.set_epoch`]."""
+        """Set the epoch of the next iteration; see [`MixtureSampler.set_epoch`]."""
         check_draw(self.seed, epoch)
         self.epoch = int(epoch)
 

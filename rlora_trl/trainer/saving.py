@@ -87,7 +87,7 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def gather_tensors(model: nn.Module, names: Iterable[str], *, keep: bool) -> dict[str, torch.Tensor]:
     """
-    The full values of tensors under any strategy. To be called on all ranks, with the same names.
+    The full values of tensors under any strategy. Call it on all ranks, with the same names.
 
     Adapters are returned in float32: DeepSpeed's float32 values where it trains copies in 16 bits.
 
@@ -130,7 +130,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def adapter_folder(root: str | Path, adapter_name: str) -> Path:
-    """The folder of an adapter below that of its model: PEFT saves all but "default" in folders of their own."""
+    """The folder of an adapter in that of its model: PEFT saves each adapter but "default" in a subfolder."""
     return Path(root) if adapter_name == "default" else Path(root, adapter_name)
 
 
@@ -160,8 +160,8 @@ def check_saved(root: Path, tensors: FullTensors, strategy: str) -> dict[str, st
             digests[adapter] = file_digest(path, entries, finite=True)
         except AdapterCheckError as error:
             raise RuntimeError(
-                f"Adapter {adapter!r} was not saved, and nothing was replaced: what was written is not what the model "
-                f"has ({error}). Training ran with {strategy}."
+                f"Adapter {adapter!r} was not saved, and earlier files are unchanged: the written file does not match "
+                f"the model ({error}). Training ran with {strategy}."
             ) from error
     return digests
 
@@ -182,7 +182,7 @@ def _compare(expected: dict[str, SavedTensor], found: dict[str, tuple[int, ...]]
 
 
 def flush_to_disk(folder: Path) -> None:
-    """Flush all files of a folder to the disk, so that it can be renamed when it is whole."""
+    """Flush all files of a folder to the disk, before it is renamed."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             try:
@@ -196,7 +196,7 @@ def move_files(source: Path, target: Path) -> None:
     """
     Move all files of a folder into another, over those of the same names.
 
-    Configurations of adapters are moved last: a new folder has one only when everything else is there.
+    Configurations of adapters are moved last: a new folder has one only after all other files.
     """
     paths = sorted(
         (path.relative_to(source) for path in source.rglob("*") if path.is_file()),
@@ -237,14 +237,14 @@ def restore_set_aside(root: Path) -> None:
 @contextmanager
 def explain_full_disk(folder: Path, what: str) -> Generator[None, None, None]:
     """
-    Say so when a save fails for lack of space, which libraries report in many ways.
+    Turn the many errors with which libraries report a full disk into one clear error.
 
     Args:
-        folder (`Path`): Where it is written to.
-        what (`str`): What is saved, for the message.
+        folder (`Path`): The destination.
+        what (`str`): Name of what is saved, for the message.
 
     Raises:
-        OSError: If there is, or probably is, no space left.
+        OSError: If the disk is full, or probably full.
     """
     try:
         yield
@@ -269,6 +269,6 @@ def full_disk_error(error: BaseException, folder: Path, what: str) -> OSError | 
     return OSError(
         errno.ENOSPC,
         f"There is {'' if is_full else 'probably '}no space left to save {what} ({free / 2**20:.1f} MiB are free at "
-        f"{existing}{'' if is_full else ', so it may be a quota or a limit on files'}; {text}). What was saved before "
-        "is as it was. Free some space or keep fewer checkpoints (`save_total_limit`), and resume from the newest.",
+        f"{existing}{'' if is_full else ', so it may be a quota or a limit on files'}; {text}). Earlier saves "
+        "are unchanged. Free some space or keep fewer checkpoints (`save_total_limit`), and resume from the newest.",
     )

@@ -47,11 +47,11 @@ def check_parallelism(args: RLoraSFTConfig, parallelism: Any, *, has_optimizer: 
 
     Args:
         args ([`RLoraSFTConfig`]): Configuration of the run.
-        parallelism (`ParallelismConfig`, *optional*): How accelerate divides a sequence.
+        parallelism (`ParallelismConfig`, *optional*): accelerate's context or sequence parallelism.
         has_optimizer (`bool`): Whether the user passed an optimizer.
 
     Raises:
-        NotImplementedError: If sequences are divided among processes and a balance loss counts their tokens.
+        NotImplementedError: If a balance loss is used with context or sequence parallelism.
         ValueError: If learning rates of parameter groups are set, and the optimizer was passed.
     """
     balances = args.balance_loss != "none" and args.balance_coef > 0
@@ -63,7 +63,7 @@ def check_parallelism(args: RLoraSFTConfig, parallelism: Any, *, has_optimizer: 
     if has_optimizer and (args.router_learning_rate or args.loraplus_lr_ratio):
         raise ValueError(
             "`router_learning_rate` and `loraplus_lr_ratio` set up the optimizer, and one was passed in `optimizers`. "
-            "Give it parameter groups of your own, or choose it by `optim`."
+            "Set the learning rates in its parameter groups, or choose the optimizer with `optim`."
         )
 
 

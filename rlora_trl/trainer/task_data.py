@@ -1,4 +1,4 @@
-"""The data of a run by task: names, the task of each row through preparation and packing, and what an epoch draws."""
+"""The data of a run by task: task names, the task of each row through preparation and packing, draws of an epoch."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class TaskData:
 
     Args:
         args ([`RLoraSFTConfig`]): Configuration of the run.
-        config ([`RLoraConfig`]): Configuration of the adapter, whose `tasks` are set.
+        config ([`RLoraConfig`]): Configuration of the adapter. Its `tasks` are filled in.
         is_new (`bool`): Whether the adapter is created by this run.
-        labels_are_used (`bool`): Whether the labels of the data are those of the batch, not a custom collator's.
+        labels_are_used (`bool`): Whether batches use the labels of the data. A custom collator may set others.
 
     Attributes:
         names (`list[str]`): Names of the tasks, in the order of their ids.
         earlier (`frozenset[str]`): Tasks that the adapter was trained on before.
-        mixture ([`TaskMixture`], *optional*): What an epoch draws of each task, where it is known before training.
-        sampler (`Sampler`, *optional*): Draws it, where an epoch is not simply each row once.
+        mixture ([`TaskMixture`], *optional*): The rows that an epoch draws from each task, if known before training.
+        sampler (`Sampler`, *optional*): Draws them, unless an epoch is each row once.
     """
 
     def __init__(self, args: RLoraSFTConfig, config: RLoraConfig, *, is_new: bool, labels_are_used: bool) -> None:
@@ -62,14 +62,14 @@ class TaskData:
         self._lost_rows = LostRows(
             args.max_length, labels_are_used=labels_are_used, routes_by_task=self.routes_by_task
         )
-        # `_prepare_dataset` gets a name alone, by which evaluation data named "train" look like the training data.
+        # `_prepare_dataset` gets only a name, and evaluation data may be named "train" too.
         self._training: Any = None
         self._trained_tasks: list[str] | None = None
         self._is_prepared = self._rows_are_checked = False
 
     @property
     def routes_by_task(self) -> bool:
-        """Whether each task has head weights of its own, so that each row needs its task."""
+        """Whether each task has its own head weights, so that each row needs a task."""
         return self._config.router == "task"
 
     # Before the trainer prepares the data
@@ -80,11 +80,10 @@ class TaskData:
 
         Args:
             train_dataset: What [`RLoraSFTTrainer`] takes.
-            any_format (`bool`): Whether a formatting function of the user makes the text, so that rows may have any
-                columns.
+            any_format (`bool`): Whether a `formatting_func` creates the text, so that rows may have any columns.
 
         Returns:
-            `Dataset` or `IterableDataset`: With a column of task ids, where the data name their tasks.
+            `Dataset` or `IterableDataset`: With a column of task ids, if the data name their tasks.
 
         Raises:
             ValueError, TypeError: See [`RLoraSFTTrainer`].
@@ -111,7 +110,7 @@ class TaskData:
             return number_tasks(dataset, self.names, self._args.task_column, unknown_allowed=not self.routes_by_task)
         if self.routes_by_task and dataset is not None:
             raise ValueError(
-                '`router="task"` learns from the task of each row, and the training data has no column of tasks. Pass '
+                '`router="task"` needs the task of each row, and the training data has no task column. Pass '
                 "a dictionary of datasets by task, or a dataset with a column (`task_column`) and, for a stream, "
                 "`RLoraConfig(tasks=[...])`."
             )
@@ -123,7 +122,7 @@ class TaskData:
         return is_data and column in columns_of(dataset) and tells_tasks(dataset, column)
 
     def number_evaluation(self, dataset: Any) -> Any:
-        """Evaluation data with task ids, where a column or the key in the dictionary names the task."""
+        """Evaluation data with task ids, if a column or the key in the dictionary names the task."""
         if isinstance(dataset, Mapping):
             return {name: self._number_one(data, name) for name, data in dataset.items()}
         return self._number_one(dataset, "")
@@ -172,7 +171,7 @@ class TaskData:
             dataset = prepare(dataset, args, packing)
             return dataset if packing else self._drop_lost_rows(dataset, before, name, is_training)
 
-        # TRL's packing keeps tokens and labels alone, so tasks are packed here, after all other steps.
+        # TRL's packing keeps only tokens and labels, so rows are packed here, after all other steps.
         if args.max_length is None:
             raise ValueError("`packing=True` needs `max_length`, which is None. Set it to the length of a packed row.")
         unpacked = copy.copy(args)
@@ -185,7 +184,7 @@ class TaskData:
     def _drop_lost_rows(
         self, dataset: AnyDataset, before: Any, name: str, is_training: bool, cut_at: int | None = None
     ) -> AnyDataset:
-        """Prepared data without tasks that have no row left; lost rows are noted, for one warning."""
+        """Remove tasks without remaining rows from prepared data, and note the lost rows for one warning."""
         if before is None or not isinstance(dataset, Dataset):
             return dataset
         if not is_training:
@@ -195,15 +194,15 @@ class TaskData:
             return dataset
         self.names = self._lost_rows.forget(gone, self.names, self.earlier)
         numbered = self._lost_rows.renumber(dataset)
-        # Where nothing is cut, rows without a label are still there.
+        # Without truncation, rows without a label are still present.
         return numbered.select(np.flatnonzero(ids_of(numbered) >= 0))
 
     # Packing
 
     def _pack(self, dataset: AnyDataset, args: RLoraSFTConfig, name: str, is_training: bool) -> AnyDataset:
         """
-        The last steps of `SFTTrainer._prepare_dataset`, with the task of each token beside the tokens, which TRL's
-        packing drops (no upstream issue as of trl 1.16).
+        Do the last steps of `SFTTrainer._prepare_dataset`, and pack the task of each token with the tokens. TRL's
+        packing would drop it (no upstream issue as of trl 1.16).
         """
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
@@ -216,7 +215,7 @@ class TaskData:
             return _pack_rows(dataset, args, map_kwargs)
 
     def _pack_epochs(self, dataset: Dataset, args: RLoraSFTConfig, map_kwargs: dict[str, Any]) -> Dataset:
-        """Draw and pack each epoch separately; the sampler goes through one of these parts in each epoch."""
+        """Draw and pack each epoch separately; the sampler then uses one of these parts per epoch."""
         sampler = self._sample_mixture(dataset)
 
         def packed(epoch: int) -> Dataset:
@@ -228,7 +227,7 @@ class TaskData:
         if args.max_steps > 0:
             rows = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size
             epochs = math.ceil(rows * PartialState().num_processes / len(parts[0]))
-        # Later epochs start over with the first part, as packed draws take space on disk.
+        # Packed parts take disk space, so later epochs repeat them from the first.
         parts += [packed(epoch) for epoch in range(1, min(epochs, _PACKED_EPOCHS))]
         self.sampler = PartSampler([len(part) for part in parts], args.seed)
         return concatenate_datasets(parts)
@@ -237,24 +236,24 @@ class TaskData:
 
     def settle(self, train_dataset: Any, eval_dataset: Any, *, is_prepared: bool) -> tuple[Any, Any]:
         """
-        Warn of rows that preparation has lost, record the tasks that are left, and plan what an epoch draws.
+        Warn about rows that preparation has dropped, record the remaining tasks, and plan the draws of an epoch.
 
         Args:
-            train_dataset, eval_dataset: The data as the trainer has them now.
-            is_prepared (`bool`): Whether they came prepared (`skip_prepare_dataset`).
+            train_dataset, eval_dataset: The prepared data.
+            is_prepared (`bool`): Whether the user prepared them (`skip_prepare_dataset`).
 
         Returns:
-            `tuple`: The training and evaluation data to go on with.
+            `tuple`: The training and evaluation data to use.
 
         Raises:
-            RuntimeError: If the trainer prepared other training data than it was given here.
-            ValueError: If no row, or with a task router no row of a task, has a token to learn from; or tasks can't be
-                mixed as asked.
+            RuntimeError: If the trainer prepared another dataset than the training data.
+            ValueError: If no row (with a task router: no row of one task) has a token to train on, or the tasks can't
+                be mixed as configured.
         """
         if self._training is not None and not is_prepared and not self._is_prepared:
             raise RuntimeError(
-                "The trainer prepared another dataset than the one that it was given, and the mixture of tasks would "
-                "be lost: this version of TRL copies training data before it prepares them. Install a version that "
+                "The trainer prepared a copy of the training data, so the task mixture would be lost. This version of "
+                "TRL is not supported: install one that "
                 "`rlora_trl` supports (`pip install --upgrade rlora-trl`)."
             )
         self._training = None
@@ -262,7 +261,7 @@ class TaskData:
             train_dataset, eval_dataset = self._drop_prepared(train_dataset, eval_dataset)
         if self._lost_rows.places is not None:
             self._config.tasks = list(self.names) or None
-            self._lost_rows.places = None  # all data that had the old ids has the new ones
+            self._lost_rows.places = None  # all datasets have the new ids
         self.report_lost_rows()
         self._plan_epochs(train_dataset)
         return train_dataset, eval_dataset
@@ -277,7 +276,7 @@ class TaskData:
         return dropped, self._lost_rows.renumber(eval_dataset)
 
     def report_lost_rows(self) -> None:
-        """Warn once of rows that preparation has dropped since the last report."""
+        """Log one warning about the rows that preparation has dropped since the last report."""
         self._lost_rows.warn()
 
     def _plan_epochs(self, train_dataset: Any) -> None:
@@ -289,7 +288,7 @@ class TaskData:
                 self.sampler = self._sample_mixture(train_dataset)
         if args.mixes_tasks and self.mixture is None and isinstance(train_dataset, Dataset):
             raise ValueError(
-                f"`mixing={args.mixing!r}` mixes tasks, and the training data has no column of tasks. Pass a "
+                f"`mixing={args.mixing!r}` mixes tasks, and the training data has no task column. Pass a "
                 "dictionary of datasets by task, or set `task_column` to the column that names them."
             )
 
@@ -312,7 +311,7 @@ class TaskData:
             columns = ", ".join(name for name in dataset.column_names if name != TASK_IDS)
             raise ValueError(
                 f"`mixing_unit='tokens'` counts the column 'input_ids', and the training data has {columns}: rows "
-                "with pictures, or with a transform, get their tokens when a batch is made. Set `mixing_unit='rows'`."
+                "with images, or with a transform, get their tokens when a batch is made. Set `mixing_unit='rows'`."
             )
         else:
             rows, tokens = rows_of_tasks(dataset, len(self.names))[:-1].tolist(), None
@@ -340,8 +339,8 @@ class TaskData:
         return train_dataset.select(sorted(itertools.chain(*indices)))
 
     def describe(self, train_dataset: Any) -> dict[str, Any] | None:
-        """What shows whether the training data are those of a checkpoint; see [`describe_data`]."""
-        # With one packed part for each epoch, a resumed run may have more parts: compare the first.
+        """A fingerprint of the training data, to compare with a checkpoint; see [`describe_data`]."""
+        # A resumed run may have more packed parts (one per epoch), so compare only the first.
         sampler = self.sampler
         return describe_data(train_dataset, sampler.lengths[0] if isinstance(sampler, PartSampler) else None)
 
@@ -363,7 +362,7 @@ def _pack_rows(dataset: AnyDataset, args: RLoraSFTConfig, map_kwargs: dict[str, 
 
 def name_tasks_of_adapter(config: RLoraConfig, tasks: list[str] | None, *, is_new: bool) -> list[str]:
     """
-    The names of an adapter's tasks in the order of their ids: those it has, then those it is now trained on.
+    The names of an adapter's tasks in the order of their ids: earlier tasks, then new ones in the training data.
 
     Args:
         config ([`RLoraConfig`]): Configuration of the adapter.
@@ -371,7 +370,7 @@ def name_tasks_of_adapter(config: RLoraConfig, tasks: list[str] | None, *, is_ne
         is_new (`bool`): Whether the adapter is created by this run.
 
     Raises:
-        ValueError: If the adapter has head weights by task, and not for one of these.
+        ValueError: If the adapter has head weights by task, and lacks a task of the training data.
     """
     recorded = list(config.tasks or [])
     added = [task for task in tasks or [] if task not in recorded]

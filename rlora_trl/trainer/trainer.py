@@ -62,7 +62,7 @@ logger = get_logger(__name__)
 
 
 class _Evaluated(NamedTuple):
-    """What is evaluated at this moment: the name of the dataset, and its rows with options."""
+    """The running evaluation: the name of its dataset, and the rows with options."""
 
     name: str
     option_rows: OptionRows | None
@@ -72,20 +72,20 @@ class RLoraSFTTrainer(StagedCheckpoints):
     """
     Supervised fine-tuning of one model on many tasks with an R-LoRA adapter.
 
-    Everything that `trl.SFTTrainer` does works as it does there. What differs:
+    All features of `trl.SFTTrainer` work as documented there. The differences:
 
     - `train_dataset` may also be a dictionary of datasets by task, which are joined and mixed (`args.mixing`), or a
       dataset with a column (`args.task_column`) that names the task of each row. The tasks' names are saved with the
       adapter, and the task of each row reaches the layers (`RLoraConfig(router="task")`), whatever the packing.
     - `peft_config` defaults to `RLoraConfig()`.
-    - `args.balance_loss` adds a loss that keeps all heads in use; the evaluation loss does not have it.
-    - Logs have `balance_loss`, `router_entropy`, `head_load_max`, `head_load_cv`, `head_similarity`, the norms
+    - `args.balance_loss` adds a loss that keeps all heads in use. The evaluation loss does not include it.
+    - Logs contain `balance_loss`, `router_entropy`, `head_load_max`, `head_load_cv`, `head_similarity`, the norms
       `grad_norm_A`, `grad_norm_B`, `grad_norm_router`, and for each task `<task>_loss`.
     - Evaluation by task gives `eval_<task>_loss`, and `eval_<task>_accuracy` where rows have `options` (the completion
       must be the most likely of them), with their means over tasks as `eval_loss` and `eval_accuracy`.
-    - Adapters train in float32 on a quantized base too, where `SFTTrainer` casts what trains to bfloat16: the
-      update of a weight can be smaller than bfloat16 resolves, and R-LoRA's anchor must agree with its initial
-      weights. (`modules_to_save` and other trained parameters are left as `SFTTrainer` casts them.)
+    - Adapters train in float32 on a quantized base too, where `SFTTrainer` casts trained parameters to bfloat16:
+      updates can be smaller than the resolution of bfloat16, and the anchor must agree with the initial weights.
+      (`modules_to_save` and other trained parameters keep the dtype that `SFTTrainer` casts them to.)
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -101,14 +101,14 @@ class RLoraSFTTrainer(StagedCheckpoints):
         quantization_config (`BitsAndBytesConfig`, *optional*):
             As in `SFTTrainer`: how to quantize a model given by name.
         peft_config ([`RLoraConfig`], *optional*):
-            The adapter, for a `model` that has none. It is copied, not changed.
+            Configuration of a new adapter, for a `model` without one. It is copied, not changed.
         kwargs:
             All other arguments of `SFTTrainer`.
 
     Raises:
         TypeError: If the adapter is not an R-LoRA adapter.
-        ValueError: If a task is empty, formats of tasks differ, the task column is missing, or preparation leaves no
-            row of all tasks or, with `router="task"`, of one.
+        ValueError: If a task is empty, formats of tasks differ, the task column is missing, or preparation removes all
+            rows (with `router="task"`, all rows of one task).
     """
 
     train_dataset: Any
@@ -143,9 +143,9 @@ class RLoraSFTTrainer(StagedCheckpoints):
         peft_config: RLoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        # What trains, and how
+        # The model, the adapter and the settings
         args = as_rlora_config(args, model)
-        self._loads_base = isinstance(model, str)  # by its name, so that its revision is known
+        self._loads_base = isinstance(model, str)  # then its revision is known
         peft_config = choose_peft_config(model, peft_config)
         self._is_new_adapter = peft_config is not None
         if self._loads_base and peft_config is not None:
@@ -178,7 +178,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
             **kwargs,
         )
 
-        # What `SFTTrainer` made of them
+        # Checks and corrections of what `SFTTrainer` has set up
         refuse_token_rows_of_head(self.model)
         if self._is_vision_dataset and data_collator is None:
             self._check_pictures()
@@ -195,7 +195,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         shorten_console_logs(self, lambda: self._task_data.names)
 
     def _watch_adapters(self) -> None:
-        """Find the adapters that train, and set up what observes them."""
+        """Find the adapters in training, and set up their observer."""
         self._adapters = {
             name: module
             for name, module in self.model.named_modules()
@@ -215,26 +215,26 @@ class RLoraSFTTrainer(StagedCheckpoints):
         self.kept_states["head_sums"] = KeptState(self._observer.head_sums, self._observer.load_head_sums)
         if self._task_data.names:
             logger.info(f"Training on {len(self._task_data.names)} tasks: {', '.join(self._task_data.names)}")
-        # Pushes wait for each other in the queue of one client.
+        # One client runs pushes one after another.
         self._hub_api = HfApi()
 
     @property
     def mixture(self) -> TaskMixture | None:
-        """What an epoch draws of each task; `None` where it is not known before training."""
+        """The rows that an epoch draws from each task; `None` if they are unknown before training (streams)."""
         return self._task_data.mixture
 
     def _adapter_config(self) -> RLoraConfig:
         return self.model.peft_config[self.model.active_adapter]
 
     def _propagate_task_names(self, model: PeftModel) -> None:
-        """Give the layers of the adapter the names of its tasks."""
+        """Pass the names of the tasks to the layers of the adapter."""
         for module in model.modules():
             if isinstance(module, RLoraLayer) and model.active_adapter in module.rlora_adapters:
                 adapter: Any = module.rlora_adapters[model.active_adapter]
                 adapter.routing.tasks = tuple(self._task_data.names)
 
     def _check_pictures(self) -> None:
-        """Check data with pictures, which are not prepared."""
+        """Check data with images, which TRL does not prepare."""
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
         text = self.args.dataset_text_field
         self._set_signature_columns_if_needed()
@@ -273,12 +273,12 @@ class RLoraSFTTrainer(StagedCheckpoints):
         dataloader = super().get_train_dataloader()
         if self._task_data.sampler is not None and hasattr(dataloader, "set_sampler"):
             # In several processes accelerate's `set_epoch` does not find the sampler of a loader that skips batches
-            # (resuming): it looks one level less deep (accelerate#3556; no issue of this one as of 1.15).
+            # (resuming), because it searches one level too few (accelerate#3556; no issue for this case as of 1.15).
             dataloader.set_sampler(self._task_data.sampler)
         return dataloader
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        # Only while a loader is made: TRL treats its own collators differently from others, by their class.
+        # Only while the loader is created: elsewhere TRL checks the class of the collator.
         collator: Any = self.data_collator  # type: ignore[has-type]
         self.data_collator = TaskCollator(collator, required=self._task_data.routes_by_task)
         try:
@@ -326,12 +326,12 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def _check_same_adapters(self) -> None:
         """
-        See that the adapters that train are those that the trainer was made for.
+        Check that the adapters in training are those that the trainer was created with.
 
-        Its optimizer holds their parameters, and its counts and records are theirs.
+        The optimizer, the counts and the record belong to these adapters.
 
         Raises:
-            ValueError: If others are active, or they don't train any more.
+            ValueError: If other adapters are active, or these were removed, frozen or disabled.
         """
         active = list(self._peft_model().active_adapters)
         present = {id(module) for module in self.model.modules()}
@@ -340,11 +340,11 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if active == self._trained_names and trains and not replaced:
             return
         made_for, now = (", ".join(map(repr, names)) for names in (self._trained_names, active))
-        state = "it was taken out of the model" if replaced else "it is frozen or disabled"
+        state = "it was removed from the model" if replaced else "it is frozen or disabled"
         state = state if active == self._trained_names else f"adapter {now} is active"
         raise ValueError(
-            f"The trainer was made for adapter {made_for}, whose parameters its optimizer holds, and now {state}: "
-            f"nothing would train. Make a new trainer for this, or go back: {how_to_train(self._trained_names)}."
+            f"The trainer was created for adapter {made_for}, and its optimizer holds those parameters, but now "
+            f"{state}: nothing would train. Create a new trainer, or {how_to_train(self._trained_names)}."
         )
 
     def _show(self, text: str) -> None:
@@ -354,7 +354,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
             tqdm.write(text)
 
     def _will_log(self) -> bool:
-        """Whether the step that is running ends in a log."""
+        """Whether the running step will be logged."""
         step = self.state.global_step + 1
         if self.args.logging_strategy == IntervalStrategy.EPOCH:
             epochs = max(1, self.state.num_train_epochs or 1)
@@ -380,7 +380,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
         tally = None
         if self._observer.records_step:
-            # Where the loss is not divided by the tokens of the step, the trainer divides it by its micro-batches.
+            # A loss that is not divided by the tokens of the step is divided by the number of micro-batches.
             undivided = num_items_in_batch is not None or self.compute_loss_func is not None
             tally = self._observer.tally(inputs, 1 if undivided else self.current_gradient_accumulation_steps)
         base_model = self.model.get_base_model()
@@ -394,7 +394,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     @contextmanager
     def _batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None = None) -> Generator[None, None, None]:
-        """Give the layers the tasks and the padding of a batch. Recomputations in its backward pass get them again."""
+        """Pass the tasks and the padding of a batch to the layers, for its forward pass and for recomputations."""
         mask, batch = token_mask_of(inputs), describe_batch((), inputs)
         draws_seed = self.model.training and self._recomputes_with_other_seeds
         values = {
@@ -434,7 +434,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         """Whether the step is skipped because its gradients are not finite."""
         step = self.state.global_step + 1
         if not self.is_deepspeed_enabled:
-            # A scaler (fp16) expects some, and skips those steps itself.
+            # The gradient scaler (fp16) skips such steps itself.
             return self.accelerator.scaler is None and self._observer.nan_guard.look(step)
         if self.model_wrapped.fp16_enabled():
             return False
@@ -475,7 +475,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         try:
             if not isinstance(datasets, Mapping):
                 evaluated = _Evaluated("", option_rows.get(eval_dataset if isinstance(eval_dataset, str) else ""))
-                # Training is stopped by the metrics of its own evaluation alone.
+                # Only the regular evaluation may stop training.
                 waiting = nullcontext() if metric_key_prefix == "eval" else stopping.at_task(metric_key_prefix)
                 with waiting:
                     return self._evaluate_one(evaluated, eval_dataset, ignore_keys, metric_key_prefix)
@@ -493,11 +493,11 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def note_metrics(self, metrics: Mapping[str, float], datasets: Any) -> None:
         """
-        Record metrics of the present weights with the adapter. `evaluate` does so with its own.
+        Record metrics of the current weights for the adapter's record. `evaluate` calls it with its metrics.
 
         Args:
-            metrics (`Mapping[str, float]`): With `eval_<task>_accuracy`, `_loss` or `_base_accuracy`.
-            datasets (`Mapping`): The data that they were measured on, by task.
+            metrics (`Mapping[str, float]`): `eval_<task>_accuracy`, `eval_<task>_loss` or `eval_<task>_base_accuracy`.
+            datasets (`Mapping`): The data that was evaluated, by task.
         """
         self._run_record.note_metrics(self.state.global_step, metrics, self._task_data.names, datasets)
 
@@ -517,7 +517,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         means = mean_over_tasks(metrics, tasks, prefix)
         if means:
             self.log(dict(means))
-            # For callbacks that wait for a metric of all tasks, such as `EarlyStoppingCallback`.
+            # For callbacks that use the mean over tasks, such as `EarlyStoppingCallback`.
             control: Any = self.control  # type: ignore[has-type]
             with stopping.at_means(metrics, means):
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, control, dict(means))
@@ -549,7 +549,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def _accuracy(self, scored: OptionRows) -> float:
         """The share of rows whose completion is the most likely of its options. On all ranks."""
-        # Where a forward pass needs all ranks, each of them runs every row.
+        # With DeepSpeed and FSDP a forward pass needs all ranks, so each rank scores every row.
         share_rows = not self._is_deepspeed_or_fsdp
         with self._raise_on_all_ranks():  # a row that can't be scored belongs to one rank
             counts = count_correct_options(
@@ -568,15 +568,16 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def measure_head_weights(self, rows: int | None = None) -> Any:
         """
-        The mean head weights by task, over rows of the training data. To be called on all ranks.
+        Measure the mean head weights of each task on rows of the training data. Call it on all ranks.
 
-        They are recorded with the adapter from then on. Training ends with such a measurement.
+        Later saves record the result. Training ends with such a measurement.
 
         Args:
-            rows (`int`, *optional*): Rows of each task (packed: of the data). Defaults to `args.mixture_rows`.
+            rows (`int`, *optional*): Rows of each task (with packing: packed rows per task). Defaults to
+                `args.mixture_rows`.
 
         Returns:
-            [`HeadWeights`], or `None` for an adapter without a router, or data that don't name their tasks.
+            [`HeadWeights`], or `None` for an adapter without a router, or data without tasks.
         """
         data = self._task_data.sample_rows(self.train_dataset, self.args.mixture_rows if rows is None else rows)
         if data is None or not any(adapter.router is not None for adapter in self._adapters.values()):
@@ -599,7 +600,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     @contextmanager
     def _evaluating(self) -> Generator[nn.Module, None, None]:
-        """The model in eval mode, for passes that leave no trace in the metrics or the base weights."""
+        """The model in eval mode, for passes that change neither the metrics nor the base weights."""
         model, was_training = self.model_wrapped, self.model.training
         metrics, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
         model.eval()
@@ -614,9 +615,9 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def tasks_seen(self) -> dict[str, dict[str, int]]:
         """
-        Rows and tokens of each task that this run, with the run that it resumed, has trained on.
+        Rows and tokens of each task since training began, including the part before a resume.
 
-        To be called on all ranks.
+        Call it on all ranks.
         """
         return self._observer.tasks_seen()
 
@@ -627,7 +628,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
     # Record, card, publishing
 
     def adapter_record(self) -> AdapterRecord:
-        """What is known of the adapter and its training; see [`AdapterRecord`]."""
+        """The record of the adapter and its training; see [`AdapterRecord`]."""
         step, settings = self.state.global_step, self._run_settings
         return self._run_record.build(
             self.args,
@@ -642,7 +643,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def _base_commit(self) -> str | None:
         config = self._adapter_config()
         if not self._loads_base and config.revision is None:
-            return None  # a model does not say which revision it was loaded from
+            return None  # a loaded model does not record its revision
         cache_dir = (self.args.model_init_kwargs or {}).get("cache_dir") if self._loads_base else None
         return loaded_commit(config.base_model_name_or_path, config.revision, cache_dir)
 
@@ -652,7 +653,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def _write_beside(self, folder: Path, destination: Path) -> None:
         record = self.adapter_record()
         record.save(self._adapter_folder(folder))
-        # PEFT has written a card of its own into the folder; text that people wrote is in the one to be replaced.
+        # PEFT has written its card into the folder. Hand-written text is in the card at the destination.
         self._write_card(
             self._adapter_folder(folder), record, read_card(self._adapter_folder(destination) / CARD_NAME)
         )
@@ -678,7 +679,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         tags: str | list[str] | None = None,
     ) -> None:
         """
-        Write the adapter's card into the output folder; text that people wrote into it stays.
+        Write the adapter's card into the output folder. Hand-written text in it stays.
 
         Args:
             model_name (`str`, *optional*): Not used: the title of a card is the name of its repository.
@@ -701,7 +702,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         """
         Save the adapter and publish it with its card in one commit, on `args.hub_model_id`; see [`push_adapter`].
 
-        To be called on all ranks, as in `Trainer`. Only what makes up the adapter is uploaded.
+        Call it on all ranks, as in `Trainer`. Only the files of the adapter are uploaded.
 
         Args:
             commit_message (`str`, *optional*), blocking (`bool`, *optional*), token (`str`, *optional*),
@@ -715,20 +716,20 @@ class RLoraSFTTrainer(StagedCheckpoints):
             `CommitInfo` on the main process, a `Future` of it with `blocking=False`, `None` on others.
 
         Raises:
-            ValueError: If `exports` are asked for where the model is divided among processes, or in the background.
+            ValueError: If `exports` is set, and the model is sharded or the push runs in the background.
         """
         sharded = is_sharded(self.model, self.is_fsdp_enabled)
         if kwargs.get("exports") and (sharded or not blocking):
-            where = "of a model that is divided among processes" if sharded else "in the background"
+            where = "for a model that is sharded over processes" if sharded else "in the background"
             raise ValueError(
-                f"`exports` can't be made {where}: they run the whole model. Push without them, and afterwards, in "
-                f"one process: `push_adapter({self.args.output_dir!r}, {self.args.hub_model_id!r}, exports=[...])`."
+                f"`exports` can't be made {where}: an export runs the full model. Push without `exports`, then call "
+                f"`push_adapter({self.args.output_dir!r}, {self.args.hub_model_id!r}, exports=[...])` in one process."
             )
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self._make_repository(token, private)
 
-        # Metadata of the card, whose title is the name of the repository
+        # Metadata of the card; its title is always the name of the repository
         kwargs.pop("model_name", None)
         datasets = [*as_list(kwargs.pop("dataset_name", None)), *as_list(kwargs.pop("datasets", None))]
         tags = [*self._tag_names, *as_list(kwargs.pop("tags", None)), *as_list(self.model.model_tags)]
@@ -766,7 +767,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
             self.args.hub_private_repo = before
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push the adapter of a checkpoint: what `hub_strategy="every_save"` asks for."""
+        """Push the adapter of a checkpoint (`hub_strategy="every_save"`)."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         running = self.push_in_progress

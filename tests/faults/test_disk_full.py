@@ -1,4 +1,4 @@
-"""A save that finds no space says so, and what was saved before is as it was."""
+"""A save on a full disk raises a clear error, and earlier saves are unchanged."""
 
 import errno
 

@@ -84,7 +84,7 @@ def test_adapter_that_was_not_loaded(run, output, monkeypatch):
     """As with a model that is wrapped once more, so that no saved name fits."""
     monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *args, **kwargs: None)
     text = refused(build(run[0], output))
-    assert "tensors in the model are not those in" in text and "checkpoint-4" in text, text
+    assert "tensors in the model differ from" in text and "checkpoint-4" in text, text
 
 
 def test_one_tensor_that_was_not_loaded(run, output, monkeypatch):
@@ -107,7 +107,7 @@ def test_other_adapter_in_the_checkpoint(run, output, tmp_path, resume):
     for step in (2, 4):
         shutil.copy(tmp_path / "other" / "adapter_model.safetensors", output / f"checkpoint-{step}")
     text = refused(build(run[0], output), resume if resume is True else str(output / resume))
-    assert "adapter_model.safetensors are not those that were saved" in text, text
+    assert "adapter_model.safetensors differ from those that were saved" in text, text
 
 
 def test_other_base_model_in_a_local_folder_is_warned_of(run, output, tmp_path, tokenizer, caplog):

@@ -276,7 +276,7 @@ JSON = {
     "deep": (b"[" * 100_000, "nested more than"),
     "deep_objects": (b'{"a":' * 100_000, "nested more than"),
     "open_string": (b'"\\' * 500_000, "not valid JSON|has .* bytes"),
-    "twice": (b'{"r": 1, "r": 2}', "key 'r' is given twice"),
+    "twice": (b'{"r": 1, "r": 2}', "key 'r' occurs twice"),
     "nan": (b'{"r": NaN}', "not a finite number"),
     "infinity": (b'{"r": -Infinity}', "not a finite number"),
     "overflow": (b'{"r": 1e999}', "not a finite number"),
@@ -376,7 +376,7 @@ RAW_HEADERS = {
         "50001 tensors, more than",
     ),
     "large": (b" " * (16 * 2**20 + 1), "header of 16777217 bytes"),
-    "twice": (b'{"a": %b, "a": %b}' % (EMPTY, EMPTY), "key 'a' is given twice"),
+    "twice": (b'{"a": %b, "a": %b}' % (EMPTY, EMPTY), "key 'a' occurs twice"),
     "pickle": (pickle.dumps({"a": 1}), NOT_SAFETENSORS),
 }
 

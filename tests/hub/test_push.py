@@ -419,7 +419,7 @@ def test_second_fault_while_looking_whether_it_landed(hub, push, folder):
 
 def test_commit_that_can_not_be_listed(hub, push, folder):
     hub.fail("POST", "/paths-info/", status=403, times=None)
-    with pytest.raises(WorkerError, match="was published as commit [0-9a-f]{40}, but could not be listed"):
+    with pytest.raises(WorkerError, match="was published as commit [0-9a-f]{40}, but its files could not be listed"):
         push(folder)
     assert "adapter_model.safetensors" in hub.files(REPO)
 

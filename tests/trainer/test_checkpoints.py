@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(trained, tmp_path, model
 
 
 def test_no_checkpoint_to_go_on_from(model_folders, tmp_path):
-    with pytest.raises(ValueError, match="has no whole one"):
+    with pytest.raises(ValueError, match="found no complete checkpoint"):
         make_trainer(model_folders["llama"], tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -264,7 +264,7 @@ def test_another_strategy_is_refused(trained, tmp_path, model_folders):
     state = json.loads(path.read_text())
     path.write_text(json.dumps({**state, "strategy": "DeepSpeed ZeRO-2 (...)"}))
     fresh = make_trainer(model_folders["llama"], tmp_path / "out")
-    with pytest.raises(ValueError, match="was saved with DeepSpeed ZeRO-2.* has whole weights in each process"):
+    with pytest.raises(ValueError, match="was saved with DeepSpeed ZeRO-2.* uses whole weights in each process"):
         fresh.train(resume_from_checkpoint=True)
     path.write_text(json.dumps({**state, "processes": 4}))  # which only DeepSpeed minds
     make_trainer(model_folders["llama"], tmp_path / "out", max_steps=5).train(resume_from_checkpoint=True)

@@ -87,7 +87,7 @@ def test_another_adapter_needs_another_trainer(model_folders, tmp_path, trained_
     if trained_before:
         trainer.train()
     model.set_adapter("b")
-    with pytest.raises(ValueError, match="made for adapter 'a'.*now adapter 'b' is active.*Make a new trainer"):
+    with pytest.raises(ValueError, match="created for adapter 'a'.*now adapter 'b' is active.*Create a new trainer"):
         trainer.train()
     model.set_adapter("a")
     before = adapter_state(trainer)
@@ -109,7 +109,7 @@ def test_an_adapter_frozen_between_runs_is_refused(model_folders, tmp_path, how)
         model.requires_grad_(False)
     else:
         model.base_model.disable_adapter_layers()
-    with pytest.raises(ValueError, match="made for adapter 'a'.*it is frozen or disabled"):
+    with pytest.raises(ValueError, match="created for adapter 'a'.*it is frozen or disabled"):
         trainer.train()
 
 
@@ -133,7 +133,7 @@ def test_an_adapter_that_was_taken_out_is_refused(model_folders, tmp_path, how):
         model.set_adapter("default")
     else:
         model.unload()
-    with pytest.raises(ValueError, match="it was taken out of the model: nothing would train. Make a new trainer"):
+    with pytest.raises(ValueError, match="it was removed from the model: nothing would train. Create a new trainer"):
         trainer.train()
 
 

@@ -92,7 +92,7 @@ def test_packed_draws_are_redone_each_epoch(model_folders, tmp_path):
 
 def test_mixing_needs_tasks_and_its_own_sampling(model_folders, tmp_path):
     plain = Dataset.from_list(task_rows("first", 8))
-    with pytest.raises(ValueError, match="the training data has no column of tasks"):
+    with pytest.raises(ValueError, match="the training data has no task column"):
         make_trainer(model_folders, tmp_path, train=plain, mixing="equal")
     for packing in (False, True):
         with pytest.raises(ValueError, match="can't be combined with `train_sampling_strategy='sequential'`"):

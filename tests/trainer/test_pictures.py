@@ -133,7 +133,7 @@ def test_rows_are_mixed(processor, tmp_path, kind):
     assert trainer.mixture.draws == {"red": 8, "blue": 8}
     trainer.train()
     assert {task: counts["rows"] for task, counts in trainer.tasks_seen().items()} == {"red": 8, "blue": 8}
-    with pytest.raises(ValueError, match="counts the column 'input_ids'.*pictures.*Set `mixing_unit='rows'`"):
+    with pytest.raises(ValueError, match="counts the column 'input_ids'.*images.*Set `mixing_unit='rows'`"):
         make_trainer(processor, tmp_path, train, mixing="equal", mixing_unit="tokens")
 
 

@@ -89,7 +89,7 @@ def test_task_that_is_not_drawn():
 
 
 def test_arguments_of_the_sampler_are_checked():
-    with pytest.raises(ValueError, match="`task_of_row` has task 3, and `draws` are those of 3 tasks"):
+    with pytest.raises(ValueError, match="`task_of_row` has task 3, and `draws` has 3 tasks"):
         MixtureSampler([0, 3], [1, 1, 1])
     with pytest.raises(ValueError, match="`task_of_row` has task -1"):
         MixtureSampler([-1], [1])
