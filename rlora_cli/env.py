@@ -16,9 +16,9 @@ _PACKAGES = (
 
 
 def show_environment(as_json: options.Json = False) -> None:
-    """Show versions, devices and kernels, to be copied into a bug report.
+    """Show versions, devices and kernels, for a bug report.
 
-    It contains no paths, host names or tokens.
+    The output contains no paths, host names or tokens.
     """
     with results_only():
         facts = _facts()

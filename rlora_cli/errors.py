@@ -1,4 +1,4 @@
-"""Errors as messages: those that users or the Hub cause without a traceback, bugs with one."""
+"""Prints errors as messages. Only bugs get a traceback."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _REJECTED_TOKEN = re.compile(r"invalid (credentials|user token|username or passw
 
 
 class _NotAboutKernels(logging.Filter):
-    """Drops a library's remark about faster kernels that it could not download."""
+    """Drops the note of bitsandbytes about optional kernels that it could not load."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def quieten_libraries() -> None:
-    """Drop remarks of libraries on which users can't act. Call it before the libraries are imported."""
+    """Drop messages of libraries that users can't act on. Call it before the libraries are imported."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_NotAboutKernels())
 
 
@@ -127,7 +127,7 @@ def _explain_hub(error: BaseException) -> str | None:
         case errors.OfflineModeIsEnabled():
             return "This needs the Hub, and HF_HUB_OFFLINE=1 does not allow it. Unset it."
         case errors.LocalEntryNotFoundError():
-            return f"It is not in the cache, and the Hub can't be reached: {_one_line(error)}"
+            return f"The files are not in the cache, and the Hub can't be reached: {_one_line(error)}"
         case errors.HfHubHTTPError():
             return _explain_status(error.response.status_code if error.response is not None else 0, error, rejected)
         case errors.EntryNotFoundError():
@@ -149,5 +149,5 @@ def _explain_status(status: int, error: BaseException, rejected: re.Match[str] |
 
 
 def _one_line(error: BaseException) -> str:
-    # httpx explains each status with a link to an encyclopedia.
+    # httpx appends a link for each status.
     return " ".join(re.sub(r"For more information check: \S+", "", str(error)).split())

@@ -49,7 +49,7 @@ def evaluate(
     with results_only():
         from rlora_trl.evaluation.rows import text_rows
 
-        # What can fail without the model comes first.
+        # Checks that need no model come first.
         checked = find_adapter(adapter, revision)
         record = local_record(checked, adapter) if save else None
         tasks = load_rows(checked, data, split, task_column, limit, answers=True)

@@ -48,17 +48,17 @@ def export(
 ) -> None:
     """Write an adapter as plain LoRA, which PEFT, vLLM and llama.cpp load without this package.
 
-    All tokens get the same head weights. This is exact for adapters with one weighting per task or uniform weights,
-    and an approximation for routing by token. With data the difference is measured.
+    All tokens get the same head weights. This is exact for `router="task"` and `"uniform"`, and an approximation for
+    routers that decide per token. With `--data` the fidelity is measured.
     """
     weights = _parse_weights(routing) if routing is not None else None
     if weights is not None and task is not None:
-        raise typer.BadParameter("`--task` and `--weights` both set the head weights. Give one of them.")
+        raise typer.BadParameter("`--task` and `--weights` both set the head weights. Use only one of them.")
     with results_only():
         from rlora_trl.evaluation.rows import text_rows
         from rlora_trl.export import export_lora
 
-        # What can fail without the model comes first.
+        # Checks that need no model come first.
         checked = find_adapter(adapter, revision)
         if task is not None:
             refuse_unknown_task(checked, task)
@@ -95,7 +95,7 @@ def _parse_weights(text: str) -> list[float]:
 
 
 def _check_weights(values: list[float], typed: str | None, num_heads: int) -> None:
-    """Refuse weights that do not fit the heads, as they were typed."""
+    """Refuse weights that do not fit the heads; the message quotes the command line."""
     if len(values) != num_heads or min(values) < 0 or not math.isclose(sum(values), 1.0, abs_tol=1e-3):
         raise ValueError(
             f"`--weights {typed}` must be {num_heads} numbers, one for each head, none below 0, with the sum 1; got "

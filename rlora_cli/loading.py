@@ -38,14 +38,14 @@ def find_adapter(name: str, revision: str | None = None) -> CheckedAdapter:
 
 def refuse_missing_folder(name: str, *, local: bool = False) -> None:
     """
-    Refuse a path without a folder, before the Hub is asked for it.
+    Refuse a path without a folder, before a request to the Hub.
 
     Args:
         name (`str`): A folder or a name on the Hub.
         local (`bool`, *optional*, defaults to `False`): It must be a folder.
 
     Raises:
-        FileNotFoundError: If there is no such folder, and it can't be a name on the Hub.
+        FileNotFoundError: If the folder does not exist, and the name can't be one on the Hub.
     """
     looks_like_path = local or name.startswith((".", "~", os.sep)) or name.rstrip("/").count("/") != 1
     if looks_like_path and not Path(name).is_dir():
@@ -55,10 +55,10 @@ def refuse_missing_folder(name: str, *, local: bool = False) -> None:
 
 def refuse_unknown_task(checked: CheckedAdapter, task: str) -> None:
     """
-    Refuse a task that is not one of the adapter's. An adapter without a list of tasks takes any.
+    Refuse a task that the adapter does not have. An adapter without a list of tasks accepts any.
 
     Raises:
-        ValueError: If it has other tasks.
+        ValueError: If the adapter has other tasks.
     """
     from difflib import get_close_matches
 
@@ -115,7 +115,7 @@ def load_adapter(
 
 
 def hide_progress_in_logs() -> None:
-    """Hide progress bars of loading where stderr is not a terminal."""
+    """Hide progress bars of loading unless stderr is a terminal."""
     if sys.stderr.isatty():
         return
     import datasets

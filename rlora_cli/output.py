@@ -67,9 +67,9 @@ def plain(value: Any) -> Any:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
     """
-    A table on stdout, or the facts of each row where the terminal is too narrow for it.
+    A table on stdout, or the facts of each row if the terminal is too narrow.
 
-    Columns of numbers are aligned right, and means are set apart.
+    Columns of numbers are aligned right, and means follow a rule.
 
     Args:
         columns (`Sequence[str]`): Headings; the first column names the rows.
@@ -102,7 +102,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
             print_facts(dict(zip(columns, row, strict=True)))
         return
 
-    # Without the spaces that fill up the last column.
+    # Without trailing spaces.
     with console.capture() as captured:
         console.print(table)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
@@ -137,7 +137,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def print_text(text: str) -> None:
-    """Text on stdout as it is: neither markup nor wrapped."""
+    """Plain text on stdout, without markup or wrapping."""
     stdout_console().print(text, markup=False, soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ def pull(
 ) -> None:
     """Download an adapter from the Hub into the cache and check it. Nothing in it is executed.
 
-    Prints the folder, which PEFT and transformers can load. Use `--output` for a copy of your own.
+    Prints the folder, which PEFT and transformers can load. Use `--output` to get a copy.
     """
     with results_only():
         from rlora_trl.hub.pull import pull_checked
@@ -91,10 +91,10 @@ def _facts(checked: CheckedAdapter, folder: Path) -> dict[str, Any]:
 
 def _copy(checked: CheckedAdapter, target: Path, exports: bool) -> Path:
     """
-    Copy the files of an adapter, following links into the cache. A target that has them already is left as it is.
+    Copy the files of an adapter, following links into the cache. A target with the same adapter is not changed.
 
     Raises:
-        FileExistsError: If the target has other files.
+        FileExistsError: If the target is a file, or a folder with other files.
     """
     import filecmp
     import shutil

@@ -39,8 +39,8 @@ def push(
 ) -> None:
     """Publish an adapter on the Hub: weights, configuration, card and figures in one commit.
 
-    Other files in the folder are not uploaded. After an interruption run it again: files that have arrived are not
-    sent twice.
+    Other files in the folder are not uploaded. After an interruption, run the command again: files that were uploaded
+    are not transferred a second time.
     """
     with results_only():
         from rlora_trl.publish import push_adapter
@@ -48,7 +48,7 @@ def push(
         refuse_missing_folder(folder, local=True)
         head = None if create_pr else head_of(repo, revision)
 
-        # Exports are made on the base model that the folder names, which need not be on the Hub.
+        # Exports use the base model that the folder names, which may be local.
         checked = source = None
         if exports:
             checked = find_adapter(folder)
@@ -70,7 +70,7 @@ def push(
             commit_message=commit_message,
             export_from=source,
         )
-    repo_id = commit.repo_url.repo_id  # with the user's name, which may be left out
+    repo_id = commit.repo_url.repo_id  # includes the user's name, even if the argument did not
     unchanged = commit.oid == head
     facts = {"commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url, "unchanged": unchanged}
     if as_json:

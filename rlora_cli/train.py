@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 USAGE = "rlora train [--config FILE] --model_name_or_path MODEL --dataset_name DATA [--NAME VALUE ...]"
 PROCESS = "rlora_cli.train_process"
-# Of the command: it takes any arguments, and passes them on.
+# Settings of the command, which accepts any argument and passes it on.
 SETTINGS: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
     "options_metavar": "[--NAME VALUE]...",

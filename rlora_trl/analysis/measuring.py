@@ -98,7 +98,7 @@ def constant_head_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, t
 
 
 def _spread(task: str, total: int, max_rows: int | None) -> list[int]:
-    """Indices of at most `max_rows` rows, evenly over all: data may be sorted."""
+    """Indices of at most `max_rows` rows, evenly spaced, as data may be sorted."""
     if total == 0:
         raise ValueError(f"Task {task!r} has no rows to measure. Remove it, or check its split.")
     count = total if max_rows is None else min(total, max_rows)
@@ -158,7 +158,7 @@ def _measure(
 
 
 def input_device(core: PreTrainedModel) -> torch.device:
-    """The device for the inputs of a model; an offloaded one moves them on."""
+    """The device for the inputs of a model. Offloading moves the inputs to other devices."""
     device = next(core.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 

@@ -39,8 +39,8 @@ def arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
 
 
 def stored_indices(dataset: Dataset) -> np.ndarray | None:
-    """The index of each row in `dataset.data`; `None` if the rows are the whole table in its order."""
-    # There is no public name as of datasets 5.2.
+    """The index of each row in `dataset.data`; `None` if the rows are the stored table itself."""
+    # No public name as of datasets 5.2.
     indices = dataset._indices
     return None if indices is None else indices.column(0).to_numpy().astype(np.int64)
 
@@ -56,8 +56,8 @@ def by_row(dataset: Dataset, columns: Sequence[str], function: Callable[..., pa.
     Args:
         dataset (`Dataset`): The data, of any format.
         columns (`Sequence[str]`): Names of the columns.
-        function (`Callable`): Takes a part of each column as an array `[n]`, as it is stored, and returns numbers or
-            booleans `[n]`.
+        function (`Callable`): Takes a part of each stored column as an array `[n]`, and returns numbers or booleans
+            `[n]`.
 
     Returns:
         `np.ndarray` of shape `[rows]`.
@@ -78,7 +78,7 @@ def by_row(dataset: Dataset, columns: Sequence[str], function: Callable[..., pa.
 
 def encode(dataset: Dataset, column: str) -> tuple[list[Any], np.ndarray]:
     """
-    The different values of a column, and which of them each row has.
+    The distinct values of a column, and the index of the value of each row.
 
     Args:
         dataset (`Dataset`): The data, of any format.
@@ -117,7 +117,7 @@ def add_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
 
     stored = np.full(dataset.data.num_rows, values[0], dtype=values.dtype)
     stored[indices] = values
-    # `datasets` finds cached results by the fingerprint: it is that of the rows, and `select` adds to it.
+    # `datasets` caches results by the fingerprint, which identifies the rows; `select` updates it.
     table = Dataset(dataset.data, info=dataset.info.copy(), split=dataset.split, fingerprint=dataset._fingerprint)
     return table.add_column(name, stored).select(indices)
 
@@ -252,13 +252,13 @@ def encode_default_tasks(
     dataset: Dataset, column: str, warn: Callable[[str], Any]
 ) -> tuple[list[str], np.ndarray] | None:
     """
-    As [`encode_tasks`], for a column that the user did not choose: it may only happen to have the default name.
+    As [`encode_tasks`], for a column with the default name, which the user did not choose.
 
     Args:
         dataset (`Dataset`): The data, of any format.
         column (`str`): Name of the column.
-        warn (`Callable`): Receives the warning where ignoring the column may surprise the user: not for columns of
-            lists, structs and nulls.
+        warn (`Callable`): Receives the warning that the column is ignored; not called for columns of lists, structs
+            and nulls.
 
     Returns:
         `tuple[list[str], np.ndarray]`, *optional*: See [`encode_tasks`]; `None` if the values do not look like task
@@ -278,8 +278,8 @@ def encode_default_tasks(
         return tasks.names(), tasks.indices
     if reason:
         warn(
-            f"Column {column!r} {reason}: it does not look like task names, so it is ignored. If another column names "
-            "the tasks, set `task_column` to it; otherwise rename this one to silence this warning."
+            f"Column {column!r} {reason}: it does not look like task names and is ignored. If another column names "
+            "the tasks, set `task_column` to it; to silence this warning, rename the column."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""The formats of rows that TRL trains on, and checks that name the row and column of a value that it would fail on."""
+"""The row formats that TRL trains on, and checks that report the row and column of an invalid value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .loading import wrong_separator
 
 
 PAIR = ("prompt", "completion")
-# What preparation reads beside text or messages.
+# Columns that preparation reads in addition to text or messages.
 COMPANIONS_OF_TEXT = ("tools", "chat_template_kwargs")
 
 # The keys of a message in ShareGPT's format, by its column; all other columns have OpenAI's.
@@ -35,7 +35,7 @@ def check_format(
     columns: Iterable[str], first: Mapping[str, Any], where: str, *, text_column: str = "text"
 ) -> tuple[str, ...]:
     """
-    The columns that TRL's preparation trains on. It looks at the first row, not at names of columns alone.
+    The columns that TRL trains on. It decides by the first row, not only by the names of the columns.
 
     Args:
         columns (`Iterable[str]`): Names of all columns.
@@ -47,7 +47,7 @@ def check_format(
         `tuple[str, ...]`: `("prompt", "completion")`, `("conversations",)`, `("messages",)` or `(text_column,)`.
 
     Raises:
-        ValueError: If there is none of these, or a prompt without a completion.
+        ValueError: If none of these columns exists, or there is a prompt without a completion.
     """
     columns = list(columns)
     names = _find_format(columns, first, text_column)
@@ -57,7 +57,7 @@ def check_format(
         remedy = f"Separate them by commas instead of {separator!r}." if separator else "Rename its columns."
         raise ValueError(f"{where} has the columns {_list_columns(columns)}; {accepted}. {remedy}")
 
-    # TRL takes a prompt alone for half a pair.
+    # TRL takes a single 'prompt' column for half of a pair.
     if "prompt" in columns and len(names) == 1:
         is_prompt = names == ("prompt",)
         raise ValueError(
@@ -79,7 +79,7 @@ def _find_format(columns: list[str], first: Mapping[str, Any], text_column: str)
 
 
 def _is_chat(value: Any, name: str) -> bool:
-    # As `trl.data_utils.is_conversational`, which fails on an empty list, even beside a text.
+    # As `trl.data_utils.is_conversational`, which fails on an empty list, even if there is a text column.
     if not isinstance(value, list):
         return False
     required = SHAREGPT_KEYS.get(name, ("role",))
@@ -93,7 +93,7 @@ def _list_columns(columns: Iterable[str]) -> str:
 
 def check_pictures(dataset: Any, where: str, *, text_column: str | None) -> None:
     """
-    As [`check_rows`], for rows with pictures, which TRL's collator reads without preparation.
+    As [`check_rows`], for rows with images, which TRL's collator reads without preparation.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): The data.
@@ -101,7 +101,7 @@ def check_pictures(dataset: Any, where: str, *, text_column: str | None) -> None
         text_column (`str`, *optional*): Column of plain text, if it reaches the collator.
 
     Raises:
-        ValueError: If there is no text, or the collator would fail on a value. Of streams and transforms only the
+        ValueError: If there is no text, or the collator would fail on a value. For streams and transforms only the
             first row is checked.
     """
     first = next(iter(dataset), None)
@@ -111,7 +111,7 @@ def check_pictures(dataset: Any, where: str, *, text_column: str | None) -> None
     names = next((names for names in (("messages",), *text, PAIR) if set(names) <= set(first)), None)
     if names is None:
         raise ValueError(
-            f"{where} has the columns {_list_columns(first)}; accepted beside pictures are 'messages', "
+            f"{where} has the columns {_list_columns(first)}; accepted with images are 'messages', "
             f"{'' if text_column is None else f'{text_column!r}, '}or 'prompt' with 'completion'. Rename its columns."
         )
     if isinstance(dataset, Dataset) and not has_transform(dataset):
@@ -119,7 +119,7 @@ def check_pictures(dataset: Any, where: str, *, text_column: str | None) -> None
 
 
 def has_transform(dataset: Any) -> bool:
-    """Whether a function of the user makes the rows as they are read (`Dataset.with_transform`)."""
+    """Whether a custom function creates the rows when they are read (`Dataset.with_transform`)."""
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
@@ -137,24 +137,24 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
     """
     Refuse data that TRL's preparation fails on: other columns, missing values, or values of another type.
 
-    All rows of map-style data are checked: by Arrow where the type of a column leaves little to go wrong, and one by
-    one where a column is JSON, which holds anything. Each row of a stream is checked as it is read.
+    All rows of map-style data are checked, by Arrow if the columns are typed, and one by one if a column is JSON. Each
+    row of a stream is checked when it is read.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): The data. With a column `input_ids` they are tokenized; of a
-            tokenized stream only the first row is checked.
+        dataset (`Dataset` or `IterableDataset`): The data. A column `input_ids` means that it is tokenized; only the
+            first row of a tokenized stream is checked.
         where (`str`): Name of the data in messages.
         text_column (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
 
     Returns:
-        `Dataset` or `IterableDataset`: The data, without a format unless they are tokenized; a stream keeps its format
-        and checks its rows as they are read.
+        `Dataset` or `IterableDataset`: The data, without a format unless tokenized. A stream keeps its format and
+        checks its rows when they are read.
 
     Raises:
         ValueError: With the row, counted from 1, and the column.
     """
     if has_transform(dataset):
-        return dataset  # its columns are those of the transform, with which TRL refuses to prepare data
+        return dataset  # TRL refuses to prepare data with a transform
     plain = as_shown(dataset)
     first = next(iter(plain), None)
     if first is None:
@@ -179,7 +179,7 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
 
 
 def _companions(names: tuple[str, ...], first: Mapping[str, Any], text_column: str) -> tuple[str, ...]:
-    """The columns that TRL's preparation reads beside those that it trains on."""
+    """The columns that TRL's preparation reads in addition to those that it trains on."""
     # It appends the end of the sequence to a text even where it trains on prompts and completions.
     ends_text = len(names) == 2 and isinstance(first.get(names[0]), str)
     beside = (*COMPANIONS_OF_TEXT, *([text_column] if ends_text else []))
@@ -203,7 +203,7 @@ def check_row(
         index (`int`): Its index, from 0.
         names (`Sequence[str]`): The columns to check.
         where (`str`), text_column (`str`): See [`check_rows`].
-        first (`Mapping[str, Any]`, *optional*): The first row, which all others must be like.
+        first (`Mapping[str, Any]`, *optional*): The first row; all others must have the same kind of values.
 
     Returns:
         `Mapping[str, Any]`: The row.
@@ -281,7 +281,7 @@ def _are_faulty(name: str, values: pa.Array) -> pa.Array:
 
 
 def _value_problem(value: Any, name: str, *, is_text: bool) -> str | None:
-    """Why a value can't be trained on, and the remedy; `None` if it can."""
+    """The problem with a value and its remedy, for messages; `None` if the value is valid."""
     if name in _ACCEPTED:
         return _companion_problem(value, name)
     accepted = "text" if is_text or name not in ("messages", "conversations") else "a list of messages"
@@ -313,7 +313,7 @@ def _companion_problem(value: Any, name: str) -> str | None:
 
 def _remedy(value: Any, accepted: str) -> str:
     if hasattr(value, "__array__"):
-        return "It comes from a format of the dataset: remove that with `with_format(None)`."
+        return "The dataset has a format: remove it with `with_format(None)`."
     if accepted == "text":
         return f"Write it as {json.dumps(str(value)) if isinstance(value, int | float) else 'text'}."
     if isinstance(value, dict):

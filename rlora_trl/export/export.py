@@ -67,7 +67,7 @@ def export_lora(
     their export uses the mean over the tokens of a task, which is an approximation. Pass `data` to measure how good.
 
     The written tensors are compared with the adapter, layer by layer, before the export replaces what was in the
-    folder. The model is left unchanged.
+    folder. The model does not change.
 
     Args:
         model (`torch.nn.Module` or `str`):
@@ -81,7 +81,7 @@ def export_lora(
         routing ([`HeadWeights`], weights, or weights by layer, *optional*):
             Head weights: measured by [`measure_head_weights`], N numbers for all layers, or N numbers by layer.
             Defaults to the adapter's own, those recorded with it for `task`, or those measured on `data`. Measured
-            weights of an adapter with `router="uniform"` or `"task"` stand for its own.
+            weights of an adapter with `router="uniform"` or `"task"` are replaced by its own.
         data (`Mapping[str, Sequence[Mapping]]`, *optional*):
             Rows by task, as for [`score_tasks`], to compare the export with the adapter on: those of `task`, or all
             without a task.
@@ -100,7 +100,7 @@ def export_lora(
             `("user/name", "exports/sst2")`.
 
     Returns:
-        [`ExportReport`]: What was exported, which the card in the folder says too.
+        [`ExportReport`]: The facts about the export, which are also in its card.
 
     Raises:
         ValueError: If no head weights are known or they are invalid, the adapter or the task is unknown, the folder
@@ -109,7 +109,7 @@ def export_lora(
     """
     target = _check_target(Path(output_dir))
 
-    # Find the adapter, and load it where only its name is given.
+    # Find the adapter, and load it if `model` is a name.
     source: str | None = None
     if not isinstance(model, nn.Module):
         source = os.fspath(model)
@@ -133,7 +133,7 @@ def export_lora(
             layers, adapter_name, config, task=task, routing=routing, measure=measure if rows else None, token=token
         )
 
-        # Everything is written beside the target and moved at the end.
+        # Everything is written to a temporary folder and moved at the end.
         stage = Path(scratch) / "export"
         rank, others = _write_adapter(model, config, adapter_name, layers, weights.by_layer, stage)
         warnings = _refused_by_engines(config, others)
@@ -191,7 +191,7 @@ def _write_adapter(
 
 def other_tensors(model: nn.Module, adapter_name: str, config: RLoraConfig) -> dict[str, torch.Tensor]:
     """Tensors trained besides the heads (whole modules, biases, rows of embeddings), named as in PEFT's files."""
-    # Where targets have names of embeddings, PEFT would save these layers whole.
+    # If targets contain names of embeddings, PEFT would save these layers in full.
     targets = config.target_modules
     targeted = not isinstance(targets, str) and any("embed" in name or "lm_head" in name for name in targets or ())
     state = get_peft_model_state_dict(
@@ -253,7 +253,7 @@ def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, RLor
 
 
 def _check_task(config: RLoraConfig, task: str | None) -> None:
-    """Refuse a task that is not the adapter's. One that does not name its tasks may have any."""
+    """Refuse a task that the adapter does not have. An adapter without task names accepts any."""
     if task is not None and config.tasks and task not in config.tasks:
         raise ValueError(
             f"The adapter's tasks are {', '.join(map(repr, config.tasks))}; got `task={task!r}`. Set `task` to one of "
@@ -272,8 +272,8 @@ def _check_whole(model: nn.Module) -> None:
             )
         if parameter.device.type == "meta":
             raise ValueError(
-                f"{name} of the model is offloaded to CPU or disk. Load the model with a `device_map` that has room "
-                "for all of it, or on the CPU, and export it then."
+                f"{name} of the model is offloaded to CPU or disk. Load the whole model on one device, for example on "
+                "the CPU, and export it there."
             )
 
 

@@ -1,4 +1,4 @@
-"""Measures the gap between an export and the routed adapter that it was made from."""
+"""Measures the gap between an export and its routed adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..tuner.selection import core_model, fixed_head_weights, only_adapter
 
 
 _BATCH_SIZE = 16
-# Positions whose logits are compared at once in float64: 400 MB for a vocabulary of 50,000, for each of the two.
+# Positions per comparison in float64: 400 MB of logits for a vocabulary of 50,000, for each of the two models.
 _POSITIONS = 1024
 
 
@@ -42,13 +42,13 @@ def measure_export_gap(
     known_task: str | None = None,
 ) -> ExportGap:
     """
-    Compare an adapter under fixed head weights, which is what its export computes, with the adapter as it is.
+    Compare an adapter under fixed head weights, the function of its export, with the routed adapter.
 
     Args:
         model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`), adapter_name (`str`): The adapter.
         tasks (`Mapping[str, Sequence[Mapping]]`): Rows by task, as for [`score_tasks`].
         head_weights (`Mapping[str, torch.Tensor]`): Head weights `[N]` by layer.
-        known_task (`str`, *optional*): The task that a router of kind "task" uses for tasks that it does not know.
+        known_task (`str`, *optional*): The task that `router="task"` uses for unknown tasks.
 
     Returns:
         [`ExportGap`]: Plain means over tasks. The KL divergence of a task is in nats, a mean over the tokens of its

@@ -105,7 +105,7 @@ def base_module(module: nn.Module) -> nn.Module:
 
 
 def base_module_names(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of all modules of a model as they are without the adapters in it."""
+    """Names of all modules of the base model, without adapters."""
     for name, child in module.named_children():
         yield f"{prefix}{name}"
         yield from base_module_names(base_module(child), f"{prefix}{name}.")

@@ -22,8 +22,8 @@ def check_mergeable(core: PreTrainedModel) -> None:
     """
     if getattr(core, "is_quantized", False):
         raise ValueError(
-            "`merge=True` needs a base in 16 bits or more, and this one is quantized. Load the adapter on the base in "
-            "16 bits, for example `AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16)`, and "
+            "`merge=True` needs a base in 16 bits or more, and the base is quantized. Load the adapter on the base "
+            "in 16 bits, for example `AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16)`, and "
             "export that."
         )
 
@@ -39,14 +39,14 @@ def merge_export(
     Merge an export into a copy of its base and save the result. The model itself is not changed.
 
     Args:
-        core (`PreTrainedModel`): The base with the adapters in it. Copying it needs its memory a second time.
+        core (`PreTrainedModel`): The base with its adapters. The copy needs the same memory again.
         export (`Path`): Folder of the exported LoRA adapter.
         targets (`Collection[str]`): Names of the layers that it adapts.
         folder (`Path`): Folder to write the model to.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Saved with it.
 
     Returns:
-        `tuple[str, ...]`: What users of the merged model should know.
+        `tuple[str, ...]`: Notes for users of the merged model.
     """
     base = _copy_base(core)
     tied = bool(getattr(base.config, "tie_word_embeddings", False))
@@ -62,7 +62,9 @@ def merge_export(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     if tied and not merged.config.tie_word_embeddings:
-        return ("Input and output embeddings share their weight in the base, and are two in the merged model.",)
+        return (
+            "Input and output embeddings share a weight in the base, and have separate weights in the merged model.",
+        )
     return ()
 
 

@@ -26,22 +26,22 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 @dataclass(frozen=True)
 class ExportReport:
     """
-    What was exported, and how close it is to the adapter.
+    Facts about an export, and its fidelity to the adapter.
 
     Args:
         path (`str`): Folder of the export.
-        task (`str` or `None`): The task that it is for; `None` for all of the adapter's tasks, or for given weights.
-        rank (`int`): Rank of the LoRA adapter, which may have been merged.
+        task (`str` or `None`): The exported task; `None` for the mean over tasks, or for weights from the caller.
+        rank (`int`): Rank of the LoRA adapter, before merging if it was merged.
         layers (`int`): Number of adapted layers.
-        exact (`bool`): Whether it is the same function as the adapter (for that task).
-        mixture (`str`): Where the head weights come from, in words.
+        exact (`bool`): Whether the export is the same function as the adapter (for that task).
+        mixture (`str`): Source of the head weights, in words.
         kl (`float` or `None`): Mean KL(adapter || export) of the predicted distributions, in nats per token of the
-            completions of the given data; `None` without data.
+            completions in `data`; `None` without data.
         accuracy_dynamic (`float` or `None`), accuracy_export (`float` or `None`):
-            Accuracy of the adapter and of the export on the given data, ratios in `[0, 1]`; `None` without data.
-        rows (`int` or `None`): Number of rows that these three were measured on.
-        warnings (`tuple[str, ...]`): What users of the export should know.
-        merged (`bool`): Whether it is a full model rather than an adapter.
+            Accuracy of the adapter and of the export on `data`, ratios in `[0, 1]`; `None` without data.
+        rows (`int` or `None`): Number of rows that were measured.
+        warnings (`tuple[str, ...]`): Limitations of the export, for its users.
+        merged (`bool`): Whether the export is a full model rather than an adapter.
     """
 
     path: str
@@ -73,8 +73,8 @@ def render_card(
     The card of an export. It names repositories of the Hub only, never local folders.
 
     Args:
-        report ([`ExportReport`]): What was exported.
-        config ([`RLoraConfig`]): Configuration of the adapter that it was made from.
+        report ([`ExportReport`]): The facts about the export.
+        config ([`RLoraConfig`]): Configuration of the exported adapter.
         source (`str`, *optional*): Name or folder of that adapter.
         repo_id (`str`, *optional*): Hub repository that the adapter and the export are published in.
         subfolder (`str`, *optional*): Folder of the export in it.
@@ -87,7 +87,7 @@ def render_card(
         tags=["rlora"] if report.merged else ["lora", "rlora"],
     )
 
-    # Where readers find the export: as arguments of code, as a folder for shells, and how to download it.
+    # The location of the export: arguments for code, a folder for shells, and the download command.
     arguments, folder, download = '"this folder"', "this_folder", None
     if repo_id is not None:
         arguments = json.dumps(repo_id) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")

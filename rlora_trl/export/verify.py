@@ -28,7 +28,7 @@ def check_deltas(
     Check that the LoRA tensors of an export compute what the adapter computes under the same head weights.
 
     Args:
-        tensors (`Mapping[str, torch.Tensor]`): The tensors as they were written, of scaling 1.
+        tensors (`Mapping[str, torch.Tensor]`): The written tensors, with scaling 1.
         layers (`Mapping[str, RLoraLayer]`): The adapted layers by name.
         adapter_name (`str`): The adapter.
         head_weights (`Mapping[str, torch.Tensor]`): Head weights `[N]` by layer.
@@ -40,7 +40,7 @@ def check_deltas(
     written_names = {name for name in tensors if ".lora_" in name}
     if written_names != expected_names:
         raise ValueError(
-            "The export does not do what the adapter does: missing or unexpected are "
+            "The export differs from the adapter: missing or unexpected tensors are "
             f"{first_few(sorted(written_names ^ expected_names))}. Nothing was written; please report it."
         )
 
@@ -63,7 +63,7 @@ def check_deltas(
         if not bool((difference <= bound).all()):
             worst = torch.where(difference <= bound, 0.0, difference - bound).argmax()
             raise ValueError(
-                f"The export does not do what the adapter does: in {name} its delta differs by "
+                f"The export differs from the adapter: in {name} its delta is off by "
                 f"{difference.flatten()[worst]:.2g}, where rounding explains {bound.flatten()[worst]:.2g}. Nothing "
                 "was written; please report it."
             )

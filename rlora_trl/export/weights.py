@@ -85,7 +85,7 @@ def choose_head_weights(
 
 
 def _given(routing: GivenWeights, layers: Mapping[str, RLoraLayer], num_heads: int) -> ExportWeights:
-    """The caller's numbers, in double precision: 0.3 and not the nearest number of 32 bits."""
+    """The caller's head weights, in double precision (0.3, not the nearest float32)."""
     if isinstance(routing, Mapping):
         by_layer = {name: check_weights(_double(values), num_heads, f" of {name}") for name, values in routing.items()}
         return ExportWeights(by_layer, False, "given, by layer")

@@ -2,7 +2,7 @@
 Checks the files of an adapter before anything loads them.
 
 Names come first, then the configuration and the header of the weights, then the values. Nothing is executed or
-unpickled, and whatever the files claim, what is read is bounded.
+unpickled, and the amount of data that is read is bounded.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = [
 WEIGHTS_LIMIT = 64 * 2**30
 RECORD_LIMIT = 16 * MIB
 _MAX_FILES = 5_000
-# The most bytes of a file by its kind; files of an export by their name.
+# Maximum size in bytes by kind of file; files of an export count by their name.
 _LIMITS = {
     FileKind.CONFIG: CONFIG_LIMIT,
     FileKind.WEIGHTS: WEIGHTS_LIMIT,
@@ -82,8 +82,8 @@ class CheckedAdapter:
         config ([`RLoraConfig`]): Its configuration.
         digest (`str`): Digest of its tensors, see [`adapter_digest`].
         sha256 (`str`): SHA-256 of the weights file in hexadecimal digits, as the Hub lists it.
-        num_parameters (`int`): Number of values that training changes: all but the anchor, A0 and B0.
-        record ([`AdapterRecord`], *optional*): What training recorded about it.
+        num_parameters (`int`): Number of trainable values, without the anchor A0, B0.
+        record ([`AdapterRecord`], *optional*): Its record of training.
         layers (`tuple[str, ...]`): Paths of the adapted layers in the base model, in the order of their names.
         base_model (`str`, *optional*), base_model_revision (`str`, *optional*): The model that it was trained on,
             according to its files.
@@ -111,7 +111,7 @@ def check_listing(sizes: Mapping[str, int | None]) -> list[str]:
         `list[str]`: Sorted paths of the files that belong to the adapter; others need not be downloaded.
 
     Raises:
-        AdapterCheckError: If there is no adapter, a name is hostile, or a size is absurd.
+        AdapterCheckError: If the repository has no adapter, a hostile name, or a file that is too large.
     """
     _check_names(sizes, "The repository")
     paths = sorted(path for path in sizes if classify(path) is not FileKind.OTHER)
@@ -120,7 +120,7 @@ def check_listing(sizes: Mapping[str, int | None]) -> list[str]:
         size, limit = sizes[path], _limit_of(path)
         if size is not None and not (isinstance(size, int) and 0 <= size <= limit):
             raise AdapterCheckError(
-                f"{path} has {size} bytes in the repository, and at most {limit} are accepted. It is not the file of "
+                f"{path} has {size} bytes in the repository, and at most {limit} are accepted. It is not a file of "
                 "an adapter."
             )
 
@@ -149,14 +149,14 @@ def _check_names(paths: Collection[str], where: str) -> None:
     if hostile:
         raise AdapterCheckError(
             f"{where} has {first_few(hostile)}: files that may run code when they are opened, or misleading names. "
-            "Nothing was used. An adapter consists of safetensors, JSON, text and PNG files; use a revision without "
+            "Nothing was loaded. An adapter consists of safetensors, JSON, text and PNG files; use a revision without "
             "these."
         )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if name not in paths:
             raise AdapterCheckError(
-                f"{where} has no {name}: it has no adapter, or an incomplete one. Check its name and revision, or "
-                "save it again."
+                f"{where} has no {name}: the adapter is missing or incomplete. Check the name and revision, or "
+                "save the adapter again."
             )
 
 
@@ -198,11 +198,11 @@ def check_adapter(folder: str | Path, *, base_model: str | None = None) -> Check
             on the Hub, as folders may hold any model.
 
     Returns:
-        [`CheckedAdapter`]: What the adapter is.
+        [`CheckedAdapter`]: The facts about the adapter.
 
     Raises:
-        AdapterCheckError: If files are missing, hostile, damaged, or do not fit each other or the base model. The
-            message names the file and what was expected.
+        AdapterCheckError: If files are missing, hostile, damaged, inconsistent, or belong to another base model. The
+            message names the file and the expected contents.
     """
     # Names and sizes, before any file is opened.
     folder = Path(folder)
@@ -214,7 +214,7 @@ def check_adapter(folder: str | Path, *, base_model: str | None = None) -> Check
         if classify(path) is not FileKind.OTHER:
             check_regular_file(folder / path, _limit_of(path))
 
-    # What the files claim.
+    # Configuration, header of the weights, record.
     config = read_config(folder / CONFIG_NAME)
     weights = folder / WEIGHTS_NAME
     entries = read_safetensors_header(weights, limit=WEIGHTS_LIMIT)
@@ -241,26 +241,26 @@ def check_adapter(folder: str | Path, *, base_model: str | None = None) -> Check
 
 
 def _check_beside(folder: Path, files: list[str]) -> None:
-    """Check the files beside the adapter: card, figures, tokenizer and exports."""
+    """Check the other files in the folder: card, figures, tokenizer and exports."""
     for path in files:
         kind = classify(path)
         if kind is FileKind.CARD or (kind is FileKind.EXPORT and path.endswith(f"/{CARD_NAME}")):
             check_card(folder / path)
         elif kind is FileKind.FIGURE and not read_bytes(folder / path, _limit_of(path)).startswith(_PNG):
-            raise AdapterCheckError(f"{folder / path} is not a PNG image. Remove it, or draw the figure again.")
+            raise AdapterCheckError(f"{folder / path} is not a PNG image. Remove it, or create the figure again.")
         elif path == "tokenizer_config.json":
             _check_tokenizer(folder / path)
         elif kind is FileKind.EXPORT and path.endswith(f"/{CONFIG_NAME}"):
             _check_export(folder / path)
         elif kind is FileKind.EXPORT and f"{path.rpartition('/')[0]}/{CONFIG_NAME}" not in files:
-            raise AdapterCheckError(f"{folder / path} has no {CONFIG_NAME} beside it. Export it again.")
+            raise AdapterCheckError(f"{folder / path} has no {CONFIG_NAME} in its folder. Export it again.")
 
 
 def _check_tokenizer(path: Path) -> None:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("auto_map"):
         raise AdapterCheckError(
-            f"{path} names code to load in `auto_map`, which an adapter must not need. Save the tokenizer without it."
+            f"{path} names code to load in `auto_map`, which is refused. Save the tokenizer without it."
         )
 
 
@@ -283,7 +283,7 @@ def _read_record(path: Path) -> AdapterRecord:
     written = record.versions.get("rlora_trl", "")
     if _release(written) > _release(__version__):
         warnings.warn(
-            f"The adapter beside {path} was written by rlora_trl {shorten(written)}, this is {__version__}. Update "
+            f"{path} was written by rlora_trl {shorten(written)}, and the installed version is {__version__}. Update "
             "rlora_trl if results differ.",
             stacklevel=3,
         )
@@ -297,7 +297,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _check_base(folder: Path, config: RLoraConfig, record: AdapterRecord | None, base_model: str | None) -> None:
-    """Compare the base models that configuration, record and caller name, where they are names on the Hub."""
+    """Compare the base models in configuration, record and argument, if they are names on the Hub."""
     in_config, in_record = hub_name(config.base_model_name_or_path), hub_name(record.base_model if record else None)
     if in_config and in_record and in_config != in_record:
         raise AdapterCheckError(

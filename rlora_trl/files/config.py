@@ -1,4 +1,4 @@
-"""Reads an `adapter_config.json` that a stranger wrote, and checks it before PEFT acts on it."""
+"""Reads an untrusted `adapter_config.json`, and checks it before PEFT uses it."""
 
 import math
 import re
@@ -21,7 +21,7 @@ _MAX_ITEMS, _MAX_TEXT = 10_000, 512
 _LIBRARY = re.compile(r"transformers(\.\w+)*", re.ASCII)
 
 _MAX_FACTOR, _MAX_INDEX = 1e6, 2**31 - 1
-# The least and the most that the numbers of a field may be.
+# Bounds of the numbers in a field.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "r": (1, 16_384),
     "num_heads": (1, 4_096),
@@ -36,7 +36,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 # Regular expressions. In names of n characters, k repeats in a row take about n**k / k! steps, and each choice doubles
 # them.
 _MAX_PATTERN, _MAX_REPEATS, _MAX_CHOICES = 1000, 4, 8
-# PEFT puts these into expressions of its own, with one repeat more, and tries each on every layer.
+# PEFT extends these expressions by one repeat, and tries each on every layer.
 _MAX_INNER_REPEATS = 2
 _PLAIN_NAME = re.compile(r"[\w.-]*", re.ASCII)
 _TOKEN = re.compile(
@@ -88,14 +88,14 @@ def read_config(path: Path) -> RLoraConfig:
     unknown = sorted(set(data) - names - {"runtime_config"})  # which PEFT drops too
     if unknown:
         warnings.warn(
-            f"{path} has fields that this version does not know and ignores: {shorten(', '.join(unknown), 200)}. It "
-            "was written by a newer version; update rlora_trl and peft if results differ.",
+            f"{path} has unknown fields, which are ignored: {shorten(', '.join(unknown), 200)}. It was written by a "
+            "newer version; update rlora_trl and peft if results differ.",
             stacklevel=3,
         )
 
     try:
         return RLoraConfig(**{name: value for name, value in data.items() if name in names})
-    # Values of unexpected types raise all kinds of errors.
+    # Values of unexpected types raise many kinds of errors.
     except Exception as error:
         raise AdapterCheckError(
             f"{path} is not a valid configuration: {shorten(str(error), 400)} Save the adapter again."
@@ -116,7 +116,7 @@ def read_lora_config(path: Path) -> Mapping[str, Any]:
         AdapterCheckError: If the file is not such a configuration, names code to import, or has a value out of range.
     """
     data = _read(path, "LORA", "Export it again.")
-    # PEFT imports the module that is named there.
+    # PEFT imports the module named there.
     if data.get("megatron_config") or data.get("megatron_core") not in (None, "megatron.core"):
         raise AdapterCheckError(
             f"{path} sets `megatron_config` or `megatron_core`, which name code to import. Export it again."
@@ -128,7 +128,7 @@ def _read(path: Path, method: str, remedy: str) -> dict[str, Any]:
     data = read_json(path, limit=CONFIG_LIMIT)
     if not isinstance(data, dict):
         raise AdapterCheckError(
-            f"{path} holds a {type(data).__name__}, and a configuration is an object. Save it again."
+            f"{path} holds a {type(data).__name__}, and a configuration must be a JSON object. Save the adapter again."
         )
     if data.get("peft_type") != method:
         raise AdapterCheckError(
@@ -195,7 +195,7 @@ def _check_bounds(data: Mapping[str, Any]) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Values of a field that may be one, a list or an object of them, or null."""
+    """All values of a field, which may hold one value, a list or an object of values, or null."""
     if isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _leaves(item)
@@ -222,14 +222,14 @@ def check_pattern(pattern: str, field: str, max_repeats: int = _MAX_REPEATS) -> 
     """
     Check that a regular expression is valid, and that matching it takes a bounded time.
 
-    Refused are repeats of what repeats or has alternatives, such as `(a+)+`, which take exponential time; more than
-    `max_repeats` repeats in a row, which take that power of the length of a name; and many choices in a row, optional
-    characters or alternatives that begin alike, each of which doubles the time.
+    Refused are nested repeats, such as `(a+)+`, which take exponential time; more than `max_repeats` repeats in a row,
+    which take that power of the length of a name; and many choices in a row (optional characters, or alternatives that
+    begin alike), each of which doubles the time.
 
     Args:
         pattern (`str`): The expression.
-        field (`str`): The field that has it, for messages.
-        max_repeats (`int`, *optional*, defaults to `4`): The most repeats in a row.
+        field (`str`): Name of the field, for messages.
+        max_repeats (`int`, *optional*, defaults to `4`): Maximum number of repeats in a row.
 
     Raises:
         AdapterCheckError: If the expression is refused.
@@ -255,7 +255,7 @@ def check_pattern(pattern: str, field: str, max_repeats: int = _MAX_REPEATS) -> 
     elif choices > _MAX_CHOICES:
         problem = "many choices in a row"
     if problem:
-        raise AdapterCheckError(f"{quoted} with {problem}, which can take forever to match. List names instead.")
+        raise AdapterCheckError(f"{quoted} with {problem}, which may take exponential time. List names instead.")
 
 
 def _cost(tokens: Iterator[str]) -> tuple[float, float, float, bool]:
@@ -308,7 +308,7 @@ def _cost(tokens: Iterator[str]) -> tuple[float, float, float, bool]:
 
 
 def _bounds(token: str) -> tuple[int, float]:
-    """The least and the most times that a quantifier repeats."""
+    """Minimum and maximum number of repeats of a quantifier."""
     if token in ("*", "+", "?"):
         return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[token]
     low, comma, high = token.strip("{}").partition(",")

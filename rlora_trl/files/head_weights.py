@@ -1,4 +1,4 @@
-"""Mean weights of an adapter's heads by task, as measured and as a record holds them."""
+"""Mean head weights of an adapter by task, measured or read from a record."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ class HeadWeights:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HeadWeights:
         """
-        The inverse of [`HeadWeights.to_dict`], for content that a stranger may have written.
+        The inverse of [`HeadWeights.to_dict`], for untrusted contents.
 
         Raises:
-            ValueError: If a key is missing, or a value is of another kind or size.
+            ValueError: If a key is missing, or a value has another type or size.
         """
         if not isinstance(values, Mapping) or not {"layers", "weights", "tokens"} <= set(values):
             raise ValueError(f"Head weights must have `layers`, `weights` and `tokens`, got {shorten(values)}.")

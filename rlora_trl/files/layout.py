@@ -1,4 +1,4 @@
-"""The files of an adapter: what each name in a folder or a repository means, and which are never touched."""
+"""The files of an adapter: the kind of each file by its name, and which files are never read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXPORTS = "exports"
 
 class FileKind(StrEnum):
     """
-    What a file of an adapter is.
+    Kinds of files in the folder of an adapter.
 
     `OTHER` is harmless and ignored: neither published nor downloaded. `HOSTILE` is a file that a program may execute
     or unpickle when it opens it, or a name that leads out of the folder or differs from another only in case.
@@ -87,7 +87,7 @@ _MAX_PATH, _MAX_COMPONENT, _MAX_SLUG = 1024, 255, 64
 
 def classify(path: str) -> FileKind:
     """
-    What a file is, by its name alone.
+    The kind of a file, by its name.
 
     Args:
         path (`str`): Path inside the folder or repository, separated by "/".
@@ -192,7 +192,7 @@ def _check_link(folder: Path, path: str, is_folder: bool) -> None:
     if classify(path) is FileKind.OTHER and not is_folder:
         return  # never opened
     raise AdapterCheckError(
-        f"{shorten(path)} in {folder} is a link to {target}, outside the adapter. Put the file itself there."
+        f"{shorten(path)} in {folder} is a link to {target}, outside the adapter. Replace the link by the file."
     )
 
 

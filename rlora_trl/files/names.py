@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 def hub_name(name: str | None) -> str | None:
     """
-    Name of a model or dataset if it is one on the Hub; `None` for a folder, which others do not have.
+    Name of a model or dataset on the Hub; `None` for a local folder.
 
     Args:
         name (`str`, *optional*): For example `"Qwen/Qwen2.5-0.5B"`, or a path.

@@ -1,7 +1,7 @@
 """
-What training recorded about an adapter: tasks, scores, settings, versions. A JSON file beside the adapter.
+The record of an adapter's training: tasks, scores, settings, versions. A JSON file in the adapter's folder.
 
-PEFT's configuration defines what the adapter computes. This file may be missing, and nothing in it changes that.
+The file may be missing. It never changes what the adapter computes, which PEFT's configuration defines.
 """
 
 # Without `from __future__ import annotations`: `strict` checks annotations, and would skip strings.
@@ -42,8 +42,7 @@ Scalar: TypeAlias = str | int | float | bool
 # Packages whose versions matter for repeating a training run, by their names in the package index.
 _PACKAGES = ("peft", "trl", "transformers", "torch", "datasets", "accelerate", "bitsandbytes", "deepspeed")
 
-# Fields of training arguments that are recorded. All others are left out: arguments hold paths, tokens and names of
-# machines too, and each version of TRL adds some.
+# The training arguments that are recorded. Others may hold paths, tokens and names of machines, and TRL adds new ones.
 _HYPERPARAMETERS = (
     *("learning_rate", "router_learning_rate", "loraplus_lr_ratio", "train_a", "lr_scheduler_type"),
     *("warmup_steps", "num_train_epochs", "max_steps"),
@@ -54,7 +53,7 @@ _HYPERPARAMETERS = (
     *("mixing", "mixing_temperature", "mixing_cap", "mixing_unit"),
     *("balance_loss", "balance_coef", "balance_scope"),
 )
-# Fields that have an effect only where another one has, or does not have, a value.
+# Fields that have an effect only if another field has, or does not have, a value.
 _ONLY_WITH = {"mixing_temperature": ("mixing", "temperature")}
 _NOT_WITH = {
     "balance_coef": ("balance_loss", "none"),
@@ -87,7 +86,7 @@ class TaskRecord:
         cluster (`str`, *optional*): Kind of task, for example `"sentiment"`.
         dataset (`str`, *optional*): Name of the dataset on the Hub.
         license (`str`, *optional*): License of the data.
-        rows (`int`, *optional*), tokens (`int`, *optional*): Number that training has seen, repetitions counted.
+        rows (`int`, *optional*), tokens (`int`, *optional*): Numbers seen in training, including repetitions.
         share (`float`, *optional*): Share of the task mixture, a ratio in `[0, 1]`.
         metrics (`dict[str, float]`, *optional*): Values by name: `"accuracy"`, a ratio in `[0, 1]`;
             `"base_accuracy"`, that of the base model without the adapter; `"loss"`; others.
@@ -108,8 +107,8 @@ class TaskRecord:
         """
         The record of a task that is trained in a second run.
 
-        Rows and tokens are added. Older metrics are kept unless the task was trained again; the score of the base
-        model is kept in any case. Shares are left to [`AdapterRecord.merged_with`].
+        Rows and tokens are summed. Older metrics are kept unless the task was trained again; the score of the base
+        model is always kept. [`AdapterRecord.merged_with`] computes the shares.
 
         Args:
             older ([`TaskRecord`]): The record of the run before.
@@ -154,7 +153,7 @@ class TaskRecord:
 @strict
 @dataclass
 class _Export:
-    """What is known about an export; other values of an entry are kept as they are."""
+    """The known fields of an export; other fields are kept unchanged."""
 
     path: str = ""
     task: str | None = None
@@ -177,7 +176,7 @@ class _Export:
 @dataclass
 class AdapterRecord:
     """
-    What training recorded about an adapter. All of it may be unknown.
+    The record of an adapter's training. Every field may be unknown.
 
     Args:
         base_model (`str`, *optional*), base_model_revision (`str`, *optional*): Name on the Hub, and commit.
@@ -223,8 +222,8 @@ class AdapterRecord:
         """
         The record of an adapter that is trained in a second run.
 
-        Settings, versions and exports are those of this record: older exports have older weights. Tasks and head
-        weights that it lacks are taken from the older one, and shares are computed from the rows of both.
+        Settings, versions and exports come from this record: older exports have older weights. Missing tasks and head
+        weights come from the older record, and shares are computed from the rows of both.
 
         Args:
             older ([`AdapterRecord`]): The record of the run before. Neither record is changed.
@@ -300,7 +299,7 @@ class AdapterRecord:
         Write the record into a folder, atomically: a reader sees the old file or the new one.
 
         Args:
-            folder (`str` or `Path`): Made if it is missing.
+            folder (`str` or `Path`): Created if missing.
 
         Returns:
             `Path`: The file.
@@ -403,7 +402,7 @@ def find_record(config: RLoraConfig, token: str | bool | None = None) -> Adapter
         token (`str` or `bool`, *optional*): For the Hub, as in `huggingface_hub.hf_hub_download`.
 
     Returns:
-        `AdapterRecord`, or `None` if there is none, or the configuration was not loaded.
+        `AdapterRecord`, or `None` if the adapter has none, or the configuration was not loaded.
 
     Raises:
         ValueError: If the record can't be read.

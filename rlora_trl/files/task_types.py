@@ -1,4 +1,4 @@
-"""What PEFT's task types stand for: the classes that load a model, and whether it generates text."""
+"""PEFT's task types: the classes that load a model of each type, and whether it generates text."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def auto_peft_class(task_type: Any) -> str:
 
 
 def generates(task_type: Any) -> bool:
-    """Whether a model of this task type continues text: a causal language model, which an unset type stands for."""
+    """Whether a model of this task type generates text: a causal language model, the default for an unset type."""
     return _name(task_type) in ("None", "CAUSAL_LM")

@@ -28,7 +28,7 @@ _LORA = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 # No layer has a longer name; it would make the regular expressions of a configuration slow.
 _MAX_LAYER_NAME = 256
 _MATCHING_SECONDS = 5.0
-# PEFT saves the whole embedding by default where the vocabulary was resized.
+# PEFT saves the whole embedding by default if the vocabulary was resized.
 _EMBEDDINGS = frozenset("embed_tokens lm_head wte word_embeddings embed_in embed_out shared tok_embeddings".split())
 _FLOATING = ("BF16", "F16", "F32", "F64")
 _DTYPE_NAMES = {
@@ -210,7 +210,7 @@ def _check_targets(path: Path, layers: Iterable[str], config: RLoraConfig) -> No
         config.rank_of(layer)
         if time.monotonic() > deadline:
             raise AdapterCheckError(
-                f"The regular expressions in the configuration beside {path} take more than {_MATCHING_SECONDS:g} s "
+                f"The regular expressions in the configuration of {path} take more than {_MATCHING_SECONDS:g} s "
                 "to match. List names instead."
             )
 

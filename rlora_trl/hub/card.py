@@ -1,8 +1,7 @@
-"""Rendering the card of an adapter: metadata for the Hub's filters, and a page for people.
+"""Rendering the card of an adapter: metadata for the Hub's filters, and a page for readers.
 
 The words and tables of the page are in `card_template.md`, between two markers. Text written by hand around them, and
-metadata set by hand, survive every push. Names of tasks come from users, and those of other people's adapters from
-strangers: all are escaped.
+metadata set by hand, survive every push. Names of tasks are untrusted text and are escaped.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def render_card(
     """
     Render the card of an adapter, or update an existing one.
 
-    Unknown facts are left out. So are folders: a base model or dataset that is not on the Hub is not named.
+    Unknown facts are left out, and so are base models and datasets in local folders.
 
     Args:
         config ([`RLoraConfig`]):
@@ -86,7 +85,7 @@ def render_card(
         digest (`str`, *optional*), num_parameters (`int`, *optional*):
             Digest of the adapter's tensors, see [`adapter_digest`], and number of its trainable parameters.
         figures (`Sequence[str]`, *optional*):
-            Paths of pictures in the repository.
+            Paths of figures in the repository.
         license (`str`, *optional*), datasets (`Sequence[str]`, *optional*), tags (`Sequence[str]`, *optional*):
             Metadata of the Hub. Lists are added to those of the existing card; a license replaces its license.
         existing (`str`, *optional*):
@@ -184,7 +183,7 @@ def _merge_results(
             others.append(result)
     results = _own_results(tasks, {result.dataset_type for result in others if result.dataset_name not in names})
 
-    # The Hub identifies a result by its dataset and configuration: results of one identity are of one task.
+    # The Hub identifies a result by its dataset and configuration, so each task needs its own pair.
     owners = {result.unique_identifier: result.dataset_name for result in results}
     present = {(result.dataset_name, result.metric_type) for result in results}
     for result in others:
@@ -255,7 +254,7 @@ def _tag(task: str) -> str:
 def _info_block(
     config: RLoraConfig, record: AdapterRecord, digest: str | None, num_parameters: int | None, measured: list[str]
 ) -> dict[str, Any]:
-    """What the zoo reads of an adapter without downloading it; see [`read_card_info`]."""
+    """The block of metadata that the zoo reads without downloading the adapter; see [`read_card_info`]."""
     block = {
         "format": INFO_FORMAT,
         "r": config.r,
@@ -317,7 +316,7 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
 
 
 def _other_metrics(tasks: Sequence[TaskRecord]) -> list[str]:
-    """Names of the metrics beside the accuracies, the loss last."""
+    """Names of all metrics except accuracies, the loss last."""
     names = _unique(name for task in tasks for name in task.metrics)
     return sorted({*names} - {"accuracy", BASE_ACCURACY}, key=lambda name: (name == "loss", names.index(name)))
 

@@ -1,8 +1,8 @@
 """Balance losses keep all heads of a router in use; how their gradients enter the backward pass.
 
-A balance loss is a function of the router's logits alone, so each layer adds its gradient where the backward pass
-computes the gradient of the logits. The forward pass collects nothing, because gradient checkpointing would lose or
-double it, and keeps no tensor but a few sums of each layer.
+A balance loss depends only on the router's logits, so each layer adds its gradient where the backward pass computes
+the gradient of the logits. The forward pass only stores a few sums per layer; anything that it collected would be lost
+or counted twice under gradient checkpointing.
 
 With p_t the softmax of the logits of token t, P_i and f_i the mean over the tokens that count of p_ti and of [head i
 has the largest p_t], and H the entropy:
@@ -12,9 +12,8 @@ has the largest p_t], and H the entropy:
     mutual_information   -(H(P) - mean_t H(p_t))               Chen et al. 2022 (Mod-Squad), arXiv 2212.08066
     z                    mean_t (log sum_i exp l_ti)^2         Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, section 3
 
-Each has, for one token, a derivative for p_ti that depends on the sums alone (N f_i, 2 N P_i, log P_i, 0), one for the
-entropy of the token and one for its squared log-sum-exp: these N + 2 numbers are the coefficients (`coeffs`) of its
-gradient.
+For one token, the gradient of each loss has N + 2 coefficients (`coeffs`): the derivatives for p_ti, which depend only
+on the sums (N f_i, 2 N P_i, log P_i, 0), one for the entropy of the token, and one for its squared log-sum-exp.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class RoutingTally:
             Factor of the gradient of the sum over tokens: the coefficient divided by the layers and by the tokens of
             the whole step.
         whole_step (`bool`, *optional*, defaults to `False`):
-            Use shares of heads over the whole step, as far as they are known, rather than over the micro-batch.
+            Use shares of heads over the step so far rather than over the micro-batch.
         expected_tokens (`float`, *optional*, defaults to `0.0`):
             Tokens of the whole step on all ranks, for `whole_step`.
         prior (`torch.Tensor` of shape `[L, 2 N]`, *optional*):

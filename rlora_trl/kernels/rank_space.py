@@ -463,7 +463,7 @@ def finalize_routing_stats(
     if kind == "none":
         return None
 
-    # Shares of heads: of this micro-batch, or of the step as far as it is known.
+    # Shares of heads: of this micro-batch, or of the step so far.
     count = sums[0].clamp(min=1.0)
     f, P = (sums[3 : 3 + 2 * num_heads] / count).split(num_heads)  # [N] each
     micro_P = P

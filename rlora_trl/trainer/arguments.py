@@ -1,4 +1,4 @@
-"""Command-line arguments: the fields of `RLoraConfig` beside TRL's `ModelConfig`, for TRL's argument parser."""
+"""Command-line arguments for TRL's parser: the fields of `RLoraConfig`, and TRL's `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _mapping(name: str, value: str | dict | None) -> dict:
         parsed = None
     if not isinstance(parsed, dict):
         raise ValueError(
-            f"`--{name}` must be a JSON object, got {value!r}. Write it such as '{{\"down_proj\": 8}}', in quotes."
+            f"`--{name}` must be a JSON object in quotes, such as '{{\"down_proj\": 8}}', got {value!r}. Correct it."
         )
     return parsed
 

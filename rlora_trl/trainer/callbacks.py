@@ -1,4 +1,4 @@
-"""A callback that shows which heads each task uses."""
+"""A callback that records which heads each task uses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class HeadUsageCallback(TrainerCallback):
     """
     Measures the mean weight of each head in evaluation, by task and layer.
 
-    [`RLoraSFTTrainer`] provides the task of each row and the padding. Any other `Trainer` provides neither: then all
-    tokens that the model sees in eval mode count, padding and your own passes between evaluations included, under one
-    task, `"(unknown)"`.
+    [`RLoraSFTTrainer`] provides the task of each row and the padding. Other trainers provide neither: then all tokens
+    of forward passes in eval mode count, including padding and passes between evaluations, under the task
+    `"(unknown)"`.
 
     Args:
         tasks (`Sequence[str]`, *optional*):
@@ -48,7 +48,7 @@ class HeadUsageCallback(TrainerCallback):
     def start(self, model: torch.nn.Module, device: torch.device) -> None:
         """Start counting from zero."""
         adapters = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAdapter)}
-        # Adapters that are loaded beside those in training are left out, unless none trains.
+        # Only adapters in training, or all adapters if none trains.
         adapters = {n: a for n, a in adapters.items() if a.trains} or adapters
         if not adapters:
             raise ValueError("`HeadUsageCallback` needs a model with R-LoRA adapters, and this one has none.")
@@ -101,7 +101,7 @@ class HeadUsageCallback(TrainerCallback):
         """
         Mean head weights `[L, N]` and number of tokens by task since the last call, over all ranks.
 
-        Counting starts over, so that the next evaluation is counted separately.
+        Resets the counts for the next evaluation.
         """
         assert self._running is not None
         weights, tokens = self._running.weights.clone(), self._running.tokens.clone()

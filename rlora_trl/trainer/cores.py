@@ -17,7 +17,7 @@ def use_all_cores() -> None:
     """
     Use a thread for each available core, in a single process on a CPU: `accelerate launch` sets one thread.
 
-    An `OMP_NUM_THREADS` that the user set is respected: any value but the 1 that the launcher sets if there is none.
+    An `OMP_NUM_THREADS` of the user is respected. The value 1 counts as the launcher's, which sets it by default.
     """
     threads = os.environ.get("OMP_NUM_THREADS")
     is_default = threads is None or (threads == "1" and _LAUNCHED in os.environ)

@@ -42,7 +42,7 @@ def name_revision(config: RLoraConfig, model_init_kwargs: Any) -> None:
 
 def _check_trains(model: PeftModel, config: RLoraConfig) -> None:
     """
-    Check that the active adapter of a model trains: otherwise `Trainer` would make all steps and change nothing.
+    Check that the active adapter is trainable: otherwise `Trainer` would run all steps and change nothing.
 
     Raises:
         ValueError: If it does not.
@@ -52,7 +52,7 @@ def _check_trains(model: PeftModel, config: RLoraConfig) -> None:
     merged = any(module.merged_adapters for module in model.modules() if isinstance(module, RLoraLayer))
     if merged:
         raise ValueError(
-            "Adapters are merged into the base model, which would stay so in training. Call `model.unmerge_adapter()` "
+            "Adapters are merged into the base model and could not be trained. Call `model.unmerge_adapter()` "
             "before creating the trainer."
         )
     if any(adapter.trains for adapter in adapters):
@@ -79,7 +79,7 @@ def how_to_train(names: list[str]) -> str:
 
 
 def _adapted_already(model: nn.Module) -> str:
-    """Why a model with adapters gets no new one, and the remedy."""
+    """The error for a model that already has adapters, with the remedy."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return (
             "The model has adapters that were loaded through transformers, and `RLoraSFTTrainer` would add new ones "
@@ -87,18 +87,18 @@ def _adapted_already(model: nn.Module) -> str:
             "`AutoPeftModelForCausalLM.from_pretrained(adapter, is_trainable=True)`."
         )
     return (
-        "The model has adapters in its layers: an earlier trainer or `get_peft_model` added them to this object, and "
-        "new ones would come on top. To train those further, pass the `PeftModel` (`trainer.model` of the earlier "
-        "trainer). For a new adapter take the base model from `peft_model.unload()`, or load it again."
+        "The model already has adapters: an earlier trainer or `get_peft_model` added them to this object, and new "
+        "ones would be added on top. To train them further, pass the `PeftModel` (`trainer.model` of the earlier "
+        "trainer). For a new adapter, use the base model from `peft_model.unload()`, or load it again."
     )
 
 
 def _check_not_compiled(model: Any) -> None:
     """
-    Refuse compiled modules, whose parameters have other names than those of the model.
+    Refuse compiled modules, because their parameters have other names.
 
     Raises:
-        ValueError: If there are some.
+        ValueError: If the model or a module of it is compiled.
     """
     if isinstance(model, str):
         return

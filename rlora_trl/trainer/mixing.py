@@ -1,7 +1,7 @@
 """
 Mixing of tasks: how many rows of each task an epoch draws, and which ones.
 
-The rates are those of T5 (Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, section
+The rates follow T5 (Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, section
 3.5.2, https://arxiv.org/abs/1910.10683). With n_i the size of task i and K a cap, its share is proportional to
 
     proportional    min(n_i, K)
@@ -39,7 +39,7 @@ Unit: TypeAlias = Literal["rows", "tokens"]
 @dataclass(frozen=True)
 class TaskMixture:
     """
-    How much of each task an epoch draws.
+    The rows that an epoch draws from each task.
 
     An epoch draws as many rows as the tasks have, each counted up to the cap. With `unit="tokens"` it draws that many
     tokens, and the rows of a task are its tokens divided by the mean length of its rows.
@@ -273,8 +273,8 @@ def mix_tasks(
         unit (`str`, *optional*, defaults to `"rows"`):
             Unit of sizes and the cap: `"rows"`, or `"tokens"` of map-style datasets with a column `input_ids`.
         sizes (`Mapping[str, int]`, *optional*):
-            Rows by task, of streams. By default what the stream's `info` says of its split, which is the number before
-            any `filter`, `take` or `skip`: give `sizes` after those.
+            Rows by task, for streams. By default the number in the stream's `info`, which ignores `filter`, `take` and
+            `skip`: pass `sizes` after those.
         seed (`int`, *optional*, defaults to `42`): Seed of the draws.
         epoch (`int`, *optional*, defaults to `0`): Epoch to draw; of a stream, the one to start with.
         task_column (`str`), text_column (`str`), any_format (`bool`): See [`label_tasks`].
@@ -283,7 +283,7 @@ def mix_tasks(
         `Dataset` or `IterableDataset`: With the columns of the common format and the task column.
 
     Raises:
-        ValueError: See [`TaskMixture`] and [`label_tasks`]; and if sizes are unknown, or given and of no use.
+        ValueError: See [`TaskMixture`] and [`label_tasks`]; and if sizes are unknown, or passed without effect.
         TypeError: If a task is not a dataset, or streams and map-style datasets are mixed.
     """
     check_options(mixing, temperature, cap, unit)
@@ -352,7 +352,7 @@ def prepare_tasks(train_dataset: Any, args: Any, *, any_format: bool = False) ->
     refuse_splits(train_dataset)
     if isinstance(train_dataset, IterableDataset) and args.mixes_tasks:
         raise ValueError(
-            f"`mixing={args.mixing!r}` needs a stream for each task, and got one stream. Pass a dictionary of streams "
+            f"`mixing={args.mixing!r}` needs a stream for each task, got one stream. Pass a dictionary of streams "
             "by task, or mix them yourself with `rlora_trl.mix_tasks`."
         )
 
@@ -366,7 +366,7 @@ def prepare_tasks(train_dataset: Any, args: Any, *, any_format: bool = False) ->
     names = task_names(train_dataset)
     if len(names) > MAX_TASKS:
         raise ValueError(
-            f"`train_dataset` has {len(names)} tasks, and an adapter has at most {MAX_TASKS}. Join some of them."
+            f"`train_dataset` has {len(names)} tasks, and an adapter has at most {MAX_TASKS}. Combine some of them."
         )
     has_streams = any(isinstance(dataset, IterableDataset) for dataset in train_dataset.values())
     options = {"task_column": args.task_column, "text_column": args.dataset_text_field, "any_format": any_format}
@@ -401,7 +401,7 @@ def _tokens(task: str, dataset: Dataset) -> int:
         columns = ", ".join(dataset.column_names)
         raise ValueError(
             f"`unit='tokens'` counts the column 'input_ids', and task {task!r} has {columns}. Tokenize the datasets "
-            "before, or use `unit='rows'`."
+            "first, or use `unit='rows'`."
         )
     return sum(int(_lengths(batch).sum()) for batch in arrow_batches(dataset.select_columns(["input_ids"])))
 
@@ -409,8 +409,8 @@ def _tokens(task: str, dataset: Dataset) -> int:
 def _mix_equally(streams: list[IterableDataset], seed: int) -> IterableDataset:
     shares = [1 / len(streams)] * len(streams)
     mixed = interleave_datasets(streams, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-    # From epoch 1 on, datasets 5.2 would draw from the epoch alone and forget the seed; below a `skip` or `take` it
-    # derives the draws from both. (No upstream issue as of datasets 5.2; datasets#7051 is about the same method.)
+    # From epoch 1 on, datasets 5.2 would use only the epoch as the seed; under a `skip` or `take` it uses both. (No
+    # upstream issue as of datasets 5.2; datasets#7051 is about the same method.)
     return mixed.skip(0)
 
 
@@ -436,8 +436,8 @@ def _rows_of_streams(streams: Mapping[str, IterableDataset], sizes: Mapping[str,
         split = (stream.info.splits or {}).get(str(stream.split))
         if split is None or not split.num_examples:
             raise ValueError(
-                f"Task {task!r} is a stream of unknown length, and its share depends on that. Give the rows of each "
-                'task as `sizes={task: rows}`, or use `mixing="proportional"` without `cap`, or `mixing="equal"`.'
+                f"Task {task!r} is a stream of unknown length, and its share depends on its length. Pass the rows of "
+                'each task as `sizes={task: rows}`, or use `mixing="proportional"` without `cap`, or `mixing="equal"`.'
             )
         rows[task] = split.num_examples
     return rows

@@ -13,7 +13,7 @@ from ..tuner import MultiHeadAdapter
 
 class RoutingMonitor:
     """
-    Creates the tally of each micro-batch, and sums over micro-batches what the layers add to it.
+    Creates the tally of each micro-batch, and sums the statistics that the layers add to it.
 
     A balance loss is the mean over layers, and over micro-batches and ranks by the tokens that count, so that its
     coefficient means the same however a batch is split.
@@ -48,8 +48,8 @@ class RoutingMonitor:
         self.kind, self.coefficient, self.whole_step = kind, coefficient, whole_step
         self.factor = 0.0
         self.expected_tokens = 0.0
-        # For the scope of the whole step: tokens that this rank and the other ranks have left in it, and shares
-        # [L, 2 N] in the step before, of all ranks, of this one and of the others.
+        # For the scope of the whole step: remaining tokens of this rank and of the other ranks, and shares [L, 2 N] in
+        # the step before, over all ranks, on this rank and on the others.
         self.rank_tokens = self.other_tokens = torch.zeros((), device=device)
         self.prior: torch.Tensor | None = None
         self.prior_of_rank = self.prior_of_others = torch.zeros((), device=device)
@@ -110,8 +110,8 @@ class RoutingMonitor:
         """
         prior = None
         if self.whole_step and self.prior is not None:
-            # For the tokens not seen yet, other ranks are assumed to be as they were in the step before, and the rest
-            # of this rank's micro-batches as this rank was.
+            # For tokens not seen yet, the shares of the step before are used: those of the other ranks, and those of
+            # this rank for the rest of its micro-batches.
             self.rank_tokens = self.rank_tokens - tokens
             left = (self.other_tokens + self.rank_tokens).clamp(min=1.0)
             prior = (self.other_tokens * self.prior_of_others + self.rank_tokens * self.prior_of_rank) / left
@@ -146,7 +146,7 @@ class RoutingMonitor:
             deviation over mean of the heads' mean weights). Empty without tokens.
         """
         stats = self.step._replace(data=reduce(self.unlogged.data + self.step.data).cpu().double())
-        # The sums of the running step so far are logged now, and must not be counted again when it ends.
+        # The sums of the running step are logged now, and must not be counted again at its end.
         self.unlogged.data.copy_(-self.step.data)
         if not bool((stats.tokens > 0).all()):
             return {}
@@ -164,7 +164,7 @@ class RoutingMonitor:
 
     def state(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[list[float]] | None:
         """
-        The state that a resumed run needs to continue exactly: sums of the last step, of each rank.
+        The state for an exact resume: sums of the last step on each rank.
 
         Args:
             gather (`Callable`): Concatenates `[1, n]` of all ranks to `[ranks, n]`.

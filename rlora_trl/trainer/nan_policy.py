@@ -16,7 +16,7 @@ from ..reading import first_few
 logger = get_logger(__name__)
 
 NAN_POLICIES = ("stop", "skip", "ignore")
-# More skipped steps in a row are not a bad batch: the run has diverged.
+# With more skipped steps in a row, the run has diverged.
 MAX_SKIPPED_IN_A_ROW = 10
 
 
@@ -24,7 +24,7 @@ class NanGuard:
     """
     Checks the gradients of each step before the optimizer uses them.
 
-    All ranks decide the same: gradients are averaged over ranks before, or their norm is summed over ranks.
+    All ranks take the same decision: gradients were averaged over ranks, or their norm is summed over ranks.
 
     Args:
         policy (`str`): `"stop"` raises an error before any weight changes, `"skip"` skips the step, `"ignore"` checks
@@ -51,8 +51,8 @@ class NanGuard:
 
         Args:
             step (`int`): Number of the step, for messages.
-            skipped_by_engine (`bool`, *optional*): Whether DeepSpeed's engine, which makes the steps there, skipped
-                this one because its gradients were not finite.
+            skipped_by_engine (`bool`, *optional*): With DeepSpeed, whether its engine skipped the step because of
+                gradients that are not finite.
 
         Returns:
             `bool`: Whether the step is skipped.
@@ -108,8 +108,7 @@ def check_deepspeed_settings(config: dict[str, Any], policy: str) -> None:
     """
     Refuse settings with which DeepSpeed would write NaN into the weights.
 
-    With DeepSpeed the engine makes the steps, so it must be the engine that skips those with gradients that are not
-    finite.
+    DeepSpeed's engine updates the weights, so the engine must detect gradients that are not finite.
 
     Args:
         config (`dict`): The DeepSpeed configuration.
@@ -133,6 +132,6 @@ def check_deepspeed_settings(config: dict[str, Any], policy: str) -> None:
     ):
         if settings.get(name, True) is False:
             raise ValueError(
-                f"`nan_policy={policy!r}` has no effect with `{section}.{name}` false in the DeepSpeed configuration, "
-                "with which it does not check whether gradients are finite. Remove it, or set `nan_policy='ignore'`."
+                f"`nan_policy={policy!r}` has no effect: `{section}.{name}` is false in the DeepSpeed configuration, "
+                "which turns off the check of gradients. Remove it, or set `nan_policy='ignore'`."
             )

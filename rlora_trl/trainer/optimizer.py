@@ -20,7 +20,7 @@ def set_learning_rates(
     """
     Move routers and heads B of a new optimizer into parameter groups with their own learning rates.
 
-    To be called before a scheduler reads the groups. Weight decay does not change.
+    Call it before a scheduler reads the groups. Weight decay does not change.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Has all trained parameters.

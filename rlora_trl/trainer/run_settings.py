@@ -123,17 +123,17 @@ def settings_of(args: Any, data: Any) -> dict[str, Any]:
 
 def describe_data(dataset: Any, rows: int | None = None) -> dict[str, Any] | None:
     """
-    Fingerprint prepared training data, to see whether a resumed run has the same.
+    Fingerprint prepared training data, to check that a resumed run has the same data.
 
-    The digest is that of the tokens and tasks of at most 10,000 rows, at even distances.
+    The digest covers the tokens and tasks of at most 10,000 rows, evenly spaced.
 
     Args:
         dataset: The data.
         rows (`int`, *optional*): Only the first rows.
 
     Returns:
-        `dict`, *optional*: The number of `rows`, and a `digest`; `None` for streams and for data with a transform,
-        whose rows are not known.
+        `dict`, *optional*: The number of `rows`, and a `digest`; `None` for streams and data with a transform, which
+        can't be read in advance.
     """
     if not isinstance(dataset, Dataset) or has_transform(dataset):
         return None
@@ -148,7 +148,7 @@ def describe_data(dataset: Any, rows: int | None = None) -> dict[str, Any] | Non
         for batch in sample.select_columns(tokens).iter(batch_size=1000):
             for name in tokens:
                 _digest_numbers(digest, batch[name])
-    else:  # pictures are large, and their files may have moved
+    else:  # not images, which are large and whose files may have moved
         columns = [name for name in dataset.column_names if name not in ("image", "images")]
         texts = sample.with_format(None).select_columns(columns).to_list()
         digest.update(json.dumps(texts, sort_keys=True, default=str).encode())
@@ -165,15 +165,15 @@ def _digest_numbers(digest: Any, column: pa.ChunkedArray) -> None:
 
 def check_run(checkpoint: Path, args: Any, data: Any) -> None:
     """
-    Compare the settings of a run with those of the checkpoint that it resumes from, and warn of differences.
+    Compare the settings of a run with those of its checkpoint, and warn about harmless differences.
 
     Args:
-        checkpoint (`Path`): The checkpoint. One of an earlier version without settings is not compared.
+        checkpoint (`Path`): The checkpoint. Checkpoints of earlier versions, without settings, are not compared.
         args ([`RLoraSFTConfig`]): The configuration of the run.
         data (`dict`, *optional*): See [`describe_data`].
 
     Raises:
-        ValueError: If settings differ that the state of the optimizer or the position in the data depends on.
+        ValueError: If settings differ on which the optimizer state or the position in the data depends.
     """
     parts = read_state(checkpoint).get("runs")
     if not parts:
@@ -184,13 +184,13 @@ def check_run(checkpoint: Path, args: Any, data: Any) -> None:
         raise ValueError(
             f"The run can't be resumed from {str(checkpoint)!r}, which was trained with other settings:\n  "
             + "\n  ".join(refused)
-            + "\nThe optimizer state and the position in the data that the checkpoint has depend on them. Resume with "
+            + "\nThe optimizer state and the position in the data depend on these settings. Resume with "
             f"the settings of the checkpoint. {FRESH_START_HINT}"
         )
     changed = _differences(saved, present, _WARN_IF_CHANGED)
     if changed:
         logger.warning(
-            f"The run is resumed from step {step_of(checkpoint)} with other settings, which its record will list: "
+            f"The run is resumed from step {step_of(checkpoint)} with changed settings, which the record will list: "
             + "; ".join(changed)
             + ". Pass the earlier values to continue the run unchanged."
         )

@@ -40,7 +40,7 @@ def _policy(accelerator: Accelerator) -> Any:
 
 def wait_for_backward(device: torch.device) -> None:
     """
-    Wait for the device after a micro-batch whose gradients are not summed over ranks yet.
+    Wait for the device after each micro-batch but the last of a step.
 
     FSDP2 gathers weights for the next micro-batch while the backward pass of this one is running, and sometimes gets
     zeros for part of the final norm and the head, which accelerate gathers together
@@ -57,15 +57,15 @@ def wait_for_backward(device: torch.device) -> None:
 
 def keep_adapters_wide(model: nn.Module) -> None:
     """
-    Have FSDP2 gather adapters in float32, their dtype, while it gathers the layers around them in 16 bits.
+    Make FSDP2 gather adapters in float32, and the layers around them in 16 bits.
 
-    Their gradients are then in float32 too, and reduced so. Rounded to 16 bits one by one, the heads would no longer
-    agree with their mean in the anchor, and small updates would be lost. Adapters are small, so this costs little.
+    Gradients of adapters are then computed and reduced in float32. Rounded to 16 bits one by one, the heads would no
+    longer agree with their mean in the anchor, and small updates would be lost. Adapters are small, so this costs little.
 
-    To be called after the model is prepared and before it is first run. PyTorch has one dtype policy for all
-    parameters that it gathers together; this sets what it derives from the policy for each parameter. Where other
-    parameters train in the same group (`modules_to_save` inside a block), whose gradients would then have another
-    dtype, adapters are not changed.
+    Call it after the model is prepared and before its first forward pass. PyTorch has one dtype policy for all
+    parameters that it gathers together; this overrides the dtypes that it derives for each parameter. If other
+    parameters train in the same group (`modules_to_save` inside a block), their gradients would have another dtype,
+    and adapters are not changed.
 
     A PyTorch with a policy per parameter ends the need for this (pytorch#156784; pytorch#196626 is open as of 2.13).
 

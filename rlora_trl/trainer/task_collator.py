@@ -33,17 +33,17 @@ class TaskCollator:
     joined (padding-free), with a mask `[B, S]` of the tokens that begin a row. Adds a mask of the tokens that are not
     padding if the batch has no attention mask.
 
-    The collator may pad on either side, truncate, drop, repeat or reorder rows, or join all in one: the examples are
-    found by their tokens. One that changes tokens must return one row for each example, in their order.
+    The collator may pad on either side, truncate, drop, repeat or reorder rows, or join all in one row: examples are
+    found by their tokens. A collator that changes tokens must return one row per example, in order.
 
     Args:
         collator (`Callable`): Makes a batch of examples, with `input_ids` `[B, S]`.
         required (`bool`, *optional*, defaults to `False`):
-            Whether each row needs its task. Otherwise rows whose example is not found have none, with a warning.
+            Whether each row needs a task. Otherwise rows without a matching example have none, with a warning.
 
     Raises:
         TypeError: If the collator does not return a mapping.
-        ValueError: If tasks are required and those of some rows are not known.
+        ValueError: If tasks are required, and the task of a row is unknown.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], required: bool = False) -> None:
@@ -55,11 +55,11 @@ class TaskCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         task_ids: list[Any] = [example.get(TASK_IDS) for example in examples]
         rest = [{name: value for name, value in example.items() if name != TASK_IDS} for example in examples]
-        # Copied before the collator runs, which may change its input. Pictures become tokens only there.
+        # Copied, because the collator may change its input. Images become tokens only in the collator.
         tokens = [_copy_of(example["input_ids"]) for example in examples] if "input_ids" in examples[0] else None
         batch = _as_tensors(self.collator(rest))
 
-        # Without tokens to compare, rows are those of the examples in their order.
+        # Without tokens to compare, assume one row per example, in order.
         ids = batch.get("input_ids")
         if tokens is None or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             if task_ids[0] is not None:
@@ -151,9 +151,9 @@ class TaskCollator:
 
     def _miss(self, rows: int, examples: int) -> None:
         text = (
-            f"The data collator made {rows} rows of {examples} examples, and their tokens are not those of the "
-            "examples, so that the task of each row is not known. A collator may pad, truncate, drop, repeat or "
-            "reorder rows; one that changes tokens must return one row for each example, in their order."
+            f"The data collator made {rows} rows from {examples} examples, with tokens that match no example, so "
+            "the task of each row is unknown. A collator may pad, truncate, drop, repeat or reorder rows; if it "
+            "changes tokens, it must return one row per example, in order."
         )
         if self.required:
             raise ValueError(f'{text} `router="task"` needs the task of each row.')
@@ -247,7 +247,7 @@ def _find_beside_padding(row: np.ndarray, tokens: np.ndarray, example: int) -> _
     for first, start in ((0, 0), (length - shorter, width - shorter)):
         columns = np.arange(start, start + shorter)
         if shorter and np.array_equal(row[columns], tokens[first : first + shorter]):
-            # All that is beside the tokens is padding, of one value.
+            # All other tokens are padding, of one value.
             if len(np.unique(np.delete(row, columns))) <= 1:
                 return _Piece(example, columns, first, fit=2 if shorter == length else 1)
     return None
@@ -257,8 +257,8 @@ def _columns_beside_padding(rows: np.ndarray, lengths: Sequence[int], labels: An
     """
     Columns of the tokens in rows whose tokens the collator changed, such as by adding a beginning to all.
 
-    Rows of shorter examples have that much more padding than that of the longest: on one side, of one value, without a
-    loss.
+    Rows of shorter examples have correspondingly more padding than the row of the longest: on one side, of one value,
+    without a loss.
 
     Args:
         rows (`np.ndarray` of shape `[B, S]`): Tokens.
@@ -283,7 +283,7 @@ def _columns_beside_padding(rows: np.ndarray, lengths: Sequence[int], labels: An
 
 
 def _is_padding(rows: np.ndarray, pieces: Sequence[_Piece | None]) -> bool:
-    """Whether all tokens beside the pieces have one value, as padding has; a token of another row has not."""
+    """Whether all tokens outside the pieces have one value, so that they are padding."""
     beside = np.ones(rows.shape, dtype=bool)
     for index, piece in enumerate(pieces):
         if piece is not None:
@@ -292,5 +292,5 @@ def _is_padding(rows: np.ndarray, pieces: Sequence[_Piece | None]) -> bool:
 
 
 def _columns_of(mask: np.ndarray | None, width: int) -> np.ndarray:
-    """Columns of the tokens of a row that the collator changed: those of the mask, or all if there is none."""
+    """Columns of the tokens in a row that the collator changed: those in the mask, or all without a mask."""
     return np.arange(width) if mask is None else np.flatnonzero(mask)

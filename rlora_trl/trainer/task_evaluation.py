@@ -35,8 +35,8 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
         task_column (`str`): Column that names the task of each row.
 
     Returns:
-        A dictionary by task, if `dataset` is a map-style dataset with a column of several tasks; a dictionary with its
-        keys as strings; all else as it is.
+        A dictionary by task, if `dataset` is a map-style dataset with a column of several tasks. Dictionaries get
+        strings as keys; other data are returned unchanged.
 
     Raises:
         ValueError, TypeError: See [`task_names`] and [`tasks_in`].
@@ -58,7 +58,7 @@ def split_by_task(dataset: Any, task_column: str) -> Any:
 @dataclass(frozen=True)
 class OptionRows:
     """
-    Rows of evaluation data that can be scored. Preparation for training drops their options.
+    Rows of evaluation data that can be scored, kept because preparation drops their options.
 
     Args:
         rows (`Dataset`): With `prompt`, `completion` and `options` that contain the completion, and perhaps a task
@@ -91,8 +91,8 @@ def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> d
         prefix (`str`, *optional*): Prefix of the names, followed by an underscore.
 
     Returns:
-        `dict[str, OptionRows]`: By the name of their dataset. Without datasets that are tokenized (preparation adds
-        the end of the sequence to completions, which then match no option) or have pictures or a transform.
+        `dict[str, OptionRows]`: By the name of their dataset. Skipped are tokenized datasets (preparation adds
+        the end of the sequence to completions, which then match no option), and those with images or a transform.
     """
     named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     scorable = {}
@@ -121,9 +121,9 @@ def _is_scorable(dataset: Dataset, name: str) -> bool:
             outside += completion not in options
     if outside:
         logger.warning(
-            f"Evaluation data{f' of {name!r}' if name else ''} have {outside} rows with a completion that is not "
-            "among their `options`: no accuracy is computed. Make them agree, spaces too, or remove the column "
-            "`options`."
+            f"Evaluation data{f' of {name!r}' if name else ''} has {outside} rows with a completion that is not "
+            "among their `options`, so no accuracy is computed. Correct these rows (spaces count), or remove the "
+            "column `options`."
         )
     return outside == 0
 
@@ -140,7 +140,7 @@ def count_correct_options(
     max_length: int | None = None,
 ) -> list[int]:
     """
-    Count the rows of this rank whose completion is the most likely of its options.
+    Count the correct rows of this rank: those with the completion as the most likely option.
 
     Args:
         model (`torch.nn.Module`), tokenizer (`PreTrainedTokenizerBase`): The model, and its tokenizer.
@@ -163,7 +163,7 @@ def count_correct_options(
         with ExitStack() as stack:
             for routing in routings:
                 has_task = routing.kind == "task" and task in routing.tasks
-                # The use of heads was counted in the evaluation of the same rows.
+                # The loss evaluation of the same rows has counted the use of heads.
                 stack.enter_context(routing.using(usage=None, task=routing.index_of(task) if has_task else None))
             scores = score_tasks(
                 model, tokenizer, {task: part.to_list()}, batch_size=batch_size, max_length=max_length

@@ -43,14 +43,14 @@ def align_features(datasets: Mapping[str, Dataset | IterableDataset], *, may_dro
 
     - Columns of nulls take the type that other tasks give them; integers, floats, texts and lists the wider type.
     - Structs that differ in their fields become `Json`, so that a row reads as in the dataset of its task alone. (If
-      JSON can't hold their values, such as pictures, they become one struct, with nulls for absent fields.)
-    - Pictures take the mode that one of them has. Tools that are JSON in one task become JSON in all.
+      JSON can't hold their values, such as images, they become one struct, with nulls for absent fields.)
+    - Images take the mode that one of the tasks sets. Tools that are JSON in one task become JSON in all.
     - Class labels with different names become integers; if other tasks have texts, they become their names.
 
     Args:
         datasets (`Mapping[str, Dataset | IterableDataset]`): Datasets by task, all with the same columns.
         may_drop (`bool`, *optional*, defaults to `False`):
-            Columns with types that can't be aligned are dropped, with a warning, as long as others are left.
+            Columns with types that can't be aligned are dropped, with a warning, unless no column would remain.
 
     Returns:
         `dict[str, Dataset | IterableDataset]`: Datasets by task.

@@ -25,7 +25,7 @@ from ..tuner.task_names import MAX_TASKS, task_name
 from .task_features import align_features
 
 
-# Columns that are kept beside those of the format; all others are dropped when tasks are joined.
+# Columns that are kept in addition to those of the format. Others are dropped when tasks are joined.
 _COMPANIONS = (
     *("labels", "completion_mask", "assistant_masks", "seq_lengths"),
     *("tools", "chat_template_kwargs", "images", "image"),
@@ -42,7 +42,7 @@ def columns_of(dataset: AnyDataset) -> list[str]:
 
 
 def values_of(dataset: Dataset, column: str) -> list[Any]:
-    """A column as it is stored: a transform or a format of tensors would change task names."""
+    """The stored values of a column. A transform or a tensor format would change task names."""
     # `[:]`, because a column is read row by row otherwise.
     return dataset.with_format(None)[column][:]
 
@@ -75,7 +75,7 @@ def task_names(tasks: Iterable[Any], of: str = "train_dataset") -> list[str]:
     if twice:
         raise ValueError(
             f"`{of}` has {', '.join(map(repr, twice))} more than once, as a name and as a number. Give each "
-            "task a name of its own."
+            "task a different name."
         )
     return names
 
@@ -126,7 +126,7 @@ def tasks_in(dataset: AnyDataset, task_column: str, *, required: bool) -> list[s
 
 def refuse_splits(datasets: Any) -> None:
     """
-    Refuse a `DatasetDict`, whose splits would be taken for tasks: a test split must not become training data.
+    Refuse a `DatasetDict`: its splits would be treated as tasks, and a test split would become training data.
 
     Args:
         datasets: The argument that may be a dictionary of datasets by task.
@@ -236,7 +236,7 @@ def _check_datasets(datasets: Mapping[str, AnyDataset]) -> None:
         if has_transform(dataset):
             raise ValueError(
                 f"Task {task!r} is a dataset with a transform (`with_transform` or `set_transform`), which can't be "
-                "joined with others: its rows are made as they are read. Apply the function with `Dataset.map` "
+                "joined with others: its rows are created when they are read. Apply the function with `Dataset.map` "
                 "instead, or remove it with `with_format(None)`."
             )
         if next(iter(dataset.with_format(None)), None) is None:
@@ -280,7 +280,7 @@ def _shared_columns(datasets: Mapping[str, AnyDataset], task_column: str) -> lis
 
 
 def _companions(datasets: Mapping[str, AnyDataset], names: tuple[str, ...]) -> list[str]:
-    """The columns beside the format that all tasks have. They change what is trained on, so none may be dropped."""
+    """Additional columns that all tasks have. They affect training, so none may be dropped."""
     columns = {task: set(columns_of(dataset)) for task, dataset in datasets.items()}
     shared = []
     for name in _COMPANIONS:

@@ -28,8 +28,8 @@ class PrefetchedWeights(NamedTuple):
     Args:
         weights ([`ConcatWeights`]): The concatenated weights.
         layout ([`Layout`]), scaling (`float`): How they were concatenated.
-        tensors (`AdapterTensors`): The tensors that they were made from.
-        versions (`list[int | None]`): How often each tensor had been written to.
+        tensors (`AdapterTensors`): The source tensors.
+        versions (`list[int | None]`): Version counter of each source tensor at that time.
     """
 
     weights: ConcatWeights
@@ -40,11 +40,11 @@ class PrefetchedWeights(NamedTuple):
 
     @classmethod
     def of(cls, weights: ConcatWeights, spec: DeltaSpec, tensors: AdapterTensors) -> PrefetchedWeights:
-        """Weights that were made from `tensors` just now."""
+        """Weights that were just computed from `tensors`."""
         return cls(weights, spec.layout, spec.scaling, tensors, _versions(tensors))
 
     def holds_for(self, tensors: AdapterTensors, layout: Layout, scaling: float, x: torch.Tensor) -> bool:
-        """Whether the weights suit the input `x` and equal what the tensors would give now."""
+        """Whether the weights fit the input `x`, and the tensors have not changed since."""
         down = self.weights.down
         return (
             # `torch.func.functional_call` passes other tensors, and offloaded layers change their device.
@@ -141,7 +141,7 @@ class MultiHeadAdapter(nn.Module):
 
         Args:
             num_tasks (`int`, *optional*, defaults to `0`):
-                Rows of a task router. The other arguments are those of the class.
+                Number of tasks of a task router. Other arguments: see the class.
 
         Returns:
             `dict[str, tuple[int, ...]]`: Shapes by name, in the order of `tensor_names`.
@@ -224,12 +224,12 @@ class MultiHeadAdapter(nn.Module):
         """Draw new initial values and set the anchor to them."""
         init_heads_(self.A, self.B, self.init_weights, self.init_gamma)
         if self.router is not None:
-            # With a router of zeros a test could not see whether it is used.
+            # In tests a router of zeros would hide whether it is used.
             init_router_(self.router, self.router_init if self.init_weights is not False else "kaiming_uniform")
         self.reset_anchor()
 
     def _anchor_of(self, B: torch.Tensor) -> torch.Tensor:
-        """The part of B that the anchor needs: with a shared A the mean over heads is enough."""
+        """The part of B that the anchor stores: with a shared A, the mean over heads."""
         return B.mean(0) if self.share_a else B
 
     @torch.no_grad()
@@ -250,14 +250,14 @@ class MultiHeadAdapter(nn.Module):
         )
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Cast all parameters. An adapter that equals its anchor still does so after rounding."""
+        """Cast all parameters. An adapter that equals its anchor still equals it after rounding."""
         at_anchor = self.A.device.type != "meta" and self.is_at_anchor()
         self.to(dtype)
         if at_anchor:
             self.reset_anchor()
 
     def freeze_anchor(self) -> None:
-        """Turn gradients off for the anchor, after code that turned them on for every parameter."""
+        """Freeze the anchor again, after code that made every parameter trainable."""
         for name in self.anchor_names:
             parameter = getattr(self, name)
             if parameter is not None:
@@ -331,7 +331,7 @@ class MultiHeadAdapter(nn.Module):
     def _fused(
         self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, inplace: bool, masked: bool
     ) -> torch.Tensor:
-        """`forward` as one autograd function: the way of training."""
+        """`forward` as one autograd function, for training."""
         logits = self._replacing_logits(x)
         tensors, layout = self.kernel_tensors(), self._layout()
         weights = self._prefetched(tensors, layout, x)
@@ -374,7 +374,7 @@ class MultiHeadAdapter(nn.Module):
         return DeltaSpec(self._layout(), self.scaling)
 
     def _prefetched(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> ConcatWeights | None:
-        """The prefetched weights, if they hold for this call."""
+        """The prefetched weights, if they are valid for this call."""
         prefetched = self.prefetched
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
             return prefetched.weights
@@ -449,7 +449,7 @@ class MultiHeadAdapter(nn.Module):
         return torch.cat([logits, logits.softmax(-1).mean(0, keepdim=True).log()])
 
     def _replacing_logits(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Logits `[T, N]` that replace those of a router on the input; `None` without such."""
+        """Logits `[T, N]` that replace a router on the input; `None` with such a router."""
         if self.fixed_logits is not None:
             return self.fixed_logits.expand(x.shape[:-1].numel(), -1)
         return self._logits_by_task(x) if self.router_kind == "task" else None

@@ -1,4 +1,4 @@
-"""What adapters know about a batch beyond their input, and the checks of the task ids that a user passes."""
+"""The context of a batch for the layers, and checks of task ids."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 class BatchContext(NamedTuple):
     """
-    All that the layers of one adapter know about a batch.
+    The context of a batch: everything besides the input that the layers of one adapter use.
 
-    It is entered by [`Routing.using`]. A recomputation (activation checkpointing) sees the context of the forward pass
-    that it repeats.
+    [`Routing.using`] sets it. A recomputation (activation checkpointing) gets the context of the forward pass that it
+    repeats.
 
     Args:
         task_ids (`torch.Tensor` of shape `[B]` or `[B, S]`, *optional*): Tasks of rows or tokens, -1 for none.
-        task (`int`, *optional*): Task of all tokens where `task_ids` is not set; see [`set_task`].
+        task (`int`, *optional*): Task of all tokens if `task_ids` is not set; see [`set_task`].
         token_mask (`torch.Tensor` of shape `[B, S]`, *optional*): Zero where a token does not count.
         tally (`RoutingTally`, *optional*): Collects the routing statistics of a training step.
         usage ([`HeadUsage`], *optional*): Collects the head weights of an evaluation.
         seed (`int`, *optional*): Seed of all dropout masks of the batch; without it each layer draws its own.
         seed_tensor (`torch.Tensor`, *optional*): The same seed in memory: a compiled graph would bake in a number.
-        rows_repeat (`bool`, *optional*, defaults to `False`): Layers may see each row several times in succession, as
-            in beam search and multiple choice.
+        rows_repeat (`bool`, *optional*, defaults to `False`): Layers may get each row several times in a row, as in
+            beam search and multiple choice.
         lengths (`tuple[int]`, *optional*): Sequence lengths of the batch (those of encoder and decoder may differ);
             empty where they are unknown.
     """
@@ -99,13 +99,13 @@ def describe_batch(args: Sequence[Any], kwargs: Mapping[str, Any], generates: bo
     if first is not None:
         tensors.setdefault("inputs_embeds" if first.is_floating_point() else "input_ids", first)
 
-    # Without tokens the input may be an image or audio, whose first dimension is the batch too.
+    # Without tokens, the input may be an image or audio, with the batch as its first dimension.
     tokens = next((tensors[name] for name in ("input_ids", "inputs", "inputs_embeds") if name in tensors), None)
     if tokens is None:
         other = next(iter(tensors.values()), None)
         return None if other is None else BatchShape(other.shape[0], None, generates, ())
 
-    # Multiple choice has a dimension more: [B, C, S] and [B, C, S, d].
+    # Multiple choice has one more dimension: [B, C, S] and [B, C, S, d].
     axes = tokens.ndim - tokens.is_floating_point()
     sequences = [tokens] + [tensors[name] for name in ("decoder_input_ids", "labels") if name in tensors]
     lengths = () if generates or axes != 2 else tuple({x.shape[1] for x in sequences if x.ndim > 1})
@@ -129,7 +129,7 @@ def task_index(task: str | int, tasks: Sequence[str]) -> int:
         return int(task)
     names = ", ".join(f"{index}: {name}" for index, name in enumerate(tasks)) or "(none)"
     raise ValueError(
-        f"Task {task!r} is unknown to the adapter, whose tasks are {names}. Use one of these names or indices, or "
+        f"The adapter has no task {task!r}; it has {names}. Use one of these names or indices, or "
         "None for the mean over all tasks."
     )
 

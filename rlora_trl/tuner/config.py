@@ -27,7 +27,7 @@ BIASES = ("none", "all", "rlora_only")
 
 
 class RLoraPeftType(str, Enum):  # noqa: UP042 - as `peft.PeftType`; StrEnum prints differently
-    """The method's entry beside `peft.PeftType`, which is closed to other packages; transformers reads `.value`."""
+    """The method's type, as other packages can't extend `peft.PeftType`; transformers reads `.value`."""
 
     RLORA = "RLORA"
 
@@ -102,7 +102,7 @@ class RLoraConfig(PeftConfig):
         TypeError: If a value has another type.
     """
 
-    # Not a field, as it is not saved. Set when a configuration is loaded, to find the files beside it.
+    # Not a field, because it is not saved. Set when a configuration is loaded, to find other files of the adapter.
     source: ClassVar[AdapterSource | None] = None
     # Not a field either: whether it was read from a file. transformers calls `PeftConfig.from_pretrained`, which does
     # not call `from_pretrained` below.

@@ -32,7 +32,7 @@ class HeadUsage:
         Args:
             layer (`int`): Index of the layer.
             weights (`torch.Tensor` of shape `[T, N]`): Head weights; N may be smaller than `num_heads`.
-            task_ids (`torch.Tensor` of shape `[T]`, *optional*): Tasks, negative where there is none.
+            task_ids (`torch.Tensor` of shape `[T]`, *optional*): Tasks, negative for tokens without a task.
             mask (`torch.Tensor` of shape `[T]`, *optional*): Zero where a token does not count.
         """
         no_task = self.weights.shape[0] - 1

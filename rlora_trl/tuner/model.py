@@ -1,4 +1,4 @@
-"""The tuner: puts adapters onto the layers of a model, and passes the tasks of each batch to them."""
+"""The tuner: adds adapters to the layers of a model, and passes the tasks of each batch to them."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class RLoraModel(BaseTuner):
         self._ignored = list(ignored_names(peft_config, targets, [name for name, _ in model.named_modules() if name]))
 
     def _warn_of_ignored(self, model: nn.Module, adapter_name: str) -> None:
-        """Warn about parts of a configuration without effect. A loaded one is checked against its file instead."""
+        """Warn about settings without effect. A loaded adapter is checked against its file instead."""
         config = self.peft_config[adapter_name]
         if config.loaded:
             return
@@ -312,7 +312,7 @@ class RLoraModel(BaseTuner):
         """Not needed for R-LoRA; the error names the alternatives."""
         raise NotImplementedError(
             "R-LoRA adapters have no `subtract_mutated_init`, which converts adapters that change the base weights "
-            "(PiSSA, OLoRA): R-LoRA leaves the base as it is and saves its initial values with the adapter. Use "
+            "(PiSSA, OLoRA): R-LoRA does not change the base, and saves its initial values with the adapter. Use "
             "`save_pretrained`, or `rlora_trl.export_lora` for a plain LoRA adapter."
         )
 
@@ -321,14 +321,14 @@ class RLoraModel(BaseTuner):
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.peft_config:
                 raise ValueError(
-                    f"There is no adapter {name!r} to merge; loaded are {', '.join(sorted(self.peft_config))}. Name "
-                    "some of these."
+                    f"There is no adapter {name!r} to merge; loaded are {', '.join(sorted(self.peft_config))}. Use "
+                    "these names."
                 )
             router = self.peft_config[name].router
             if router != "uniform":
                 raise ValueError(
                     f"Adapter {name!r} can't be merged: with `router={router!r}` its delta depends on the token, so "
-                    "it is not a change of weights. Keep it unmerged, as `PeftModel` runs it, or call `unload()` for "
+                    "no single weight represents it. Use it unmerged in the `PeftModel`, or call `unload()` to get "
                     'the base model. Adapters with `router="uniform"` can be merged.'
                 )
 
@@ -367,7 +367,7 @@ class RLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        """Give `task_ids` and `adapter_names`, one for each row of the batch, to all layers for one forward pass."""
+        """Pass `task_ids` and `adapter_names`, one per row of the batch, to all layers for one forward pass."""
         pending, self._pending_tasks = self._pending_tasks, None
         task_ids, batch = pending or (None, None)
         # `forward` leaves its task ids in `_pending_tasks`; `generate` passes them here.
@@ -378,7 +378,7 @@ class RLoraModel(BaseTuner):
         if task_ids is not None and kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "`task_ids` and `adapter_names` can't be passed together: task ids belong to one adapter. Run the "
-                "rows of each adapter in a batch of their own."
+                "rows of each adapter in a separate batch."
             )
         with (
             self._with_tasks(task_ids, batch, generates),
@@ -390,8 +390,8 @@ class RLoraModel(BaseTuner):
     @contextmanager
     def _prefetched_weights(self) -> Generator[None, None, None]:
         """Concatenate the weights of all adapters for a forward pass of training."""
-        # A compiler concatenates where that suits it, inference keeps concatenated weights in the layers, and a
-        # captured graph would read addresses that a later pass may free.
+        # `torch.compile` plans the concatenation itself, inference caches concatenated weights in the layers, and a
+        # captured CUDA graph would read addresses that a later pass may free.
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or capturing or not (self.training and torch.is_grad_enabled()):
             yield
@@ -403,7 +403,7 @@ class RLoraModel(BaseTuner):
     def _with_tasks(
         self, task_ids: TaskIds | None, batch: BatchShape | None, generates: bool = False
     ) -> Generator[None, None, None]:
-        """Give the tasks of a batch to the layers."""
+        """Pass the tasks of a batch to the layers."""
         if task_ids is None:
             yield
             return
@@ -467,8 +467,8 @@ class RLoraModel(BaseTuner):
     @override
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """
-        As PEFT's, and without the wrappers that checkpointing and compiling put around layers (no upstream issue as of
-        peft 0.21.2).
+        Also remove the name prefixes that checkpointing and compiling add to layers (no upstream issue as of peft
+        0.21.2).
         """
         return super()._remove_adapter_name_from_key(_without_wrappers(key), adapter_name)
 

@@ -1,4 +1,4 @@
-"""Base weights that accelerate offloads: the device that their layers compute on, and what can't be done with them."""
+"""Base weights that accelerate offloads: the device that their layers compute on, and unsupported uses."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .adapter import MultiHeadAdapter, PrefetchedWeights
 
 
 class _Kind(NamedTuple):
-    """What adapters that are concatenated in one launch have in common."""
+    """The common properties of adapters that are concatenated in one launch."""
 
     spec: DeltaSpec
     dtype: torch.dtype
@@ -23,7 +23,7 @@ class _Kind(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Adapters of one kind, their tensors, and where these are in memory."""
+    """Adapters of one kind, their tensors, and the addresses of these tensors."""
 
     kind: _Kind
     adapters: list[MultiHeadAdapter]
@@ -36,9 +36,10 @@ class WeightPrefetch:
     Concatenates the weights of many adapters with one launch for each kind, rather than one for each adapter.
 
     Short steps are limited by the host (docs/performance.md), and this takes a tenth off the host time of a layer. The
-    weights serve one forward pass, and only while the tensors are the same and unchanged (writes through `.data` go
-    unnoticed). Otherwise an adapter concatenates its own weights: in its first forward pass, which fixes the dtype of
-    its products; if they are sharded (DeepSpeed ZeRO-3, FSDP); and in recomputations of gradient checkpointing.
+    weights are valid for one forward pass, as long as the tensors are the same and unchanged (writes through `.data`
+    are not detected). Otherwise an adapter concatenates its own weights: in its first forward pass, which fixes the
+    dtype of its products; if they are sharded (DeepSpeed ZeRO-3, FSDP); and in recomputations of gradient
+    checkpointing.
     """
 
     def __init__(self) -> None:

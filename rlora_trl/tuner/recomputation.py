@@ -94,7 +94,7 @@ class ContextHistory(Generic[T]):
 
     def note_forward(self, context: T) -> None:
         """Note that a layer runs with a context in this thread, in a forward pass that may be repeated."""
-        # Frames are left over only if a backward pass failed.
+        # Frames remain only if a backward pass failed.
         if self._frames:
             self._frames.clear()
 
@@ -134,7 +134,7 @@ class ContextHistory(Generic[T]):
         if node is None or not self._entries:
             return None
 
-        # A backward pass inside another one gets a frame of its own, until it ends.
+        # A nested backward pass gets its own frame until it ends.
         number = node._sequence_nr()
         frames = self._frames.setdefault(get_ident(), [])
         if not frames or frames[-1].graph_task != graph_task:
@@ -142,7 +142,7 @@ class ContextHistory(Generic[T]):
             frames.append(frame)
             Variable._execution_engine.queue_callback(lambda: frames.remove(frame) if frame in frames else None)
 
-        # The node may be another one than in the last call.
+        # The node may differ from the last call's.
         frame = frames[-1]
         if frame.node != number:
             frame.begin(number, frames[-2].find(number) if len(frames) > 1 else self._find(number))

@@ -1,4 +1,4 @@
-"""The state that the layers of one adapter share: the context of the batch, and which recomputation repeats which."""
+"""The shared state of the layers of one adapter: the batch context, and earlier contexts for recomputations."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ class Routing:
         if torch.compiler.is_compiling():
             self._batch = batch
         elif in_backward() and len(self._history):
-            # The code that a recomputation repeats sets it, for itself only.
+            # Set by the recomputed code, for this recomputation only.
             self._history.replace(batch)
         else:
             self._history.note_set(batch)
             self._batch = batch
 
     def forget_batch(self) -> None:
-        """Drop the batch, and the contexts of earlier ones; to be called when their backward passes are over."""
+        """Drop the context of the batch and earlier contexts. Call it after the backward passes."""
         self._history.clear()
         self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage)
 
     def update(self, **values: Any) -> None:
-        """Replace values of [`BatchContext`] until further notice. A seed is put into memory too."""
+        """Replace values of [`BatchContext`] for all following batches. A seed is also stored as a tensor."""
         if "seed" in values:
             seed = values["seed"]
             values["seed_tensor"] = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
@@ -115,7 +115,7 @@ class Routing:
 
     def resolve(self, task_ids: TaskIds) -> torch.Tensor:
         """
-        Task ids as a user passes them, as a tensor `[B]` or `[B, S]`; see [`resolve_task_ids`].
+        Convert task ids to a tensor `[B]` or `[B, S]`; see [`resolve_task_ids`].
 
         Raises:
             TypeError: If they are neither a list of names or indices nor a tensor of integers.
@@ -127,8 +127,8 @@ class Routing:
     def _check_has_tasks(self, what: str) -> None:
         if self.kind != "task":
             raise ValueError(
-                f'`{what}` needs an adapter with `router="task"`, but this one has `router={self.kind!r}`, which '
-                "weighs its heads without task ids. Leave it out."
+                f'`{what}` needs an adapter with `router="task"`, and this adapter has `router={self.kind!r}`, which '
+                f"does not use tasks. Leave `{what}` out."
             )
 
     def token_task_ids(self, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
@@ -151,11 +151,11 @@ class Routing:
         if not batch.fits(shape):
             raise ValueError(
                 f"`task_ids` of shape {list(batch.task_ids.shape)} do not fit an input of shape {[*shape, 'd_in']}. "
-                "Pass one for each row or for each token. Layers whose input is not the whole batch (experts, vision "
-                "encoders) can be left out with `exclude_modules`."
+                "Pass one for each row or for each token. Leave out layers that get only part of the batch (experts, "
+                "vision encoders) with `exclude_modules`."
             )
 
-        # The task of a row is that of all its tokens; beam search repeats rows one by one.
+        # All tokens of a row have its task. Beam search repeats each row.
         ids = batch.task_ids.to(device, torch.int64).reshape(-1)
         return ids if ids.numel() == tokens else ids.repeat_interleave(tokens // max(ids.numel(), 1))  # [T]
 
@@ -202,7 +202,7 @@ def using_all(
     contexts: Iterable[tuple[Routing, Mapping[str, Any]]], *, through_backward: bool = False
 ) -> Generator[None, None, None]:
     """
-    Enter [`Routing.using`] for several adapters: the one way in which a batch reaches the layers.
+    Enter [`Routing.using`] for several adapters. Batches reach the layers only through this function.
 
     Args:
         contexts (`Iterable[tuple[Routing, Mapping]]`): The state of each adapter, with its values of [`BatchContext`].

@@ -1,4 +1,4 @@
-"""Finds an adapter and its layers in a model, runs it alone, and fixes its head weights, all for a while only."""
+"""Finds an adapter and its layers in a model; context managers run it alone or with fixed head weights."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def adapter_config(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     if adapter_name is None:
         candidates = list(configs) if len(configs) == 1 else [n for n in _active_names(model) if n in configs]
         if len(candidates) != 1:
-            raise ValueError(
-                f"The model has these R-LoRA adapters: {names}; which one to use is not known. Set `adapter_name`."
-            )
+            raise ValueError(f"The model has several R-LoRA adapters: {names}. Set `adapter_name` to one of them.")
         return candidates[0], configs[candidates[0]]
 
     if adapter_name not in configs:

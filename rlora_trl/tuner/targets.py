@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter: defaults by architecture, layers that can't have one, names in vain."""
+"""Which layers of a model get an adapter: defaults by architecture, unsuitable layers, names without a match."""
 
 from __future__ import annotations
 

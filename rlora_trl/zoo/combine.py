@@ -32,8 +32,8 @@ def load(
 
     Args:
         adapters (`str`, `Sequence[str]` or `Mapping[str, str]`):
-            Repositories or folders; `"user/name@revision"` names a revision. A mapping gives their names in the model,
-            which otherwise are those of the repositories.
+            Repositories or folders; `"user/name@revision"` names a revision. A mapping sets their names in the model;
+            by default these are the names of the repositories.
         base (`torch.nn.Module` or `str`, *optional*):
             The base model or its name. Defaults to the base model and revision that the adapters name.
         token (`str` or `bool`, *optional*), cache_dir (`str`, *optional*):

@@ -69,7 +69,7 @@ EXPECTED = [
     (hub_errors.OfflineModeIsEnabled(), "Error: This needs the Hub, and HF_HUB_OFFLINE=1 does not allow it."),
     (
         hub_errors.LocalEntryNotFoundError("no x"),
-        "Error: It is not in the cache, and the Hub can't be reached: no x\n",
+        "Error: The files are not in the cache, and the Hub can't be reached: no x\n",
     ),
     (hub_errors.HTTPError("refused"), "can't be reached: refused\n"),
 ]

@@ -259,7 +259,7 @@ def test_formats_do_not_change_what_is_checked(name):
 @pytest.mark.parametrize(
     "value, remedy",
     [
-        (np.array(["a"]), "It comes from a format of the dataset: remove that with `with_format.None.`"),
+        (np.array(["a"]), "The dataset has a format: remove it with `with_format.None.`"),
         (TURNS[0], "Put the message into a list"),
         (4, 'Write it as a list, such as .{"role": "user"'),
     ],

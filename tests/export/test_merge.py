@@ -66,11 +66,11 @@ def test_tied_embeddings(tmp_path, option):
     assert error(logits(merged, ids), expected) <= 1e-5
     assert merged.config.tie_word_embeddings is not untied
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) is not untied
-    assert [("two in the merged model" in warning) for warning in report.warnings] == [True] * untied
+    assert [("separate weights in the merged model" in warning) for warning in report.warnings] == [True] * untied
 
 
 def test_quantized_base_is_refused(model_folders, tmp_path):
     model = get_peft_model(load_for(model_folders, "4bit"), RLoraConfig(task_type="CAUSAL_LM")).eval()
-    with pytest.raises(ValueError, match="this one is quantized. Load the adapter on the base in 16 bits"):
+    with pytest.raises(ValueError, match="the base is quantized. Load the adapter on the base in 16 bits"):
         export_lora(model, tmp_path / "out", routing=WEIGHTS, merge=True)
     assert list(tmp_path.iterdir()) == []

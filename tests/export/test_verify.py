@@ -46,7 +46,7 @@ def test_wrong_exports_are_refused(model_folders, tmp_path, monkeypatch, base, m
     perturb(model, 0.05)
     before = state_of(model)
     monkeypatch.setattr(export_module, "lora_tensors", corrupted(mistake))
-    with pytest.raises(ValueError, match="The export does not do what the adapter does"):
+    with pytest.raises(ValueError, match="The export differs from the adapter"):
         export_lora(model, tmp_path / "out", routing=WEIGHTS)
     same_state(model, before)
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +124,7 @@ def test_small_mistakes_are_no_rounding(tmp_path, monkeypatch, option):
     wrong = lambda *args: {k: t * 1.001 if "lora_B" in k else t for k, t in real(*args).items()}  # noqa: E731
     monkeypatch.setattr(export_module, "lora_tensors", wrong)
     for merge in (False, True):
-        with pytest.raises(ValueError, match="The export does not do what the adapter does: in model.layers.0.mlp"):
+        with pytest.raises(ValueError, match="The export differs from the adapter: in model.layers.0.mlp"):
             export_lora(model, tmp_path / "out", routing=routing, merge=merge)
     assert list(tmp_path.iterdir()) == []
 

@@ -528,7 +528,7 @@ def test_pickle_is_never_executed(adapter, tmp_path):
 def test_hostile_file(adapter, name):
     (adapter / name).parent.mkdir(parents=True, exist_ok=True)
     (adapter / name).write_text("")
-    with pytest.raises(AdapterCheckError, match=f"{name}.*Nothing was used"):
+    with pytest.raises(AdapterCheckError, match=f"{name}.*Nothing was loaded"):
         check_adapter(adapter)
 
 
@@ -745,7 +745,7 @@ EXPORTED = {
     "half": (lambda folder: set_tensors(folder, lambda t: t.pop(key_of(t, "lora_B.weight"))), "expected `lora_A`"),
     "nan": (lambda folder: set_tensors(folder, lambda t: t[min(t)].fill_(float("nan"))), "NaN"),
     "no_weights": (lambda folder: (folder / WEIGHTS_NAME).unlink(), "can't be read"),
-    "no_config": (lambda folder: (folder / CONFIG_NAME).unlink(), "has no adapter_config.json beside it"),
+    "no_config": (lambda folder: (folder / CONFIG_NAME).unlink(), "has no adapter_config.json in its folder"),
     "card": (lambda folder: (folder / CARD_NAME).write_text("---\na: [\n---\n"), "not YAML"),
 }  # fmt: skip
 

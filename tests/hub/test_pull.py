@@ -196,7 +196,7 @@ def test_cache_serves_where_the_hub_does_not_answer(hub, pull, folder):
 
 
 def test_folder_of_the_same_name(worker, folder):
-    with pytest.raises(WorkerError, match="is a folder here"):
+    with pytest.raises(WorkerError, match="is a local folder"):
         worker.run(PULL, repo=str(folder), options={"revision": "main"})
 
 

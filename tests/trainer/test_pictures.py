@@ -186,11 +186,11 @@ NO_COMPLETION = [*rows("red", 3), {"image": picture("red"), "prompt": "<image> w
 @pytest.mark.parametrize(
     "listed, settings, message",
     [
-        (QUESTIONS, {}, "has the columns 'image', 'question', 'answer'; accepted beside pictures are 'messages', or"),
+        (QUESTIONS, {}, "has the columns 'image', 'question', 'answer'; accepted with images are 'messages', or"),
         (
             QUESTIONS,
             {"remove_unused_columns": False},
-            "'answer'; accepted beside pictures are 'messages', 'text', or 'prompt' with 'completion'. Rename",
+            "'answer'; accepted with images are 'messages', 'text', or 'prompt' with 'completion'. Rename",
         ),
         ([{"image": picture("red"), "text": "<image> w1"}], {}, "has the columns 'image', 'text'; accepted"),
         (NO_COMPLETION, {}, ", row 4, column 'completion': it is missing or null, and must be text"),

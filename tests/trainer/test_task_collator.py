@@ -179,7 +179,7 @@ def changed(examples):
 def test_changed_tokens_need_their_order():
     examples = examples_of([2, 0, 1])
     assert TaskCollator(changed, required=True)(examples)[TASK_IDS].tolist() == [2, 0, 1]
-    with pytest.raises(ValueError, match="made 2 rows of 3 examples.*in their order.*router"):
+    with pytest.raises(ValueError, match="made 2 rows from 3 examples.*in order.*router"):
         TaskCollator(lambda rows: changed(rows[1:]), required=True)(examples)
     assert TaskCollator(lambda rows: changed(rows[1:]))(examples)[TASK_IDS].tolist() == [-1, -1]
     with pytest.raises(TypeError, match="The data collator returned a tuple; it must return a dictionary"):

@@ -137,7 +137,7 @@ def test_columns_that_name_no_tasks(case, caplog):
     values, feature, reason = NO_TASKS[case]
     dataset = with_tasks(values, feature)
     assert collect(dataset) == (dataset, None)
-    assert re.search(f"Column 'task' {reason}.*: it does not look like task names.* rename this one", caplog.text)
+    assert re.search(f"Column 'task' {reason}.*: it does not look like task names.* rename the column", caplog.text)
     assert split_by_task(dataset, "task") is dataset
     with pytest.raises(ValueError, match="which can't name tasks|rows have no task|names 10001 tasks"):
         collect(dataset.rename_column("task", "kind"), task_column="kind")
@@ -221,7 +221,7 @@ def test_task_ids_of_numpy_are_numbers():
             assert torch.equal(model(input_ids=ids, task_ids=given).logits, wanted)
     model.set_task(np.int64(1))
     for given in ([True, False], [1.0, 0.0], [None, "a"], [("b",), "a"], [np.bool_(True), "a"]):
-        with pytest.raises(ValueError, match="is unknown to the adapter"):
+        with pytest.raises(ValueError, match="The adapter has no task"):
             model(input_ids=ids, task_ids=given)
 
 

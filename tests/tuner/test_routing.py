@@ -150,16 +150,16 @@ def test_two_adapters_each_know_their_own_tasks(task_model):
     task_model.set_adapter("other")
     assert len(find_routings(task_model)) == 2
     # Both have to know the task, or to be switched one by one.
-    with pytest.raises(ValueError, match="'x' is unknown to the adapter, whose tasks are 0: first"):
+    with pytest.raises(ValueError, match="The adapter has no task 'x'; it has 0: first"):
         task_model.set_task("x")
 
 
 def test_errors(task_model, model_folders):
-    with pytest.raises(ValueError, match="'sst2' is unknown to the adapter, whose tasks are 0: first, 1: colour"):
+    with pytest.raises(ValueError, match="The adapter has no task 'sst2'; it has 0: first, 1: colour"):
         task_model.set_task("sst2")
-    with pytest.raises(ValueError, match="Task 3 is unknown"):
+    with pytest.raises(ValueError, match="The adapter has no task 3"):
         logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, 3]))
-    with pytest.raises(ValueError, match="Task -2 is unknown"):
+    with pytest.raises(ValueError, match="The adapter has no task -2"):
         logits(task_model, random_ids(), task_ids=torch.tensor([0, 1, -2]))
     with pytest.raises(ValueError, match="the batch has 3 rows. Pass one for each row"):
         logits(task_model, random_ids(), task_ids=[0, 1])
