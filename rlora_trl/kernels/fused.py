@@ -213,7 +213,7 @@ def concat_layers(
     downs, ups = ops.concat_many(
         *(layers, addresses, layout), scaling=spec.scaling, dtype=dtype, down_rows=k, up_columns=z
     )  # [L, K, d_in], [L, d_out, Z]
-    # All views of a kind by one call, which costs the host less than one call for each.
+    # One call for all views of a kind takes less host time than one call per view.
     views = zip(downs.unbind(), ups.unbind(), downs.mT.unbind(), ups.mT.unbind(), strict=True)
     width = padded(layout.num_heads * layout.r, device)
     return [ConcatWeights(*four, ops, width, layout, rank_space.has_initial_A(four[0], layout)) for four in views]
@@ -227,7 +227,7 @@ def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 class _Call:
-    """The arguments of [`_MultiHeadDelta`] that get no gradient, and intermediate results for writing the output."""
+    """The arguments of [`_MultiHeadDelta`] without gradients, and the tensors for writing the output later."""
 
     __slots__ = ("Z", "anchors", "concat", "spec", "tokens", "weight", "write_later")
 
@@ -270,13 +270,13 @@ class _MultiHeadDelta(torch.autograd.Function):
     writes y afterwards. The last product of a block, which only y needs, is then skipped, as it is for a plain layer.
     (Not if a whole model is one checkpoint, whose recomputation concatenates ahead too.)
 
-    Short steps wait for the host, so every operation here counts: a view costs as much as a fifth of a product.
+    Short steps wait for the host, so each operation matters: a view takes a fifth of the host time of a product.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        # First, because autograd takes the first gradient for that of the tensor written over, if it is a view.
+        # First, because autograd assigns the first gradient to an overwritten tensor that is a view.
         base: torch.Tensor | None,
         x: torch.Tensor,
         A: torch.Tensor,
@@ -306,9 +306,9 @@ class _MultiHeadDelta(torch.autograd.Function):
             token_mask=token_mask,
         )  # [T, Z]
 
-        # The concatenated weights do not grow with the tokens. Saving them spares the backward pass making them
-        # again, and it does not depend on parameters that DeepSpeed or FSDP may have released by then.
-        # x itself is saved if `tokens` is a copy, which would stay in memory beside it.
+        # The size of the concatenated weights does not depend on the tokens. If they are saved, the backward pass need
+        # not compute them again, nor use parameters that DeepSpeed or FSDP may have released by then.
+        # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
         ctx.save_for_backward(saved_x, P, call.weight, concat.down, up, partials)
         ctx.spec, ctx.ops, ctx.heads_width = spec, ops, concat.heads_width
@@ -380,7 +380,7 @@ class _MultiHeadDelta(torch.autograd.Function):
 
 
 def _cast(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`gradient.to(dtype)`, without the call, a microsecond of the host, if the dtype is right already."""
+    """`gradient.to(dtype)`, which is skipped if the dtype is right: the call takes a microsecond of host time."""
     return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 

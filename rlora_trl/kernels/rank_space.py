@@ -233,7 +233,7 @@ def routing_weights(logits: torch.Tensor, top_k: int = 0) -> torch.Tensor:
     """
     logits = logits.to(_accumulation_dtype(logits.dtype))
     if 0 < top_k < logits.shape[-1]:
-        # Not `topk`, which does not specify which of equal logits it takes.
+        # Not `topk`, whose choice between equal logits is unspecified.
         order = logits.sort(dim=-1, descending=True, stable=True).indices
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., top_k:], True)
         logits = logits.masked_fill(dropped, float("-inf"))
@@ -271,7 +271,7 @@ def _concat_columns(parts: list[torch.Tensor], width: int, dtype: torch.dtype) -
     return torch.cat(parts, dim=1).to(dtype) if len(parts) > 1 else parts[0].to(dtype)
 
 
-# The mixture
+# Mixing of heads
 
 
 def mix(
@@ -367,14 +367,14 @@ def mix_backward(
     wide = dZ.to(h.dtype)
     dz = wide[:, :columns].view(-1, num_heads, layout.r)  # [T, N, r]
 
-    # Through the mask and the head weights, to h.
+    # Gradients of h, through the mask and the head weights.
     z = _masked(weights.unsqueeze(-1) * h, dropout, seed)  # [T, N, r]
     dm = _masked(dz, dropout, seed)
     dw = (dm * h).sum(-1)  # [T, N]
     dh = weights.unsqueeze(-1) * dm
     grads = [dh.sum(1) if layout.shared else dh.flatten(1)]
 
-    # Through the softmax, to the logits.
+    # Gradients of the logits, through the softmax.
     if layout.routed:
         dlogits = weights * (dw - (weights * dw).sum(-1, keepdim=True))  # [T, N]
         if coeffs is not None:

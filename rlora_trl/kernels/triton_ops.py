@@ -121,7 +121,7 @@ class _Variant:
             with torch.cuda.device(device):
                 return self.launch(programs, tensors, numbers, aligned)
 
-        # A kernel that is compiled already: through its launcher.
+        # A compiled kernel is called through its launcher.
         cached = self.compiled.get(device) if aligned else None
         if cached is not None:
             run, function, metadata, stream_of = cached
@@ -130,9 +130,9 @@ class _Variant:
             run(programs, 1, 1, stream_of(device), function, metadata, *no_hooks, *addresses, *numbers, *self.passed)
             return None
 
-        # The first launch: through Triton, which compiles it.
+        # The first launch goes through Triton, which compiles the kernel.
         compiled = self.kernel[(programs, 1, 1)](*tensors, *numbers, *self.constants)
-        # The interpreter compiles nothing.
+        # Triton's interpreter does not compile.
         if aligned and compiled is not None and has_known_launcher():
             stream_of = triton.runtime.driver.active.get_current_stream
             self.compiled[device] = (compiled.run, compiled.function, compiled.packed_metadata, stream_of)
@@ -227,7 +227,7 @@ def _mix_backward_variant(
 
 
 def _check_device(P: torch.Tensor, **tensors: torch.Tensor | None) -> None:
-    """Refuse tensors on another device, whose addresses a kernel would read as its own."""
+    """Refuse tensors on another device; a kernel would misread their addresses."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != P.device:
             raise ValueError(

@@ -172,7 +172,7 @@ def check_strategy(checkpoint: Path, strategy: str, processes: int) -> None:
     if saved != strategy:
         raise ValueError(
             f"The optimizer state in {str(checkpoint)!r} was saved with {saved}, and this run uses {strategy}. "
-            f"Resume with {saved}. {FRESH_START_HINT}"
+            f"Resume with the strategy of the checkpoint. {FRESH_START_HINT}"
         )
     ranks = state.get("processes", processes)
     if ranks != processes and strategy.startswith("DeepSpeed"):

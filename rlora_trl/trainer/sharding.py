@@ -60,7 +60,7 @@ def keep_adapters_wide(model: nn.Module) -> None:
     Make FSDP2 gather adapters in float32, and the layers around them in 16 bits.
 
     Gradients of adapters are then computed and reduced in float32. Rounded to 16 bits one by one, the heads would no
-    longer agree with their mean in the anchor, and small updates would be lost. Adapters are small, so this costs little.
+    longer agree with their mean in the anchor, and small updates would be lost. The cost is small, as adapters are.
 
     Call it after the model is prepared and before its first forward pass. PyTorch has one dtype policy for all
     parameters that it gathers together; this overrides the dtypes that it derives for each parameter. If other

@@ -88,7 +88,7 @@ def test_learned_head_weights_are_read_as_they_are(tokenizer):
         for layer, weights in measured.for_task(task).items():
             router = adapted_layers(model, "default")[layer].rlora_adapters["default"].router
             assert torch.allclose(weights, router[index].softmax(-1))
-    with pytest.raises(ValueError, match="'colour' is unknown.*first.*same"):
+    with pytest.raises(ValueError, match="The adapter has no task 'colour'.*first.*same"):
         measure_head_weights(model, tokenizer, {"colour": task_rows("colour", 3)})
     uniform = measure_head_weights(adapted(**ROUTERS["uniform"]), tokenizer, TASKS)
     assert all(torch.equal(weights, torch.full((6, 3), 1 / 3)) for weights in uniform.weights.values())

@@ -171,7 +171,7 @@ def test_a_base_that_an_earlier_call_has_adapted(model_folders, tmp_path, config
 def test_a_second_trainer_on_the_same_base(model_folders, tmp_path):
     base = base_model(model_folders)
     first = make_trainer(model_folders, tmp_path, model=base, max_steps=1)
-    with pytest.raises(TypeError, match="To train those further, pass the `PeftModel` .`trainer.model`"):
+    with pytest.raises(TypeError, match="To train them further, pass the `PeftModel` .`trainer.model`"):
         make_trainer(model_folders, tmp_path, model=base)
     make_trainer(model_folders, tmp_path, model=first.model, max_steps=1).train()
     make_trainer(model_folders, tmp_path, model=first.model.unload(), max_steps=1).train()

@@ -361,5 +361,5 @@ def test_training_data_are_joined_or_mixed(tmp_path):
     assert prepare_tasks(parts["a"], plain) == (parts["a"], None, False)
     with pytest.raises(ValueError, match="`mixing='equal'` needs a stream for each task"):
         prepare_tasks(parts["a"], equal)
-    with pytest.raises(ValueError, match="has 10001 tasks, and an adapter has at most 10000. Join some"):
+    with pytest.raises(ValueError, match="has 10001 tasks, and an adapter has at most 10000. Combine some"):
         prepare_tasks(dict.fromkeys(range(10_001), parts["a"]), equal)

@@ -116,7 +116,7 @@ CHANGED = {
 def test_other_changes_are_warned_of_and_recorded(model_folders, folder, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = resume(model_folders, folder, **{name: other for name, (_, other) in CHANGED.items()})
-    assert "is resumed from step 2 with other settings" in caplog.text
+    assert "is resumed from step 2 with changed settings" in caplog.text
     record, card = recorded(trainer), (Path(folder) / "README.md").read_text()
     for name, (saved, other) in CHANGED.items():
         assert f"{name}: checkpoint has {saved!r}, this run has {other!r}" in caplog.text

@@ -108,7 +108,7 @@ def test_options_without_the_completion_are_reported_and_skipped(model_folders, 
     caplog.set_level("WARNING")
     rows = Dataset.from_list([{**row, "options": ["A", "B"]} for row in task_rows("same", 4)])
     trainer = make_trainer(model_folders, tmp_path, evaluate={"same": rows}, max_steps=1)
-    assert "have 4 rows with a completion that is not among their `options`" in caplog.text
+    assert "has 4 rows with a completion that is not among their `options`" in caplog.text
     assert "eval_same_accuracy" not in trainer.evaluate()
 
 

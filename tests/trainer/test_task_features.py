@@ -392,7 +392,7 @@ def test_which_rows_can_be_scored(caplog, order, types, rows, scorable, outside)
     caplog.clear()
     assert bool(find_option_rows({"x": dataset}, "task")) == scorable
     times = list(order).count(3)
-    warned = f"have {outside * times} rows with a completion that is not among their `options`" in caplog.text
+    warned = f"has {outside * times} rows with a completion that is not among their `options`" in caplog.text
     assert warned == bool(outside) and bool(caplog.text) == bool(outside)
 
 

@@ -237,7 +237,7 @@ def test_the_right_mixture_is_trained(model_folders, tmp_path):
 
 
 def test_errors_of_data(model_folders, tmp_path):
-    with pytest.raises(ValueError, match="learns from the task of each row, and the training data has no column"):
+    with pytest.raises(ValueError, match="needs the task of each row, and the training data has no task column"):
         make_trainer(
             model_folders,
             tmp_path,
