@@ -164,10 +164,8 @@ class TaskData:
         if not any_format and not (is_training and self._rows_are_checked):
             dataset = check_rows(dataset, f"The data set {name!r}", text_column=args.dataset_text_field)
 
-        # `evaluate` prepares its data once more for each data set of a dictionary.
         dataset = self._lost_rows.renumber(dataset)
-        is_new = isinstance(dataset, Dataset) and not self._lost_rows.is_known(dataset)
-        before = rows_of_tasks(dataset, len(self.names)) if is_new else None
+        before = rows_of_tasks(dataset, len(self.names)) if isinstance(dataset, Dataset) else None
         if not packing or TASK_IDS not in columns_of(dataset):
             dataset = prepare(dataset, args, packing)
             return dataset if packing else self._drop_lost_rows(dataset, before, name, is_training)

@@ -81,14 +81,13 @@ class OptionRows:
         return {task_namer(self.rows, self.task_column)(self.rows[0][self.task_column]) or self.task: self.rows}
 
 
-def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> dict[str, OptionRows]:
+def find_option_rows(eval_dataset: Any, task_column: str) -> dict[str, OptionRows]:
     """
     Find the rows that can be scored.
 
     Args:
         eval_dataset: The `eval_dataset` of `SFTTrainer`. A single dataset has the name "".
         task_column (`str`): Column that names the task of each row.
-        prefix (`str`, *optional*): Prefix of the names, followed by an underscore.
 
     Returns:
         `dict[str, OptionRows]`: By the name of their dataset. Without datasets that are tokenized (preparation adds
@@ -102,11 +101,10 @@ def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> d
         if not set(_SCORED) <= columns or columns & unscored or len(dataset) == 0 or has_transform(dataset):
             continue
         dataset = dataset.with_format(None)
-        key = "_".join(part for part in (prefix, str(name)) if part)
         if _is_scorable(dataset, str(name)):
             has_tasks = task_column in columns and tells_tasks(dataset, task_column)
             rows = dataset.select_columns([*_SCORED, task_column] if has_tasks else list(_SCORED))
-            scorable[key] = OptionRows(rows, str(name), task_column if has_tasks else None)
+            scorable[str(name)] = OptionRows(rows, str(name), task_column if has_tasks else None)
     return scorable
 
 
