@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..evaluation import score_tasks
 from ..evaluation.columns import encode_tasks, task_namer, tells_tasks
 from ..evaluation.formats import has_transform
 from ..tuner import Routing
+from ..tuner.routing import using_all
 from .tasks import name_tasks, tasks_in
 
 
@@ -158,11 +158,8 @@ def count_correct_options(
         part = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
         if not len(part):
             continue
-        with ExitStack() as stack:
-            for routing in routings:
-                has_task = routing.kind == "task" and task in routing.tasks
-                # The use of heads was counted in the evaluation of the same rows.
-                stack.enter_context(routing.using(usage=None, task=routing.index_of(task) if has_task else None))
+        # The use of heads was counted in the evaluation of the same rows.
+        with using_all([(routing, {"usage": None, "task": routing.find_task(task)}) for routing in routings]):
             scores = score_tasks(
                 model, tokenizer, {task: part.to_list()}, batch_size=batch_size, max_length=max_length
             )
