@@ -17,7 +17,9 @@ from rlora_trl.tuner.routing import find_routings, using_all
 def make(tmp_path, **kwargs):
     model = get_peft_model(TINY_MODELS["llama"](), RLoraConfig(head_dropout=0.0, tasks=["a", "b"])).train()
     adapters = {name: m for name, m in model.named_modules() if isinstance(m, MultiHeadAdapter)}
-    return model, StepObserver(adapters, ["a", "b"], arguments(tmp_path, **kwargs), model, Accelerator(cpu=True))
+    return model, StepObserver(
+        adapters, ["a", "b"], arguments(tmp_path, **kwargs), model, lambda: Accelerator(cpu=True)
+    )
 
 
 def run_step(model, observer, *, will_log=True):

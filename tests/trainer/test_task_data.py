@@ -31,7 +31,7 @@ def test_tasks_are_joined_numbered_and_drawn(tmp_path):
     data = make(tmp_path, config, mixing="equal")
 
     joined = data.join(task_datasets(6), any_format=False)
-    train, _ = data.settle(prepared(data, joined), None, is_prepared=False)
+    train, _ = data.settle(prepared(data, joined), None, came_prepared=False)
 
     assert data.names == ["first", "colour", "same"] == config.tasks
     assert np.bincount(train[TASK_IDS][:]).tolist() == [6, 6, 6]
@@ -39,14 +39,23 @@ def test_tasks_are_joined_numbered_and_drawn(tmp_path):
     assert isinstance(data.sampler, MixtureSampler) and len(data.sampler) == 18
 
 
-def test_another_data_set_than_that_of_the_tasks_is_refused(tmp_path):
-    """As if `SFTTrainer` copied the data before it prepares them: without the check the mixture would be lost."""
+def test_training_data_may_be_copied_before_they_are_prepared(tmp_path):
+    """As by a subclass that filters rows in `_prepare_dataset`; evaluation data may be called "train" too."""
     data = make(tmp_path, mixing="equal")
-    copied = data.join(task_datasets(6), any_format=False).select(range(18))
+    copied = data.join(task_datasets(6), any_format=False).select(range(15))
 
     train = prepared(data, copied)
-    with pytest.raises(RuntimeError, match="copies training data before it prepares them"):
-        data.settle(train, None, is_prepared=False)
+    prepared(data, data.number_evaluation(task_datasets(2)["same"]))
+    data.settle(train, None, came_prepared=False)
+    assert data.mixture.draws == {"first": 5, "colour": 5, "same": 5}
+
+
+def test_training_data_that_are_not_prepared_are_refused(tmp_path):
+    """As by a TRL with another name for them: without the check the mixture would be lost."""
+    data = make(tmp_path, mixing="equal")
+    train = prepared(data, data.join(task_datasets(6), any_format=False), name="training")
+    with pytest.raises(RuntimeError, match="did not prepare the training data under the name 'train'"):
+        data.settle(train, None, came_prepared=False)
 
 
 def test_evaluation_data_get_the_ids_of_training(tmp_path):
@@ -61,7 +70,7 @@ def test_evaluation_data_get_the_ids_of_training(tmp_path):
 def test_rows_are_sampled_from_each_task(tmp_path):
     data = make(tmp_path)
     joined = data.join(task_datasets(9), any_format=False)
-    train, _ = data.settle(prepared(data, joined), None, is_prepared=False)
+    train, _ = data.settle(prepared(data, joined), None, came_prepared=False)
 
     assert sorted(data.sample_rows(train, 2)[TASK_IDS][:]) == [0, 0, 1, 1, 2, 2]
     assert data.sample_rows(train, 0) is None
