@@ -165,8 +165,11 @@ def _run(model: Any, run: TrainingSettings, joins: bool, reentrant: bool) -> Ste
         # The state of training.
         model.train()
         if run.gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            stack.callback(base.gradient_checkpointing_disable)
+            # The older name warns where there is another (transformers 5.23), and 5.17 has no other.
+            name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+            enable = getattr(base, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
+            stack.callback(getattr(base, f"{name}_checkpointing_disable"))
         base.enable_input_require_grads()
         stack.callback(base.disable_input_require_grads)
 

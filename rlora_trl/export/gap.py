@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..analysis.measuring import input_device
 from ..evaluation.scoring import TokenLimits, encode_row, pad_sequences, position_limit, score_tasks
-from ..tuner.routing import find_routings
+from ..tuner.routing import find_routings, using_all
 from ..tuner.selection import core_model, fixed_head_weights, only_adapter
 
 
@@ -68,11 +68,8 @@ def measure_export_gap(
 @contextmanager
 def _using_task(model: nn.Module, task: str, known_task: str | None) -> Generator[None, None, None]:
     """Route all rows as rows of one task, and keep them out of the statistics of adapters."""
-    with ExitStack() as stack:
-        for routing in find_routings(model):
-            name = task if task in routing.tasks else known_task
-            index = routing.tasks.index(name) if routing.kind == "task" and name in routing.tasks else None
-            stack.enter_context(routing.using(task=index, task_ids=None, token_mask=None, usage=None))
+    values = {"task_ids": None, "token_mask": None, "usage": None}
+    with using_all([(r, {"task": r.find_task(task, known_task), **values}) for r in find_routings(model)]):
         yield
 
 

@@ -29,7 +29,7 @@ from .resuming import (
     check_files,
     check_settings,
     check_strategy,
-    compare_tensors,
+    describe_changed_values,
     find_checkpoint,
     list_checkpoints,
     list_files,
@@ -53,6 +53,10 @@ from .sharding import keep_adapters_wide
 
 
 logger = get_logger(__name__)
+
+
+# Names in the state of a checkpoint that are not from `kept_states`.
+_RESERVED = frozenset({"runs", "adapters", "strategy", "processes", "files"})
 
 
 class KeptState(NamedTuple):
@@ -103,8 +107,10 @@ class StagedCheckpoints(SFTTrainer):
         self._resumed_from: Path | None = None
         self._resumed_state: dict[str, Any] = {}
         self._is_checked = False
+        self._base_commit: str | None = None  # of the base model, where it is known
         super().__init__(*args, **kwargs)
-        self.add_callback(_OnTrainBegin(self))
+        # Before callbacks of the user, which may run the model.
+        self.callback_handler.callbacks.insert(0, _OnTrainBegin(self))
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             # FSDP1's flat parameters join frozen and trained ones in one dtype.
             raise ValueError(
@@ -116,7 +122,7 @@ class StagedCheckpoints(SFTTrainer):
     def _is_deepspeed_or_fsdp(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    # Hooks for the subclass
+    # Hooks for the trainer
 
     def _write_beside(self, folder: Path, destination: Path) -> None:
         """Write the other files of a save into `folder`, which is moved to `destination` later. Saving rank only."""
@@ -124,10 +130,6 @@ class StagedCheckpoints(SFTTrainer):
     def _describe_data(self) -> Any:
         """A fingerprint of the training data, to compare with a checkpoint; see [`describe_data`]."""
         return describe_data(self.train_dataset)
-
-    def _base_commit(self) -> str | None:
-        """The commit of the base model, if known."""
-        return None
 
     # Saving
 
@@ -164,8 +166,8 @@ class StagedCheckpoints(SFTTrainer):
 
     @contextmanager
     def _staged(self, folder: Path) -> Generator[tuple[Path, Path], None, None]:
-        """A folder to write to, and the destination that its files are moved to after success."""
-        if self._stage is not None:  # within a checkpoint, which is staged as a whole
+        """A folder to write in, and the one that its files are moved to when all went well."""
+        if self._stage is not None and folder.is_relative_to(self._stage):  # a checkpoint is staged as a whole
             yield folder, self._stage.parent / folder.relative_to(self._stage)
             return
         stage = folder / STAGING / "model"
@@ -204,6 +206,9 @@ class StagedCheckpoints(SFTTrainer):
             self._full_tensors = FullTensors(model)
         return self._full_tensors
 
+    def _adapter_folder(self, root: str | Path) -> Path:
+        return adapter_folder(root, self.model.active_adapter)
+
     def _peft_model(self) -> PeftModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
@@ -231,6 +236,9 @@ class StagedCheckpoints(SFTTrainer):
         root = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         stage, writes = root / STAGING, self.args.should_save
+        reserved = _RESERVED & set(self.kept_states)
+        if reserved:
+            raise ValueError(f"`kept_states` can't have the names {', '.join(sorted(reserved))}. Choose others.")
         state = {name: part.save() for name, part in self.kept_states.items()}
         if writes:
             shutil.rmtree(stage / name, ignore_errors=True)
@@ -340,7 +348,7 @@ class StagedCheckpoints(SFTTrainer):
         if not self._loads_universal():
             check_strategy(checkpoint, self._describe_strategy(), self.accelerator.num_processes)
         name = self.model.active_adapter
-        check_settings(checkpoint, self.model.peft_config[name], name, self._base_commit())
+        check_settings(checkpoint, self.model.peft_config[name], name, self._base_commit)
         check_run(checkpoint, self.args, self._describe_data())
         return checkpoint
 
@@ -371,7 +379,7 @@ class StagedCheckpoints(SFTTrainer):
         if best is None or self._is_deepspeed_or_fsdp:
             super()._load_best_model()
             return
-        self.state.best_model_checkpoint = str(adapter_folder(best, self.model.active_adapter))
+        self.state.best_model_checkpoint = str(self._adapter_folder(best))
         try:
             super()._load_best_model()
         finally:
@@ -416,7 +424,7 @@ class StagedCheckpoints(SFTTrainer):
             }
             made_by_peft = {file_name for file_name, entry in entries.items() if entry.name is None}
             expected = {file_name: tensor for file_name, tensor in saved.items() if file_name not in made_by_peft}
-            difference[0] = compare_tensors(expected, present, checkpoint)
+            difference[0] = describe_changed_values(expected, present, checkpoint)
         return broadcast_object_list(difference)[0] if self.accelerator.num_processes > 1 else difference[0]
 
     def _restore_anchors(self, checkpoint: Path) -> None:
@@ -429,7 +437,7 @@ class StagedCheckpoints(SFTTrainer):
             return
         import deepspeed
 
-        saved = load_file(adapter_folder(checkpoint, self.model.active_adapter) / WEIGHTS_NAME)
+        saved = load_file(self._adapter_folder(checkpoint) / WEIGHTS_NAME)
         parameters = dict(self._peft_model().named_parameters())
         for file_name, entry in self._tensors_to_save().files[self.model.active_adapter].items():
             if entry.name is None or entry.name.rsplit(".", 1)[-1] not in MultiHeadAdapter.anchor_names:

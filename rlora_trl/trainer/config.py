@@ -123,6 +123,10 @@ class RLoraSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None and not (self.use_cpu or torch.accelerator.is_available()):  # type: ignore[has-type]
             self.bf16 = False
+        # TRL's default sets the old name, of which transformers warns in each run (trl 1.16, transformers 5.23). Older
+        # versions have no other name.
+        if getattr(self, "activation_checkpointing", True) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         if not self.task_column:
             raise ValueError(f"`task_column` must name a column, got {self.task_column!r}. The default is 'task'.")

@@ -77,7 +77,7 @@ class TaskPrinterCallback(_OnConsole, PrinterCallback):
 
 def shorten_console_logs(trainer: Trainer, tasks: Callable[[], Sequence[str]]) -> None:
     """
-    Replace the default console callbacks of transformers by ones that show selected entries.
+    Show selected log entries on the console, in place of the default callbacks of transformers.
 
     Callbacks of other classes, such as custom subclasses or the notebook callback, are not replaced.
 
@@ -85,9 +85,10 @@ def shorten_console_logs(trainer: Trainer, tasks: Callable[[], Sequence[str]]) -
         trainer (`Trainer`): The trainer.
         tasks (`Callable`): Returns the names of the tasks.
     """
-    replacements = {ProgressCallback: TaskProgressCallback, PrinterCallback: TaskPrinterCallback}
     handler = trainer.callback_handler
-    handler.callbacks = [
-        replacements[type(callback)](tasks) if type(callback) in replacements else callback
-        for callback in handler.callbacks
-    ]
+    for index, callback in enumerate(handler.callbacks):
+        if type(callback) is PrinterCallback:
+            handler.callbacks[index] = TaskPrinterCallback(tasks)
+        elif type(callback) is ProgressCallback:
+            shown = handler.callbacks[index] = TaskProgressCallback(tasks)
+            shown.max_str_len = callback.max_str_len

@@ -120,15 +120,10 @@ class LostRows:
             f"Note that {cause}a row whose labels are all -100 has no loss. Raise `max_length`, or shorten or remove "
             "these rows."
         )
-        # Pending warnings, evaluation data that were counted already, and earlier warnings.
+        # To be warned of, and earlier warnings.
         self._training = ""
         self._evaluation: list[str] = []
-        self._noted: list[Dataset] = []
         self._warned: set[str] = set()
-
-    def is_known(self, dataset: Any) -> bool:
-        """Whether this is prepared evaluation data that were noted since the last [`warn`]."""
-        return any(dataset is noted for noted in self._noted)
 
     def note_training(
         self, dataset: Dataset, given: np.ndarray, tasks: Sequence[str], cut_at: int | None
@@ -181,7 +176,6 @@ class LostRows:
         Returns:
             `Dataset`: The data.
         """
-        self._noted.append(dataset)
         before, after = int(given.sum()), int(self._left(dataset, tasks, cut_at).sum())
         if after < before:
             self._evaluation.append(f"{name} {before - after} of {before}{'' if after else ', so it gets no loss'}")
@@ -213,7 +207,7 @@ class LostRows:
     def renumber(self, dataset: Any) -> Any:
         """The dataset with the new task ids, if any changed; rows of tasks that are gone have -1."""
         is_data = isinstance(dataset, Dataset | IterableDataset)
-        if self.places is None or not is_data or self.is_known(dataset) or TASK_IDS not in columns_of(dataset):
+        if self.places is None or not is_data or TASK_IDS not in columns_of(dataset):
             return dataset
         new_ids = np.append(self.places, -1)  # the id -1 stays
         if isinstance(dataset, IterableDataset):
@@ -233,7 +227,7 @@ class LostRows:
             if text not in self._warned:
                 logger.warning(f"{text} {self._remedy}")
         self._warned.update(texts)
-        self._training, self._evaluation, self._noted = "", [], []
+        self._training, self._evaluation = "", []
 
 
 def _list_losses(given: np.ndarray, left: np.ndarray, tasks: Sequence[str]) -> str:

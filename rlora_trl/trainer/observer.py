@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ class StepObserver:
         tasks (`Sequence[str]`): Names of the tasks, in the order of their ids.
         args ([`RLoraSFTConfig`]): Configuration of the run.
         model (`torch.nn.Module`): The model in training.
-        accelerator (`Accelerator`): The trainer's accelerator.
+        accelerator (`Callable[[], Accelerator]`): Returns the trainer's, which a hyperparameter search may replace.
 
     Attributes:
         monitor ([`RoutingMonitor`], *optional*): Use of heads, if adapters have a router.
@@ -48,7 +48,7 @@ class StepObserver:
         tasks: Sequence[str],
         args: RLoraSFTConfig,
         model: nn.Module,
-        accelerator: Accelerator,
+        accelerator: Callable[[], Accelerator],
     ) -> None:
         self.adapters = dict(adapters)
         self.balances = args.balance_loss != "none" and args.balance_coef > 0
@@ -69,7 +69,7 @@ class StepObserver:
 
     def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over ranks."""
-        return self._accelerator.reduce(tensor, "sum") if self._accelerator.num_processes > 1 else tensor
+        return self._accelerator().reduce(tensor, "sum") if self._accelerator().num_processes > 1 else tensor
 
     # A run
 
@@ -89,7 +89,7 @@ class StepObserver:
             self._end_first_gradients(report=False)
 
     def restart(self) -> None:
-        """Drop the observations of a failed attempt (`auto_find_batch_size`)."""
+        """Discard the observations of an abandoned attempt."""
         self._gradient_norms = {}
         self.nan_guard.restart()
         if self.monitor is not None:
@@ -125,7 +125,7 @@ class StepObserver:
             return
         tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float32)
         if self.balances:
-            averaged_over = self._accelerator.num_processes // ranks_alike
+            averaged_over = self._accelerator().num_processes // ranks_alike
             self.monitor.begin_step(tokens / ranks_alike, averaged_over, self.reduce)
         else:
             self.monitor.begin_step(tokens, 1, lambda tensor: tensor)
@@ -175,7 +175,7 @@ class StepObserver:
         if is_skipped and self.monitor is not None:
             self.monitor.drop_step()
         if will_log:
-            scaler = self._accelerator.scaler
+            scaler = self._accelerator().scaler
             scale = scaler.get_scale() if scaler is not None else 1.0
             norms = gradient_norms(list(self.adapters.values()))
             self._gradient_norms = {name: norm / scale for name, norm in norms.items()}
@@ -208,10 +208,10 @@ class StepObserver:
             self.ledger.load(seen or {})
 
     def head_sums(self) -> list[list[float]] | None:
-        """Sums of the last step that a balance loss over whole steps uses in the next. Call it on all ranks."""
-        return None if self.monitor is None else self.monitor.state(self._accelerator.gather)
+        """Sums over heads that a balance loss over whole steps needs of the step before. On all ranks."""
+        return None if self.monitor is None else self.monitor.state(self._accelerator().gather)
 
     def load_head_sums(self, sums: list[list[float]] | None) -> None:
         """Continue from what [`head_sums`] returned."""
         if self.monitor is not None:
-            self.monitor.load_state(sums, self._accelerator.process_index, self._accelerator.num_processes)
+            self.monitor.load_state(sums, self._accelerator().process_index, self._accelerator().num_processes)

@@ -78,7 +78,7 @@ def push_copy(api: HfApi, folder: Path, repo_id: str, options: dict[str, Any]) -
 
 
 def rows_to_measure(option_rows: Mapping[str, OptionRows]) -> dict[str, list[Any]]:
-    """Evaluation rows by task that can be scored, the first of each."""
+    """The first scorable evaluation rows of each task."""
     rows_of: dict[str, list[Any]] = {}
     for scored in option_rows.values():
         for task, rows in scored.by_task().items():

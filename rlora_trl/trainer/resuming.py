@@ -218,21 +218,30 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str, bas
 
 
 def _base_differences(folder: Path, saved: RLoraConfig, config: RLoraConfig, commit: str | None) -> list[str]:
-    """How the base models differ. A local folder in another place may hold the same model: that is a warning."""
-    differences = []
+    """
+    How the base models differ.
+
+    Where both commits are known they decide, as a repository may have several names. Another local folder may hold the
+    same model: it is warned of.
+    """
+    record = AdapterRecord.load(folder)
+    saved_commit = None if record is None else record.base_model_revision
+    if commit is not None and saved_commit is not None:
+        if commit == saved_commit:
+            return []
+        remedy = f"load the former with `model_init_kwargs={{'revision': {saved_commit!r}}}`"
+        return [f"commit of the base model: checkpoint has {saved_commit}, this run has {commit} ({remedy})"]
+
     before, now = saved.base_model_name_or_path, config.base_model_name_or_path
-    if before != now and hub_name(before) and hub_name(now):
-        differences.append(f"base model: checkpoint has {before}, this run has {now}")
-    elif before != now:
+    if before == now:
+        return []
+    if not hub_name(before) or not hub_name(now):
         logger.warning(
             f"The checkpoint was trained on the base model {before!r}, and this run has {now!r}. Make sure that they "
             "are the same model: the weights of local folders are not compared."
         )
-    record = AdapterRecord.load(folder)
-    saved_commit = None if record is None else record.base_model_revision
-    if commit is not None and saved_commit is not None and commit != saved_commit:
-        differences.append(f"commit of the base model: checkpoint has {saved_commit}, this run has {commit}")
-    return differences
+        return []
+    return [f"base model: checkpoint has {before}, this run has {now}"]
 
 
 def _differences(saved: RLoraConfig, present: RLoraConfig, names: tuple[str, ...]) -> list[str]:
@@ -253,7 +262,7 @@ def _plain(value: Any, name: str) -> Any:
     return value
 
 
-def compare_tensors(
+def describe_changed_values(
     expected: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor], checkpoint: str | os.PathLike
 ) -> str | None:
     """How the tensors in training differ from those of a checkpoint, in words, or `None`."""

@@ -45,7 +45,8 @@ class RunRecord:
             is continued.
 
     Attributes:
-        seen (`dict[str, dict[str, int]]`): Rows and tokens of each task that the run was trained on.
+        seen (`dict[str, dict[str, int]]`): Rows and tokens of each task that the run was trained on. They are
+            collected on all ranks, at checkpoints and at the end of training, so that a save on one rank has them.
         head_weights ([`HeadWeights`], *optional*): Mean head weights by task, as measured last.
         dataset_name (`str`, *optional*): The dataset on the Hub, if all training data come from one.
     """

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..files.tensors import file_digest
-from ..reading import AdapterCheckError, first_few, read_safetensors_header
+from ..reading import AdapterCheckError, TensorEntry, first_few, read_safetensors_header
+from ..tuner.comparison import compare_tensors
 
 
 # Folder for unfinished saves, within the folder that is saved to.
@@ -154,7 +155,7 @@ def check_saved(root: Path, tensors: FullTensors, strategy: str) -> dict[str, st
         path = adapter_folder(root, adapter) / WEIGHTS_NAME
         try:
             entries = read_safetensors_header(path)
-            problems = _compare(expected, {name: entry.shape for name, entry in entries.items()})
+            problems = _describe_differences(expected, entries)
             if problems:
                 raise AdapterCheckError(f"it {'; it '.join(problems)}")
             digests[adapter] = file_digest(path, entries, finite=True)
@@ -166,17 +167,22 @@ def check_saved(root: Path, tensors: FullTensors, strategy: str) -> dict[str, st
     return digests
 
 
-def _compare(expected: dict[str, SavedTensor], found: dict[str, tuple[int, ...]]) -> list[str]:
+def _describe_differences(expected: dict[str, SavedTensor], entries: dict[str, TensorEntry]) -> list[str]:
+    differences = compare_tensors(
+        {name: tensor.shape for name, tensor in expected.items()},
+        {name: entry.shape for name, entry in entries.items()},
+    )
     problems = []
-    for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
-        if names:
-            problems.append(f"{what} {first_few(names)}")
-    reshaped = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name]]
-    if reshaped:
-        name = min(reshaped)
+    if differences.missing:
+        problems.append(f"lacks {first_few(differences.missing)}")
+    if differences.unknown:
+        problems.append(f"has unknown {first_few(differences.unknown)}")
+    if differences.misshapen:
+        name = min(differences.misshapen)
+        wanted, written = differences.misshapen[name]
         problems.append(
-            f"has {len(reshaped)} tensors of other shapes, such as {name}: {list(found[name])} instead of "
-            f"{list(expected[name].shape)}"
+            f"has {len(differences.misshapen)} tensors of other shapes, such as {name}: {list(written)} instead of "
+            f"{list(wanted)}"
         )
     return problems
 

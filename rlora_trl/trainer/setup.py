@@ -1,4 +1,4 @@
-"""Checks of a trainer's configuration, before anything is built."""
+"""The configuration of a trainer, and checks of settings that do not work together."""
 
 from __future__ import annotations
 
@@ -41,18 +41,16 @@ def check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:
         )
 
 
-def check_parallelism(args: RLoraSFTConfig, parallelism: Any, *, has_optimizer: bool) -> None:
+def check_parallelism(args: RLoraSFTConfig, parallelism: Any) -> None:
     """
-    Refuse settings that would have no effect, or a wrong one.
+    Refuse a balance loss where sequences are divided among processes.
 
     Args:
         args ([`RLoraSFTConfig`]): Configuration of the run.
-        parallelism (`ParallelismConfig`, *optional*): accelerate's context or sequence parallelism.
-        has_optimizer (`bool`): Whether the user passed an optimizer.
+        parallelism (`ParallelismConfig`, *optional*): How accelerate divides a sequence.
 
     Raises:
-        NotImplementedError: If a balance loss is used with context or sequence parallelism.
-        ValueError: If learning rates of parameter groups are set, and the optimizer was passed.
+        NotImplementedError: If a balance loss would count the tokens of parts of sequences.
     """
     balances = args.balance_loss != "none" and args.balance_coef > 0
     if balances and parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
@@ -60,7 +58,20 @@ def check_parallelism(args: RLoraSFTConfig, parallelism: Any, *, has_optimizer: 
             f"`balance_loss={args.balance_loss!r}` does not count tokens under context or sequence parallelism yet. "
             'Set `balance_loss="none"`, or use data parallelism.'
         )
-    if has_optimizer and (args.router_learning_rate or args.loraplus_lr_ratio):
+
+
+def check_optimizer(args: RLoraSFTConfig, optimizer: Any) -> None:
+    """
+    Refuse learning rates of parameter groups for an optimizer that the user passed.
+
+    Args:
+        args ([`RLoraSFTConfig`]): Configuration of the run.
+        optimizer (`torch.optim.Optimizer`, *optional*): The optimizer that was passed.
+
+    Raises:
+        ValueError: If both are there.
+    """
+    if optimizer is not None and (args.router_learning_rate or args.loraplus_lr_ratio):
         raise ValueError(
             "`router_learning_rate` and `loraplus_lr_ratio` set up the optimizer, and one was passed in `optimizers`. "
             "Set the learning rates in its parameter groups, or choose the optimizer with `optim`."

@@ -62,10 +62,10 @@ class TaskData:
         self._lost_rows = LostRows(
             args.max_length, labels_are_used=labels_are_used, routes_by_task=self.routes_by_task
         )
-        # `_prepare_dataset` gets only a name, and evaluation data may be named "train" too.
-        self._training: Any = None
+        # TRL prepares the training data first, under the name "train", which evaluation data may have too.
+        self._has_training = False
         self._trained_tasks: list[str] | None = None
-        self._is_prepared = self._rows_are_checked = False
+        self._saw_training = self._rows_are_checked = False
 
     @property
     def routes_by_task(self) -> bool:
@@ -94,7 +94,7 @@ class TaskData:
         # A stream names its tasks row by row.
         if tasks is not None or isinstance(train_dataset, IterableDataset) or self.routes_by_task:
             train_dataset = self._with_task_ids(train_dataset)
-        self._training = train_dataset
+        self._has_training = train_dataset is not None
         self._trained_tasks = tasks
         return train_dataset
 
@@ -156,17 +156,15 @@ class TaskData:
             any_format (`bool`): See [`join`].
             prepare (`Callable`): `SFTTrainer._prepare_dataset`, given data, configuration and `packing`.
         """
+        is_training = self._has_training and not self._saw_training and name == "train"
+        self._saw_training = self._saw_training or is_training
         if is_packed(dataset):
             return dataset
-        is_training = dataset is self._training
-        self._is_prepared = self._is_prepared or is_training
         if not any_format and not (is_training and self._rows_are_checked):
             dataset = check_rows(dataset, f"The dataset {name!r}", text_column=args.dataset_text_field)
 
-        # `evaluate` prepares its data once more for each dataset of a dictionary.
         dataset = self._lost_rows.renumber(dataset)
-        is_new = isinstance(dataset, Dataset) and not self._lost_rows.is_known(dataset)
-        before = rows_of_tasks(dataset, len(self.names)) if is_new else None
+        before = rows_of_tasks(dataset, len(self.names)) if isinstance(dataset, Dataset) else None
         if not packing or TASK_IDS not in columns_of(dataset):
             dataset = prepare(dataset, args, packing)
             return dataset if packing else self._drop_lost_rows(dataset, before, name, is_training)
@@ -234,30 +232,28 @@ class TaskData:
 
     # After the trainer has prepared the data
 
-    def settle(self, train_dataset: Any, eval_dataset: Any, *, is_prepared: bool) -> tuple[Any, Any]:
+    def settle(self, train_dataset: Any, eval_dataset: Any, *, came_prepared: bool) -> tuple[Any, Any]:
         """
         Warn about rows that preparation has dropped, record the remaining tasks, and plan the draws of an epoch.
 
         Args:
-            train_dataset, eval_dataset: The prepared data.
-            is_prepared (`bool`): Whether the user prepared them (`skip_prepare_dataset`).
+            train_dataset, eval_dataset: The data as the trainer has them now.
+            came_prepared (`bool`): Whether they came prepared (`skip_prepare_dataset`).
 
         Returns:
             `tuple`: The training and evaluation data to use.
 
         Raises:
-            RuntimeError: If the trainer prepared another dataset than the training data.
-            ValueError: If no row (with a task router: no row of one task) has a token to train on, or the tasks can't
-                be mixed as configured.
+            RuntimeError: If `SFTTrainer` did not prepare the training data.
+            ValueError: If no row, or with a task router no row of a task, has a token to learn from; or tasks can't be
+                mixed as asked.
         """
-        if self._training is not None and not is_prepared and not self._is_prepared:
+        if self._has_training and not came_prepared and not self._saw_training:
             raise RuntimeError(
-                "The trainer prepared a copy of the training data, so the task mixture would be lost. This version of "
-                "TRL is not supported: install one that "
-                "`rlora_trl` supports (`pip install --upgrade rlora-trl`)."
+                "`SFTTrainer` did not prepare the training data under the name 'train', so that the mixture of tasks "
+                "would be lost. Install a version of TRL that `rlora_trl` supports (`pip install rlora-trl`)."
             )
-        self._training = None
-        if is_prepared and isinstance(train_dataset, Dataset) and not has_transform(train_dataset):
+        if came_prepared and isinstance(train_dataset, Dataset) and not has_transform(train_dataset):
             train_dataset, eval_dataset = self._drop_prepared(train_dataset, eval_dataset)
         if self._lost_rows.places is not None:
             self._config.tasks = list(self.names) or None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..evaluation import score_tasks
 from ..evaluation.columns import encode_tasks, task_namer, tells_tasks
 from ..evaluation.formats import has_transform
 from ..tuner import Routing
+from ..tuner.routing import using_all
 from .tasks import name_tasks, tasks_in
 
 
@@ -81,14 +81,13 @@ class OptionRows:
         return {task_namer(self.rows, self.task_column)(self.rows[0][self.task_column]) or self.task: self.rows}
 
 
-def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> dict[str, OptionRows]:
+def find_option_rows(eval_dataset: Any, task_column: str) -> dict[str, OptionRows]:
     """
     Find the rows that can be scored.
 
     Args:
         eval_dataset: The `eval_dataset` of `SFTTrainer`. A single dataset has the name "".
         task_column (`str`): Column that names the task of each row.
-        prefix (`str`, *optional*): Prefix of the names, followed by an underscore.
 
     Returns:
         `dict[str, OptionRows]`: By the name of their dataset. Skipped are tokenized datasets (preparation adds
@@ -102,11 +101,10 @@ def find_option_rows(eval_dataset: Any, task_column: str, prefix: str = "") -> d
         if not set(_SCORED) <= columns or columns & unscored or len(dataset) == 0 or has_transform(dataset):
             continue
         dataset = dataset.with_format(None)
-        key = "_".join(part for part in (prefix, str(name)) if part)
         if _is_scorable(dataset, str(name)):
             has_tasks = task_column in columns and tells_tasks(dataset, task_column)
             rows = dataset.select_columns([*_SCORED, task_column] if has_tasks else list(_SCORED))
-            scorable[key] = OptionRows(rows, str(name), task_column if has_tasks else None)
+            scorable[str(name)] = OptionRows(rows, str(name), task_column if has_tasks else None)
     return scorable
 
 
@@ -160,11 +158,8 @@ def count_correct_options(
         part = rows.select(range(accelerator.process_index, len(rows), ranks)) if ranks > 1 else rows
         if not len(part):
             continue
-        with ExitStack() as stack:
-            for routing in routings:
-                has_task = routing.kind == "task" and task in routing.tasks
-                # The loss evaluation of the same rows has counted the use of heads.
-                stack.enter_context(routing.using(usage=None, task=routing.index_of(task) if has_task else None))
+        # The use of heads was counted in the evaluation of the same rows.
+        with using_all([(routing, {"usage": None, "task": routing.find_task(task)}) for routing in routings]):
             scores = score_tasks(
                 model, tokenizer, {task: part.to_list()}, batch_size=batch_size, max_length=max_length
             )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from transformers.utils import PushInProgress
 
 from ..evaluation.columns import AnyDataset
 from ..evaluation.formats import check_pictures
+from ..files.head_weights import HeadWeights
 from ..files.layout import CARD_NAME
 from ..files.record import AdapterRecord, select_hyperparameters
 from ..hub.card_reading import read_card
@@ -49,8 +51,7 @@ from .optimizer import set_learning_rates
 from .precision import cast_for_deepspeed, undo_bf16_cast
 from .publishing import as_list, check_publishing, count_trainable, is_sharded, push_copy, rows_to_measure, write_card
 from .run_record import RunRecord, loaded_commit
-from .saving import adapter_folder
-from .setup import as_rlora_config, check_balance, check_devices, check_parallelism
+from .setup import as_rlora_config, check_balance, check_devices, check_optimizer, check_parallelism
 from .sharding import keep_outputs_wide, wait_for_backward
 from .task_collator import TaskCollator
 from .task_data import TaskData
@@ -143,7 +144,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         peft_config: RLoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        # The model, the adapter and the settings
+        # Adapter and configuration
         args = as_rlora_config(args, model)
         self._loads_base = isinstance(model, str)  # then its revision is known
         peft_config = choose_peft_config(model, peft_config)
@@ -162,6 +163,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         eval_dataset = self._task_data.split_evaluation(eval_dataset)
         self._option_rows = find_option_rows(eval_dataset, args.task_column)
         self._evaluated: _Evaluated | None = None
+        self._micro_batch: ExitStack | None = None  # contexts that last through a forward and backward pass
         if not self._is_new_adapter:
             self._propagate_task_names(model)
 
@@ -178,12 +180,12 @@ class RLoraSFTTrainer(StagedCheckpoints):
             **kwargs,
         )
 
-        # Checks and corrections of what `SFTTrainer` has set up
+        # The model and data as `SFTTrainer` has prepared them
         refuse_token_rows_of_head(self.model)
         if self._is_vision_dataset and data_collator is None:
             self._check_pictures()
         self.train_dataset, self.eval_dataset = self._task_data.settle(
-            self.train_dataset, self.eval_dataset, is_prepared=self._skip_prepare_dataset
+            self.train_dataset, self.eval_dataset, came_prepared=self._skip_prepare_dataset
         )
         self._adapter_config().tasks = list(self._task_data.names) or None
         self._propagate_task_names(self.model)
@@ -191,8 +193,11 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if self.is_deepspeed_enabled:
             cast_for_deepspeed(self.model, self.accelerator)
         keep_outputs_wide(self.accelerator)
+        self._base_commit = self._find_base_commit()
         self._watch_adapters()
         shorten_console_logs(self, lambda: self._task_data.names)
+        # Pushes wait for each other in the queue of one client.
+        self._hub_api = HfApi()
 
     def _watch_adapters(self) -> None:
         """Find the adapters in training, and set up their observer."""
@@ -206,17 +211,17 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if not self.args.train_a:
             for adapter in self._adapters.values():
                 adapter.A.requires_grad_(False)
-        check_parallelism(self.args, self.accelerator.parallelism_config, has_optimizer=self.optimizer is not None)
+        check_parallelism(self.args, self.accelerator.parallelism_config)
+        check_optimizer(self.args, self.optimizer)
         if self.is_deepspeed_enabled:
             check_deepspeed_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.args.nan_policy)
 
-        self._observer = StepObserver(self._adapters, self._task_data.names, self.args, self.model, self.accelerator)
+        tasks = self._task_data.names
+        self._observer = StepObserver(self._adapters, tasks, self.args, self.model, lambda: self.accelerator)
         self.kept_states["tasks"] = KeptState(self._note_tasks_seen, self._observer.load_tasks_seen)
         self.kept_states["head_sums"] = KeptState(self._observer.head_sums, self._observer.load_head_sums)
-        if self._task_data.names:
-            logger.info(f"Training on {len(self._task_data.names)} tasks: {', '.join(self._task_data.names)}")
-        # One client runs pushes one after another.
-        self._hub_api = HfApi()
+        if tasks:
+            logger.info(f"Training on {len(tasks)} tasks: {', '.join(tasks)}")
 
     @property
     def mixture(self) -> TaskMixture | None:
@@ -356,6 +361,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def _will_log(self) -> bool:
         """Whether the running step will be logged."""
         step = self.state.global_step + 1
+        # `DefaultFlowCallback` decides at the end of a step, but for this strategy at the end of an epoch.
         if self.args.logging_strategy == IntervalStrategy.EPOCH:
             epochs = max(1, self.state.num_train_epochs or 1)
             at_end = step % max(1, self.state.max_steps // epochs) == 0 or step == self.state.max_steps
@@ -366,7 +372,8 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self._observer.begin_step(batches, will_log=self._will_log(), ranks_alike=self.get_tp_size())
+        will_log = self._observer.monitor is not None and self._will_log()
+        self._observer.begin_step(batches, will_log=will_log, ranks_alike=self.get_tp_size())
         return batches, num_items
 
     def compute_loss(
@@ -384,7 +391,10 @@ class RLoraSFTTrainer(StagedCheckpoints):
             undivided = num_items_in_batch is not None or self.compute_loss_func is not None
             tally = self._observer.tally(inputs, 1 if undivided else self.current_gradient_accumulation_steps)
         base_model = self.model.get_base_model()
-        with self._batch_context(inputs, tally), self._observer.reading_outputs(base_model, inputs):
+        with ExitStack() as forward:
+            # Until the backward pass of the step has ended: compiled layers that are recomputed read it again.
+            (self._micro_batch or forward).enter_context(self._batch_context(inputs, tally))
+            forward.enter_context(self._observer.reading_outputs(base_model, inputs))
             result = super().compute_loss(model, batch, **options)
         if tally is None:
             return result
@@ -394,7 +404,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     @contextmanager
     def _batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None = None) -> Generator[None, None, None]:
-        """Pass the tasks and the padding of a batch to the layers, for its forward pass and for recomputations."""
+        """Give the layers the tasks and the padding of a batch."""
         mask, batch = token_mask_of(inputs), describe_batch((), inputs)
         draws_seed = self.model.training and self._recomputes_with_other_seeds
         values = {
@@ -418,10 +428,12 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
-            loss = super().training_step(*args, **kwargs)
+            with ExitStack() as self._micro_batch:
+                loss = super().training_step(*args, **kwargs)
             if self.is_fsdp_enabled and not self.accelerator.sync_gradients:
                 wait_for_backward(self.args.device)
         finally:
+            self._micro_batch = None
             for routing in self._routings:
                 routing.forget_batch()
         if not self.accelerator.sync_gradients:
@@ -504,12 +516,12 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def _evaluate_one(
         self, evaluated: _Evaluated, dataset: Any, ignore_keys: list[str] | None, prefix: str
     ) -> dict[str, float]:
-        self._evaluated = evaluated
+        before, self._evaluated = self._evaluated, evaluated
         try:
             with self._counting_heads():
                 return super().evaluate(dataset, ignore_keys, prefix)
         finally:
-            self._evaluated = None
+            self._evaluated = before
 
     def _add_means(
         self, metrics: dict[str, float], tasks: list[str], prefix: str, stopping: EarlyStopping
@@ -566,7 +578,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         correct, rows = (self._observer.reduce(total) if share_rows else total).tolist()
         return correct / rows
 
-    def measure_head_weights(self, rows: int | None = None) -> Any:
+    def measure_head_weights(self, rows: int | None = None) -> HeadWeights | None:
         """
         Measure the mean head weights of each task on rows of the training data. Call it on all ranks.
 
@@ -583,7 +595,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if data is None or not any(adapter.router is not None for adapter in self._adapters.values()):
             return None
         callback = HeadUsageCallback(self._task_data.names)
-        with self._evaluating() as model:
+        with self._in_eval_mode() as model:
             callback.start(self.model, self.args.device)
             try:
                 # Not `get_eval_dataloader`, which may return a loader that is kept for evaluation. Batches are as
@@ -598,9 +610,18 @@ class RLoraSFTTrainer(StagedCheckpoints):
             self._run_record.head_weights = measured
         return self._run_record.head_weights
 
+    def measure_mixtures(self, rows: int | None = None) -> HeadWeights | None:
+        """Deprecated name of [`measure_head_weights`]."""
+        warnings.warn(
+            "`measure_mixtures` is now `measure_head_weights`, and the old name will be removed in 0.2.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self.measure_head_weights(rows)
+
     @contextmanager
-    def _evaluating(self) -> Generator[nn.Module, None, None]:
-        """The model in eval mode, for passes that change neither the metrics nor the base weights."""
+    def _in_eval_mode(self) -> Generator[nn.Module, None, None]:
+        """The model in eval mode, for passes that leave no trace in the metrics or the base weights."""
         model, was_training = self.model_wrapped, self.model.training
         metrics, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
         model.eval()
@@ -637,18 +658,15 @@ class RLoraSFTTrainer(StagedCheckpoints):
             self._task_data.names,
             step=step,
             hyperparameters=settings.recorded(step) if settings.parts else select_hyperparameters(self.args),
-            base_commit=self._base_commit(),
+            base_commit=self._base_commit,
         )
 
-    def _base_commit(self) -> str | None:
+    def _find_base_commit(self) -> str | None:
         config = self._adapter_config()
         if not self._loads_base and config.revision is None:
             return None  # a loaded model does not record its revision
         cache_dir = (self.args.model_init_kwargs or {}).get("cache_dir") if self._loads_base else None
         return loaded_commit(config.base_model_name_or_path, config.revision, cache_dir)
-
-    def _adapter_folder(self, root: str | Path) -> Path:
-        return adapter_folder(root, self.model.active_adapter)
 
     def _write_beside(self, folder: Path, destination: Path) -> None:
         record = self.adapter_record()

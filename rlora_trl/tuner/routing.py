@@ -198,28 +198,17 @@ class Routing:
 
 
 @contextmanager
-def using_all(
-    contexts: Iterable[tuple[Routing, Mapping[str, Any]]], *, through_backward: bool = False
-) -> Generator[None, None, None]:
+def using_all(contexts: Iterable[tuple[Routing, Mapping[str, Any]]]) -> Generator[None, None, None]:
     """
-    Enter [`Routing.using`] for several adapters. Batches reach the layers only through this function.
+    Enter [`Routing.using`] for several adapters.
 
     Args:
         contexts (`Iterable[tuple[Routing, Mapping]]`): The state of each adapter, with its values of [`BatchContext`].
-        through_backward (`bool`, *optional*, defaults to `False`): The `with` block includes the backward pass, so
-            nothing is kept for recomputations when it ends.
     """
-    entered: list[Routing] = []
-    try:
-        with ExitStack() as stack:
-            for routing, values in contexts:
-                stack.enter_context(routing.using(**values))
-                entered.append(routing)
-            yield
-    finally:
-        if through_backward:
-            for routing in entered:
-                routing.forget_batch()
+    with ExitStack() as stack:
+        for routing, values in contexts:
+            stack.enter_context(routing.using(**values))
+        yield
 
 
 def find_routings(model: torch.nn.Module) -> list[Routing]:

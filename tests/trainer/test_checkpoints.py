@@ -244,10 +244,42 @@ def test_another_base_model_is_refused(trained, tmp_path, model_folders, monkeyp
         (checkpoint / name).write_text(json.dumps({**values, key: value}))
     fresh = make_trainer(model_folders["llama"], tmp_path / "out")
     fresh.model.peft_config["default"].base_model_name_or_path = "some/model"
-    monkeypatch.setattr(fresh, "_base_commit", lambda: "b" * 40)
+    fresh._base_commit = "b" * 40
 
     with pytest.raises(ValueError, match=said):
         fresh.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_equal_commits_decide_about_the_base_model(trained, tmp_path, model_folders):
+    """A repository may have several names."""
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    record = json.loads((checkpoint / "rlora_record.json").read_text())
+    (checkpoint / "rlora_record.json").write_text(json.dumps({**record, "base_model_revision": "a" * 40}))
+    fresh = make_trainer(model_folders["llama"], tmp_path / "out", max_steps=5)
+    fresh.model.peft_config["default"].base_model_name_or_path = "other/name"
+    fresh._base_commit = "a" * 40
+    fresh.train(resume_from_checkpoint=str(checkpoint))
+    assert fresh.state.global_step == 5
+
+
+def test_saves_elsewhere_while_a_checkpoint_is_written(model_folders, tmp_path):
+    class Twice(RLoraSFTTrainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            super().save_model(output_dir, _internal_call)
+            super().save_model(str(tmp_path / "backup"), True)
+
+    trainer = make_trainer(model_folders["llama"], tmp_path / "out", max_steps=1)
+    trainer.__class__ = Twice
+    trainer.train()
+    check_adapter(tmp_path / "backup")
+    check_adapter(tmp_path / "out" / "checkpoint-1")
+
+
+def test_names_of_kept_states_are_checked(model_folders, tmp_path):
+    trainer = make_trainer(model_folders["llama"], tmp_path, max_steps=1)
+    trainer.kept_states["files"] = trainer.kept_states["tasks"]
+    with pytest.raises(ValueError, match="`kept_states` can't have the names files"):
+        trainer.train()
 
 
 def test_checkpoints_hold_no_training_rows(trained, tmp_path):

@@ -7,6 +7,7 @@ import transformers
 from packaging import version
 from torch._dynamo.utils import counters
 from trainer_utils import losses, make_trainer
+from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig
 
@@ -21,6 +22,34 @@ def run(model_folders, folder, **kwargs):
     trainer = make_trainer(model_folders, folder, peft_config=config, **options, **kwargs)
     trainer.train()
     return trainer
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_compiled_layers_are_recomputed_with_their_batch(model_folders, tmp_path, use_reentrant):
+    """Compiled code reads the present context, and a checkpoint around it runs it again in the backward pass."""
+
+    def gradients(compiled):
+        model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+        if compiled:
+            for layer in model.model.layers:
+                layer.mlp.compile(backend="aot_eager")
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            model_folders,
+            tmp_path,
+            model=model,
+            peft_config=RLoraConfig(router="task", head_dropout=0.0),
+            max_steps=3,
+            max_grad_norm=1e9,
+            pad_to_multiple_of=64,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        )
+        trainer.train()
+        return [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+    torch._dynamo.reset()
+    assert gradients(compiled=True) == pytest.approx(gradients(compiled=False), rel=1e-5)
 
 
 @pytest.mark.slow
