@@ -166,7 +166,7 @@ class StagedCheckpoints(SFTTrainer):
 
     @contextmanager
     def _staged(self, folder: Path) -> Generator[tuple[Path, Path], None, None]:
-        """A folder to write in, and the one that its files are moved to when all went well."""
+        """A folder to write to, and the destination that its files are moved to after success."""
         if self._stage is not None and folder.is_relative_to(self._stage):  # a checkpoint is staged as a whole
             yield folder, self._stage.parent / folder.relative_to(self._stage)
             return

@@ -120,7 +120,7 @@ class LostRows:
             f"Note that {cause}a row whose labels are all -100 has no loss. Raise `max_length`, or shorten or remove "
             "these rows."
         )
-        # To be warned of, and earlier warnings.
+        # Pending and earlier warnings.
         self._training = ""
         self._evaluation: list[str] = []
         self._warned: set[str] = set()

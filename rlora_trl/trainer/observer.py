@@ -208,7 +208,7 @@ class StepObserver:
             self.ledger.load(seen or {})
 
     def head_sums(self) -> list[list[float]] | None:
-        """Sums over heads that a balance loss over whole steps needs of the step before. On all ranks."""
+        """Sums of the last step that a balance loss over whole steps uses in the next. Call it on all ranks."""
         return None if self.monitor is None else self.monitor.state(self._accelerator().gather)
 
     def load_head_sums(self, sums: list[list[float]] | None) -> None:

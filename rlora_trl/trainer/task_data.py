@@ -237,16 +237,16 @@ class TaskData:
         Warn about rows that preparation has dropped, record the remaining tasks, and plan the draws of an epoch.
 
         Args:
-            train_dataset, eval_dataset: The data as the trainer has them now.
-            came_prepared (`bool`): Whether they came prepared (`skip_prepare_dataset`).
+            train_dataset, eval_dataset: The prepared data.
+            came_prepared (`bool`): Whether the user prepared them (`skip_prepare_dataset`).
 
         Returns:
             `tuple`: The training and evaluation data to use.
 
         Raises:
             RuntimeError: If `SFTTrainer` did not prepare the training data.
-            ValueError: If no row, or with a task router no row of a task, has a token to learn from; or tasks can't be
-                mixed as asked.
+            ValueError: If no row (with a task router: no row of one task) has a token to train on, or the tasks can't
+                be mixed as configured.
         """
         if self._has_training and not came_prepared and not self._saw_training:
             raise RuntimeError(
