@@ -13,10 +13,12 @@ _FOR_TRACKERS = frozenset(
     (
         *("grad_norm", "grad_norm_A", "grad_norm_B", "grad_norm_router", "entropy", "mean_token_accuracy"),
         *("num_tokens", "num_input_tokens_seen", "total_flos", "balance_loss", "router_entropy", "head_load_cv"),
-        *("head_similarity", "aux_loss"),
+        *("head_similarity", "aux_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_num_tokens"),
+        *("eval_aux_loss", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"),
     )
 )
-_SPEEDS = ("_samples_per_second", "_steps_per_second", "_tokens_per_second", "_model_preparation_time")
+# What `Trainer.evaluate` adds to the metrics of one dataset.
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 # With more tasks than this, the console shows those with the highest losses.
 _MOST_TASKS = 6
 
@@ -34,18 +36,13 @@ def select_for_console(logs: Mapping[str, Any], tasks: Sequence[str]) -> dict[st
     """
     names = {f"{prefix}{task}_loss" for task in tasks for prefix in ("", "task_")}
     of_tasks = sorted((name for name in logs if name in names), key=lambda name: logs[name], reverse=True)
-    hidden = {*of_tasks[_MOST_TASKS:], *(name for name in logs if _is_for_trackers(name))}
+    hidden = {*(_FOR_TRACKERS - set(of_tasks)), *of_tasks[_MOST_TASKS:]}
+
+    # The metrics of one dataset share a prefix, which that of its running time shows.
+    prefix = min((name for name in logs if name.endswith("_runtime")), key=len, default="").removesuffix("_runtime")
+    if prefix not in ("", "train"):
+        hidden |= {f"{prefix}_{speed}" for speed in _SPEEDS}
     return {name: value for name, value in logs.items() if name not in hidden}
-
-
-def _is_for_trackers(name: str) -> bool:
-    if name.endswith(_SPEEDS):
-        return True
-    if name.startswith("eval_"):
-        measure = name.removeprefix("eval_")
-        is_of_pass = any(measure == entry or measure.endswith(f"_{entry}") for entry in _FOR_TRACKERS)
-        return is_of_pass or name.endswith("_runtime")
-    return name in _FOR_TRACKERS
 
 
 class _OnConsole:
@@ -79,16 +76,18 @@ def shorten_console_logs(trainer: Trainer, tasks: Callable[[], Sequence[str]]) -
     """
     Show selected log entries on the console, in place of the default callbacks of transformers.
 
-    Callbacks of other classes, such as custom subclasses or the notebook callback, are not replaced.
+    The default is the last of its class, as `Trainer` adds it after the callbacks that it is given. Those, and
+    callbacks of other classes, such as the notebook callback, are not replaced.
 
     Args:
         trainer (`Trainer`): The trainer.
         tasks (`Callable`): Returns the names of the tasks.
     """
-    handler = trainer.callback_handler
-    for index, callback in enumerate(handler.callbacks):
+    callbacks = trainer.callback_handler.callbacks
+    for index, callback in reversed(list(enumerate(callbacks))):
         if type(callback) is PrinterCallback:
-            handler.callbacks[index] = TaskPrinterCallback(tasks)
-        elif type(callback) is ProgressCallback:
-            shown = handler.callbacks[index] = TaskProgressCallback(tasks)
-            shown.max_str_len = callback.max_str_len
+            callbacks[index] = TaskPrinterCallback(tasks)
+            return
+        if type(callback) is ProgressCallback:
+            callbacks[index] = TaskProgressCallback(tasks)
+            return

@@ -1,15 +1,15 @@
 """What the console shows of the logs, and what trackers get."""
 
 import pytest
-from testing_utils import task_datasets
-from trainer_utils import make_trainer
+from testing_utils import build_tokenizer, task_datasets
+from trainer_utils import arguments, make_trainer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from rlora_trl import RLoraSFTTrainer
 from rlora_trl.trainer.console import (
     TaskPrinterCallback,
     TaskProgressCallback,
     select_for_console,
-    shorten_console_logs,
 )
 
 
@@ -42,23 +42,20 @@ def test_many_tasks_show_those_with_the_highest_losses():
     assert list(shown) == ["loss", *(f"t{index}_loss" for index in range(4, 10))]
 
 
-def test_evaluation_and_metrics_of_the_user():
-    logs = {
-        "eval_sst2_loss": 1.0,
-        "eval_sst2_accuracy": 0.5,
-        "eval_sst2_bleu": 0.3,
-        "my_metric": 2,
-        "eval_sst2_entropy": 3.0,
-        "eval_sst2_num_tokens": 3.0,
-        "eval_sst2_runtime": 0.1,
-        "eval_sst2_samples_per_second": 9.0,
-    }
-    assert list(select_for_console(logs, ["sst2"])) == [
-        "eval_sst2_loss",
-        "eval_sst2_accuracy",
-        "eval_sst2_bleu",
-        "my_metric",
-    ]
+def test_losses_of_tasks_with_names_like_other_entries():
+    logs = {"loss": 1.0, "balance_loss": 2.0, "aux_loss": 3.0, "entropy": 4.0}
+    assert list(select_for_console(logs, ["balance", "aux"])) == ["loss", "balance_loss", "aux_loss"]
+    logs = {"eval_balance_loss": 1.0, "eval_balance_runtime": 0.1, "eval_entropy": 2.0}
+    assert list(select_for_console(logs, ["balance"])) == ["eval_balance_loss"]
+
+
+@pytest.mark.parametrize("prefix", ["eval_sst2", "test_sst2", "eval"])
+def test_evaluation_and_metrics_of_the_user(prefix):
+    own = ("loss", "accuracy", "bleu", "label_entropy", "bleu_runtime")
+    speeds = ("runtime", "samples_per_second", "steps_per_second")
+    logs = {f"{prefix}_{name}": 0.5 for name in (*own, *speeds)}
+    shown = select_for_console({**logs, "my_metric": 2, "eval_entropy": 3.0, "eval_num_tokens": 3}, ["sst2"])
+    assert list(shown) == [*(f"{prefix}_{name}" for name in own), "my_metric"]
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
@@ -81,16 +78,22 @@ def test_trackers_get_everything(model_folders, tmp_path, capsys, disable_tqdm):
 
 
 def test_callbacks_of_the_user_stay(model_folders, tmp_path):
-    class Own(ProgressCallback):
-        pass
+    own = ProgressCallback(max_str_len=7)
+    trainer = RLoraSFTTrainer(
+        model=model_folders["llama"],
+        args=arguments(tmp_path, disable_tqdm=False),
+        train_dataset=task_datasets(4),
+        processing_class=build_tokenizer(),
+        callbacks=[own],
+    )
+    callbacks = trainer.callback_handler.callbacks
+    assert any(callback is own for callback in callbacks)
+    assert sum(isinstance(callback, TaskProgressCallback) for callback in callbacks) == 1
 
-    trainer = make_trainer(model_folders, tmp_path, train=task_datasets(4))
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_the_callback_is_removed_by_its_class(model_folders, tmp_path, disable_tqdm):
+    trainer = make_trainer(model_folders, tmp_path, train=task_datasets(4), disable_tqdm=disable_tqdm)
+    trainer.remove_callback(PrinterCallback if disable_tqdm else ProgressCallback)
     kinds = TaskProgressCallback | TaskPrinterCallback
-    ours = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds)]
-    assert len(ours) == 1
-
-    trainer.remove_callback(PrinterCallback if isinstance(ours[0], PrinterCallback) else ProgressCallback)
-    assert ours[0] not in trainer.callback_handler.callbacks
-    trainer.add_callback(Own())
-    shorten_console_logs(trainer, list)
-    assert any(type(callback) is Own for callback in trainer.callback_handler.callbacks)
+    assert not any(isinstance(callback, kinds) for callback in trainer.callback_handler.callbacks)
