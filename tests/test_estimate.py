@@ -384,3 +384,8 @@ def test_the_forward_pass_must_not_depend_on_values(monkeypatch):
     config = small(LlamaConfig)
     with pytest.raises(NotImplementedError, match="LlamaForCausalLM can't be run without values"):
         estimate_memory(config)
+
+
+def test_unknown_arguments_are_named():
+    with pytest.raises(TypeError, match="`estimate_memory` has no argument 'nope'. It takes `strategy` and num_gpus,"):
+        estimate_memory("org/model", nope=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -133,6 +133,13 @@ def estimate_strategies(
     **settings: Any,
 ) -> list[MemoryEstimate]:
     """[`estimate_memory`] for several strategies, which share what they have in common."""
+    names = [entry.name for entry in fields(TrainingSettings)]
+    unknown = sorted(set(settings) - set(names))
+    if unknown:
+        raise TypeError(
+            f"`estimate_memory` has no argument {', '.join(map(repr, unknown))}. It takes `strategy` and "
+            f"{', '.join(names)}."
+        )
     run = TrainingSettings(**settings)
     for strategy in strategies:
         check_choice("strategy", strategy, STRATEGIES)

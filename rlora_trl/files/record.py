@@ -354,7 +354,8 @@ def _fill(record: _Strict, data: Mapping[str, Any], where: str = "") -> _Strict:
         try:
             setattr(record, entry.name, value)
         except StrictDataclassError as error:
-            accepted = error.__cause__ if isinstance(error.__cause__, ValueError) else f"of type {entry.type}"
+            kind = getattr(entry.type, "__name__", str(entry.type)).removesuffix(" | None")
+            accepted = error.__cause__ if isinstance(error.__cause__, ValueError) else f"of type {kind}"
             raise ValueError(
                 f"`{where}{entry.name}` must be {accepted}, got {shorten(value)}. Correct it, or leave it out."
             ) from error

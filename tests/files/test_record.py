@@ -72,7 +72,7 @@ def test_unknown_keys_are_ignored():
 
 
 WRONG = {
-    "base_model": ({"base_model": 3}, r"`base_model` must be of type str \| None, got 3"),
+    "base_model": ({"base_model": 3}, r"`base_model` must be of type str, got 3"),
     "tasks": ({"tasks": {"name": "a"}}, "`tasks` must be a list"),
     "task": ({"tasks": ["a"]}, r"`tasks\[0\]` must be an object"),
     "no name": ({"tasks": [{"rows": 1}]}, r"`tasks\[0\].name` is missing"),
