@@ -2,7 +2,11 @@
 
 import json
 import re
+from functools import partial
 
+from rich.console import Console
+
+from rlora_cli import output
 from rlora_cli.output import plain, print_facts, print_json, print_table, results_only
 
 
@@ -20,8 +24,9 @@ def test_tables_in_a_pipe_are_plain_and_whole(capsys):
 
 
 def test_tables_in_a_narrow_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
-    monkeypatch.setenv("COLUMNS", "40")
+    # Not through the environment, of which earlier tests may leave variables that rich looks at first.
+    narrow = partial(Console, force_terminal=True, color_system="standard", width=40)
+    monkeypatch.setattr(output, "Console", narrow)
     long = "user/" + "x" * 50
     print_table(["task", "rows"], [["same", 7]])
     print_table(["repository", "tasks", "r"], [[long, "one, two", 4], ["user/short", "one", 5]])
