@@ -128,9 +128,13 @@ class RLoraSFTConfig(SFTConfig):
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+
+        # Tasks and mixing
         if not self.task_column:
             raise ValueError(f"`task_column` must name a column, got {self.task_column!r}. The default is 'task'.")
         check_options(self.mixing, self.mixing_temperature, self.mixing_cap, self.mixing_unit, prefix="mixing_")
+
+        # Choices
         choices = {
             "balance_loss": BALANCE_LOSSES,
             "balance_scope": ("micro", "global"),
@@ -140,6 +144,8 @@ class RLoraSFTConfig(SFTConfig):
             if getattr(self, name) not in accepted:
                 listed = ", ".join(map(repr, accepted))
                 raise ValueError(f"`{name}` must be one of {listed}, got {getattr(self, name)!r}. Choose one.")
+
+        # Numbers
         if not (_is_number(self.balance_coef) and 0 <= self.balance_coef < math.inf):
             raise ValueError(
                 f"`balance_coef` must be a number of at least 0, got {self.balance_coef!r}. 0.01 is a common choice."

@@ -182,12 +182,15 @@ class RLoraConfig(PeftConfig):
         self._check_symmetry()
 
     def _check_sizes(self) -> None:
+        # Sizes of all layers
         for name in ("r", "num_heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
                     f"`{name}` must be an integer of at least 1, got {value!r}. Set `{name}=4`, for example."
                 )
+
+        # Types of patterns, whose values follow
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
@@ -196,6 +199,8 @@ class RLoraConfig(PeftConfig):
                     f"`{name}` must be a dictionary of layer names and numbers, got {getattr(self, name)!r}. For "
                     'example {"down_proj": 8}.'
                 )
+
+        # Numbers, of all layers and of some
         for name in ("lora_alpha", "head_dropout", "init_gamma"):
             self._check_number(name, getattr(self, name))
         for pattern, value in self.alpha_pattern.items():
@@ -206,6 +211,8 @@ class RLoraConfig(PeftConfig):
                     f"`rank_pattern[{pattern!r}]` must be an integer of at least 1, got {value!r}. Use "
                     "`exclude_modules` to leave a layer out."
                 )
+
+        # Ranges
         if not 0.0 <= self.head_dropout < 1.0:
             raise ValueError(
                 f"`head_dropout` must be in [0, 1), got {self.head_dropout!r}. Set it to 0 to turn dropout off."
