@@ -22,6 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from ..files.layout import task_slug
 from ..files.names import hub_name
 from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, is_plain
+from ..files.task_types import auto_model_class, auto_peft_class, generates
 from .card_reading import BEGIN, END, TASK_TAG, ExistingCard, is_finite, names_in, read_card_info, read_existing
 
 
@@ -32,13 +33,6 @@ if TYPE_CHECKING:
 INFO_FORMAT = 1
 _TAGS = ("rlora", "multi-task", "lora")
 _TASK_TYPE = "text-generation"
-# PEFT's task types, and the suffix of the PEFT and transformers classes that load the model.
-_CLASSES = {
-    "SEQ_CLS": "SequenceClassification",
-    "SEQ_2_SEQ_LM": "Seq2SeqLM",
-    "TOKEN_CLS": "TokenClassification",
-    "QUESTION_ANS": "QuestionAnswering",
-}
 # Longer tables of tasks are folded, so that the code to load the adapter stays on the first screen.
 _FOLDED_FROM = 25
 # Of an export in a record; see `AdapterRecord`.
@@ -113,14 +107,14 @@ def render_card(
     record = replace(record, tasks=_with_results(record.tasks, results))
 
     # Metadata: what is set here replaces what the existing card has; `None` leaves a key out.
-    generates = config.task_type in (None, "CAUSAL_LM")
+    generates_text = generates(config.task_type)
     metadata = {
         **old.metadata,
         "base_model": record.base_model,
         "base_model_relation": "adapter" if record.base_model else None,
         "library_name": "peft",
         "license": license,
-        "pipeline_tag": old.metadata.get("pipeline_tag") or (_TASK_TYPE if generates else None),
+        "pipeline_tag": old.metadata.get("pipeline_tag") or (_TASK_TYPE if generates_text else None),
         "datasets": _merge_datasets(record.tasks, datasets, old) or None,
         "metrics": _unique([*({"accuracy"} & {*measured}), *names_in(old.metadata.get("metrics"))]) or None,
         "tags": _merge_tags(record.tasks, tags, old, info),
@@ -139,8 +133,9 @@ def render_card(
         num_parameters=num_parameters,
         figures=figures,
         license=", ".join(names_in(license)),
-        model_class=_CLASSES.get(str(config.task_type), "CausalLM"),
-        generates=generates,
+        model_class=auto_model_class(config.task_type),
+        peft_class=auto_peft_class(config.task_type),
+        generates=generates_text,
     )
     body = (old.before or old.newline) + generated.replace("\n", old.newline) + (old.after or old.newline)
     header = ModelCardData(**metadata).to_yaml(line_break=old.newline)

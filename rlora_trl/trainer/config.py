@@ -156,6 +156,11 @@ class RLoraSFTConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}. Leave it unset for none.")
 
     @property
+    def balances(self) -> bool:
+        """Whether a balance loss is added to the loss."""
+        return self.balance_loss != "none" and self.balance_coef > 0
+
+    @property
     def mixes_tasks(self) -> bool:
         """Whether an epoch draws anything other than each row once."""
         return self.mixing == "equal" or self.mixing_temperature != 1.0 or self.mixing_cap is not None

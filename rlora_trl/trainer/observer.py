@@ -51,7 +51,7 @@ class StepObserver:
         accelerator: Callable[[], Accelerator],
     ) -> None:
         self.adapters = dict(adapters)
-        self.balances = args.balance_loss != "none" and args.balance_coef > 0
+        self._balances = args.balances
         self.ledger = TaskLedger(tasks, args.device) if tasks else None
         self.nan_guard = NanGuard(args.nan_policy, model)
         self.monitor: RoutingMonitor | None = None
@@ -120,11 +120,11 @@ class StepObserver:
             will_log (`bool`): Whether the step ends in a log.
             ranks_alike (`int`): Number of ranks that have the same batches.
         """
-        self.records_step = bool(batches) and self.monitor is not None and (self.balances or will_log)
+        self.records_step = bool(batches) and self.monitor is not None and (self._balances or will_log)
         if self.monitor is None or not self.records_step:
             return
         tokens = torch.as_tensor(sum(count_tokens(batch) for batch in batches), dtype=torch.float32)
-        if self.balances:
+        if self._balances:
             averaged_over = self._accelerator().num_processes // ranks_alike
             self.monitor.begin_step(tokens / ranks_alike, averaged_over, self.reduce)
         else:

@@ -52,8 +52,7 @@ def check_parallelism(args: RLoraSFTConfig, parallelism: Any) -> None:
     Raises:
         NotImplementedError: If a balance loss would count the tokens of parts of sequences.
     """
-    balances = args.balance_loss != "none" and args.balance_coef > 0
-    if balances and parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+    if args.balances and parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise NotImplementedError(
             f"`balance_loss={args.balance_loss!r}` does not count tokens under context or sequence parallelism yet. "
             'Set `balance_loss="none"`, or use data parallelism.'
