@@ -19,6 +19,7 @@ _ARGUMENT_TYPES: dict[str, Any] = {
     "layers_to_transform": list[int] | None,
     "layers_pattern": list[str] | None,
     "tasks": list[str] | None,
+    "saved_embeddings": list[str] | None,
     "trainable_token_indices": list[int] | None,
     "init_weights": str,
     "rank_pattern": str | None,

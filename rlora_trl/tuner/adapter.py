@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -116,6 +117,8 @@ class MultiHeadAdapter(nn.Module):
     tensor_names = ("A", "B", "router", "A0", "B0")
     # Set by `WeightPrefetch` for one forward pass.
     prefetched: PrefetchedWeights | None = None
+    # Called when the mode is set after a loading that the tuner does not see; see `check_on_first_use`.
+    first_use: Callable[[], None] | None = None
 
     A: nn.Parameter
     B: nn.Parameter
@@ -480,11 +483,13 @@ class MultiHeadAdapter(nn.Module):
         """Switch between training and inference, and drop the weights that inference keeps."""
         # Some optimizers write through `.data`, which `_inference_delta` can't notice; but none does in eval mode.
         self._cache = None
+        if self.first_use is not None:
+            self.first_use()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the weights that inference keeps, and temporary state."""
-        return {**self.__dict__, "_cache": None, "fixed_logits": None, "prefetched": None}
+        return {**self.__dict__, "_cache": None, "fixed_logits": None, "prefetched": None, "first_use": None}
 
     def fix_head_weights(self, weights: torch.Tensor | None) -> None:
         """

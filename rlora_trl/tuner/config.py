@@ -6,17 +6,18 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 from typing_extensions import override
 
-from ..reading import read_safetensors_header
+from ..reading import read_safetensors_header, shorten
 from .initialization import INIT_SCHEMES, ROUTER_INITS
+from .layer_names import embedding_of, value_for
 from .task_names import MAX_TASKS, task_name
 
 
@@ -96,6 +97,9 @@ class RLoraConfig(PeftConfig):
             Which biases to train: `"none"`, `"all"` or `"rlora_only"`.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Rows of the token embedding to train, as in `LoraConfig`.
+        saved_embeddings (`list[str]`, *optional*):
+            Names of embeddings and output heads that the adapter's file holds as a whole, because the vocabulary of
+            the base model was resized. Saving sets it.
 
     Raises:
         ValueError: If a value is out of range, or fields contradict each other.
@@ -104,6 +108,8 @@ class RLoraConfig(PeftConfig):
 
     # Not a field, because it is not saved. Set when a configuration is loaded, to find other files of the adapter.
     source: ClassVar[AdapterSource | None] = None
+    # The token and cache that it was loaded with.
+    download: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     # Not a field either: whether it was read from a file. transformers calls `PeftConfig.from_pretrained`, which does
     # not call `from_pretrained` below.
     loaded: ClassVar[bool] = False
@@ -161,6 +167,9 @@ class RLoraConfig(PeftConfig):
     bias: Literal["none", "all", "rlora_only"] = field(default="none", metadata={"help": "Which biases to train."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the token embedding to train."}
+    )
+    saved_embeddings: list[str] | None = field(
+        default=None, metadata={"help": "Embeddings that the adapter's file holds as a whole; saving sets it."}
     )
 
     def __post_init__(self) -> None:
@@ -235,11 +244,11 @@ class RLoraConfig(PeftConfig):
         }
         for name, accepted in choices.items():
             value = getattr(self, name)
-            # `0 == False`, but 0 is a typo rather than a scheme.
-            if value not in accepted or (value == 0 and value is not False):
+            # `0 == False`, but 0 is a typo rather than a scheme; a file may have a list.
+            if not isinstance(value, str | bool) or value not in accepted:
                 choices_text = ", ".join(map(repr, accepted))
                 raise ValueError(
-                    f"`{name}` must be one of {choices_text}, got {value!r}. Set `{name}={accepted[0]!r}`."
+                    f"`{name}` must be one of {choices_text}, got {shorten(value)}. Set `{name}={accepted[0]!r}`."
                 )
 
     def _check_layers(self) -> None:
@@ -380,12 +389,25 @@ class RLoraConfig(PeftConfig):
             layer (`str`): The layer's name in the model.
             sizes (`int`): Its input and output features.
         """
-        rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
+        rank = value_for(self.rank_pattern, layer, self.r)
         return min(rank, *sizes) if sizes else rank
 
     def alpha_of(self, layer: str) -> float:
         """The alpha in a layer: that of `alpha_pattern`, or `lora_alpha`."""
-        return self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), layer), self.lora_alpha)
+        return value_for(self.alpha_pattern, layer, self.lora_alpha)
+
+    @override
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """
+        Save the configuration; see `peft.PeftConfig.save_pretrained`.
+
+        It announces the embeddings in the weights beside it, which a `PeftModel` saves first.
+        """
+        weights = os.path.join(save_directory, SAFETENSORS_NAME)
+        if os.path.isfile(weights):
+            found = {embedding_of(name) for name in read_safetensors_header(weights)}
+            self.saved_embeddings = sorted(name for name in found if name is not None) or None
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     @override
@@ -400,6 +422,7 @@ class RLoraConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.source = AdapterSource(str(pretrained_model_name_or_path), kwargs.get("revision"), subfolder)
+        config.download = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
         weights = os.path.join(str(pretrained_model_name_or_path), subfolder or "", SAFETENSORS_NAME)
         if os.path.isfile(weights):
             check_safetensors_file(weights)

@@ -1,33 +1,226 @@
-"""Checks the tensors of an adapter before they are loaded into a model."""
+"""Checks a loaded adapter: its configuration before layers are created, and its tensors before they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
-from ..reading import first_few
+from ..reading import AdapterCheckError, first_few
+from .adapter import MultiHeadAdapter
 from .comparison import compare_tensors
+from .config import RLoraConfig
 from .layer import RLoraLayer
+from .layer_names import PREFIX, embedding_of
+from .patterns import settle_patterns
+from .stored import StoredTensors, read_stored
 
 
-# Prefix that PEFT gives to the names in a file, and that names in a plain transformers model lack.
-_PREFIX = "base_model.model."
+# Below this number of values, a wrong size is reported by name when the tensors are loaded.
+_MIN_BUDGET = 2**24
+# A configuration of another adapter, with a few more heads, is reported by name too.
+_MAX_RATIO = 4
 
 
-def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+class ParameterBudget:
+    """
+    The number of values that a loaded configuration may create, by the size of the file or, if that is not known, of
+    the base model: the sizes in a configuration are a stranger's.
+
+    Args:
+        limit (`int`): The number.
+        reason (`str`): What it follows from, for messages.
+    """
+
+    def __init__(self, limit: int, reason: str) -> None:
+        self.limit, self.reason, self.used = limit, reason, 0
+
+    def take(self, config: RLoraConfig, layer: str, module: nn.Module) -> None:
+        """
+        Count the values of the adapter that a layer is about to get.
+
+        Args:
+            config ([`RLoraConfig`]): The configuration.
+            layer (`str`): The layer's name in the model.
+            module (`torch.nn.Module`): The layer.
+
+        Raises:
+            AdapterCheckError: If there are more than the limit.
+        """
+        d_in, d_out = _get_in_out_features(module)
+        if not d_in or not d_out:
+            return  # not a linear layer, which is refused by name
+        shapes = MultiHeadAdapter.expected_tensors(
+            d_in,
+            d_out,
+            config.rank_of(layer, d_in, d_out),
+            config.num_heads,
+            router=config.router,
+            num_tasks=len(config.tasks or ()),
+            share_a=config.share_a,
+            init_weights=config.init_weights,
+        )
+        self.used += sum(map(math.prod, shapes.values()))
+        if self.used > self.limit:
+            raise AdapterCheckError(
+                f"The configuration of the adapter (`r={config.r}`, `num_heads={config.num_heads}`, "
+                f"{len(config.tasks or ())} tasks) needs more than {self.limit:,} values, but {self.reason}. It was "
+                "altered, or belongs to another adapter; get adapter_config.json again."
+            )
+
+
+def settle_loaded(config: RLoraConfig, model: nn.Module) -> ParameterBudget:
+    """
+    Prepare a configuration from a file for a model, before anything is created for it.
+
+    Regular expressions are replaced by names of layers: those in the adapter's file, where it is known.
+
+    Args:
+        config ([`RLoraConfig`]): The configuration; its patterns may be replaced.
+        model (`torch.nn.Module`): The base.
+
+    Returns:
+        [`ParameterBudget`]: The number of values that the adapter may have.
+
+    Raises:
+        AdapterCheckError: If the configuration has an expression that can't be replaced, or the header of the file
+            does not describe it.
+    """
+    stored = read_stored(config)
+    source = "the adapter" if config.source is None else config.source.name
+    # Checkpointing and `torch.compile` add to the names of modules, which a file does not have.
+    names = [without_wrappers(name) for name, _ in model.named_modules() if name]
+    settle_patterns(config, names, None if stored is None else stored.ranks, source)
+    if stored is not None:
+        _check_saved_modules(config, model, stored, source)
+
+    if stored is None:
+        size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+        return ParameterBudget(max(size, _MIN_BUDGET), f"the base model has {size:,}")
+    size = sum(math.prod(entry.shape) for tensors in stored.layers.values() for entry in tensors.values())
+    return ParameterBudget(max(_MAX_RATIO * size, _MIN_BUDGET), f"its file has {size:,}")
+
+
+def _refuse_unannounced(
+    model: nn.Module, config: RLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse tensors that would overwrite the base and do not follow from the configuration."""
+    present = model.state_dict().keys()
+    unannounced = [
+        name
+        for name in state_dict
+        if name in present
+        and adapter_name not in name.split(".")
+        and not _is_announced(config, without_wrappers(name))
+    ]
+    if unannounced:
+        raise ValueError(
+            f"The file of adapter {adapter_name!r} has {first_few(unannounced)}, which its configuration does not "
+            "announce (`modules_to_save`, `bias`, `trainable_token_indices`, `saved_embeddings`): it would overwrite "
+            "weights of the base model. Get the adapter again; if the file is your own, name the modules in "
+            "adapter_config.json."
+        )
+
+
+def check_on_first_use(model: nn.Module, config: RLoraConfig, adapter_name: str) -> None:
+    """
+    Check an adapter that transformers loads, which passes nothing on the way (5.23), once it is loaded.
+
+    transformers sets the mode of the model then, so that its `load_adapter` raises. An adapter that is to be trained
+    is checked at its first forward pass.
+
+    Args:
+        model (`torch.nn.Module`): A model that has the adapter already, with initial values.
+        config ([`RLoraConfig`]): The adapter's configuration, from a file.
+        adapter_name (`str`): The adapter's name.
+    """
+    layers: list[Any] = [
+        layer for layer in model.modules() if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
+    ]
+    before = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    first = layers[0]
+    adapter: Any = first.rlora_adapters[adapter_name]
+
+    def check(*_: Any) -> None:
+        if adapter_name in first.rlora_adapters:
+            _refuse_replaced(config, adapter_name, before, dict(model.named_parameters()))
+            for layer in layers:
+                refuse_not_finite(adapter_name, dict(layer.rlora_adapters[adapter_name].named_parameters()))
+        adapter.first_use = None
+        hook.remove()
+
+    adapter.first_use = check
+    hook = first.register_forward_pre_hook(check)
+
+
+def _refuse_replaced(
+    config: RLoraConfig,
+    adapter_name: str,
+    before: Mapping[str, Callable[[], nn.Parameter | None]],
+    now: Mapping[str, nn.Parameter],
+) -> None:
+    """Refuse that weights of the base were replaced, as transformers does with those that a file has."""
+    replaced = {
+        name
+        for name, parameter in now.items()
+        if name in before and before[name]() is not parameter and adapter_name not in name.split(".")
+    }
+    unannounced = [name for name in replaced if not _is_announced(config, without_wrappers(name))]
+    if unannounced:
+        raise ValueError(
+            f"transformers has overwritten {first_few(unannounced)} of the base model with weights from the file of "
+            f"adapter {adapter_name!r}, which its configuration does not announce. Load the base model again, and get "
+            "the adapter again; `peft.PeftModel.from_pretrained` refuses such a file before it changes anything."
+        )
+
+
+def _is_announced(config: RLoraConfig, name: str) -> bool:
+    """Whether the configuration announces a tensor of the base, by its name in the model."""
+    return embedding_of(name) in (config.saved_embeddings or ()) or (config.bias != "none" and name.endswith(".bias"))
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a parameter or module in the model itself, which is its name in files."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _check_saved_modules(config: RLoraConfig, model: nn.Module, stored: StoredTensors, source: str) -> None:
+    """Check that the file has the modules that the configuration announces; PEFT takes them without a look."""
+    saved = tuple(config.modules_to_save or ())
+    # A repository may name modules otherwise than the model of this version of transformers.
+    ends = {".".join(name.split(".")[-2:]) for name in stored.others}
+    for name, module in model.named_modules():
+        if not saved or not name.endswith(saved):
+            continue
+        tensors = getattr(module, "original_module", module).state_dict()
+        lacking = [key for key in tensors if ".".join(f"{name}.{key}".split(".")[-2:]) not in ends]
+        if lacking:
+            raise AdapterCheckError(
+                f"The file of {source} lacks {name}.{lacking[0]}, which `modules_to_save` of its configuration "
+                "announces. It is incomplete, or the configuration is another adapter's; get both again."
+            )
+
+
+def check_adapter_tensors(
+    model: nn.Module, config: RLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> None:
     """
     Check the tensors of an adapter against the model that they are about to be loaded into.
 
     Args:
         model (`torch.nn.Module`): A model that has the adapter already, with initial values.
+        config ([`RLoraConfig`]): The adapter's configuration.
         adapter_name (`str`): The adapter's name.
         state_dict (`Mapping[str, torch.Tensor]`): The tensors, by their names in the model.
 
     Raises:
-        ValueError: If tensors are missing or unknown, have other shapes, or hold values that are not finite.
+        ValueError: If tensors are missing or unknown, have other shapes, hold values that are not finite, or would
+            replace weights of the base that the configuration of a loaded adapter does not announce.
     """
     adapters: dict[str, Any] = {
         f"{layer_name}.rlora_adapters.{adapter_name}": layer.rlora_adapters[adapter_name]
@@ -38,7 +231,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: Mappi
         f"{prefix}.{name}": shape for prefix, adapter in adapters.items() for name, shape in adapter.shapes.items()
     }
     tensors = {
-        name if name in expected else name.removeprefix(_PREFIX): tensor
+        name if name in expected else name.removeprefix(PREFIX): tensor
         for name, tensor in state_dict.items()
         if ".rlora_adapters." in name
     }
@@ -58,7 +251,23 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: Mappi
             "(`base_model_name_or_path`)."
         )
 
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if config.loaded:
+        _refuse_unannounced(model, config, adapter_name, state_dict)
+    refuse_not_finite(adapter_name, state_dict)
+
+
+def refuse_not_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Refuse tensors with values that are not finite.
+
+    Raises:
+        ValueError: If one has; the message names it.
+    """
+    broken = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+    ]
     if broken:
         raise ValueError(
             f"Adapter {adapter_name!r} holds NaN or infinity in {first_few(broken)}. The file is damaged or training "

@@ -25,8 +25,9 @@ from .batch import BatchShape, TaskIds, check_task_ids, describe_batch
 from .bnb_cpu import guard_cpu_order
 from .config import RLoraConfig
 from .layer import RLoraLayer, RLoraLinear
-from .loading import check_adapter_tensors
+from .loading import check_adapter_tensors, check_on_first_use, settle_loaded, without_wrappers
 from .offload import refuse_offloaded
+from .patterns import make_portable
 from .prefetch import WeightPrefetch
 from .routing import Routing, find_routings, set_task, using_all
 from .targets import (
@@ -129,6 +130,15 @@ def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
         )
 
 
+def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, RLoraLayer]:
+    """The layers that have an adapter, by their names in files."""
+    return {
+        without_wrappers(name): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
+    }
+
+
 class RLoraModel(BaseTuner):
     """
     A model with R-LoRA adapters on its linear layers ([paper](https://huggingface.co/papers/2502.15455)).
@@ -157,6 +167,8 @@ class RLoraModel(BaseTuner):
     @override
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        if config.loaded:
+            self._budget = settle_loaded(config, model)
         _check_adapter(adapter_name, config, model)
         _warn_of_another_base(config, model)
         if config.base_model_name_or_path is None:
@@ -180,6 +192,10 @@ class RLoraModel(BaseTuner):
             ) from error
 
         self._warn_of_ignored(model, adapter_name)
+        if not config.loaded:
+            make_portable(config, list(_adapted_layers(model, adapter_name)))
+        elif not self._in_peft_model:
+            check_on_first_use(model, config, adapter_name)
         guard_cpu_order(model)
         # Collected once, as a model has thousands of modules.
         self._adapted = [module for module in model.modules() if isinstance(module, RLoraLayer)]
@@ -213,11 +229,7 @@ class RLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.loaded:
             return
-        layers = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
-        }
+        layers = _adapted_layers(model, adapter_name)
         for message in (
             *self._ignored,
             *ignored_indices(config, layers),
@@ -236,10 +248,12 @@ class RLoraModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         options: dict[str, Any] = {"layer_name": current_key, "routing": self._new_routing}
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if peft_config.loaded:
+            self._budget.take(peft_config, current_key, base)
         if isinstance(target, RLoraLayer):
             target.update_layer(adapter_name, peft_config, **options)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not is_linear(base):
             raise TypeError(
                 f"`target_modules` matches {current_key!r}, a {type(base).__name__}; R-LoRA adapts linear layers "
@@ -470,7 +484,7 @@ class RLoraModel(BaseTuner):
         Also remove the name prefixes that checkpointing and compiling add to layers (no upstream issue as of peft
         0.21.2).
         """
-        return super()._remove_adapter_name_from_key(_without_wrappers(key), adapter_name)
+        return super()._remove_adapter_name_from_key(without_wrappers(key), adapter_name)
 
     @classmethod
     @override
@@ -478,12 +492,7 @@ class RLoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        wrapped = {plain: name for name, _ in model.named_parameters() if (plain := _without_wrappers(name)) != name}
+        wrapped = {plain: name for name, _ in model.named_parameters() if (plain := without_wrappers(name)) != name}
         remapped = {wrapped.get(name, name): tensor for name, tensor in remapped.items()}
-        check_adapter_tensors(model, adapter_name, remapped)
+        check_adapter_tensors(model, config, adapter_name, remapped)
         return remapped
-
-
-def _without_wrappers(name: str) -> str:
-    """The name of a parameter in the model itself, which is its name in files."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

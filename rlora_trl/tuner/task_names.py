@@ -5,6 +5,8 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
+from ..reading import shorten
+
 
 # Limits for adapters from the Hub too: characters in a name, and number of names.
 MAX_TASK_NAME = 512
@@ -31,20 +33,20 @@ def task_name(task: Any) -> str:
         return str(int(task))
     if not isinstance(task, str):
         raise TypeError(
-            f"{task!r} ({type(task).__name__}) can't name a task: names are text or whole numbers. {_REMEDY}"
+            f"{shorten(task)} ({type(task).__name__}) can't name a task: names are text or whole numbers. {_REMEDY}"
         )
     name = str.__str__(task)  # the value of a string enum, and a plain text for NumPy's
     if not name.strip():
-        raise ValueError(f"{name!r} can't name a task: it is blank. {_REMEDY}")
+        raise ValueError(f"{shorten(name)} can't name a task: it is blank. {_REMEDY}")
     if len(name) > MAX_TASK_NAME:
         raise ValueError(
-            f"A text of {len(name)} characters ({name[:20]!r}...) can't name a task: names have at most "
+            f"A text of {len(name)} characters ({shorten(name, 20)}) can't name a task: names have at most "
             f"{MAX_TASK_NAME}. {_REMEDY}"
         )
     try:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name!r} can't name a task: half a character (a surrogate) in it can't be saved. {_REMEDY}"
+            f"{shorten(name)} can't name a task: half a character (a surrogate) in it can't be saved. {_REMEDY}"
         ) from error
     return name

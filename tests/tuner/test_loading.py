@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from testing_utils import _DECODER, perturb
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlora_trl import RLoraConfig
+from rlora_trl.tuner.layer import RLoraLayer
 
 
 @pytest.fixture
@@ -122,3 +124,84 @@ def test_base_of_another_name(model_folders, saved, caplog):
         model.config._name_or_path = name
         PeftModel.from_pretrained(model, saved)
         assert ("trained on org/one but is loaded on org/other" in caplog.text) == warns, name
+
+
+# Weights of the base in the file of an adapter
+
+
+def add(folder, **tensors):
+    rewrite(folder, lambda stored: stored.update({f"base_model.model.{k}": v for k, v in tensors.items()}))
+
+
+UNANNOUNCED = {
+    "embedding": {"model.embed_tokens.weight": torch.zeros(80, 32)},
+    "norm": {"model.norm.weight": torch.zeros(32)},
+    "base layer": {"model.layers.0.mlp.up_proj.base_layer.weight": torch.zeros(48, 32)},
+    "layer": {"model.layers.1.self_attn.q_proj.weight": torch.zeros(32, 32)},
+}
+
+
+@pytest.mark.parametrize("name", UNANNOUNCED)
+def test_an_adapter_overwrites_nothing(base, saved, tmp_path, name):
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    model = PeftModel.from_pretrained(base, saved)
+    bad = shutil.copytree(saved, tmp_path / "bad")
+    add(bad, **UNANNOUNCED[name])
+    with pytest.raises(ValueError, match="does not announce.*would overwrite weights of the base"):
+        model.load_adapter(bad, "second")
+    after = {key.replace(".base_layer", ""): value for key, value in model.base_model.model.state_dict().items()}
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    with pytest.raises(ValueError, match="would overwrite"):
+        AutoPeftModelForCausalLM.from_pretrained(bad)
+
+
+@pytest.mark.parametrize("name", [name for name in UNANNOUNCED if name != "base layer"])
+@pytest.mark.parametrize("way", ["load_adapter", "AutoModel"])
+def test_transformers_overwrites_with_an_error(base, saved, way, name):
+    add(saved, **UNANNOUNCED[name])
+    with pytest.raises(ValueError, match="has overwritten .* does not announce. Load the base model again"):
+        base.load_adapter(str(saved)) if way == "load_adapter" else AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_by_transformers(base, saved, value):
+    rewrite(saved, lambda tensors: next(iter(tensors.values())).fill_(value))
+    with pytest.raises(ValueError, match="'default' holds NaN or infinity in"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    with pytest.raises(ValueError, match="holds NaN or infinity in"):
+        base.load_adapter(str(saved))
+
+
+def test_values_that_are_not_finite_by_transformers_for_training(base, saved):
+    rewrite(saved, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+    base.load_adapter(str(saved), "other", is_trainable=True)
+    with pytest.raises(ValueError, match="'other' holds NaN or infinity in"):
+        base(input_ids=torch.tensor([[1, 2]]))
+    base.delete_adapter("other")
+    base(input_ids=torch.tensor([[1, 2]]))
+
+
+def test_checks_of_a_first_use_leave_nothing_behind(base, saved):
+    base.load_adapter(str(saved), is_trainable=True)
+    base(input_ids=torch.tensor([[1, 2]]))
+    layers = [module for module in base.modules() if isinstance(module, RLoraLayer)]
+    assert layers and not any(layer._forward_pre_hooks for layer in layers)
+    assert all(adapter.first_use is None for layer in layers for adapter in layer.rlora_adapters.values())
+
+
+def test_announced_embeddings_load(base, saved):
+    """As PEFT saves them if the vocabulary was resized."""
+    zeros = torch.zeros(80, 32)
+    add(saved, **{"model.embed_tokens.weight": zeros})
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "saved_embeddings": ["model.embed_tokens"]}))
+    assert torch.equal(PeftModel.from_pretrained(base, saved).get_input_embeddings().weight, zeros)
+    by_transformers = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(by_transformers.get_input_embeddings().weight, zeros)
+
+
+def test_announced_modules_must_be_there(base, saved):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}))
+    with pytest.raises(ValueError, match="lacks lm_head.weight, which `modules_to_save` of its configuration"):
+        PeftModel.from_pretrained(base, saved)
