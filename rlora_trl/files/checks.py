@@ -28,8 +28,9 @@ from ..reading import (
     shorten,
 )
 from ..tuner.config import RLoraConfig
+from ..tuner.config_fields import CONFIG_LIMIT
 from .card_text import CARD_LIMIT, check_card
-from .config import CONFIG_LIMIT, read_config, read_lora_config
+from .config import read_config, read_lora_config
 from .layout import (
     CARD_NAME,
     CONFIG_NAME,

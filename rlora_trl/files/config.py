@@ -2,22 +2,19 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 
-from ..reading import MIB, AdapterCheckError, first_few, read_json, shorten
+from ..reading import AdapterCheckError, first_few, read_json, shorten
 from ..tuner.config import RLoraConfig
+from ..tuner.config_fields import CONFIG_LIMIT, MAX_ITEMS, check_fields
 from ..tuner.patterns import refuse_expressions
 
 
-CONFIG_LIMIT = MIB
-_MAX_ITEMS, _MAX_TEXT = 10_000, 512
 # Fields that PEFT takes for regular expressions: the first two only if they are text rather than a list. It tries all
 # of the others for each module, and compiles them again if there are more than 512.
 _TARGETS = ("target_modules", "exclude_modules")
@@ -30,40 +27,6 @@ _EXPORT_FIELDS = frozenset(
     "layers_pattern rank_pattern alpha_pattern trainable_token_indices runtime_config".split()
 )
 _LIBRARY = re.compile(r"transformers(\.\w+)*", re.ASCII)
-
-_MAX_FACTOR, _MAX_INDEX = 1e6, 2**31 - 1
-# Bounds of the numbers in a field.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "r": (1, 16_384),
-    "num_heads": (1, 4_096),
-    "rank_pattern": (1, 16_384),
-    "lora_alpha": (-_MAX_FACTOR, _MAX_FACTOR),
-    "alpha_pattern": (-_MAX_FACTOR, _MAX_FACTOR),
-    "init_gamma": (-_MAX_FACTOR, _MAX_FACTOR),
-    "layers_to_transform": (0, _MAX_INDEX),
-    "trainable_token_indices": (0, _MAX_INDEX),
-}
-
-
-class _FieldTypes(TypedDict, total=False):
-    """Types of the fields that PEFT uses without a check."""
-
-    r: int | None
-    num_heads: int | None
-    lora_alpha: int | float | None
-    init_gamma: int | float | None
-    rank_pattern: dict[str, int] | None
-    alpha_pattern: dict[str, int | float] | None
-    layers_to_transform: int | list[int] | None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None
-    saved_embeddings: list[str] | None
-    target_modules: str | list[str] | None
-    exclude_modules: str | list[str] | None
-    modules_to_save: str | list[str] | None
-    layers_pattern: str | list[str] | None
-    tasks: str | list[str] | None
-    base_model_name_or_path: str | None
-    revision: str | None
 
 
 def read_config(path: Path) -> RLoraConfig:
@@ -131,7 +94,7 @@ def read_lora_config(path: Path) -> Mapping[str, Any]:
             "long. Export it again."
         )
     # PEFT itself loads it, and would run regular expressions.
-    refuse_expressions({name: data.get(name) for name in _TARGETS}, str(path), _MAX_ITEMS)
+    refuse_expressions({name: data.get(name) for name in _TARGETS}, str(path), MAX_ITEMS)
     refuse_expressions({name: data.get(name) for name in _PATTERNS}, str(path), _MAX_PATTERNS)
     return data
 
@@ -148,8 +111,7 @@ def _read(path: Path, method: str, remedy: str) -> dict[str, Any]:
         )
     try:
         _check_auto_mapping(data.get("auto_mapping"))
-        _check_types(data)
-        _check_bounds(data)
+        check_fields(data)
     except AdapterCheckError as error:
         raise AdapterCheckError(f"{path}: {error}") from error
     return data
@@ -165,50 +127,3 @@ def _check_auto_mapping(mapping: Any) -> None:
             f"`auto_mapping` is {shorten(mapping)}, and PEFT would import what it names; only classes of transformers "
             "are accepted. Set `task_type` instead, and save the adapter again."
         )
-
-
-def _check_types(data: Mapping[str, Any]) -> None:
-    for name, accepted in _FieldTypes.__annotations__.items():
-        value = data.get(name)
-        try:
-            validate_typed_dict(_FieldTypes, {name: value})  # type: ignore[type-var]
-        except StrictDataclassError as error:
-            raise AdapterCheckError(
-                f"`{name}` must be of type {accepted}, got {shorten(value)}. Correct it, or save the adapter again."
-            ) from error
-        if isinstance(value, list | dict) and len(value) > _MAX_ITEMS and name != "trainable_token_indices":
-            raise AdapterCheckError(f"`{name}` has {len(value)} entries, more than {_MAX_ITEMS}. Shorten it.")
-
-
-def _check_bounds(data: Mapping[str, Any]) -> None:
-    for name, (least, most) in _BOUNDS.items():
-        for number in _leaves(data.get(name)):
-            if not least <= number <= most:
-                raise AdapterCheckError(
-                    f"`{name}` must be from {least:.10g} to {most:.10g}, got {shorten(number)}. Correct it, or save "
-                    "the adapter again."
-                )
-
-    for name in (*_TARGETS, "modules_to_save", "layers_pattern", "tasks", "saved_embeddings"):
-        is_expression = isinstance(data.get(name), str) and name in _TARGETS
-        for text in _leaves(data.get(name)):
-            if not text or (len(text) > _MAX_TEXT and not is_expression):
-                raise AdapterCheckError(
-                    f"`{name}` must have names of 1 to {_MAX_TEXT} characters, got {len(text)}: {shorten(text)}. "
-                    "Correct it, or save the adapter again."
-                )
-    for name in ("base_model_name_or_path", "revision"):
-        text = data.get(name) or ""
-        if len(text) > _MAX_TEXT or not text.isprintable():
-            raise AdapterCheckError(
-                f"`{name}` must be printable text of at most {_MAX_TEXT} characters, got {shorten(text)}. Correct it."
-            )
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """All values of a field, which may hold one value, a list or an object of values, or null."""
-    if isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif value is not None:
-        yield value

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from typing_extensions import override
 
 from ..reading import read_safetensors_header, shorten
+from .config_fields import check_fields
 from .initialization import INIT_SCHEMES, ROUTER_INITS
 from .layer_names import embedding_of, value_for
 from .task_names import MAX_TASKS, task_name
@@ -176,6 +177,8 @@ class RLoraConfig(PeftConfig):
         # In a file the method is text, and PEFT has filled in these fields.
         saved = self.inference_mode or self.peft_version is not None
         self.loaded = saved and type(vars(self).get("peft_type")) is str  # type: ignore[misc]
+        if self.loaded:
+            check_fields(vars(self))
         super().__post_init__()
         self.peft_type = RLoraPeftType.RLORA
         # PEFT tests names one by one, and JSON has no sets.
