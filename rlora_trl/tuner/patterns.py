@@ -267,22 +267,26 @@ def unselected(config: RLoraConfig, layers: Iterable[str], source: str) -> str |
     try:
         targeted = matcher.selection(targets, "target_modules")
         excluded = matcher.selection(config.exclude_modules, "exclude_modules")
-        for layer in layers:
-            if not targeted(layer) or excluded(layer) or not _has_index(config, layer):
-                return layer
+        has_index = _index_test(config)
+        return next(
+            (layer for layer in layers if not targeted(layer) or excluded(layer) or not has_index(layer)), None
+        )
     except AdapterCheckError:  # the layers in the file replace such an expression
         return None
-    return None
 
 
-def _has_index(config: RLoraConfig, layer: str) -> bool:
-    """Whether a layer has one of the indices in `layers_to_transform`."""
+def _index_test(config: RLoraConfig) -> Callable[[str], bool]:
+    """The test whether a layer has one of the indices in `layers_to_transform`."""
     indices = config.layers_to_transform
     if indices is None:
-        return True
+        return lambda layer: True
     only_indices = SimpleNamespace(
-        target_modules={layer},
         layers_to_transform=indices if isinstance(indices, int) else frozenset(indices),
         layers_pattern=config.layers_pattern,
     )
-    return bool(check_target_module_exists(only_indices, layer))
+
+    def has_index(layer: str) -> bool:
+        only_indices.target_modules = {layer}
+        return bool(check_target_module_exists(only_indices, layer))
+
+    return has_index

@@ -126,6 +126,12 @@ def test_base_of_another_name(model_folders, saved, caplog):
         assert ("trained on org/one but is loaded on org/other" in caplog.text) == warns, name
 
 
+def test_tensors_of_integers(base, saved):
+    rewrite(saved, lambda tensors: tensors.update({key: value.long() for key, value in tensors.items()}))
+    with pytest.raises(ValueError, match="of type torch.int64, and its tensors must be floating-point"):
+        PeftModel.from_pretrained(base, saved)
+
+
 # Weights of the base in the file of an adapter
 
 
