@@ -157,8 +157,7 @@ def download(
     cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
     storage = (cache / repo_folder_name(repo_id=listing.repo_id, repo_type="model")).resolve()
     folder = storage / "snapshots" / listing.commit
-    if folder.resolve() != folder:
-        raise AdapterCheckError(f"{folder} is a link to {folder.resolve()}, outside of the cache. Remove the link.")
+    _check_inside(folder)
     for path in paths:
         if folder not in Path(os.path.abspath(folder / path)).parents:
             raise AdapterCheckError(f"{shorten(path)} of {listing.repo_id} leads out of its folder. Nothing was read.")
@@ -177,6 +176,13 @@ def download(
     if name != listing.commit:
         _write_ref(storage / "refs" / name, listing.commit)
     return folder
+
+
+def _check_inside(folder: Path) -> None:
+    """Refuse a link in place of a commit's folder in the cache."""
+    target = folder.resolve()
+    if target != folder.parent.resolve() / folder.name:
+        raise AdapterCheckError(f"{folder} is a link to {target}, outside of the cache. Remove the link.")
 
 
 def _write_ref(path: Path, commit: str) -> None:
@@ -351,9 +357,15 @@ def cached_file(
     Args:
         repo_id (`str`), path (`str`), revision (`str`, *optional*): See [`find_file`].
         cache_dir (`str`, *optional*): Cache of `huggingface_hub`. Defaults to its own.
+
+    Raises:
+        AdapterCheckError: If the folder in the cache leads out of it.
     """
     found = try_to_load_from_cache(repo_id, path, None if cache_dir is None else os.fspath(cache_dir), revision)
-    return Path(found) if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    _check_inside(Path(found).parents[path.count("/")])
+    return Path(found)
 
 
 def is_same_file(path: Path, listed: RepoFile | RepoSibling) -> bool:

@@ -90,6 +90,110 @@ def test_offline(hub, worker, pull):
     assert hub.requests == []
 
 
+def test_offline_without_the_adapter_says_what_to_do(pull):
+    with pytest.raises(WorkerError, match="user/nothing at v2 is not in the cache.*local_files_only"):
+        pull("user/nothing", revision="v2", local_files_only=True)
+
+
+def blob_of(local, name):
+    """The file behind a link of the cache, and the repository's folder in the cache."""
+    path = Path(local, name)
+    return (path.parent / path.readlink()).resolve(), path.parents[2]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_poisoned_cache_is_refused_offline(pull, tmp_path, name):
+    """Without a listing, the name of a blob tells what its contents should be: SHA-256, or Git's hash."""
+    local = pull()
+    blob, _ = blob_of(local, name)
+    other = save_adapter(tmp_path / "other", seed=9, head_dropout=0.5)
+    blob.write_bytes((other / name).read_bytes())
+    with pytest.raises(WorkerError, match=f"{name} of {REPO} are damaged in the cache") as caught:
+        pull(local_files_only=True)
+    assert caught.value.type == "AdapterCheckError"
+    assert pull() == local
+    assert pull(local_files_only=True) == local
+
+
+def test_poisoned_cache_is_refused_where_the_hub_does_not_answer(hub, pull):
+    blob, _ = blob_of(pull(), "adapter_config.json")
+    blob.write_bytes(blob.read_bytes().replace(b": 4", b": 5"))
+    hub.fail("*", "/api/", drop_after=0, times=None)
+    with pytest.raises(WorkerError, match="damaged in the cache"):
+        pull()
+
+
+@pytest.mark.parametrize("commit", ["../../../other", "/tmp", "", "\0", "main"])
+def test_poisoned_reference_leads_nowhere(pull, commit):
+    _, storage = blob_of(pull(), "adapter_config.json")
+    (storage / "refs" / "main").write_text(commit)
+    with pytest.raises(WorkerError, match="not in the cache"):
+        pull(local_files_only=True)
+    pull()
+    pull(local_files_only=True)
+
+
+def test_folder_that_leads_out_of_the_cache(hub, pull, tmp_path):
+    """A link in place of the commit's folder: nothing is written through it."""
+    storage = Path(pull()).parents[1]
+    new = hub.commit(REPO, {"LICENSE": "free"})
+    (tmp_path / "elsewhere").mkdir()
+    (storage / "snapshots" / new).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WorkerError, match="outside of the cache") as caught:
+        pull()
+    assert caught.value.type == "AdapterCheckError" and not any((tmp_path / "elsewhere").iterdir())
+    # Nor is it returned without a network.
+    (storage / "refs" / "main").write_text(new)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "elsewhere" / name).write_bytes(
+            blob_of(storage / "snapshots" / hub.commits(REPO)[1].oid, name)[0].read_bytes()
+        )
+    with pytest.raises(WorkerError, match="outside of the cache"):
+        pull(local_files_only=True)
+
+
+def test_links_in_place_of_files_are_replaced(pull, tmp_path, folder):
+    """Links that lead out of the cache are not written through, whether to files or to folders."""
+    local = Path(pull())
+    (tmp_path / "mine").write_text("mine")
+    blob, storage = blob_of(local, "adapter_config.json")
+    (local / "adapter_config.json").unlink()
+    (local / "adapter_config.json").symlink_to(tmp_path / "mine")
+    blob.unlink()
+    blob.symlink_to(tmp_path / "mine")
+    assert contents(pull()) == contents(folder)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_blobs_that_repositories_share(pull, folder):
+    """As `huggingface_hub` 2 stores large files of Xet: the blob of a repository is a link to one of the cache."""
+    local = pull()
+    blob, storage = blob_of(local, "adapter_model.safetensors")
+    shared = storage.parent / "blobs" / "ab" / ("ab" + "0" * 62)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to("../../blobs/ab/" + shared.name)
+    assert pull() == pull(local_files_only=True) == local
+    assert contents(local) == contents(folder) and blob.is_symlink()
+    # Damaged in one place, it is replaced in that of this repository.
+    shared.write_bytes(b"damaged")
+    with pytest.raises(WorkerError, match="damaged in the cache"):
+        pull(local_files_only=True)
+    assert contents(pull()) == contents(folder) and not blob.is_symlink()
+
+
+def test_cache_without_links(hub, worker, folder):
+    """Where a system has no links, files lie in the snapshot itself."""
+    hub.commit(REPO, contents(folder))
+    source = f"from rlora_trl import pull_adapter; print(pull_adapter({REPO!r}))"
+    local = Path(hub.run(source, HF_HUB_DISABLE_SYMLINKS="1").strip())
+    assert contents(local) == contents(folder) and not any(path.is_symlink() for path in local.iterdir())
+    hub.requests.clear()
+    assert hub.run(source, HF_HUB_DISABLE_SYMLINKS="1").strip() == str(local)
+    assert hub.downloaded_bytes() == 0
+    assert hub.run(source, HF_HUB_OFFLINE="1").strip() == str(local)
+
+
 def test_private_and_missing(hub, pull):
     hub.repo(REPO).private = True
     pull()
@@ -107,6 +211,7 @@ def test_base_model(pull):
     with pytest.raises(WorkerError, match="other/model") as caught:
         pull(base_model="other/model")
     assert caught.value.type == "AdapterCheckError" and BASE in caught.value.message
+    assert caught.value.message.startswith(f"{REPO} was trained on "), "a path in the cache instead of the name"
 
 
 def test_local_folder_is_checked_too(worker, folder, tmp_path):
