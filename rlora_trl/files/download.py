@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -94,8 +95,8 @@ def list_files(repo_id: str, revision: str | None = None, *, token: str | bool |
         listing = _read_listing(repo_id, data)
     except ValueError as error:
         raise AdapterCheckError(
-            f"{source} has {error}. {constants.ENDPOINT} is not a Hub, or a proxy altered its answer. Set "
-            "`HF_ENDPOINT` to a Hub that you trust."
+            f"{source} has {error}. The endpoint is not a Hub, or a proxy altered its answer. Set `HF_ENDPOINT` to a "
+            "Hub that you trust."
         ) from error
     if revision is not None and _COMMIT.fullmatch(revision) and listing.commit != revision:
         raise AdapterCheckError(
@@ -153,6 +154,7 @@ def download(
     Raises:
         AdapterCheckError: If a content differs from the listing, or a path leads out of the folder.
         HfHubHTTPError, HTTPError, TimeoutError: As in [`list_files`].
+        OSError: If it can't be written, as on a full disk.
     """
     cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
     storage = (cache / repo_folder_name(repo_id=listing.repo_id, repo_type="model")).resolve()
@@ -240,10 +242,12 @@ def fetch(
     Raises:
         AdapterCheckError: If the content differs from the listing.
         HfHubHTTPError, HTTPError, TimeoutError: As in [`list_files`].
+        OSError: If it can't be written, as on a full disk.
     """
     url, size = hf_hub_url(listing.repo_id, path, revision=listing.commit), listing.files[path].size or 0
     failures = start = 0
-    with open(target, "wb") as file:
+    # Without a buffer, which would be written once more, and fail once more, when the file is closed.
+    with open(target, "wb", buffering=0) as file:
         while True:
             try:
                 with _open(url, token, start=file.tell()) as response:
@@ -251,7 +255,7 @@ def fetch(
                         file.seek(0)
                         file.truncate()
                     for piece in _pieces(response, size - file.tell(), f"{path} of {listing.repo_id}"):
-                        file.write(piece)
+                        _write(file, piece)
                         progress(len(piece))
                 break
             except HTTPError as error:
@@ -267,6 +271,20 @@ def fetch(
             f"{path} of {listing.repo_id} at {listing.commit} arrived with other contents than the Hub lists: a "
             "proxy may alter downloads. Try again from another network."
         )
+
+
+def _write(file: FileIO, piece: bytes) -> None:
+    left = memoryview(piece)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        folder = os.path.dirname(str(file.name))
+        raise OSError(
+            error.errno,
+            f"A download can't be stored in {folder}: {error.strerror}. What was downloaded of the file is removed. "
+            "Make room, or use a cache on another disk (`HF_HOME`)",
+        ) from error
 
 
 @contextmanager
@@ -294,12 +312,12 @@ def _pieces(response: Any, limit: int, what: str) -> Iterator[bytes]:
     """
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise AdapterCheckError(f"{what} was sent as {shorten(encoding)}, which was not asked for. A proxy may do so.")
+        raise AdapterCheckError(f"{what} was sent as {shorten(encoding)}, which was not asked for, as by a proxy.")
     received, began = 0, time.monotonic()
     for piece in response.iter_raw():
         received += len(piece)
         if received > limit:
-            raise AdapterCheckError(f"{what} has more than {limit} bytes. A proxy may alter downloads.")
+            raise AdapterCheckError(f"{what} has more than {limit} bytes, which is the most that is read of it.")
         if time.monotonic() - began > _GRACE + received / _MIN_BYTES_PER_SECOND:
             raise TimeoutError(f"{what} comes too slowly: {received} bytes in {_GRACE:.0f} s. Try again later.")
         yield piece
@@ -361,7 +379,8 @@ def cached_file(
     Raises:
         AdapterCheckError: If the folder in the cache leads out of it.
     """
-    found = try_to_load_from_cache(repo_id, path, None if cache_dir is None else os.fspath(cache_dir), revision)
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    found = try_to_load_from_cache(repo_id, path, cache_dir=cache, revision=revision)
     if not isinstance(found, str):
         return None
     _check_inside(Path(found).parents[path.count("/")])

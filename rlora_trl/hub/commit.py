@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..files.card_text import check_card_text
 from ..files.checks import AdapterCheckError, CheckedAdapter
-from ..files.download import fetch, is_same_file, list_files
+from ..files.download import Listing, fetch, is_same_file, list_files
 from ..files.layout import (
     CARD_NAME,
     FIGURES,
@@ -168,10 +168,9 @@ class _Transaction:
             )
 
     def _commit(self, message: str) -> CommitInfo:
-        head = self.api.model_info(self.repo_id, revision=self.revision).sha
-        assert head is not None  # only listings leave it out
-        if head != self.head:
-            self._prepare(head)
+        listing = list_files(self.repo_id, self.revision, token=self.api.token)
+        if listing.commit != self.head:
+            self._prepare(listing)
         return self.api.create_commit(
             self.repo_id,
             [*self.additions, *self.deletions],
@@ -179,12 +178,12 @@ class _Transaction:
             revision=self.revision,
             create_pr=self.create_pr,
             # The card was rendered from this head. On another head the commit could revert an edit made on the Hub.
-            parent_commit=head,
+            parent_commit=listing.commit,
         )
 
-    def _prepare(self, head: str) -> None:
-        """Write record and card for a commit onto this head, and list its operations."""
-        repository = self._read_repository(head)
+    def _prepare(self, listing: Listing) -> None:
+        """Write record and card for a commit onto this one, and list its operations."""
+        repository = self._read_repository(listing)
 
         # Exports of the same weights stay, unless this push replaces them.
         remaining = self._remaining_exports(repository)
@@ -196,10 +195,9 @@ class _Transaction:
         outdated = self._outdated(repository, [export["path"] for export in remaining]) - set(files)
         self.additions = [CommitOperationAdd(path, str(self.folder / path)) for path in files]
         self.deletions = [CommitOperationDelete(path) for path in sorted(outdated)]
-        self.head = head
+        self.head = listing.commit
 
-    def _read_repository(self, head: str) -> _Repository:
-        listing = list_files(self.repo_id, head, token=self.api.token)
+    def _read_repository(self, listing: Listing) -> _Repository:
         files = frozenset(listing.files)
         if CARD_NAME not in files:
             return _Repository(files)

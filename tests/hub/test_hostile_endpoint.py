@@ -328,3 +328,52 @@ def test_pulled_adapter_is_found_by_its_name(hub, worker, pull):
     )
     assert worker.run(source, repo=REPO) == local
     assert hub.downloaded_bytes() == 0
+
+
+# Other requests than those of a pull
+
+PUSH = """
+from rlora_trl import push_adapter
+try:
+    result = push_adapter(folder, "user/words").oid
+except Exception as error:
+    result = [[base.__name__ for base in type(error).__mro__], str(error)]
+"""
+
+
+def test_push_to_a_hostile_endpoint(hub, worker, folder, tmp_path):
+    """The card and the record of the repository are read for a push, too."""
+    hub.commit("user/words", contents(folder) | {"README.md": "Text by hand."})
+    outside = {"ETag": f'"{tmp_path}/x"', "X-Linked-ETag": '"/../../../x"', "X-Repo-Commit": "../../../x"}
+    hub.rewrite("*", "/(resolve|cdn)/", lambda answer: answer.headers.update(outside))
+    assert worker.run(PUSH, folder=str(folder)) == hub.head("user/words")
+    assert "Text by hand." in hub.files("user/words")["README.md"].decode()
+    assert not any(tmp_path.iterdir())
+
+    hub.rewrite("GET", "/api/models/", in_listing(set_value(sha="../../x")))
+    bases, message = worker.run(PUSH, folder=str(folder))
+    assert "AdapterCheckError" in bases and "in place of a commit" in message
+
+
+# A full disk
+
+FULL = """
+from testing_utils import limited_files
+from rlora_trl import pull_adapter
+try:
+    with limited_files(size):
+        result = pull_adapter(repo)
+except OSError as error:
+    result = [type(error).__name__, str(error)]
+"""
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.9])
+def test_full_disk(hub, worker, pull, folder, part):
+    """Nothing that is cut off stays in the cache, and the retry succeeds."""
+    largest = (folder / "adapter_model.safetensors").stat().st_size
+    name, message = worker.run(FULL, repo=REPO, size=int(part * largest))
+    assert name == "OSError" and "can't be stored" in message and "Make room" in message
+    left = files_below(hub.home)
+    assert not [path for path in left if path.endswith(".incomplete") or "/refs/" in path]
+    assert contents(pull()["folder"]) == contents(folder)
