@@ -64,6 +64,19 @@ class Listing:
     commit: str
     files: Mapping[str, RepoSibling]
 
+    def check_size(self, path: str, limit: int) -> None:
+        """
+        Refuse a file of more than `limit` bytes before it is downloaded.
+
+        Raises:
+            AdapterCheckError: If it is larger.
+        """
+        size = self.files[path].size or 0
+        if size > limit:
+            raise AdapterCheckError(
+                f"{path} of {self.repo_id} has {size} bytes, more than {limit}. It is not a file of an adapter."
+            )
+
 
 def list_files(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> Listing:
     """
@@ -353,10 +366,7 @@ def find_file(
         listing = list_files(repo_id, revision, token=token)
         if path not in listing.files:
             return None
-        if (listing.files[path].size or 0) > limit:
-            raise AdapterCheckError(
-                f"{path} of {repo_id} has more than {limit} bytes. It is not a file of an adapter."
-            )
+        listing.check_size(path, limit)
         return download(listing, [path], revision=revision, token=token) / path
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
         return None

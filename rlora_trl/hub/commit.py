@@ -33,6 +33,7 @@ from ..files.layout import (
     published_files,
 )
 from ..files.record import AdapterRecord
+from ..reading import JSON_LIMIT
 from .card import render_card
 from .card_reading import hand_written, read_card, read_card_info
 
@@ -204,6 +205,7 @@ class _Transaction:
 
         with TemporaryDirectory() as scratch:
             for path in files & {CARD_NAME, RECORD_NAME}:
+                listing.check_size(path, JSON_LIMIT)
                 fetch(listing, path, Path(scratch, path), token=self.api.token)
             card = read_card(Path(scratch, CARD_NAME)) or ""
             try:

@@ -350,6 +350,10 @@ def test_push_to_a_hostile_endpoint(hub, worker, folder, tmp_path):
     assert "Text by hand." in hub.files("user/words")["README.md"].decode()
     assert not any(tmp_path.iterdir())
 
+    hub.announce_size("user/words", "README.md", 10**15)
+    bases, message = worker.run(PUSH, folder=str(folder))
+    assert "AdapterCheckError" in bases and "README.md" in message
+
     hub.rewrite("GET", "/api/models/", in_listing(set_value(sha="../../x")))
     bases, message = worker.run(PUSH, folder=str(folder))
     assert "AdapterCheckError" in bases and "in place of a commit" in message
