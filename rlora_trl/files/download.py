@@ -46,6 +46,7 @@ _COMMIT, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 _GRACE, _MIN_BYTES_PER_SECOND = 60.0, 1024
 # Failures in a row without this many bytes in between.
 _ATTEMPTS, _PROGRESS = 5, MIB
+_ERROR_HEADERS = ("x-error-", "x-request-id", "x-amz")
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
@@ -95,7 +96,7 @@ def list_files(repo_id: str, revision: str | None = None, *, token: str | bool |
     """
     # The revision becomes the name of a file in the cache.
     validate_repo_id(repo_id)
-    if revision is not None and ("\\" in revision or {"", ".", ".."} & set(revision.split("/"))):
+    if revision is not None and not _is_ref_name(revision):
         raise ValueError(f"`revision={revision!r}` is not the name of a revision. Pass a branch, a tag or a commit.")
 
     url = f"{constants.ENDPOINT}/api/models/{repo_id}"
@@ -116,6 +117,10 @@ def list_files(repo_id: str, revision: str | None = None, *, token: str | bool |
             f"{source} at {revision} is one of {listing.commit}. Set `HF_ENDPOINT` to another Hub."
         )
     return listing
+
+
+def _is_ref_name(name: str) -> bool:
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _read_listing(repo_id: str, data: Any) -> Listing:
@@ -310,7 +315,8 @@ def _open(url: str, token: str | bool | None, *, start: int = 0) -> Iterator[Any
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
         if response.is_error:
             # Without its body, which may be of any size and form. The message is in a header, too.
-            kept = {name: value for name, value in response.headers.items() if name.startswith("x-")}
+            told = response.headers.items()
+            kept = {name: value[:500] for name, value in told if name.startswith(_ERROR_HEADERS)}
             hf_raise_for_status(type(response)(response.status_code, headers=kept, request=response.request))
         yield response
 

@@ -158,7 +158,7 @@ def test_commit_other_than_the_requested_one(hub, pull):
     assert "AdapterCheckError" in result["error"] and first in result["message"] and "b" * 40 in result["message"]
 
 
-@pytest.mark.parametrize("revision", ["../../x", "/tmp/x", "a/../../b", "a\\b", ""])
+@pytest.mark.parametrize("revision", ["../../x", "/tmp/x", "a/../../b", "a\\b", "a\0b", ""])
 def test_revision_that_is_no_name_of_one(hub, pull, revision):
     hub.rewrite("*", "/", lambda answer: None)
     result = pull(revision=revision)
@@ -213,6 +213,14 @@ def test_refusal_that_is_no_message(hub, pull, body):
     hub.rewrite("GET", "/api/", lambda answer: (setattr(answer, "body", body), setattr(answer, "status", 403)))
     result = pull()
     assert "HfHubHTTPError" in result["error"]
+
+
+def test_refusal_with_long_headers(hub, pull):
+    names = ("X-Error-Message", "X-Error-Code", "X-HF-Warning", "Ratelimit", "X-Request-Id", "X-Repo-Commit")
+    long = dict.fromkeys(names, "x" * 9000) | {"Ratelimit": f'"api";r=0;t={"9" * 9000}'}
+    hub.rewrite("GET", "/api/", lambda answer: (answer.headers.update(long), setattr(answer, "status", 429)))
+    result = pull()
+    assert "HfHubHTTPError" in result["error"] and "429" in result["message"] and len(result["message"]) < 3000
 
 
 @pytest.mark.parametrize("change", [forever, bomb])
