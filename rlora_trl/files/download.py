@@ -178,9 +178,11 @@ def download(
     storage = (cache / repo_folder_name(repo_id=listing.repo_id, repo_type="model")).resolve()
     folder = storage / "snapshots" / listing.commit
     _check_inside(folder)
+
     for path in paths:
         if folder not in Path(os.path.abspath(folder / path)).parents:
             raise AdapterCheckError(f"{shorten(path)} of {listing.repo_id} leads out of its folder. Nothing was read.")
+
     missing = [path for path in paths if not is_same_file(folder / path, listing.files[path])]
     damaged = [path for path in missing if (folder / path).exists()]
     if damaged:
@@ -199,7 +201,7 @@ def download(
 
 
 def _check_inside(folder: Path) -> None:
-    """Refuse a link in place of a commit's folder in the cache."""
+    """Refuse a link in place of a folder in the cache."""
     target = folder.resolve()
     if target != folder.parent.resolve() / folder.name:
         raise AdapterCheckError(f"{folder} is a link to {target}, outside of the cache. Remove the link.")
@@ -222,8 +224,10 @@ def _place(
     blob = storage / "blobs" / str(listed.lfs.sha256 if listed.lfs else listed.blob_id)
     pointer = storage / "snapshots" / listing.commit / path
     temporary = blob.with_name(f"{blob.name}.{uuid.uuid4().hex[:8]}.incomplete")
-    for place in (blob, pointer):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    for place in (blob.parent, pointer.parent):
+        place.mkdir(parents=True, exist_ok=True)
+        _check_inside(place)
+
     links = are_symlinks_supported(storage)
     try:
         if not is_same_file(blob, listed):
@@ -264,9 +268,10 @@ def fetch(
     """
     url, size = hf_hub_url(listing.repo_id, path, revision=listing.commit), listing.files[path].size or 0
     failures = start = 0
+
     # Without a buffer, which would be written once more, and fail once more, when the file is closed.
     with open(target, "wb", buffering=0) as file:
-        while True:
+        while file.tell() < size:
             try:
                 with _open(url, token, start=file.tell()) as response:
                     if response.status_code != 206:  # the whole file, also where a part was asked for
@@ -284,6 +289,7 @@ def fetch(
                 logger.warning(f"The download of {path} of {listing.repo_id} broke ({error}), and is resumed.")
                 start = file.tell()
                 time.sleep(failures)
+
     if not is_same_file(target, listing.files[path]):
         raise AdapterCheckError(
             f"{path} of {listing.repo_id} at {listing.commit} arrived with other contents than the Hub lists: a "

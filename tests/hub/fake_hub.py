@@ -123,6 +123,18 @@ def as_json(data, status=200, headers=None):
     return Response(status, json.dumps(data).encode(), {"Content-Type": "application/json", **(headers or {})})
 
 
+def part_of(answer, wanted):
+    """What is left of an answer from a byte on, which a client asks for that resumes a download."""
+    match = re.fullmatch(r"bytes=(\d+)-", wanted or "")
+    if match is None or answer.status != 200:
+        return answer
+    start, total = int(match[1]), len(answer.body)
+    if start >= total:
+        raise HubError(416, f"There is no byte {start}.")
+    headers = {**answer.headers, "Content-Range": f"bytes {start}-{total - 1}/{total}"}
+    return Response(206, answer.body[start:], headers)
+
+
 ROUTES = []
 
 
@@ -217,7 +229,8 @@ class FakeHub:
             for verb, pattern, function in ROUTES:
                 match = pattern.fullmatch(request.path) if verb == method else None
                 if match:
-                    return function(self, request, **{k: unquote(v) for k, v in match.groupdict().items()})
+                    answer = function(self, request, **{k: unquote(v) for k, v in match.groupdict().items()})
+                    return part_of(answer, request.headers.get("Range"))
             code = "RepoNotFound" if request.path.startswith("/api/datasets/") else None
             raise HubError(404, f"The Hub of the tests has no {request.method} {request.path}", code)
         except HubError as error:

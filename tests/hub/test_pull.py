@@ -1,6 +1,7 @@
 """`pull_adapter` against a real HTTP server: pinned, checked, cached; and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ PULL = """
 from rlora_trl import pull_adapter
 result = pull_adapter(repo, **options)
 """
+
+
+FIGURE = {"figures/routing.png": b"\x89PNG\r\n\x1a\n"}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +167,57 @@ def test_links_in_place_of_files_are_replaced(pull, tmp_path, folder):
     blob.symlink_to(tmp_path / "mine")
     assert contents(pull()) == contents(folder)
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["blobs", "figures"])
+def test_folder_in_the_cache_that_is_a_link(hub, pull, tmp_path, name):
+    local = Path(pull())
+    place = local.parents[1] / "blobs" if name == "blobs" else local.parent / hub.commit(REPO, FIGURE) / name
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        shutil.rmtree(place)
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WorkerError, match="outside of the cache"):
+        pull()
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_empty_file(hub, pull):
+    hub.commit(REPO, {"LICENSE": ""})
+    assert (Path(pull()) / "LICENSE").read_bytes() == b""
+
+
+def test_broken_download_is_resumed(hub, pull, folder):
+    """What has arrived is not sent again."""
+    hub.fail("GET", "/cdn/", drop_after=1000)
+    assert contents(pull()) == contents(folder)
+    whole = (folder / "adapter_model.safetensors").stat().st_size
+    assert [(r.status, r.sent) for r in hub.requests if "/cdn/" in r.path] == [(200, 1000), (206, whole - 1000)]
+
+
+def test_connection_that_breaks_behind_the_last_byte(hub, pull, folder):
+    """There is nothing left to ask for."""
+
+    def announce_more(answer):
+        answer.headers["Content-Length"] = str(len(answer.body) + 1)
+        answer.body = [answer.body]
+
+    hub.rewrite("GET", "/resolve/.*/adapter_config.json", announce_more)
+    assert contents(pull()) == contents(folder)
+    assert hub.count("GET", "/resolve/.*/adapter_config.json") == 1
+
+
+def test_server_without_parts_of_files(hub, pull, folder):
+    """It sends the whole file again."""
+
+    def whole(answer):
+        if answer.status == 206:
+            answer.status, answer.body = 200, (folder / "adapter_model.safetensors").read_bytes()
+
+    hub.fail("GET", "/cdn/", drop_after=1000)
+    hub.rewrite("GET", "/cdn/", whole)
+    assert contents(pull()) == contents(folder)
 
 
 def test_blobs_that_repositories_share(pull, folder):
