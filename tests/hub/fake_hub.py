@@ -3,8 +3,9 @@
 A push of `huggingface_hub` sends, in this order: `validate-yaml` (if README.md is among the files), `preupload` (which
 files are large, and what is there already), `<repo>.git/info/lfs/objects/batch` (where to put the large ones; nothing
 for those that the repository has), the uploads, and `commit` (one JSON object a line: header, small files in base64,
-large ones by SHA-256). A download sends HEAD then GET of `resolve`; a large file is a redirect to storage on another
-host, to which the token must not be sent. The client picks a class for an error by the header `X-Error-Code`.
+large ones by SHA-256). A download sends HEAD then GET of `resolve`, that of `pull_adapter` only GET; a large file is
+a redirect to storage on another host, to which the token must not be sent. The client picks a class for an error by
+the header `X-Error-Code`.
 """
 
 import base64

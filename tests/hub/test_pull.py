@@ -208,6 +208,15 @@ def test_connection_that_breaks_behind_the_last_byte(hub, pull, folder):
     assert hub.count("GET", "/resolve/.*/adapter_config.json") == 1
 
 
+def test_two_processes_at_once(hub, worker, pull, folder):
+    hub.fail("GET", "/(cdn|resolve)/", delay=0.2, times=None)
+    variables = {"repo": REPO, "options": {}}
+    runs = [worker.server.start("client:execute", PULL, variables, timeout=60) for _ in range(3)]
+    (first,), *others = [run.results() for run in runs]
+    assert others == [[first], [first]] and contents(first) == contents(folder)
+    assert not [*hub.home.rglob("*.incomplete")]
+
+
 def test_server_without_parts_of_files(hub, pull, folder):
     """It sends the whole file again."""
 
