@@ -33,6 +33,7 @@ def show_card(
         from rlora_trl.files.layout import CARD_NAME, FileKind, classify, published_files
         from rlora_trl.files.record import AdapterRecord
         from rlora_trl.hub.card import render_card
+        from rlora_trl.writing import write_text
 
         refuse_missing_folder(folder, local=True)
         checked = check_adapter(folder)
@@ -49,7 +50,7 @@ def show_card(
             existing=path.read_text(encoding="utf-8") if path.is_file() else None,
         )
         if write:
-            card.save(path)
+            write_text(path, str(card))
     if as_json:
         print_json({"metadata": card.data.to_dict(), "text": card.text, "written": str(path) if write else None})
     elif write:

@@ -126,6 +126,8 @@ def _explain_hub(error: BaseException) -> str | None:
             return "You are not logged in. Run `hf auth login`, or set HF_TOKEN."
         case errors.OfflineModeIsEnabled():
             return "This needs the Hub, and HF_HUB_OFFLINE=1 does not allow it. Unset it."
+        case errors.LocalEntryNotFoundError() if "is not in the cache" in str(error):
+            return _one_line(error)
         case errors.LocalEntryNotFoundError():
             return f"The files are not in the cache, and the Hub can't be reached: {_one_line(error)}"
         case errors.HfHubHTTPError():

@@ -15,6 +15,8 @@ from .output import note, print_facts, print_json, results_only
 if TYPE_CHECKING:
     from rlora_trl.files.checks import CheckedAdapter
 
+_SCRATCH = ".rlora-pull-"  # start of the name of a folder that is being copied
+
 
 def pull(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name, or a folder to check.")],
@@ -26,7 +28,7 @@ def pull(
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="Refuse an adapter of another base model.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use only the cache.")] = False,
+    local_files_only: Annotated[bool, typer.Option("--offline", help="Use only the cache.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Download an adapter from the Hub into the cache and check it. Nothing in it is executed.
@@ -38,7 +40,7 @@ def pull(
 
         refuse_missing_folder(repo)
         checked = pull_checked(
-            repo, revision=revision, exports=exports, base_model=base_model, local_files_only=offline
+            repo, revision=revision, exports=exports, base_model=base_model, local_files_only=local_files_only
         )
         folder = checked.folder if output is None else _copy(checked, output, exports)
     facts = _facts(checked, folder)
@@ -93,25 +95,74 @@ def _copy(checked: CheckedAdapter, target: Path, exports: bool) -> Path:
     """
     Copy the files of an adapter, following links into the cache. A target with the same adapter is not changed.
 
+    Files get their names when all of them are copied, so that a full disk or an interruption leaves none that is cut
+    off. A target that has only some of the files, all whole, gets the others.
+
     Raises:
         FileExistsError: If the target is a file, or a folder with other files.
+        OSError: If the files can't be written, as on a full disk. Those that were copied are removed.
+    """
+    import shutil
+    from tempfile import mkdtemp
+
+    from rlora_trl.files.layout import FileKind, classify, published_files
+
+    names = [name for name in published_files(checked.folder) if exports or classify(name) is not FileKind.EXPORT]
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file. Name a new folder with `--output`.")
+    missing = _missing(checked.folder, target, names)
+    if not missing:
+        note(f"{target} has this adapter already. Nothing was copied.")
+        return target
+
+    # In the target, which may be a mount point or the current directory, and so can't be replaced itself.
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    scratch = Path(mkdtemp(prefix=_SCRATCH, dir=target))
+    try:
+        for name in missing:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checked.folder / name, scratch / name)
+        for name in missing:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).replace(target / name)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The adapter can't be copied into {target}: {error.strerror}. What was copied is removed. Make room, or "
+            "name another folder with `--output`",
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if is_new and not any(target.iterdir()):
+            target.rmdir()
+    return target
+
+
+def _missing(source: Path, target: Path, names: list[str]) -> list[str]:
+    """
+    Files of an adapter that a target lacks. What an earlier copy left when it was killed is removed.
+
+    Raises:
+        FileExistsError: If the target has other files than those of this adapter.
     """
     import filecmp
     import shutil
 
-    from rlora_trl.files.layout import CONFIG_NAME, WEIGHTS_NAME, FileKind, classify, published_files
+    from rlora_trl.files.layout import CONFIG_NAME, WEIGHTS_NAME, adapter_files
 
-    source = checked.folder
-    names = [name for name in published_files(source) if exports or classify(name) is not FileKind.EXPORT]
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file. Name a new folder with `--output`.")
-    if target.exists() and any(target.iterdir()):
-        same, _, _ = filecmp.cmpfiles(source, target, (CONFIG_NAME, WEIGHTS_NAME), shallow=False)
-        if len(same) < 2 or not all((target / name).is_file() for name in names):
-            raise FileExistsError(f"{target} is not empty, and has other files. Name a new folder with `--output`.")
-        note(f"{target} has this adapter already. Nothing was copied.")
-        return target
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    return target
+    if not target.exists():
+        return names
+    for leftover in target.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    missing = [name for name in names if not (target / name).exists()]
+
+    # Files may have been added to a whole adapter. Otherwise all must be what an earlier copy of this one left.
+    compared = {CONFIG_NAME, WEIGHTS_NAME}
+    if missing:
+        tops = {name.split("/")[0] for name in names}
+        compared = {*adapter_files(target), *(path.name for path in target.iterdir() if path.name not in tops)}
+    same, _, _ = filecmp.cmpfiles(source, target, compared & {*names}, shallow=False)
+    if len(same) < len(compared):
+        raise FileExistsError(f"{target} is not empty, and has other files. Name a new folder with `--output`.")
+    return missing

@@ -1,6 +1,9 @@
 """Tiny models, a tiny tokenizer and tiny tasks, made from a config: nothing is downloaded."""
 
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
@@ -126,3 +129,14 @@ def task_rows(task: str, count: int, seed: int = 0) -> list[dict]:
 
 def task_datasets(count: int = 40, seed: int = 0) -> dict[str, Dataset]:
     return {task: Dataset.from_list(task_rows(task, count, seed)) for task in ("first", "colour", "same")}
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Files that can't grow beyond a size in bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

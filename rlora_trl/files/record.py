@@ -18,19 +18,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict, validated_field
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 
 from .._version import __version__
-from ..reading import first_few, read_json, shorten
+from ..reading import JSON_LIMIT, first_few, read_json, shorten
 from ..tuner.config import RLoraConfig
+from ..writing import write_text
+from .download import find_file
 from .head_weights import HeadWeights
 from .layout import RECORD_NAME
 
@@ -306,14 +301,7 @@ class AdapterRecord:
         """
         path = Path(folder) / RECORD_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                json.dump(self.to_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
-                file.write("\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -414,11 +402,9 @@ def find_record(config: RLoraConfig, token: str | bool | None = None) -> Adapter
     name, revision, subfolder = source
     if os.path.isdir(name):
         return AdapterRecord.load(Path(name, subfolder or ""))
-    try:
-        path = hf_hub_download(name, RECORD_NAME, revision=revision, subfolder=subfolder, token=token)
-    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-        return None
-    return AdapterRecord.load(Path(path).parent)
+    path = f"{subfolder}/{RECORD_NAME}" if subfolder else RECORD_NAME
+    file = find_file(name, path, limit=JSON_LIMIT, revision=revision, token=token)
+    return None if file is None else AdapterRecord.load(file.parent)
 
 
 def select_hyperparameters(args: Any) -> dict[str, Scalar]:

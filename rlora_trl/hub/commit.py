@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..files.card_text import check_card_text
 from ..files.checks import AdapterCheckError, CheckedAdapter
+from ..files.download import Listing, fetch, is_same_file, list_files
 from ..files.layout import (
     CARD_NAME,
     FIGURES,
@@ -32,9 +33,9 @@ from ..files.layout import (
     published_files,
 )
 from ..files.record import AdapterRecord
+from ..reading import JSON_LIMIT
 from .card import render_card
 from .card_reading import hand_written, read_card, read_card_info
-from .pull import is_same_file
 
 
 logger = logging.get_logger(__name__)
@@ -168,10 +169,9 @@ class _Transaction:
             )
 
     def _commit(self, message: str) -> CommitInfo:
-        head = self.api.model_info(self.repo_id, revision=self.revision).sha
-        assert head is not None  # only listings leave it out
-        if head != self.head:
-            self._prepare(head)
+        listing = list_files(self.repo_id, self.revision, token=self.api.token)
+        if listing.commit != self.head:
+            self._prepare(listing)
         return self.api.create_commit(
             self.repo_id,
             [*self.additions, *self.deletions],
@@ -179,12 +179,12 @@ class _Transaction:
             revision=self.revision,
             create_pr=self.create_pr,
             # The card was rendered from this head. On another head the commit could revert an edit made on the Hub.
-            parent_commit=head,
+            parent_commit=listing.commit,
         )
 
-    def _prepare(self, head: str) -> None:
-        """Write record and card for a commit onto this head, and list its operations."""
-        repository = self._read_repository(head)
+    def _prepare(self, listing: Listing) -> None:
+        """Write record and card for a commit onto this one, and list its operations."""
+        repository = self._read_repository(listing)
 
         # Exports of the same weights stay, unless this push replaces them.
         remaining = self._remaining_exports(repository)
@@ -196,16 +196,17 @@ class _Transaction:
         outdated = self._outdated(repository, [export["path"] for export in remaining]) - set(files)
         self.additions = [CommitOperationAdd(path, str(self.folder / path)) for path in files]
         self.deletions = [CommitOperationDelete(path) for path in sorted(outdated)]
-        self.head = head
+        self.head = listing.commit
 
-    def _read_repository(self, head: str) -> _Repository:
-        files = frozenset(self.api.list_repo_files(self.repo_id, revision=head))
+    def _read_repository(self, listing: Listing) -> _Repository:
+        files = frozenset(listing.files)
         if CARD_NAME not in files:
             return _Repository(files)
 
         with TemporaryDirectory() as scratch:
             for path in files & {CARD_NAME, RECORD_NAME}:
-                self.api.hf_hub_download(self.repo_id, path, revision=head, local_dir=scratch)
+                listing.check_size(path, JSON_LIMIT)
+                fetch(listing, path, Path(scratch, path), token=self.api.token)
             card = read_card(Path(scratch, CARD_NAME)) or ""
             try:
                 record = AdapterRecord.load(scratch)

@@ -3,7 +3,9 @@
 import json
 import re
 
+import pytest
 from peft import PeftModel
+from testing_utils import limited_files
 from transformers import AutoModelForCausalLM
 
 from rlora_trl.files.checks import check_adapter
@@ -21,6 +23,22 @@ def test_card(rlora, make_adapter):
     assert rlora("card", folder, "--write").exit_code == 0
     assert "task:colour" in (folder / "README.md").read_text()
     assert "task:colour" in json.loads(rlora("card", folder, "--json").stdout)["metadata"]["tags"]
+
+
+@pytest.mark.parametrize("size", [0, 300, 1000])
+def test_text_by_hand_survives_a_full_disk(rlora, make_adapter, size):
+    folder = make_adapter()
+    assert rlora("card", folder, "--write").exit_code == 0
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\n## By hand\n\nWords that nobody has elsewhere.\n")
+    assert len(card.read_bytes()) > size
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with limited_files(size):
+        result = rlora("card", folder, "--write", "--repo", "user/words")
+    assert result.exit_code == 1 and "README.md" in result.stderr and "Traceback" not in result.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert rlora("card", folder, "--write", "--repo", "user/words").exit_code == 0
+    assert "Words that nobody has elsewhere." in card.read_text() and "user/words" in card.read_text()
 
 
 def test_card_names_the_exports_that_are_in_the_folder(rlora, make_adapter):

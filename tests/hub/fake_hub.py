@@ -3,8 +3,9 @@
 A push of `huggingface_hub` sends, in this order: `validate-yaml` (if README.md is among the files), `preupload` (which
 files are large, and what is there already), `<repo>.git/info/lfs/objects/batch` (where to put the large ones; nothing
 for those that the repository has), the uploads, and `commit` (one JSON object a line: header, small files in base64,
-large ones by SHA-256). A download sends HEAD then GET of `resolve`; a large file is a redirect to storage on another
-host, to which the token must not be sent. The client picks a class for an error by the header `X-Error-Code`.
+large ones by SHA-256). A download sends HEAD then GET of `resolve`, that of `pull_adapter` only GET; a large file is
+a redirect to storage on another host, to which the token must not be sent. The client picks a class for an error by
+the header `X-Error-Code`.
 """
 
 import base64
@@ -12,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote
 
@@ -111,13 +113,27 @@ class Request:
 
 @dataclass
 class Response:
+    """An answer; a body of pieces, which may go on forever, has no announced length."""
+
     status: int = 200
-    body: bytes = b""
+    body: bytes | Iterable[bytes] = b""
     headers: dict = field(default_factory=dict)
 
 
 def as_json(data, status=200, headers=None):
     return Response(status, json.dumps(data).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+
+def part_of(answer, wanted):
+    """What is left of an answer from a byte on, which a client asks for that resumes a download."""
+    match = re.fullmatch(r"bytes=(\d+)-", wanted or "")
+    if match is None or answer.status != 200:
+        return answer
+    start, total = int(match[1]), len(answer.body)
+    if start >= total:
+        raise HubError(416, f"There is no byte {start}.")
+    headers = {**answer.headers, "Content-Range": f"bytes {start}-{total - 1}/{total}"}
+    return Response(206, answer.body[start:], headers)
 
 
 ROUTES = []
@@ -214,7 +230,8 @@ class FakeHub:
             for verb, pattern, function in ROUTES:
                 match = pattern.fullmatch(request.path) if verb == method else None
                 if match:
-                    return function(self, request, **{k: unquote(v) for k, v in match.groupdict().items()})
+                    answer = function(self, request, **{k: unquote(v) for k, v in match.groupdict().items()})
+                    return part_of(answer, request.headers.get("Range"))
             code = "RepoNotFound" if request.path.startswith("/api/datasets/") else None
             raise HubError(404, f"The Hub of the tests has no {request.method} {request.path}", code)
         except HubError as error:

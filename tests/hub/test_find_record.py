@@ -34,6 +34,34 @@ def test_record_on_the_hub(hub, worker):
         assert worker.run(FIND, source=source) is None, source
 
 
+def test_record_of_a_hostile_endpoint(hub, worker, tmp_path):
+    hub.commit("user/adapter", {RECORD_NAME: json.dumps(AdapterRecord(base_model="a/b").to_dict())})
+    outside = {"ETag": f'"{tmp_path}/x"', "X-Repo-Commit": "../../../x"}
+    hub.rewrite("*", "/resolve/", lambda answer: answer.headers.update(outside))
+    assert worker.run(FIND, source=["user/adapter"])["base_model"] == "a/b"
+    assert not any(tmp_path.iterdir()) and not [*hub.home.glob("**/x")]
+    # A file that is missing leaves none either.
+    assert worker.run(FIND, source=["user/adapter", None, "inner"]) is None
+    assert not [*hub.home.glob("**/.no_exist")]
+
+
+def test_record_that_is_too_large_is_not_downloaded(hub, worker):
+    hub.commit("user/adapter", {RECORD_NAME: "{}"})
+    hub.announce_size("user/adapter", RECORD_NAME, 2**30)
+    with pytest.raises(WorkerError, match="more than") as caught:
+        worker.run(FIND, source=["user/adapter"])
+    assert "ValueError" in caught.value.bases and not hub.count("GET", "/resolve/")
+
+
+def test_record_in_the_cache(hub, worker):
+    """Where the Hub does not answer."""
+    hub.commit("user/adapter", {RECORD_NAME: json.dumps(AdapterRecord(base_model="a/b").to_dict())})
+    worker.run(FIND, source=["user/adapter"])
+    hub.fail("*", "/", drop_after=0, times=None)
+    assert worker.run(FIND, source=["user/adapter"])["base_model"] == "a/b"
+    assert worker.run(FIND, source=["user/adapter", None, "inner"]) is None
+
+
 PRIVATE = """
 import os
 

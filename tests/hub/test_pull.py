@@ -1,6 +1,7 @@
 """`pull_adapter` against a real HTTP server: pinned, checked, cached; and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ PULL = """
 from rlora_trl import pull_adapter
 result = pull_adapter(repo, **options)
 """
+
+
+FIGURE = {"figures/routing.png": b"\x89PNG\r\n\x1a\n"}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_revision_that_moves_between_two_requests(hub, pull, tmp_path, folder):
     """All files are of one commit, whichever."""
     newer = save_adapter(tmp_path / "newer", seed=8, r=2)
     files = {path: (newer / path).read_bytes() for path in ("adapter_model.safetensors", "adapter_config.json")}
-    moved = hub.before("HEAD", r"/resolve/.*/adapter_config.json", lambda: hub.commit(REPO, files))
+    moved = hub.before("GET", r"/resolve/.*/adapter_config.json", lambda: hub.commit(REPO, files))
     local = pull()
     assert moved.hits == 1
     config = json.loads((Path(local) / "adapter_config.json").read_text())
@@ -90,6 +94,170 @@ def test_offline(hub, worker, pull):
     assert hub.requests == []
 
 
+def test_offline_without_the_adapter_says_what_to_do(pull):
+    with pytest.raises(WorkerError, match="user/nothing at v2 is not in the cache.*local_files_only"):
+        pull("user/nothing", revision="v2", local_files_only=True)
+
+
+def blob_of(local, name):
+    """The file behind a link of the cache, and the repository's folder in the cache."""
+    path = Path(local, name)
+    return (path.parent / path.readlink()).resolve(), path.parents[2]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_poisoned_cache_is_refused_offline(pull, tmp_path, name):
+    """Without a listing, the name of a blob tells what its contents should be: SHA-256, or Git's hash."""
+    local = pull()
+    blob, _ = blob_of(local, name)
+    other = save_adapter(tmp_path / "other", seed=9, head_dropout=0.5)
+    blob.write_bytes((other / name).read_bytes())
+    with pytest.raises(WorkerError, match=f"{name} of {REPO} are damaged in the cache") as caught:
+        pull(local_files_only=True)
+    assert caught.value.type == "AdapterCheckError"
+    assert pull() == local
+    assert pull(local_files_only=True) == local
+
+
+def test_poisoned_cache_is_refused_where_the_hub_does_not_answer(hub, pull):
+    blob, _ = blob_of(pull(), "adapter_config.json")
+    blob.write_bytes(blob.read_bytes().replace(b": 4", b": 5"))
+    hub.fail("*", "/api/", drop_after=0, times=None)
+    with pytest.raises(WorkerError, match="damaged in the cache"):
+        pull()
+
+
+@pytest.mark.parametrize("commit", ["../../../other", "/tmp", "", "\0", "main"])
+def test_poisoned_reference_leads_nowhere(pull, commit):
+    _, storage = blob_of(pull(), "adapter_config.json")
+    (storage / "refs" / "main").write_text(commit)
+    with pytest.raises(WorkerError, match="not in the cache"):
+        pull(local_files_only=True)
+    pull()
+    pull(local_files_only=True)
+
+
+def test_folder_that_leads_out_of_the_cache(hub, pull, tmp_path):
+    """A link in place of the commit's folder: nothing is written through it."""
+    storage = Path(pull()).parents[1]
+    new = hub.commit(REPO, {"LICENSE": "free"})
+    (tmp_path / "elsewhere").mkdir()
+    (storage / "snapshots" / new).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WorkerError, match="outside of the cache") as caught:
+        pull()
+    assert caught.value.type == "AdapterCheckError" and not any((tmp_path / "elsewhere").iterdir())
+    # Nor is it returned without a network.
+    (storage / "refs" / "main").write_text(new)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "elsewhere" / name).write_bytes(
+            blob_of(storage / "snapshots" / hub.commits(REPO)[1].oid, name)[0].read_bytes()
+        )
+    with pytest.raises(WorkerError, match="outside of the cache"):
+        pull(local_files_only=True)
+
+
+def test_links_in_place_of_files_are_replaced(pull, tmp_path, folder):
+    """Links that lead out of the cache are not written through, whether to files or to folders."""
+    local = Path(pull())
+    (tmp_path / "mine").write_text("mine")
+    blob, storage = blob_of(local, "adapter_config.json")
+    (local / "adapter_config.json").unlink()
+    (local / "adapter_config.json").symlink_to(tmp_path / "mine")
+    blob.unlink()
+    blob.symlink_to(tmp_path / "mine")
+    assert contents(pull()) == contents(folder)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["blobs", "figures"])
+def test_folder_in_the_cache_that_is_a_link(hub, pull, tmp_path, name):
+    local = Path(pull())
+    place = local.parents[1] / "blobs" if name == "blobs" else local.parent / hub.commit(REPO, FIGURE) / name
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        shutil.rmtree(place)
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WorkerError, match="outside of the cache"):
+        pull()
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_empty_file(hub, pull):
+    hub.commit(REPO, {"LICENSE": ""})
+    assert (Path(pull()) / "LICENSE").read_bytes() == b""
+
+
+def test_broken_download_is_resumed(hub, pull, folder):
+    """What has arrived is not sent again."""
+    hub.fail("GET", "/cdn/", drop_after=1000)
+    assert contents(pull()) == contents(folder)
+    whole = (folder / "adapter_model.safetensors").stat().st_size
+    assert [(r.status, r.sent) for r in hub.requests if "/cdn/" in r.path] == [(200, 1000), (206, whole - 1000)]
+
+
+def test_connection_that_breaks_behind_the_last_byte(hub, pull, folder):
+    """There is nothing left to ask for."""
+
+    def announce_more(answer):
+        answer.headers["Content-Length"] = str(len(answer.body) + 1)
+        answer.body = [answer.body]
+
+    hub.rewrite("GET", "/resolve/.*/adapter_config.json", announce_more)
+    assert contents(pull()) == contents(folder)
+    assert hub.count("GET", "/resolve/.*/adapter_config.json") == 1
+
+
+def test_two_processes_at_once(hub, worker, pull, folder):
+    hub.fail("GET", "/(cdn|resolve)/", delay=0.2, times=None)
+    variables = {"repo": REPO, "options": {}}
+    runs = [worker.server.start("client:execute", PULL, variables, timeout=60) for _ in range(3)]
+    (first,), *others = [run.results() for run in runs]
+    assert others == [[first], [first]] and contents(first) == contents(folder)
+    assert not [*hub.home.rglob("*.incomplete")]
+
+
+def test_server_without_parts_of_files(hub, pull, folder):
+    """It sends the whole file again."""
+
+    def whole(answer):
+        if answer.status == 206:
+            answer.status, answer.body = 200, (folder / "adapter_model.safetensors").read_bytes()
+
+    hub.fail("GET", "/cdn/", drop_after=1000)
+    hub.rewrite("GET", "/cdn/", whole)
+    assert contents(pull()) == contents(folder)
+
+
+def test_blobs_that_repositories_share(pull, folder):
+    """As `huggingface_hub` 2 stores large files of Xet: the blob of a repository is a link to one of the cache."""
+    local = pull()
+    blob, storage = blob_of(local, "adapter_model.safetensors")
+    shared = storage.parent / "blobs" / "ab" / ("ab" + "0" * 62)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to("../../blobs/ab/" + shared.name)
+    assert pull() == pull(local_files_only=True) == local
+    assert contents(local) == contents(folder) and blob.is_symlink()
+    # Damaged in one place, it is replaced in that of this repository.
+    shared.write_bytes(b"damaged")
+    with pytest.raises(WorkerError, match="damaged in the cache"):
+        pull(local_files_only=True)
+    assert contents(pull()) == contents(folder) and not blob.is_symlink()
+
+
+def test_cache_without_links(hub, worker, folder):
+    """Where a system has no links, files lie in the snapshot itself."""
+    hub.commit(REPO, contents(folder))
+    source = f"from rlora_trl import pull_adapter; print(pull_adapter({REPO!r}))"
+    local = Path(hub.run(source, HF_HUB_DISABLE_SYMLINKS="1").strip())
+    assert contents(local) == contents(folder) and not any(path.is_symlink() for path in local.iterdir())
+    hub.requests.clear()
+    assert hub.run(source, HF_HUB_DISABLE_SYMLINKS="1").strip() == str(local)
+    assert hub.downloaded_bytes() == 0
+    assert hub.run(source, HF_HUB_OFFLINE="1").strip() == str(local)
+
+
 def test_private_and_missing(hub, pull):
     hub.repo(REPO).private = True
     pull()
@@ -107,6 +275,7 @@ def test_base_model(pull):
     with pytest.raises(WorkerError, match="other/model") as caught:
         pull(base_model="other/model")
     assert caught.value.type == "AdapterCheckError" and BASE in caught.value.message
+    assert caught.value.message.startswith(f"{REPO} was trained on "), "a path in the cache instead of the name"
 
 
 def test_local_folder_is_checked_too(worker, folder, tmp_path):
@@ -189,6 +358,7 @@ def test_lasting_cut_leaves_nothing_usable_and_the_retry_succeeds(hub, pull, fol
 
 def test_cache_serves_where_the_hub_does_not_answer(hub, pull, folder):
     with_hub = pull()
+    hub.commit("user/other", contents(folder))
     hub.fail("*", "/api/", drop_after=0, times=None)
     assert pull() == with_hub
     with pytest.raises(WorkerError, match="not in the cache"):
