@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import report
+from .terminal import guarded_streams, shown
 
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")]
@@ -61,6 +63,10 @@ class Command(_PlainFlags, TyperCommand):
     """A command whose errors become a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        with guarded_streams():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
@@ -76,8 +82,26 @@ class Command(_PlainFlags, TyperCommand):
             raise typer.Exit(report(error, debug=debug, names=names)) from error
 
 
+@contextmanager
+def _shown_usage() -> Iterator[None]:
+    """Escape what errors of usage quote, which typer prints: names on a command line may be foreign."""
+    try:
+        yield
+    except typer.TyperException as error:
+        error.message = shown(error.message, keep="\n")
+        raise
+
+
 class Group(_PlainFlags, TyperGroup):
     """A group of commands."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _shown_usage():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _shown_usage():
+            return super().invoke(ctx)
 
 
 def help_of(function: Callable[..., Any]) -> str:
