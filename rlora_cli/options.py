@@ -69,9 +69,9 @@ class Command(_PlainFlags, TyperCommand):
     def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError, SystemExit):
             raise  # typer shows a wrong argument with the usage of the command
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:  # also interruptions, and panics of libraries in Rust
             # A parameter is named like the argument of the library, and may have an option of another name.
             names = {
                 param.name: param.opts[0] if param.opts[0].startswith("-") else str(param.metavar)

@@ -35,6 +35,7 @@ _SECRETS = (
 # How libraries draw progress: back to the start of the line, or, in a write of its own, to lines above.
 _REDRAWN = re.compile(r"\r(?:\x1b\[K)?")
 _MOVED = re.compile(r"(?:\x1b\[\d*A)+")
+_MAX_MESSAGE = 10_000
 # Colors and styles of libraries on a terminal, which are left out: the same sequences hide text.
 _STYLE = re.compile(r"\x1b\[[\d;]*m")
 
@@ -77,7 +78,10 @@ def _printable(text: str, keep: str) -> str:
 
 def message(text: str) -> str:
     """An error or a warning as it is shown; lines after the first are indented, so that none looks like another."""
-    return shown(text.strip(), keep="\n").replace("\n", "\n  ")
+    text = text.strip()
+    if len(text) > _MAX_MESSAGE:
+        text = f"{text[:_MAX_MESSAGE]}... and {len(text) - _MAX_MESSAGE:,} more characters"
+    return shown(text, keep="\n").replace("\n", "\n  ")
 
 
 def _encodable(text: str, encoding: str) -> str:
