@@ -17,7 +17,7 @@ from . import analyze, card, env, estimate, evaluate, export, pull, push, train,
 from .errors import quieten_libraries
 from .options import Command, Group, help_of
 from .output import note
-from .terminal import message
+from .terminal import as_message
 
 
 app = typer.Typer(
@@ -73,9 +73,9 @@ for _name, _function in _COMMANDS.items():
 app.add_typer(zoo.app, name="zoo")
 
 
-def _show_warning(warning: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
     if not issubclass(category, (FutureWarning, DeprecationWarning)):  # those are for programmers
-        note(message(f"Warning: {warning}"))
+        note(as_message(f"Warning: {message}"))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping
 
 from .output import stderr_console
-from .terminal import message, shown
+from .terminal import as_message, shown
 
 
 DEBUG_VARIABLE = "RLORA_DEBUG"
@@ -62,7 +62,7 @@ def report(error: BaseException, *, debug: bool = False, names: Mapping[str, str
             "`rlora env`."
         )
     console.print("Error:", style="bold red", end=" ")
-    text = message(name_options(explained, names or {}))
+    text = as_message(name_options(explained, names or {}))
     console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     return 1
 

@@ -76,7 +76,7 @@ def _printable(text: str, keep: str) -> str:
     return text if text.isprintable() else "".join(escaped)
 
 
-def message(text: str) -> str:
+def as_message(text: str) -> str:
     """An error or a warning as it is shown; lines after the first are indented, so that none looks like another."""
     text = text.strip()
     if len(text) > _MAX_MESSAGE:

@@ -162,8 +162,8 @@ def refuse_unknown_tokens(
         ValueError: If the tokenizer has more tokens than the model, and uses one of these.
     """
     # Wrappers for several processes do not show it.
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    size = getattr(embeddings, "num_embeddings", None)
+    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    size = None if get_embeddings is None else getattr(get_embeddings(), "num_embeddings", None)
     largest = max((max(ids, default=0) for ids in sequences), default=0)
     largest = max(largest, tokenizer.pad_token_id or 0)
     if size is not None and largest >= size:

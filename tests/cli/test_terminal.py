@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from processes import RLORA, run
 
 import rlora_trl.zoo
-from rlora_cli import output
+from rlora_cli import output, train_process
 from rlora_cli.output import print_facts, print_json, print_table, print_text
 from rlora_cli.terminal import GuardedStream, redact, shown
 from rlora_trl.zoo import AdapterInfo, Comparison
@@ -237,6 +237,20 @@ def test_help_and_usage_in_other_encodings(encoding, words):
     text = (done.stdout + done.stderr).decode(encoding)
     assert done.returncode == (0 if "--help" in words else 2), text
     assert "Usage: rlora" in text and "Traceback" not in text and not FORBIDDEN.search(text)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_of_training_escapes_too(monkeypatch, capsys, fails):
+    def run(arguments):
+        print("printed \x1b[2J\u202e")
+        if fails:
+            raise ValueError("raised \x1b[2J")
+
+    monkeypatch.setattr(train_process, "run", run)
+    assert train_process.main() == fails
+    captured = capsys.readouterr()
+    assert captured.out == "printed \\x1b[2J\\u202e\n"
+    assert captured.err == ("Error: raised \\x1b[2J\n" if fails else "")
 
 
 # Secrets
