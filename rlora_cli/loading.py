@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .output import note
+from .terminal import guarded_descriptors
 
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def _load_tokenizer(name: str, revision: str | None, remedy: str) -> PreTrainedT
     from rlora_trl.foreign import explain_failure
 
     clear = (OSError, HTTPError, ImportError)
-    with explain_failure(f"The tokenizer in {name} can't be used", remedy, unchanged=clear):
+    what = f"The tokenizer in {name} can't be used"
+    with guarded_descriptors(), explain_failure(what, remedy, unchanged=clear):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         tokenizer("a")  # some mistakes show only in use
     return tokenizer

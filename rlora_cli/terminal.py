@@ -13,9 +13,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from tempfile import TemporaryFile
 from typing import Any, TextIO, cast
 
 
+_DESCRIPTORS = (1, 2)  # of stdout and stderr
 _HIDDEN = "***"
 _SECRETS = (
     # User and password of a URL.
@@ -132,6 +134,35 @@ def guarded_streams() -> Iterator[None]:
     stdout, stderr = (cast(TextIO, GuardedStream(unguarded(stream))) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(stdout), redirect_stderr(stderr):
         yield
+
+
+@contextmanager
+def guarded_descriptors() -> Iterator[None]:
+    """
+    Escape what compiled libraries write, past Python's streams; all of it appears on stderr at the end.
+
+    tokenizers, for example, prints keys of files that it does not know. The text waits in a file: a pipe could be full
+    while the library holds the lock that its reader needs.
+    """
+    with TemporaryFile() as file:
+        saved = [os.dup(descriptor) for descriptor in _DESCRIPTORS]
+        _flush()
+        for descriptor in _DESCRIPTORS:
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            _flush()
+            for descriptor, original in zip(_DESCRIPTORS, saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+            file.seek(0)
+            GuardedStream(unguarded(sys.stderr)).write(file.read().decode("utf-8", "backslashreplace"))
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def unguarded(stream: TextIO) -> TextIO:

@@ -85,6 +85,16 @@ def test_a_tokenizer_that_does_not_load(rlora, with_tokenizer, rows_folder, edit
     assert time.monotonic() - start < 30  # seconds; 1 where nothing else runs
 
 
+def test_keys_that_tokenizers_prints_are_escaped(rlora, with_tokenizer, rows_folder, capfd):
+    """It is written in Rust, and prints to the descriptor of stdout."""
+    token = json.dumps({"pad_token": {"content": "x", ESCAPES: 1}})
+    folder = with_tokenizer(_write("special_tokens_map.json", token))
+    result = rlora("eval", folder, "--data", rows_folder, "--json")
+    assert json.loads(result.stdout)["tasks"], "nothing else on stdout"
+    assert r"unknown kwarg option \x1b[2J\x1b[8m" in result.stderr
+    assert "kwarg" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("command", ["eval", "analyze", "export"])
 def test_a_tokenizer_of_another_model(rlora, with_tokenizer, rows_folder, tmp_path, command):
     output = [tmp_path / "out"] if command == "export" else []
