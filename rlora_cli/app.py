@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -80,6 +81,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 def main() -> None:
     """Entry point of the command `rlora`."""
+    # Help and errors of usage have characters that some terminals don't.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # The line of code that raised a warning does not help users.
     warnings.showwarning = _show_warning
     quieten_libraries()

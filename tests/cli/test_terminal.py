@@ -229,7 +229,8 @@ def test_colors_on_a_terminal_are_ours(encoding):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["zoo", "search", "--sort", "é\u202e"], ["é\x1b[2J"]]
+    "words",
+    [["--help"], ["estimate", "--help"], ["zoo", "search", "--sort", "é\u202e"], ["é\x1b[2J"]],
 )
 def test_help_and_usage_in_other_encodings(encoding, words):
     env = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
