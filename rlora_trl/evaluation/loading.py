@@ -70,7 +70,7 @@ def load_splits(
                 f"{name} is a file of another kind; accepted are those whose names end in {', '.join(_FORMATS)}, also "
                 "with .gz. Write the rows to one of these, or rename the file if it is one."
             )
-        _refuse_deep([path])
+        _refuse_unreadable([path])
         options = {"data_files": {file_split: name}, "streaming": streaming, **_csv_options([path])}
         with explain_read_errors(path):
             return load_dataset(kind, **options)
@@ -85,7 +85,7 @@ def load_splits(
 
     # A folder, or a dataset on the Hub.
     files = _data_files(path)
-    _refuse_deep(files)
+    _refuse_unreadable(files)
     options = _csv_options(files)
     try:
         with explain_read_errors(path):
@@ -157,22 +157,38 @@ def _open(file: Path, newline: str | None = None) -> TextIO:
     return cast(TextIO, _opener(file)(file, "rt", encoding="utf-8-sig", newline=newline))
 
 
-def _refuse_deep(files: Iterable[Path]) -> None:
+def _refuse_unreadable(files: Iterable[Path]) -> None:
     """
-    Refuse JSON that is nested so deeply that Arrow, which parses each line, overflows the stack and ends the process.
+    Refuse what the readers do not survive: rows that fill the memory, and JSON so deep that Arrow overflows the stack.
+
+    The first line of each file is checked, and the nesting of as much JSON as is read in a second.
 
     Raises:
         ValueError: With the line.
     """
+    left = _MAX_EXPLAINED
     for file in files:
-        if _kind(file) != "json":
+        if _kind(file) == "parquet":
             continue
         # What is wrong with a compressed file is said when reading it fails.
         with suppress(EOFError, OSError, zlib.error), _opener(file)(file, "rb") as stream:
-            lines = stream.read(_MAX_EXPLAINED).split(b"\n")
-            deep = next((number for number, line in enumerate(lines, start=1) if _is_deep(line)), None)
-            if deep is not None:
-                raise ValueError(f"{file}, line {deep}: it is nested more than {_MAX_DEPTH} deep. Write fewer levels.")
+            first = stream.readline(_MAX_EXPLAINED)
+            # One document of JSON may be on one line.
+            if len(first) == _MAX_EXPLAINED and ".json" not in file.suffixes:
+                raise ValueError(
+                    f"{file}, line 1: it has more than {_MAX_EXPLAINED} bytes. Write one row on each line."
+                )
+
+            if _kind(file) == "json" and left > 0:
+                rest = stream.read(max(left - len(first), 0))
+                left -= len(first) + len(rest)
+                _refuse_deep(file, [first, *rest.split(b"\n")])
+
+
+def _refuse_deep(file: Path, lines: Sequence[bytes]) -> None:
+    deep = next((number for number, line in enumerate(lines, start=1) if _is_deep(line)), None)
+    if deep is not None:
+        raise ValueError(f"{file}, line {deep}: it is nested more than {_MAX_DEPTH} deep. Write fewer levels.")
 
 
 def _is_deep(line: bytes) -> bool:

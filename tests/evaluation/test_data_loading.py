@@ -139,3 +139,13 @@ def test_brackets_in_text_are_not_nesting(tmp_path):
 def test_nesting_is_found_in_linear_time():
     for text in ('"' + r"\"[" * 300_000, "[]" * 300_000):
         assert not loading._is_deep(text.encode())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv.gz", "rows.ndjson.gz"])
+def test_a_row_that_fills_the_memory_is_refused(tmp_path, name):
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wb") as file:
+        for _ in range(65):
+            file.write(b" " * 2**20)
+    with pytest.raises(ValueError, match="line 1: it has more than 67108864 bytes"):
+        load_splits(str(tmp_path / name))
