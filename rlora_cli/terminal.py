@@ -84,7 +84,7 @@ def _printable(text: str, keep: str) -> str:
 
 def as_message(text: str) -> str:
     """An error or a warning as it is shown; lines after the first are indented, so that none looks like another."""
-    text = text.strip()
+    text = redact(text.strip())  # before a secret could be cut
     if len(text) > _MAX_MESSAGE:
         text = f"{text[:_MAX_MESSAGE]}... and {len(text) - _MAX_MESSAGE:,} more characters"
     return shown(text, keep="\n").replace("\n", "\n  ")

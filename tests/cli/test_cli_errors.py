@@ -96,6 +96,7 @@ def test_later_lines_of_a_message_do_not_look_like_messages():
 def test_messages_end():
     stderr = _raise(ValueError("x" * 1_000_000)).stderr
     assert len(stderr) < 11_000 and stderr.endswith("x... and 990,000 more characters\n")
+    assert "secret" not in _raise(ValueError("x" * 9_980 + " http://user:secret@host")).stderr
 
 
 class PanicException(BaseException):
