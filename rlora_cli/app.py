@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from . import analyze, card, env, estimate, evaluate, export, pull, push, train,
 from .errors import quieten_libraries
 from .options import Command, Group, help_of
 from .output import note
+from .terminal import as_message
 
 
 app = typer.Typer(
@@ -74,11 +76,15 @@ app.add_typer(zoo.app, name="zoo")
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
     if not issubclass(category, (FutureWarning, DeprecationWarning)):  # those are for programmers
-        note(f"Warning: {message}")
+        note(as_message(f"Warning: {message}"))
 
 
 def main() -> None:
     """Entry point of the command `rlora`."""
+    # Help and errors of usage have characters that some terminals don't.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # The line of code that raised a warning does not help users.
     warnings.showwarning = _show_warning
     quieten_libraries()

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Mapping
 
 from .output import stderr_console
+from .terminal import as_message, shown
 
 
 DEBUG_VARIABLE = "RLORA_DEBUG"
@@ -47,21 +48,21 @@ def report(error: BaseException, *, debug: bool = False, names: Mapping[str, str
     """
     debug = debug or os.environ.get(DEBUG_VARIABLE, "").lower() in ("1", "true", "yes", "on")
     interrupted = isinstance(error, KeyboardInterrupt)
-    message = None if interrupted else explain(error)
-    if debug or (message is None and not interrupted):
-        sys.stderr.write("".join(traceback.format_exception(error)))
-
+    explained = None if interrupted else explain(error)
     console = stderr_console()
+    if debug or (explained is None and not interrupted):
+        console.file.write(shown("".join(traceback.format_exception(error)).expandtabs(4), keep="\n"))
+
     if interrupted:
         console.print("Interrupted.", style="bold red")
         return INTERRUPTED
-    if message is None:
-        message = (
+    if explained is None:
+        explained = (
             f"{type(error).__name__}, which is a bug. Please report the lines above together with the output of "
             "`rlora env`."
         )
     console.print("Error:", style="bold red", end=" ")
-    text = name_options(message, names or {})
+    text = as_message(name_options(explained, names or {}))
     console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     return 1
 

@@ -11,6 +11,7 @@ import typer
 from . import options
 from .loading import LoadedAdapter, by_task_setting, find_adapter, load_adapter, load_rows, local_record, note_saved
 from .output import note, percent, print_json, print_table, results_only
+from .terminal import shown
 
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ def _score(loaded: LoadedAdapter, tasks: dict[str, Any], batch_size: int, descri
     from rlora_trl.evaluation import score_tasks
 
     scores: dict[str, TaskScore] = {}
-    shown = description if sys.stderr.isatty() else None
+    visible = description if sys.stderr.isatty() else None
     for portion in by_task_setting(loaded, tasks):
-        scores |= score_tasks(loaded.model, loaded.tokenizer, portion, batch_size=batch_size, description=shown)
+        scores |= score_tasks(loaded.model, loaded.tokenizer, portion, batch_size=batch_size, description=visible)
     return scores
 
 
@@ -110,7 +111,7 @@ def _with_scores(
     tasks |= {task.name: task for task in record.tasks}
     others = [name for name in scores if name not in tasks]
     if others:
-        note(f"Not recorded, as the adapter was not trained on them: {', '.join(others)}")
+        note(f"Not recorded, as the adapter was not trained on them: {', '.join(map(shown, others))}")
 
     for name, score in scores.items():
         if name not in tasks:

@@ -11,6 +11,7 @@ import typer
 from . import options
 from .loading import find_adapter, load_adapter, load_rows, refuse_unknown_task
 from .output import note, percent, print_facts, print_json, results_only
+from .terminal import as_message
 
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def export(
         return
     print_facts(_facts(values))
     for warning in values.get("warnings") or ():
-        note(f"Warning: {warning}")
+        note(as_message(f"Warning: {warning}"))
 
 
 def _parse_weights(text: str) -> list[float]:

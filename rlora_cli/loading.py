@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .output import note
+from .terminal import guarded_descriptors
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlora_trl.files.checks import CheckedAdapter
     from rlora_trl.files.record import AdapterRecord
@@ -82,11 +83,10 @@ def load_adapter(
         load_in_4bit (`bool`, *optional*, defaults to `False`): Quantize the base model as in training.
 
     Raises:
-        ValueError: If the adapter names no base model and `base` is not set.
+        ValueError: If the adapter names no base model and `base` is not set, or one of them or the tokenizer can't be
+            loaded without running code that comes with it.
     """
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import ModelConfig, get_quantization_config
 
     hide_progress_in_logs()
@@ -97,21 +97,51 @@ def load_adapter(
     base_revision = None if base else checked.base_model_revision
 
     quantization = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16")) if load_in_4bit else None
-    model = AutoModelForCausalLM.from_pretrained(
-        base_model,
-        revision=base_revision,
-        dtype=dtype,
-        device_map={"": 0} if torch.cuda.is_available() else None,
-        quantization_config=quantization,
-    )
+    model = _load_base(base_model, revision=base_revision, dtype=dtype, quantization_config=quantization)
     adapted = PeftModel.from_pretrained(model, str(checked.folder), torch_device=str(model.device))
 
     # The adapter has a tokenizer if training changed it.
     if (checked.folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(str(checked.folder))
+        remedy = (
+            "Save it again with the adapter, or remove its files (tokenizer*.json and the like) from a copy of the "
+            "adapter, which then takes the tokenizer of its base model."
+        )
+        tokenizer = _load_tokenizer(str(checked.folder), None, remedy)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(base_model, revision=base_revision)
+        tokenizer = _load_tokenizer(base_model, base_revision, _OTHER_BASE)
     return LoadedAdapter(checked, adapted.eval(), tokenizer)
+
+
+# An adapter names its base model and may bring a tokenizer, so the files of both may be foreign. Where
+# `trust_remote_code` is not set, transformers asks on a terminal whether to run code that comes with them.
+_OTHER_BASE = "Check its files, or name another base model with `--base`."
+
+
+def _load_base(name: str, **options: Any) -> PreTrainedModel:
+    import torch
+    from huggingface_hub.errors import HTTPError
+    from transformers import AutoModelForCausalLM
+
+    from rlora_trl.foreign import explain_failure
+
+    device = {"": 0} if torch.cuda.is_available() else None
+    clear = (OSError, HTTPError, ImportError, torch.OutOfMemoryError)
+    with explain_failure(f"The base model {name} can't be loaded", _OTHER_BASE, unchanged=clear):
+        return AutoModelForCausalLM.from_pretrained(name, device_map=device, trust_remote_code=False, **options)
+
+
+def _load_tokenizer(name: str, revision: str | None, remedy: str) -> PreTrainedTokenizerBase:
+    from huggingface_hub.errors import HTTPError
+    from transformers import AutoTokenizer
+
+    from rlora_trl.foreign import explain_failure
+
+    clear = (OSError, HTTPError, ImportError)
+    what = f"The tokenizer in {name} can't be used"
+    with guarded_descriptors(), explain_failure(what, remedy, unchanged=clear):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer("a")  # some mistakes show only in use
+    return tokenizer
 
 
 def hide_progress_in_logs() -> None:

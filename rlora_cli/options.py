@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import report
+from .terminal import guarded_streams, shown
 
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")]
@@ -61,11 +63,15 @@ class Command(_PlainFlags, TyperCommand):
     """A command whose errors become a message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        with guarded_streams():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError, SystemExit):
             raise  # typer shows a wrong argument with the usage of the command
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:  # also interruptions, and panics of libraries in Rust
             # A parameter is named like the argument of the library, and may have an option of another name.
             names = {
                 param.name: param.opts[0] if param.opts[0].startswith("-") else str(param.metavar)
@@ -76,8 +82,26 @@ class Command(_PlainFlags, TyperCommand):
             raise typer.Exit(report(error, debug=debug, names=names)) from error
 
 
+@contextmanager
+def _shown_usage() -> Iterator[None]:
+    """Escape what errors of usage quote, which typer prints: names on a command line may be foreign."""
+    try:
+        yield
+    except typer.TyperException as error:
+        error.message = shown(error.message, keep="\n")
+        raise
+
+
 class Group(_PlainFlags, TyperGroup):
     """A group of commands."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _shown_usage():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _shown_usage():
+            return super().invoke(ctx)
 
 
 def help_of(function: Callable[..., Any]) -> str:

@@ -1,4 +1,8 @@
-"""How results are shown: tables on a terminal, plain text in a pipe, one JSON document for machines."""
+"""
+How results are shown: tables on a terminal, plain text in a pipe, one JSON document for machines.
+
+All values may be foreign and are escaped here; see `terminal`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .terminal import redact, shown, unguarded
+
 
 # Wide enough for any row, so that nothing is cut or wrapped without a terminal.
 _PIPE_WIDTH = 10_000
@@ -32,7 +38,8 @@ def stderr_console() -> Console:
 
 
 def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
+    # `emoji` would replace `:x:` in a text.
+    console = Console(file=unguarded(sys.stderr if stderr else sys.stdout), highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
@@ -46,23 +53,23 @@ def results_only() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+    """One JSON document on stdout, in ASCII: a terminal sees no control characters, and a parser gets them back."""
+    unguarded(sys.stdout).write(json.dumps(plain(value), indent=2) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """A value of JSON's types: tensors as lists, times in ISO 8601, paths as text, NaN as null."""
+    """A value of JSON's types without secrets: tensors as lists, times in ISO 8601, paths as text, NaN as null."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {redact(str(key)): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, datetime):
         return value.isoformat()
-    return str(value) if isinstance(value, Path) else value
+    return redact(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
@@ -87,7 +94,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     )
     for index, heading in enumerate(columns):
         numeric = index > 0 and all(_is_number(row[index]) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(_cell(heading), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         if rules and str(row[0]).startswith("mean"):
             table.add_section()
@@ -105,7 +112,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     # Without trailing spaces.
     with console.capture() as captured:
         console.print(table)
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().split("\n")[:-1]))
 
 
 def _is_number(value: Any) -> bool:
@@ -124,27 +131,30 @@ def _cell(value: Any) -> Text:
         value = f"{value:.3f}"
     elif isinstance(value, int) and not isinstance(value, bool):
         value = f"{value:,}"
-    return Text("" if value is None else str(value))
+    # Escaped before widths are computed.
+    return Text("" if value is None else shown(str(value), encoding=sys.stdout.encoding))
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """Names and values on stdout, one per line; `None` and empty text are left out."""
-    shown = {name: value for name, value in facts.items() if value not in (None, "")}
-    width = max(map(len, shown), default=0) + 2
-    for name, value in shown.items():
+    cells = [(_cell(name), _cell(value)) for name, value in facts.items() if value not in (None, "")]
+    width = max((name.cell_len for name, _ in cells), default=0) + 2
+    for name, value in cells:
+        name.pad_right(width - name.cell_len)
+        name.stylize("bold")
         # The terminal wraps long lines, so that names and paths can be copied whole.
-        stdout_console().print(Text.assemble((name.ljust(width), "bold"), _cell(value)), soft_wrap=True)
+        stdout_console().print(name + value, soft_wrap=True)
 
 
 def print_text(text: str) -> None:
-    """Plain text on stdout, without markup or wrapping."""
-    stdout_console().print(text, markup=False, soft_wrap=True)
+    """Plain text of one or several lines on stdout, without markup or wrapping."""
+    stdout_console().print(shown(text, keep="\n"), markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """A remark on stderr."""
+    """A remark of one or several lines on stderr."""
     console = stderr_console()
-    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+    console.print(shown(text, keep="\n"), markup=False, soft_wrap=not console.is_terminal)
 
 
 def percent(share: float | None) -> str | None:

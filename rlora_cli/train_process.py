@@ -7,6 +7,7 @@ from shlex import quote
 
 from .errors import INTERRUPTED, quieten_libraries, report
 from .output import note, print_text
+from .terminal import guarded_streams
 from .train import training_parser
 
 
@@ -25,6 +26,7 @@ def run(arguments: list[str]) -> None:
         note(f"\nTo share it:\n\n    rlora card {quote(folder)} --write\n    rlora push {quote(folder)} user/name")
 
 
+@guarded_streams()
 def main() -> int:
     """Run, and turn errors into messages; returns the exit code."""
     quieten_libraries()

@@ -8,7 +8,7 @@ import typer
 
 from . import options
 from .options import Command, Group
-from .output import note, percent, print_facts, print_json, print_table, results_only, shorten
+from .output import note, percent, print_facts, print_json, print_table, print_text, results_only, shorten
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def show(
         }
     )
     if info.tasks:
-        typer.echo()
+        print_text("")
         _show_metrics(info)
 
 

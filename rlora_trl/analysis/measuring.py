@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.scoring import encode_text, pad_sequences, position_limit
+from ..evaluation.scoring import encode_text, pad_sequences, position_limit, refuse_unknown_tokens
 from ..files.head_weights import HeadWeights
+from ..foreign import explain_failure
 from ..tuner import HeadUsage
 from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
@@ -66,6 +67,7 @@ def measure_head_weights(
         ]
         for task, rows in tasks.items()
     }
+    refuse_unknown_tokens(core_model(model), tokenizer, (ids for rows in sequences.values() for ids in rows))
     tokens = {task: sum(map(len, rows)) for task, rows in sequences.items()}
 
     if config.router in ("task", "uniform"):
@@ -113,7 +115,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], where:
     if messages is None and isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         messages = [*row["prompt"], *row["completion"]]
     if messages is not None:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+        with explain_failure(f"{where} is not written by the tokenizer's chat template", "Correct the row."):
+            return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
     text = row.get("text")
     if text is None and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):

@@ -208,7 +208,9 @@ class _SizedModel:
         self.base = sum(weight.size for weight in base)
         self.scales = sum(weight.scales for weight in base)
         self.floating = sum(weight.size for weight in base if weight.floating)
-        self.itemsize = max((weight.size // weight.numel for weight in base if weight.floating), default=0)
+        self.itemsize = max(
+            (weight.size // weight.numel for weight in base if weight.floating and weight.numel), default=0
+        )
 
         # The adapter.
         with torch.device("meta"):

@@ -6,10 +6,12 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..foreign import explain_failure
 from .attention import ATTENTION
 
 
@@ -19,6 +21,9 @@ NESTED_BLOCK = 256
 # Each matrix has a table of 16 float32 values; with double quantization also one of 256, and an offset.
 CODE_BYTES = 16 * 4
 NESTED_BYTES = 256 * 4 + 4
+# Each layer is built, which takes about a millisecond.
+_MAX_LAYERS = 10_000
+_REMEDY = "Check its `config.json`."
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -92,10 +97,20 @@ def load_config(model: str | os.PathLike[str] | PretrainedConfig) -> PretrainedC
 
     Args:
         model (`str`, path or `PretrainedConfig`): A folder, a `config.json`, a name on the Hub, or a configuration.
+
+    Raises:
+        ValueError: If it has values of another type or out of range.
     """
     if isinstance(model, PretrainedConfig):
         return type(model).from_dict(model.to_dict())
-    return AutoConfig.from_pretrained(os.fspath(model))
+    with explain_failure(f"The configuration of {model} can't be read", _REMEDY, unchanged=(OSError, HTTPError)):
+        # If it is not set, transformers asks on a terminal whether to run the code.
+        config = AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False)
+        config.to_dict()
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers > _MAX_LAYERS:
+            raise ValueError(f"it has {layers} layers, and at most {_MAX_LAYERS} are built")
+    return config
 
 
 def stored_bits(config: PretrainedConfig) -> int | None:
@@ -128,7 +143,8 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, bits: int | None) 
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    with torch.device("meta"):
+    what = f"No {type(config).__name__.removesuffix('Config')} model can be built from the configuration"
+    with torch.device("meta"), explain_failure(what, _REMEDY):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
         except ValueError as error:

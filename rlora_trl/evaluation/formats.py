@@ -24,6 +24,7 @@ COMPANIONS_OF_TEXT = ("tools", "chat_template_kwargs")
 # The keys of a message in ShareGPT's format, by its column; all other columns have OpenAI's.
 SHAREGPT_KEYS = {"conversations": ("from", "value")}
 _OPENAI_KEYS = ("role", "content")
+_MAX_LISTED = 20  # columns in a message
 _ACCEPTED = {
     "tools": "null, a list of tools, or such a list in JSON",
     "chat_template_kwargs": "a dictionary, empty for none",
@@ -55,13 +56,13 @@ def check_format(
     if names is None:
         separator = wrong_separator(columns)
         remedy = f"Separate them by commas instead of {separator!r}." if separator else "Rename its columns."
-        raise ValueError(f"{where} has the columns {_list_columns(columns)}; {accepted}. {remedy}")
+        raise ValueError(f"{where} has the columns {list_columns(columns)}; {accepted}. {remedy}")
 
     # TRL takes a single 'prompt' column for half of a pair.
     if "prompt" in columns and len(names) == 1:
         is_prompt = names == ("prompt",)
         raise ValueError(
-            f"{where} has the columns {_list_columns(columns)}, with a 'prompt' and no 'completion'; {accepted}. "
+            f"{where} has the columns {list_columns(columns)}, with a 'prompt' and no 'completion'; {accepted}. "
             f"{'Rename' if is_prompt else 'Remove'} the column 'prompt' to train on "
             f"{'it' if is_prompt else repr(names[0])}, or add the completions."
         )
@@ -86,9 +87,11 @@ def _is_chat(value: Any, name: str) -> bool:
     return not value or (isinstance(value[0], dict) and all(key in value[0] for key in required))
 
 
-def _list_columns(columns: Iterable[str]) -> str:
-    """Names of columns for messages, without those that the trainer adds."""
-    return ", ".join(repr(name) for name in columns if not name.startswith("rlora_")) or "none"
+def list_columns(columns: Iterable[Any]) -> str:
+    """Names of columns or roles for messages, without those that the trainer adds."""
+    names = [shorten(name) for name in columns if not str(name).startswith("rlora_")]
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return f"{', '.join(names[:_MAX_LISTED])}{more}" or "none"
 
 
 def check_pictures(dataset: Any, where: str, *, text_column: str | None) -> None:
@@ -111,7 +114,7 @@ def check_pictures(dataset: Any, where: str, *, text_column: str | None) -> None
     names = next((names for names in (("messages",), *text, PAIR) if set(names) <= set(first)), None)
     if names is None:
         raise ValueError(
-            f"{where} has the columns {_list_columns(first)}; accepted with images are 'messages', "
+            f"{where} has the columns {list_columns(first)}; accepted with images are 'messages', "
             f"{'' if text_column is None else f'{text_column!r}, '}or 'prompt' with 'completion'. Rename its columns."
         )
     if isinstance(dataset, Dataset) and not has_transform(dataset):
@@ -301,7 +304,7 @@ def _companion_problem(value: Any, name: str) -> str | None:
     if name == "tools":
         try:
             is_good = not isinstance(value, str) or json.loads(value) is not ...
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             is_good = False
     elif name == "chat_template_kwargs":
         is_good = isinstance(value, Mapping)

@@ -6,10 +6,11 @@ import csv
 import gzip
 import json
 import os
+import re
 import sys
 import zlib
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -20,6 +21,8 @@ from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pandas.errors import ParserError
 
+from ..reading import printable
+
 
 _FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # Errors of reading rows after loading: of a stream, and of text that is not UTF-8.
@@ -27,6 +30,10 @@ READING_ERRORS = (UnicodeDecodeError, json.JSONDecodeError, pa.ArrowInvalid, Par
 
 _ONE_ROW = "Give a file with at least one row."
 _REWRITE = "or it was cut off. Write or download it again."
+
+# Characters of a file that are read to find a mistake, and levels of nesting that Arrow reads without a crash.
+_MAX_EXPLAINED, _MAX_DEPTH = 2**26, 500
+_NESTING = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
 
 
 def load_splits(
@@ -63,6 +70,7 @@ def load_splits(
                 f"{name} is a file of another kind; accepted are those whose names end in {', '.join(_FORMATS)}, also "
                 "with .gz. Write the rows to one of these, or rename the file if it is one."
             )
+        _refuse_unreadable([path])
         options = {"data_files": {file_split: name}, "streaming": streaming, **_csv_options([path])}
         with explain_read_errors(path):
             return load_dataset(kind, **options)
@@ -76,7 +84,9 @@ def load_splits(
         )
 
     # A folder, or a dataset on the Hub.
-    options = _csv_options(_data_files(path))
+    files = _data_files(path)
+    _refuse_unreadable(files)
+    options = _csv_options(files)
     try:
         with explain_read_errors(path):
             return load_dataset(name, config_name, streaming=streaming, **options)
@@ -114,7 +124,11 @@ def explain_read_errors(path: Path, errors: tuple[type[Exception], ...] = (Excep
         if differing:
             both = "; ".join(f"{name}: {', '.join(names)}" for name, names in (columns[0], differing[0]))
             raise ValueError(f"The files of {path} have different columns ({both}). Give all the same.") from error
-        raise
+        if not files or isinstance(error, OSError):
+            raise
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        text = printable(" ".join(f"{type(cause).__name__}: {cause}".split()))[:300]
+        raise ValueError(f"{path} can't be read ({text}). Correct it, or write it again.") from error
 
 
 def wrong_separator(columns: Sequence[str]) -> str | None:
@@ -135,9 +149,55 @@ def _data_files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if _kind(file) is not None and file.is_file())
 
 
+def _opener(file: Path) -> Any:
+    return gzip.open if file.suffix.lower() == ".gz" else open
+
+
 def _open(file: Path, newline: str | None = None) -> TextIO:
-    opened = gzip.open if file.suffix.lower() == ".gz" else open
-    return cast(TextIO, opened(file, "rt", encoding="utf-8-sig", newline=newline))
+    return cast(TextIO, _opener(file)(file, "rt", encoding="utf-8-sig", newline=newline))
+
+
+def _refuse_unreadable(files: Iterable[Path]) -> None:
+    """
+    Refuse what the readers do not survive: rows that fill the memory, and JSON so deep that Arrow overflows the stack.
+
+    The first line of each file is checked, and the nesting of as much JSON as is read in a second.
+
+    Raises:
+        ValueError: With the line.
+    """
+    left = _MAX_EXPLAINED
+    for file in files:
+        if _kind(file) == "parquet":
+            continue
+        # What is wrong with a compressed file is said when reading it fails.
+        with suppress(EOFError, OSError, zlib.error), _opener(file)(file, "rb") as stream:
+            first = stream.readline(_MAX_EXPLAINED)
+            is_document = file.name.lower().removesuffix(".gz").endswith(".json")  # which may be on one line
+            if len(first) == _MAX_EXPLAINED and not is_document:
+                raise ValueError(f"{file}, line 1: it has more than {_MAX_EXPLAINED} bytes. Give each row a line.")
+
+            if _kind(file) == "json" and left > 0:
+                rest = stream.read(max(left - len(first), 0))
+                left -= len(first) + len(rest)
+                _refuse_deep(file, [first, *rest.split(b"\n")])
+
+
+def _refuse_deep(file: Path, lines: Sequence[bytes]) -> None:
+    deep = next((number for number, line in enumerate(lines, start=1) if _is_deep(line)), None)
+    if deep is not None:
+        raise ValueError(f"{file}, line {deep}: it is nested more than {_MAX_DEPTH} deep. Write fewer levels.")
+
+
+def _is_deep(line: bytes) -> bool:
+    if line.count(b"[") + line.count(b"{") <= _MAX_DEPTH:
+        return False
+    depth = 0
+    for token in _NESTING.finditer(line):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > _MAX_DEPTH:
+            return True
+    return False
 
 
 # Reading CSV and JSON
@@ -194,7 +254,7 @@ def _columns(file: Path) -> list[str]:
     try:
         with _open(file) as lines:
             row = json.loads(next(line for line in lines if line.strip()))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return []  # one document of many lines
     return list(row) if isinstance(row, dict) else []
 
@@ -207,7 +267,7 @@ def _find_mistake(file: Path) -> str | None:
         return _mistake_in_parquet(file)
     try:
         with _open(file) as lines:
-            if not any(line.strip() for line in lines):
+            if not lines.read(_MAX_EXPLAINED).strip():
                 return f" is empty. {_ONE_ROW}"
         return (_mistake_in_csv if _kind(file) == "csv" else _mistake_in_json)(file)
     except UnicodeDecodeError as error:
@@ -229,13 +289,19 @@ def _mistake_in_parquet(file: Path) -> str | None:
 def _mistake_in_json(file: Path) -> str | None:
     accepted = 'Each line must be one JSON object, such as {"prompt": "...", "completion": "..."}.'
     with _open(file) as lines:
-        text = lines.read()
+        text = lines.read(_MAX_EXPLAINED)
+    if len(text) == _MAX_EXPLAINED:
+        text = text.rpartition("\n")[0]  # whole lines
 
     # One document is accepted too.
     try:
         document = json.loads(text)
     except json.JSONDecodeError:
         document = None
+    except RecursionError:
+        return " is nested too deeply. Write fewer levels."
+    except ValueError as error:
+        return f" has a value that can't be read: {error}. Correct it."
     if document is not None:
         return f" has no rows. {_ONE_ROW}" if document in ([], {}) else None
 
@@ -247,6 +313,8 @@ def _mistake_in_json(file: Path) -> str | None:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             return f", line {number}: {error.msg} at column {error.colno}. {accepted}"
+        except (ValueError, RecursionError) as error:
+            return f", line {number}: {error}. {accepted}"
         if not isinstance(row, dict):
             return f", line {number}: the line is a {type(row).__name__}. {accepted}"
         has_fields |= bool(row)

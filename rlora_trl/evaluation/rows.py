@@ -15,9 +15,10 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from trl import maybe_convert_to_chatml
 
+from ..foreign import explain_failure
 from ..reading import shorten
 from .columns import encode_default_tasks, encode_tasks, is_text
-from .formats import COMPANIONS_OF_TEXT, PAIR, SHAREGPT_KEYS, check_format, check_row, check_rows
+from .formats import COMPANIONS_OF_TEXT, PAIR, SHAREGPT_KEYS, check_format, check_row, check_rows, list_columns
 from .loading import READING_ERRORS, explain_read_errors, load_splits
 
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 
 _ASSISTANTS = ("assistant", "gpt")  # the role of an answer in OpenAI's and ShareGPT's formats
+# Characters of a conversation as text. A chat template is a program, and may write any number.
+_MAX_TEXT = 2**24
 
 
 def rows_by_task(
@@ -162,7 +165,7 @@ def _check_scorable(dataset: Dataset, where: str, answers: bool) -> tuple[str, .
     names = check_format(columns, dataset[0], where)
     if answers and names == ("text",):
         raise ValueError(
-            f"{where} has the columns {', '.join(map(repr, columns))}; accepted are 'prompt' with 'completion', or "
+            f"{where} has the columns {list_columns(columns)}; accepted are 'prompt' with 'completion', or "
             "'messages' that end with an answer, as plain text has no answer to score. Rename its columns."
         )
     read = [name for name in dataset.column_names if name in (*names, *COMPANIONS_OF_TEXT)]
@@ -205,7 +208,11 @@ def _text_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where:
         )
     turns = [answer, *([{"role": answer[0]["role"], "content": option}] for option in options)]
     # The prompt is that of the last turn: all have the same, unless a template writes some of them otherwise.
-    pairs = [_write(prompt, turn, row, tokenizer) for turn in turns]
+    with explain_failure(
+        f"{where}: the tokenizer's chat template does not write this conversation",
+        "Correct the row, or use a tokenizer with another chat template.",
+    ):
+        pairs = [_write(prompt, turn, row, tokenizer) for turn in turns]
     completions = [completion for _, completion in pairs]
     return {**row, "prompt": pairs[-1][0], "completion": completions[0], "options": completions[1:]}
 
@@ -213,7 +220,7 @@ def _text_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where:
 def _options(options: Any, where: str) -> list[str]:
     """The options of a row; a CSV file has them as a list in JSON."""
     if isinstance(options, str):
-        with suppress(json.JSONDecodeError):  # refused below
+        with suppress(ValueError, RecursionError):  # refused below
             options = json.loads(options)
     options = [] if options is None else options
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
@@ -233,7 +240,7 @@ def _split_messages(row: Mapping[str, Any], where: str) -> tuple[list[dict], lis
     if not answers or answers[-1] == 0:
         raise ValueError(
             f"{where}, column 'messages': it has no answer of the assistant to a message before it, only the roles "
-            f"{', '.join(repr(message.get('role')) for message in messages) or 'none'}. Add the answer, or remove the "
+            f"{list_columns(message.get('role') for message in messages)}. Add the answer, or remove the "
             "row."
         )
     return messages[: answers[-1]], [messages[answers[-1]]]
@@ -248,8 +255,8 @@ def _write(
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
         **(row.get("chat_template_kwargs") or {}),
     }
-    before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
-    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False, **options)
+    before = _apply_template(tokenizer, prompt, add_generation_prompt=True, **options)
+    whole = _apply_template(tokenizer, [*prompt, *answer], **options)
     # Some templates open an answer in another way than they write it.
     before = os.path.commonprefix([before, whole])
 
@@ -259,3 +266,10 @@ def _write(
         whole, before = whole[len(bos) :], before[len(bos) :]
     completion = whole[len(before) :].rstrip("\n")
     return before, completion.removesuffix(tokenizer.eos_token or "")
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"it writes {len(text)} characters, and at most {_MAX_TEXT} are accepted")
+    return text

@@ -9,7 +9,7 @@ if, with the answer as input, each of its tokens (and the end of the sequence af
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,6 +147,32 @@ def pad_sequences(
     return input_ids, attention_mask
 
 
+def refuse_unknown_tokens(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Sequence[int]]
+) -> None:
+    """
+    Refuse tokens that a model does not have, on which it would fail without a reason, on a GPU for good.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, whose padding counts too.
+        sequences (`Iterable[Sequence[int]]`): Token ids.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model, and uses one of these.
+    """
+    # Wrappers for several processes do not show it.
+    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    size = None if get_embeddings is None else getattr(get_embeddings(), "num_embeddings", None)
+    largest = max((max(ids, default=0) for ids in sequences), default=0)
+    largest = max(largest, tokenizer.pad_token_id or 0)
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"The tokenizer gives token {largest}, and the model has {size} tokens, counted from 0. Use the tokenizer "
+            "that belongs to the model."
+        )
+
+
 def _has_prefix_pair(tails: Sequence[list[int]]) -> bool:
     """Whether one is a proper prefix of another, or one is empty."""
     ordered = sorted(tails)  # a prefix comes right before one of the longer ones
@@ -264,6 +290,8 @@ def score_tasks(
         candidates[task] = [
             entry for index, row in enumerate(rows) for entry in _tokenize(tokenizer, row, index, limits)
         ]
+
+    refuse_unknown_tokens(model, tokenizer, (entry.input_ids for entries in candidates.values() for entry in entries))
 
     # Sequences of similar length share a batch, whatever their task: less padding.
     ordered = sorted((entry for entries in candidates.values() for entry in entries), key=lambda e: len(e.input_ids))

@@ -89,6 +89,26 @@ def test_interruption():
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
 
 
+def test_later_lines_of_a_message_do_not_look_like_messages():
+    assert _raise(ValueError("one\nError: two\n  three")).stderr == "Error: one\n  Error: two\n    three\n"
+
+
+def test_messages_end():
+    stderr = _raise(ValueError("x" * 1_000_000)).stderr
+    assert len(stderr) < 11_000 and stderr.endswith("x... and 990,000 more characters\n")
+    assert "secret" not in _raise(ValueError("x" * 9_980 + " http://user:secret@host")).stderr
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it, which is no `Exception`."""
+
+
+def test_panics_are_reported_too():
+    result = _raise(PanicException("\x1b[2J"))
+    assert result.exit_code == 1 and "Error: PanicException, which is a bug." in result.stderr
+    assert "PanicException: \\x1b[2J" in result.stderr and "\x1b" not in result.stderr
+
+
 def test_bugs_keep_their_traceback():
     result = _raise(KeyError("lost"))
     assert result.exit_code == 1

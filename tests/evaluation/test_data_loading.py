@@ -117,3 +117,35 @@ def test_cells_are_text(tmp_path, where, streaming):
     rows = list(load_splits(str(path if where == "file" else tmp_path), streaming=streaming)["train"])
     assert [row["completion"] for row in rows] == [*words[:-2], "x, y", None]
     assert [row["task"] for row in rows] == [str(number) for number in range(len(words))]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_deep_nesting_is_refused_before_arrow_overflows_the_stack(tmp_path, name):
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wt") as file:
+        file.write('{"a": "[[[["}\n{"a": ' + '{"b": ' * 600 + "1" + "}" * 601 + "\n")
+    with pytest.raises(ValueError, match="line 2: it is nested more than 500 deep"):
+        load_splits(str(tmp_path / name))
+    with pytest.raises(ValueError, match="line 2: it is nested more than 500 deep"):
+        load_splits(str(tmp_path))
+
+
+def test_brackets_in_text_are_not_nesting(tmp_path):
+    text = r"\"[{" * 1000
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "{text}", "n": [[1], [2]]}}\n')
+    assert load_splits(str(tmp_path / "rows.jsonl"))["train"][0]["text"] == '"[{' * 1000
+
+
+def test_nesting_is_found_in_linear_time():
+    for text in ('"' + r"\"[" * 300_000, "[]" * 300_000):
+        assert not loading._is_deep(text.encode())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv.gz", "rows.ndjson.gz"])
+def test_a_row_that_fills_the_memory_is_refused(tmp_path, name):
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wb") as file:
+        for _ in range(65):
+            file.write(b" " * 2**20)
+    with pytest.raises(ValueError, match="line 1: it has more than 67108864 bytes"):
+        load_splits(str(tmp_path / name))

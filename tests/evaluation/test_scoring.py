@@ -263,3 +263,10 @@ def test_the_end_that_a_tokenizer_adds_is_not_scored_twice(model):
     ending._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     tasks = {"options": option_rows(15), "free": task_rows("first", 12)}
     assert score_tasks(model, ending, tasks) == score_tasks(model, plain, tasks)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(model, tokenizer):
+    scoring.refuse_unknown_tokens(model, tokenizer, [[], [79, 0]])
+    with pytest.raises(ValueError, match="gives token 80, and the model has 80 tokens"):
+        scoring.refuse_unknown_tokens(model, tokenizer, [[1], [80, 2]])
+    scoring.refuse_unknown_tokens(torch.nn.Linear(1, 1), tokenizer, [[80]])  # a wrapper that does not show them
