@@ -254,8 +254,8 @@ def check_adapter_tensors(
     integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if integers:
         raise ValueError(
-            f"Adapter {adapter_name!r} has {first_few(integers)} of type {tensors[integers[0]].dtype}, and its tensors "
-            "must be floating-point numbers. The file was altered; save or download it again."
+            f"Adapter {adapter_name!r} has {first_few(integers)} of type {tensors[integers[0]].dtype}, and tensors of "
+            "adapters must be floating-point numbers. The file was altered; save or download it again."
         )
     if config.loaded:
         _refuse_unannounced(model, config, adapter_name, state_dict)
