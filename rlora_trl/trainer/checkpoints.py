@@ -49,6 +49,7 @@ from .saving import (
     move_folder,
     restore_set_aside,
 )
+from .secrets import without_secrets
 from .sharding import keep_adapters_wide
 
 
@@ -163,6 +164,14 @@ class StagedCheckpoints(SFTTrainer):
         state_dict = self._gather_adapters()
         if self.args.should_save:
             self._save(str(folder), state_dict=state_dict)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` pickles its arguments into the folder.
+        full, self.args = self.args, without_secrets(self.args)
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = full
 
     @contextmanager
     def _staged(self, folder: Path) -> Generator[tuple[Path, Path], None, None]:
