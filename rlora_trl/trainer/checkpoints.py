@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from trl import SFTTrainer
 from ..files.layout import WEIGHTS_NAME
 from ..tuner import MultiHeadAdapter
 from ..tuner.bnb_cpu import kept_quantized
+from .locks import SAVING_LOCK, hold, sole_run
 from .resuming import (
     FRESH_START_HINT,
     STATE_FILE,
@@ -181,9 +182,9 @@ class StagedCheckpoints(SFTTrainer):
             return
         stage = folder / STAGING / "model"
         writes = self.args.should_save
-        if writes:
-            shutil.rmtree(stage, ignore_errors=True)
-        with explain_full_disk(folder, "the adapter"):
+        with self._sole_save(folder), explain_full_disk(folder, "the adapter"):
+            if writes:
+                shutil.rmtree(stage, ignore_errors=True)
             try:
                 yield stage, folder
                 if writes:
@@ -192,6 +193,10 @@ class StagedCheckpoints(SFTTrainer):
             finally:
                 if writes:
                     shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+    def _sole_save(self, folder: Path) -> AbstractContextManager[None]:
+        """Wait until no other process saves into a folder, and let none."""
+        return hold(folder / SAVING_LOCK, wait=True) if self.is_world_process_zero() else nullcontext()
 
     @contextmanager
     def _raise_on_all_ranks(self, on_all_ranks: bool = True) -> Generator[None, None, None]:
@@ -249,12 +254,12 @@ class StagedCheckpoints(SFTTrainer):
         if reserved:
             raise ValueError(f"`kept_states` can't have the names {', '.join(sorted(reserved))}. Choose others.")
         state = {name: part.save() for name, part in self.kept_states.items()}
-        if writes:
-            shutil.rmtree(stage / name, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
 
-        with explain_full_disk(root, name):
+        with self._sole_save(root), explain_full_disk(root, name):
             try:
+                if writes:
+                    shutil.rmtree(stage / name, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
                 # DeepSpeed and FSDP run their own collectives here; an error must not wait for other ranks meanwhile.
                 with self._raise_on_all_ranks(not self._is_deepspeed_or_fsdp), self._writing_to(stage):
                     super()._save_checkpoint(model, trial)
@@ -312,14 +317,19 @@ class StagedCheckpoints(SFTTrainer):
     # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        with self._raise_on_all_ranks():
-            checkpoint = self._choose_checkpoint(resume_from_checkpoint)
-        self._resumed_from, self._is_checked = checkpoint, False
-        self._resumed_state = {} if checkpoint is None else read_state(checkpoint)
-        try:
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-        finally:
-            self._resumed_from = None
+        is_trial = bool(args) or kwargs.get("trial") is not None  # it has a folder of its own
+        with ExitStack() as lock:
+            with self._raise_on_all_ranks():
+                if self.is_world_process_zero() and not is_trial:
+                    lock.enter_context(sole_run(Path(self.args.output_dir)))
+            with self._raise_on_all_ranks():
+                checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+            self._resumed_from, self._is_checked = checkpoint, False
+            self._resumed_state = {} if checkpoint is None else read_state(checkpoint)
+            try:
+                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            finally:
+                self._resumed_from = None
 
     def _begin_attempt(self) -> None:
         """
@@ -345,7 +355,8 @@ class StagedCheckpoints(SFTTrainer):
         """
         with self._raise_on_all_ranks():
             if self.args.should_save:
-                restore_set_aside(Path(self.args.output_dir))
+                with self._sole_save(Path(self.args.output_dir)):
+                    restore_set_aside(Path(self.args.output_dir))
         if resume_from is None or resume_from is False:
             return None
         if resume_from is True:
