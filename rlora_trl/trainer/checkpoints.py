@@ -21,12 +21,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from ..files.layout import WEIGHTS_NAME
+from ..reading import AdapterCheckError
 from ..tuner import MultiHeadAdapter
 from ..tuner.bnb_cpu import kept_quantized
 from .locks import SAVING_LOCK, hold, sole_run
 from .resuming import (
     FRESH_START_HINT,
-    STATE_FILE,
     check_files,
     check_settings,
     check_strategy,
@@ -34,7 +34,6 @@ from .resuming import (
     find_checkpoint,
     list_checkpoints,
     list_files,
-    read_state,
     step_of,
 )
 from .run_settings import RunSettings, check_run, describe_data
@@ -52,6 +51,7 @@ from .saving import (
 )
 from .secrets import without_secrets
 from .sharding import keep_adapters_wide
+from .state_files import STATE_FILE, read_state
 
 
 logger = get_logger(__name__)
@@ -67,7 +67,8 @@ class KeptState(NamedTuple):
 
     Args:
         save (`Callable[[], Any]`): Returns the state. Called on all ranks, before anything is written.
-        load (`Callable[[Any], None]`): Restores it; gets `None` for a fresh run, or if the checkpoint lacks it.
+        load (`Callable[[Any], None]`): Restores it; gets `None` for a fresh run, or if the checkpoint lacks it. Raises
+            `ValueError` for a state that `save` can't have returned.
     """
 
     save: Callable[[], Any]
@@ -311,7 +312,7 @@ class StagedCheckpoints(SFTTrainer):
             "processes": self.accelerator.num_processes,
             "files": list_files(checkpoint),
         }
-        (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        (checkpoint / STATE_FILE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         flush_to_disk(checkpoint)
 
     # Resuming
@@ -339,7 +340,15 @@ class StagedCheckpoints(SFTTrainer):
         the failed attempt are dropped.
         """
         for name, part in self.kept_states.items():
-            part.load(self._resumed_state.get(name))
+            try:
+                part.load(self._resumed_state.get(name))
+            except ValueError as error:
+                if self._resumed_from is None:
+                    raise
+                raise AdapterCheckError(
+                    f"{self._resumed_from}/{STATE_FILE} has a damaged part {name!r}: {error}. Resume from another "
+                    "checkpoint."
+                ) from error
         step = 0 if self._resumed_from is None else step_of(self._resumed_from)
         earlier = self._resumed_state.get("runs")
         # `Trainer` stores the batch size that it found in its state, not in the arguments.
