@@ -31,7 +31,7 @@ class Relay:
     def __enter__(self) -> Relay:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            # Ignored by `nohup`, for one; or this is not the main thread's interpreter.
+            # `nohup` ignores SIGHUP, and it stays ignored.
             if number is not None and signal.getsignal(number) not in (None, signal.SIG_IGN):
                 self._former[number] = signal.signal(number, self._receive)
         return self

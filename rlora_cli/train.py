@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import DEBUG_VARIABLE
+from .output import note
 from .relay import Relay
 
 
@@ -213,5 +215,8 @@ def _exit_code(error: Any, received: int | None) -> int:
     if received is not None:
         return 128 + received
     code: int = error.returncode if hasattr(error, "returncode") else error.get_first_failure()[1].exitcode
-    # A process that was stopped by a signal of its own.
-    return code if code > 128 else 1
+    if code < 0:  # it could not report that itself
+        name = signal.Signals(-code).name
+        note(f"A training process was killed by {name}{', perhaps for lack of memory' if name == 'SIGKILL' else ''}.")
+        return 128 - code
+    return code if code > 128 else 1  # over 128: it was stopped by a signal of its own

@@ -169,7 +169,8 @@ class StagedCheckpoints(SFTTrainer):
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` pickles its arguments into the folder.
-        full, self.args = self.args, without_secrets(self.args)
+        full: Any = self.args  # type: ignore[has-type]
+        self.args = without_secrets(full)
         try:
             super()._save(*args, **kwargs)
         finally:

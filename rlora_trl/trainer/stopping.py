@@ -131,7 +131,7 @@ class StopOnSignal(TrainerCallback):
         self._install()
         self._trains = True
         loader = kwargs.get("train_dataloader")
-        if getattr(loader, "num_workers", 0):
+        if loader is not None and loader.num_workers:
             loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
