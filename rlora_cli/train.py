@@ -199,8 +199,11 @@ def launch(launch_args: list[str], training_args: list[str]) -> None:
     resolved = with_defaults(resolve_accelerate_config_argument(launch_args))
     words = [*resolved, "--module", PROCESS, *training_args]
     arguments = launch_command_parser().parse_args(words)
-    # PyTorch's launcher logs how it passes a signal on.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    # PyTorch's launcher (2.8 or later) leaves signals to the relay, as its own handler answers a second signal by
+    # waiting another 30 seconds.
+    arguments.signals_to_handle = "SIGQUIT"
+    # It would log how it ends the other processes when one has failed, which reports its error itself.
+    logging.getLogger(SignalException.__module__).setLevel(logging.CRITICAL)
     with Relay() as relay:
         try:
             launch_command(arguments)

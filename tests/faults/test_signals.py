@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import time
 from contextlib import suppress
@@ -125,7 +124,7 @@ def assert_stopped(program, folder, name):
         f"Stopped by {name}. The newest checkpoint is {newest}. To resume, run the same command with "
         "`--resume_from_checkpoint true`."
     ], text
-    assert "Traceback" not in text and "Error" not in text, text
+    assert "Traceback" not in text and "Error" not in text and "exitcode" not in text, text
     assert (newest / "rlora_state.json").is_file() and not (folder / "adapter_config.json").exists()
     assert not list(folder.glob(".rlora*"))
 
@@ -155,18 +154,21 @@ def test_stops_with_a_checkpoint(start, tmp_path, send, name):
         assert_same_losses(start, tmp_path)
 
 
-def test_second_signal_stops_at_once(start, tmp_path):
-    """Also one that can't finish its step: the launcher ends it."""
-    program = start()
+@pytest.mark.parametrize("words", [[], TWO_RANKS], ids=["one", "ranks"])
+def test_second_signal_stops_at_once(start, tmp_path, words):
+    """Also a process that can't finish its step: the launcher ends it."""
+    program = start(*words)
     wait_for_steps(program, tmp_path / "out")
-    trains = next(process for process in members(program) if "train_process" in " ".join(process.cmdline()))
-    trains.suspend()
+    trains = [process for process in members(program) if "rlora_cli.train_process" in process.cmdline()]
+    trains[-1].suspend()
     to_launcher(program, signal.SIGINT)
     time.sleep(1.2)
+    began = time.monotonic()
     to_launcher(program, signal.SIGINT)
     assert program.process.wait(END) == 130, program.tail()
     assert_all_end(program, 10)
-    assert re.fullmatch(r"(?s)(?!.*Traceback).*", program.tail())
+    assert time.monotonic() - began < 25, "PyTorch's launcher waits for 30 seconds"
+    assert "Traceback" not in program.tail()
 
 
 def test_ends_with_its_launcher(start, tmp_path):
