@@ -11,6 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files.config import read_config
 from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..files.names import hub_name
 from ..files.record import AdapterRecord
@@ -189,7 +190,7 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str, bas
             f"The checkpoint {str(checkpoint)!r} has no adapter named {adapter_name!r} (adapter_config.json). Resume "
             "from a checkpoint of this run."
         )
-    saved = RLoraConfig.from_pretrained(str(folder))
+    saved = read_config(folder / CONFIG_NAME)
     differences = [*_differences(saved, config, _MUST_MATCH), *_base_differences(folder, saved, config, base_commit)]
     if differences:
         raise ValueError(
