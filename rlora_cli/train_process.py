@@ -9,14 +9,13 @@ import threading
 import time
 from shlex import quote
 
-from .errors import INTERRUPTED, quieten_libraries, report
-from .output import note, print_text
-from .train import training_parser
-
 
 def run(arguments: list[str]) -> None:
     """Train as the arguments say, and print the scores."""
     from rlora_trl.trainer import script
+
+    from .output import note, print_text
+    from .train import training_parser
 
     # Arguments of the launcher in the file are ignored: `rlora train` has checked them.
     parsed = training_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
@@ -44,6 +43,9 @@ def stop_with(launcher: int) -> None:
 
 def main() -> int:
     """Run, and turn errors into messages; returns the exit code."""
+    # Imported here, so that SIGINT has its own handler before; see below.
+    from .errors import INTERRUPTED, quieten_libraries, report
+
     quieten_libraries()
     try:
         run(sys.argv[1:])

@@ -77,6 +77,10 @@ def members(program):
     return found
 
 
+def training_processes(program):
+    return [process for process in members(program) if "rlora_cli.train_process" in process.cmdline()]
+
+
 def steps_in(folder):
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
 
@@ -159,8 +163,7 @@ def test_second_signal_stops_at_once(start, tmp_path, words):
     """Also a process that can't finish its step: the launcher ends it."""
     program = start(*words)
     wait_for_steps(program, tmp_path / "out")
-    trains = [process for process in members(program) if "rlora_cli.train_process" in process.cmdline()]
-    trains[-1].suspend()
+    training_processes(program)[-1].suspend()
     to_launcher(program, signal.SIGINT)
     time.sleep(1.2)
     began = time.monotonic()
@@ -182,7 +185,8 @@ def test_ends_with_its_launcher(start, tmp_path):
 @pytest.mark.parametrize("send", [to_launcher, to_all])
 def test_signal_before_training(start, send):
     program = start()
-    wait_until(lambda: len(members(program)) > 1, program, START)
+    # Before Python itself has started, which is when that process has a second thread, it answers SIGINT by itself.
+    wait_until(lambda: any(process.num_threads() > 1 for process in training_processes(program)), program, START)
     send(program, signal.SIGINT)
     assert program.process.wait(END) == 130, program.tail()
     assert_all_end(program, 10)

@@ -86,6 +86,10 @@ def begin_run(parts, trainer):
     settings.recorded(3)
 
 
+def check_config(folder, trainer):
+    check_settings(folder, trainer.model.peft_config["default"], "default", "0" * 40)
+
+
 # Each function that reads the state of a checkpoint, the file, and whether it raises `AdapterCheckError` itself or, as
 # what users see, a `ValueError`.
 READERS = {
@@ -125,10 +129,6 @@ READERS = {
         AdapterCheckError,
     ),
 }
-
-
-def check_config(folder, trainer):
-    check_settings(folder, trainer.model.peft_config["default"], "default", "0" * 40)
 
 
 def load_trainer_state(folder):
