@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import DEBUG_VARIABLE
+from .output import note
+from .relay import Relay
 
 
 if TYPE_CHECKING:
@@ -183,16 +188,38 @@ def launch(launch_args: list[str], training_args: list[str]) -> None:
         training_args (`list[str]`): Arguments of the program.
 
     Raises:
-        typer.Exit: If it fails; each process has reported its error.
+        typer.Exit: If it fails, each process has reported its error; or a signal has stopped it, with 128 + the number
+            of the signal.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     resolved = with_defaults(resolve_accelerate_config_argument(launch_args))
-    # A failing process reports the error; `--quiet` keeps the launcher from adding its traceback.
-    words = [*resolved, "--quiet", "--module", PROCESS, *training_args]
-    try:
-        launch_command(launch_command_parser().parse_args(words))
-    except ChildFailedError as error:
-        raise typer.Exit(1) from error
+    words = [*resolved, "--module", PROCESS, *training_args]
+    arguments = launch_command_parser().parse_args(words)
+    # PyTorch's launcher (2.8 or later) leaves signals to the relay, as its own handler answers a second signal by
+    # waiting another 30 seconds.
+    arguments.signals_to_handle = "SIGQUIT"
+    # It would log how it ends the other processes when one has failed, which reports its error itself.
+    logging.getLogger(SignalException.__module__).setLevel(logging.CRITICAL)
+    with Relay() as relay:
+        try:
+            launch_command(arguments)
+        except (CalledProcessError, ChildFailedError, SignalException) as error:
+            raise typer.Exit(_exit_code(error, relay.signal)) from error
+
+
+def _exit_code(error: Any, received: int | None) -> int:
+    """The exit code where a launcher of accelerate or of PyTorch has raised an error, after a signal or none."""
+    if received is None:
+        received = getattr(error, "sigval", None)
+    if received is not None:
+        return 128 + received
+    code: int = error.returncode if hasattr(error, "returncode") else error.get_first_failure()[1].exitcode
+    if code < 0:  # it could not report that itself
+        name = signal.Signals(-code).name
+        note(f"A training process was killed by {name}{', perhaps for lack of memory' if name == 'SIGKILL' else ''}.")
+        return 128 - code
+    return code if code > 128 else 1  # over 128: it was stopped by a signal of its own

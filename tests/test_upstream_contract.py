@@ -121,6 +121,11 @@ CONTRACT = [Row(*row) for row in (
     # The trainer: saving, resuming, publishing
     (TRAINER, "save_model", "output_dir=None, _internal_call=False", "adapters of all strategies, staged"),
     (TRAINER, "_save", "output_dir=None, state_dict=None", "adapters of DeepSpeed and FSDP, with gathered tensors"),
+    (TRAINER, "args", None, "pickled by `_save`, without secrets"),
+    ("transformers:TrainingArguments", "to_dict", "", "reported without secrets"),
+    (CALLBACK, "on_epoch_end", "args, state, control", "stopping by a signal"),
+    (CALLBACK, "on_save", "args, state, control", "stopping by a signal"),
+    (CALLBACK, "on_train_end", "args, state, control", "stopping by a signal"),
     (TRAINER, "_save_checkpoint", "model, trial", "staging, counts by task"),
     (SFT, "_save_checkpoint", "model, trial", "staging; TRL writes a card first"),
     (TRAINER, "_get_output_dir", "trial", "staging"),

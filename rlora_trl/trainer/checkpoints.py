@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from ..files.layout import WEIGHTS_NAME
+from ..reading import AdapterCheckError
 from ..tuner import MultiHeadAdapter
 from ..tuner.bnb_cpu import kept_quantized
+from .locks import SAVING_LOCK, hold, sole_run
 from .resuming import (
     FRESH_START_HINT,
-    STATE_FILE,
     check_files,
     check_settings,
     check_strategy,
@@ -33,7 +34,6 @@ from .resuming import (
     find_checkpoint,
     list_checkpoints,
     list_files,
-    read_state,
     step_of,
 )
 from .run_settings import RunSettings, check_run, describe_data
@@ -49,7 +49,9 @@ from .saving import (
     move_folder,
     restore_set_aside,
 )
+from .secrets import without_secrets
 from .sharding import keep_adapters_wide
+from .state_files import STATE_FILE, read_state
 
 
 logger = get_logger(__name__)
@@ -65,7 +67,8 @@ class KeptState(NamedTuple):
 
     Args:
         save (`Callable[[], Any]`): Returns the state. Called on all ranks, before anything is written.
-        load (`Callable[[Any], None]`): Restores it; gets `None` for a fresh run, or if the checkpoint lacks it.
+        load (`Callable[[Any], None]`): Restores it; gets `None` for a fresh run, or if the checkpoint lacks it. Raises
+            `ValueError` for a state that `save` can't have returned.
     """
 
     save: Callable[[], Any]
@@ -164,6 +167,15 @@ class StagedCheckpoints(SFTTrainer):
         if self.args.should_save:
             self._save(str(folder), state_dict=state_dict)
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` pickles its arguments into the folder.
+        full: Any = self.args  # type: ignore[has-type]
+        self.args = without_secrets(full)
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = full
+
     @contextmanager
     def _staged(self, folder: Path) -> Generator[tuple[Path, Path], None, None]:
         """A folder to write to, and the destination that its files are moved to after success."""
@@ -172,9 +184,9 @@ class StagedCheckpoints(SFTTrainer):
             return
         stage = folder / STAGING / "model"
         writes = self.args.should_save
-        if writes:
-            shutil.rmtree(stage, ignore_errors=True)
-        with explain_full_disk(folder, "the adapter"):
+        with self._sole_save(folder), explain_full_disk(folder, "the adapter"):
+            if writes:
+                shutil.rmtree(stage, ignore_errors=True)
             try:
                 yield stage, folder
                 if writes:
@@ -183,6 +195,10 @@ class StagedCheckpoints(SFTTrainer):
             finally:
                 if writes:
                     shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+    def _sole_save(self, folder: Path) -> AbstractContextManager[None]:
+        """Wait until no other process saves into a folder, and let none."""
+        return hold(folder / SAVING_LOCK, wait=True) if self.is_world_process_zero() else nullcontext()
 
     @contextmanager
     def _raise_on_all_ranks(self, on_all_ranks: bool = True) -> Generator[None, None, None]:
@@ -240,12 +256,12 @@ class StagedCheckpoints(SFTTrainer):
         if reserved:
             raise ValueError(f"`kept_states` can't have the names {', '.join(sorted(reserved))}. Choose others.")
         state = {name: part.save() for name, part in self.kept_states.items()}
-        if writes:
-            shutil.rmtree(stage / name, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
 
-        with explain_full_disk(root, name):
+        with self._sole_save(root), explain_full_disk(root, name):
             try:
+                if writes:
+                    shutil.rmtree(stage / name, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
                 # DeepSpeed and FSDP run their own collectives here; an error must not wait for other ranks meanwhile.
                 with self._raise_on_all_ranks(not self._is_deepspeed_or_fsdp), self._writing_to(stage):
                     super()._save_checkpoint(model, trial)
@@ -297,20 +313,25 @@ class StagedCheckpoints(SFTTrainer):
             "processes": self.accelerator.num_processes,
             "files": list_files(checkpoint),
         }
-        (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        (checkpoint / STATE_FILE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         flush_to_disk(checkpoint)
 
     # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        with self._raise_on_all_ranks():
-            checkpoint = self._choose_checkpoint(resume_from_checkpoint)
-        self._resumed_from, self._is_checked = checkpoint, False
-        self._resumed_state = {} if checkpoint is None else read_state(checkpoint)
-        try:
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-        finally:
-            self._resumed_from = None
+        is_trial = bool(args) or kwargs.get("trial") is not None  # it has a folder of its own
+        with ExitStack() as lock:
+            with self._raise_on_all_ranks():
+                if self.is_world_process_zero() and not is_trial:
+                    lock.enter_context(sole_run(Path(self.args.output_dir)))
+            with self._raise_on_all_ranks():
+                checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+            self._resumed_from, self._is_checked = checkpoint, False
+            self._resumed_state = {} if checkpoint is None else read_state(checkpoint)
+            try:
+                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            finally:
+                self._resumed_from = None
 
     def _begin_attempt(self) -> None:
         """
@@ -320,7 +341,15 @@ class StagedCheckpoints(SFTTrainer):
         the failed attempt are dropped.
         """
         for name, part in self.kept_states.items():
-            part.load(self._resumed_state.get(name))
+            try:
+                part.load(self._resumed_state.get(name))
+            except ValueError as error:
+                if self._resumed_from is None:
+                    raise
+                raise AdapterCheckError(
+                    f"{self._resumed_from}/{STATE_FILE} has a damaged part {name!r}: {error}. Resume from another "
+                    "checkpoint."
+                ) from error
         step = 0 if self._resumed_from is None else step_of(self._resumed_from)
         earlier = self._resumed_state.get("runs")
         # `Trainer` stores the batch size that it found in its state, not in the arguments.
@@ -336,7 +365,8 @@ class StagedCheckpoints(SFTTrainer):
         """
         with self._raise_on_all_ranks():
             if self.args.should_save:
-                restore_set_aside(Path(self.args.output_dir))
+                with self._sole_save(Path(self.args.output_dir)):
+                    restore_set_aside(Path(self.args.output_dir))
         if resume_from is None or resume_from is False:
             return None
         if resume_from is True:

@@ -12,6 +12,7 @@ from trl import SFTConfig
 from ..kernels import BALANCE_LOSSES
 from .mixing import check_options
 from .nan_policy import NAN_POLICIES
+from .secrets import mask_secrets, without_secrets
 
 
 @dataclass
@@ -154,6 +155,16 @@ class RLoraSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}. Leave it unset for none.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, without secrets: loggers report them. `TrainingArguments` masks only its own `*_token`."""
+        return mask_secrets(super().to_dict())
+
+    def __str__(self) -> str:
+        kept = without_secrets(self)
+        return super(RLoraSFTConfig, kept).__str__()
+
+    __repr__ = __str__
 
     @property
     def balances(self) -> bool:

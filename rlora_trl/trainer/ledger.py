@@ -10,6 +10,8 @@ import torch
 from accelerate.logging import get_logger
 from torch.nn import functional as F
 
+from ..reading import shorten
+from .state_files import is_count
 from .task_ids import IGNORED_LABEL, ROW_STARTS, TASK_IDS, token_mask_of
 
 
@@ -152,10 +154,20 @@ class TaskLedger:
         }
 
     def load(self, totals: dict[str, dict[str, Any]]) -> None:
-        """Continue from the totals of a checkpoint; see [`totals`]."""
+        """
+        Continue from the totals of a checkpoint; see [`totals`].
+
+        Raises:
+            ValueError: If they are not counts by task.
+        """
+        if not isinstance(totals, Mapping):
+            raise ValueError(f"the rows and tokens of tasks must be an object, got {shorten(totals)}")
         for index, task in enumerate(self.tasks):
             counts = totals.get(task, {})
-            self.before[:, index] = torch.tensor([int(counts.get("rows", 0)), int(counts.get("tokens", 0))])
+            values = [counts.get(name, 0) for name in ("rows", "tokens")] if isinstance(counts, Mapping) else [None]
+            if not all(map(is_count, values)):
+                raise ValueError(f"the rows and tokens of task {task!r} must be counts, got {shorten(counts)}")
+            self.before[:, index] = torch.tensor(values)
         self.seen.zero_()
         self.losses.zero_()
 

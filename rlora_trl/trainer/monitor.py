@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..analysis.heads import head_cosines, mean_between
 from ..kernels import RoutingStats, RoutingTally
+from ..reading import shorten
 from ..tuner import MultiHeadAdapter
 
 
@@ -170,16 +172,38 @@ class RoutingMonitor:
             gather (`Callable`): Concatenates `[1, n]` of all ranks to `[ranks, n]`.
 
         Returns:
-            `list[list[float]]` or `None`: A row for each rank; `None` unless the scope is the whole step.
+            `list[list[float]]` or `None`: A row for each rank; `None` unless the scope is the whole step, and if a sum
+            is not finite.
         """
-        return gather(self._share_sums()[None]).tolist() if self.whole_step else None
+        if not self.whole_step:
+            return None
+        sums = gather(self._share_sums()[None])
+        return sums.tolist() if bool(sums.isfinite().all()) else None
 
     def load_state(self, state: list[list[float]] | None, rank: int, ranks: int) -> None:
-        """Load the result of [`state`]; on another number of ranks, each takes an equal part as its own."""
+        """
+        Load the result of [`state`]; on another number of ranks, each takes an equal part as its own.
+
+        Raises:
+            ValueError: If it does not have the numbers of this adapter.
+        """
         if state is None or not self.whole_step:
             return
+        numbers = self._share_sums().numel()
+        rows = state if isinstance(state, list) else [None]
+        if not rows or not all(_is_row(row, numbers) for row in rows):
+            raise ValueError(f"the sums of heads must be lists of {numbers} numbers, got {shorten(state)}")
         sums = torch.tensor(state, device=self.step.data.device)
         self._set_prior(sums.sum(0), sums[rank] if len(sums) == ranks else sums.sum(0) / ranks)
+
+
+def _is_row(row: Any, numbers: int) -> bool:
+    """Whether a value is a list of that many numbers which fit into a float32."""
+    return (
+        isinstance(row, list)
+        and len(row) == numbers
+        and all(type(value) in (int, float) and abs(value) < 1e38 for value in row)
+    )
 
 
 def head_similarity(adapters: Sequence[MultiHeadAdapter]) -> float | None:

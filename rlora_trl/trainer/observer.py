@@ -205,7 +205,7 @@ class StepObserver:
     def load_tasks_seen(self, seen: dict[str, dict[str, int]] | None) -> None:
         """Continue counting from what [`tasks_seen`] returned."""
         if self.ledger is not None:
-            self.ledger.load(seen or {})
+            self.ledger.load({} if seen is None else seen)
 
     def head_sums(self) -> list[list[float]] | None:
         """Sums of the last step that a balance loss over whole steps uses in the next. Call it on all ranks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,21 +9,21 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files.config import read_config
 from ..files.layout import CONFIG_NAME, WEIGHTS_NAME
 from ..files.names import hub_name
 from ..files.record import AdapterRecord
 from ..files.tensors import file_digest
-from ..reading import read_safetensors_header, shorten
+from ..reading import AdapterCheckError, read_safetensors_header, shorten
 from ..tuner import RLoraConfig
 from .saving import adapter_folder
+from .state_files import read_object, read_state, read_trainer_state
 
 
 logger = get_logger(__name__)
 
-STATE_FILE = "rlora_state.json"
 # The output of an adapter depends on these, so a run can't be resumed with other values.
 _MUST_MATCH = (
     *("r", "num_heads", "lora_alpha", "use_rslora", "share_a", "router", "router_top_k", "init_weights", "tasks"),
@@ -75,30 +74,6 @@ def find_checkpoint(root: str | Path) -> Path:
     )
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state file of a checkpoint; `{}` if it is missing."""
-    path = checkpoint / STATE_FILE
-    return read_object(path) if path.exists() else {}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """
-    A JSON object from a file.
-
-    Raises:
-        ValueError: If the file is missing, can't be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path.name} can't be read ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds a {type(value).__name__} instead of an object")
-    return value
-
-
 def list_files(checkpoint: Path) -> dict[str, int]:
     """Sizes in bytes of the files of a checkpoint, except for text and JSON, which may be edited."""
     return {
@@ -118,24 +93,34 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def _check_files(checkpoint: Path) -> None:
-    read_object(checkpoint / TRAINER_STATE_NAME)
-    if not any(any(checkpoint.glob(pattern)) for pattern in (WEIGHTS_NAME, f"*/{WEIGHTS_NAME}")):
-        raise ValueError(f"it has no adapter ({WEIGHTS_NAME})")
+    step = read_trainer_state(checkpoint).get("global_step")
+    if step_of(checkpoint) not in (-1, step):
+        raise AdapterCheckError(f"its state is of step {step}")
     state = read_state(checkpoint)
+    sizes = list_files(checkpoint)
+
+    # The adapters, of which DeepSpeed's and FSDP's checkpoints have copies in their own formats.
+    weights = [name for name in sizes if name == WEIGHTS_NAME or name.endswith(f"/{WEIGHTS_NAME}")]
+    if not weights:
+        raise AdapterCheckError(f"it has no adapter ({WEIGHTS_NAME})")
+    headers = {name: read_safetensors_header(checkpoint / name) for name in weights}
+
+    # Names from the file are only looked up among those of the folder.
     for name, size in state.get("files", {}).items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes and was saved with {size}")
+        if name not in sizes:
+            raise AdapterCheckError(f"{shorten(name)[1:-1]} is missing")
+        if sizes[name] != size:
+            raise AdapterCheckError(f"{shorten(name)[1:-1]} has {sizes[name]} bytes and was saved with {size}")
     if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_STATES):
-        raise ValueError("it has no optimizer state (`save_only_model=True`?)")
+        raise AdapterCheckError("it has no optimizer state (`save_only_model=True`?)")
+
     for adapter, digest in state.get("adapters", {}).items():
-        folder = adapter_folder(checkpoint, adapter)
-        read_object(folder / CONFIG_NAME)
-        path = folder / WEIGHTS_NAME
-        if file_digest(path, read_safetensors_header(path)) != digest:
-            raise ValueError(f"the tensors in {path.relative_to(checkpoint)} differ from those that were saved")
+        name = WEIGHTS_NAME if adapter == "default" else f"{adapter}/{WEIGHTS_NAME}"
+        if name not in headers:
+            raise AdapterCheckError(f"{shorten(name)[1:-1]} is missing")
+        read_object((checkpoint / name).with_name(CONFIG_NAME))
+        if file_digest(checkpoint / name, headers[name]) != digest:
+            raise AdapterCheckError(f"the tensors in {name} differ from those that were saved")
 
 
 def check_files(checkpoint: Path) -> None:
@@ -205,7 +190,7 @@ def check_settings(checkpoint: Path, config: RLoraConfig, adapter_name: str, bas
             f"The checkpoint {str(checkpoint)!r} has no adapter named {adapter_name!r} (adapter_config.json). Resume "
             "from a checkpoint of this run."
         )
-    saved = RLoraConfig.from_pretrained(str(folder))
+    saved = read_config(folder / CONFIG_NAME)
     differences = [*_differences(saved, config, _MUST_MATCH), *_base_differences(folder, saved, config, base_commit)]
     if differences:
         raise ValueError(
@@ -258,7 +243,7 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         return dict(sorted(value.items())) or None
     if isinstance(value, list | tuple | set | frozenset):
-        return (sorted(value) if name in _UNORDERED else list(value)) or None
+        return (sorted(value, key=str) if name in _UNORDERED else list(value)) or None
     return value
 
 

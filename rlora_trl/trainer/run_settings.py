@@ -20,7 +20,8 @@ from datasets import Dataset
 from ..evaluation.formats import has_transform
 from ..files.record import Scalar, is_plain, select_hyperparameters
 from ..reading import shorten
-from .resuming import FRESH_START_HINT, read_state, step_of
+from .resuming import FRESH_START_HINT, step_of
+from .state_files import DATA, read_state
 from .task_ids import TASK_IDS
 
 
@@ -41,7 +42,6 @@ _WARN_IF_CHANGED = (
     *("balance_loss", "balance_coef", "balance_scope", "loss_type", "label_smoothing_factor", "neftune_noise_alpha"),
     *("completion_only_loss", "assistant_only_loss", "padding_free", "bf16", "fp16", "tf32"),
 )
-_DATA = "training data"
 # Numbers of rows to compare: by their tokens, or by their text if they are not tokenized.
 _SAMPLED_ROWS, _SAMPLED_TEXTS = 10_000, 64
 # Implementations of one algorithm with the same state.
@@ -118,7 +118,8 @@ def settings_of(args: Any, data: Any) -> dict[str, Any]:
     values["data_seed"] = values["seed"] if values["data_seed"] is None else values["data_seed"]
     if not values["packing"]:  # without it, these do not change the rows
         values["packing_strategy"] = values["dataset_num_proc"] = None
-    return json.loads(json.dumps({**values, _DATA: data}, default=str))
+    # Infinity, which JSON lacks, as text.
+    return json.loads(json.dumps({**values, DATA: data}, default=str), parse_constant=str)
 
 
 def describe_data(dataset: Any, rows: int | None = None) -> dict[str, Any] | None:
@@ -179,7 +180,7 @@ def check_run(checkpoint: Path, args: Any, data: Any) -> None:
     if not parts:
         return
     saved, present = parts[-1]["compared"], settings_of(args, data)
-    refused = _differences(saved, present, (*_MUST_MATCH, _DATA))
+    refused = _differences(saved, present, (*_MUST_MATCH, DATA))
     if refused:
         raise ValueError(
             f"The run can't be resumed from {str(checkpoint)!r}, which was trained with other settings:\n  "
@@ -205,6 +206,6 @@ def _differences(saved: Mapping[str, Any], present: Mapping[str, Any], names: tu
 
 
 def _in_words(name: str, value: Any) -> str:
-    if name != _DATA:
+    if name != DATA:
         return shorten(value, 100)
     return "a stream" if value is None else f"{value['rows']:,} rows (digest {value['digest']})"

@@ -27,6 +27,7 @@ from ..evaluation.rows import is_scorable, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
 from .cores import use_all_cores
+from .stopping import StopOnSignal
 from .trainer import RLoraSFTTrainer
 
 
@@ -185,13 +186,22 @@ def train(
 
     Returns:
         [`TrainingResult`].
+
+    Raises:
+        TrainingStopped: If a signal has stopped it; see [`StopOnSignal`].
     """
-    with nullcontext() if data.source is None else explain_read_errors(Path(data.source), READING_ERRORS):
-        return _train(model, data, training_args, model_args, rlora_args)
+    explained = nullcontext() if data.source is None else explain_read_errors(Path(data.source), READING_ERRORS)
+    with StopOnSignal(training_args) as stop, explained:
+        return _train(model, data, training_args, model_args, rlora_args, [stop])
 
 
 def _train(
-    model: str, data: TrainingData, training_args: RLoraSFTConfig, model_args: RLoraModelConfig, rlora_args: Any
+    model: str,
+    data: TrainingData,
+    training_args: RLoraSFTConfig,
+    model_args: RLoraModelConfig,
+    rlora_args: Any,
+    callbacks: list[TrainerCallback],
 ) -> TrainingResult:
     # The trainer.
     use_all_cores()
@@ -209,6 +219,7 @@ def _train(
         eval_dataset=data.evaluation,
         peft_config=rlora_config_from_arguments(rlora_args, model_args),
         quantization_config=get_quantization_config(model_args),
+        callbacks=callbacks,
     )
 
     # Scores before. DeepSpeed places and shards the model only when training starts.

@@ -2,14 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
+from subprocess import CalledProcessError
 
 import pytest
 import typer
-from processes import RLORA
+from processes import RLORA, run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from rlora_cli import train_process
-from rlora_cli.train import split_arguments, training_parser, with_defaults
+from rlora_cli.train import _exit_code, split_arguments, training_parser, with_defaults
 from rlora_trl.files.record import AdapterRecord
 
 
@@ -138,6 +143,62 @@ def test_wrong_yaml(tmp_path):
     (tmp_path / "typo.yaml").write_text("learning_rat: 1\n")
     with pytest.raises(typer.BadParameter, match="No such argument: `--learning_rat`"):
         split("--config", str(tmp_path / "typo.yaml"), *NEEDED)
+
+
+def failed_rank(code):
+    now = {"message": {"message": "", "extraInfo": {"timestamp": 0}}}
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=code, error_file="")
+    failure.error_file_data, failure.timestamp = now, 0
+    return ChildFailedError("train", {1: failure})
+
+
+@pytest.mark.parametrize(
+    "error, received, code",
+    [
+        (CalledProcessError(1, "train"), None, 1),
+        (CalledProcessError(1, "train"), signal.SIGTERM, 143),
+        (CalledProcessError(130, "train"), None, 130),
+        (CalledProcessError(-9, "train"), None, 137),
+        (SignalException("", signal.SIGINT), None, 130),
+        (failed_rank(1), None, 1),
+        (failed_rank(143), None, 143),
+        (failed_rank(-9), None, 137),
+    ],
+)
+def test_exit_code_says_why(error, received, code, capsys):
+    assert _exit_code(error, received) == code
+    assert ("killed by SIGKILL, perhaps for lack of memory" in capsys.readouterr().err) == (code == 137)
+
+
+RELAY = """
+import os, signal, subprocess, sys, time
+from rlora_cli.relay import Relay
+
+with Relay() as relay:
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)  # as of a terminal, and counts as the same
+    if sys.argv[2] == "twice":
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGHUP)
+    print(child.wait(), relay.signal == signal.SIGHUP, child.stdout.read().split(), flush=True)
+    os.kill(os.getpid(), signal.SIGHUP)
+print("not reached")
+"""
+CHILD = """
+import signal, time
+signal.signal(signal.SIGHUP, lambda *received: print("hup", flush=True))
+print(flush=True)
+time.sleep({})
+"""
+
+
+@pytest.mark.parametrize("times, seconds, ended", [("once", 1, "0 True ['hup']"), ("twice", 60, "-9 True ['hup']")])
+def test_signals_are_passed_on(times, seconds, ended):
+    """The first to the children, the second as SIGKILL; where there are none, this process ends."""
+    done = run([sys.executable, "-c", RELAY, CHILD.format(seconds), times], timeout=60)
+    assert (done.stdout, done.returncode) == (f"{ended}\n", 129), done.stderr
 
 
 def test_all_arguments_are_shown(rlora):

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.trainer.saving import gather_tensors
+from rlora_trl.trainer.stopping import StopOnSignal, TrainingStopped
 
 
 # It would compile collectives for shared memory, which takes longer than the tests.
@@ -417,6 +418,30 @@ def train_ranks(folder, settings):
     if settings.get("save") and alike:
         outcome["save_error"] = attempt(trainer.save_model)
     return outcome
+
+
+class SendsSignal(TrainerCallback):
+    """Sends SIGTERM to one rank when a step begins."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step = rank, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if rank() == self.rank and state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_ranks(folder, settings):
+    """Train until a rank receives SIGTERM, `settings["stop"]`: a rank and the step; returns the exit code."""
+    trainer = build_trainer(folder, settings)
+    try:
+        with StopOnSignal(trainer.args) as stop:
+            trainer.add_callback(SendsSignal(**settings["stop"]))
+            trainer.add_callback(stop)
+            trainer.train()
+    except TrainingStopped as error:
+        return {"code": error.code, "step": trainer.state.global_step}
+    return None
 
 
 def make_universal(folder, settings):

@@ -91,6 +91,20 @@ def test_resumes_with_as_many(server, lost, tmp_path):
     assert [step for step, _ in losses_in(tmp_path)] == [3, 4]
 
 
+def test_all_stop_when_one_receives_a_signal(server, lost, tmp_path):
+    """After the same step, with its checkpoint."""
+    _, settings, _, whole = lost
+    settings = {**settings, "output": str(tmp_path / "out")}
+    first = {**settings, "stop": {"rank": 1, "step": 3}}
+    stopped = run(server, "stop_ranks", tmp_path / "first", first, ranks=2)
+    assert stopped == [{"code": 143, "step": 3}] * 2
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    for outcome in run(server, "train_ranks", tmp_path, {**settings, **RESUME}, ranks=2):
+        assert outcome["error"] is None
+        assert losses_by_step(outcome) == pytest.approx(losses_by_step(whole), rel=1e-6)
+        assert outcome["weights"] == {step: whole["weights"][step] for step in ("3", "4")}
+
+
 @pytest.mark.parametrize("lost", ["ddp", "zero2", "fsdp2"], indirect=True)
 def test_resumes_with_another_number(server, lost, tmp_path):
     """On one process, which accumulates: the batch of a step is the same."""
