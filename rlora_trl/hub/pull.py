@@ -206,7 +206,7 @@ def _check(folder: Path, base_model: str | None) -> CheckedAdapter:
     checked = check_adapter(folder, base_model=base_model)
     card = folder / CARD_NAME
     if card.is_file():
-        digest = read_card_info(check_card(card).data).get("digest")
+        digest = read_card_info(check_card(card)).get("digest")
         if digest is not None and digest != checked.digest:
             raise AdapterCheckError(
                 f"The weights in {folder} do not match its card: their digest is {checked.digest}, the card has "

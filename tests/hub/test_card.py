@@ -331,7 +331,7 @@ def test_the_card_passes_through_its_own_reader():
     card = render()
     again = ModelCard(str(card))
     assert str(again) == str(card) and again.data.to_dict() == card.data.to_dict()
-    assert check_card_text(str(card)).data.to_dict() == card.data.to_dict()
+    assert check_card_text(str(card)) == card.data.to_dict()
 
 
 def test_info_from_metadata_alone():
