@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import islice
@@ -91,10 +91,15 @@ class AdapterInfo:
         card = read_card_info(metadata)
         return cls(
             repo_id,
+            base_model=card.get("base_model"),
             tasks=tuple(card["tasks"]),
+            metrics=card["metrics"],
+            r=card.get("r"),
+            num_heads=card.get("num_heads"),
+            router=card.get("router"),
+            digest=card.get("digest"),
+            exports=card["exports"],
             private=bool(private),
-            **{name: card.get(name) for name in ("base_model", "r", "num_heads", "router", "digest")},
-            **{name: card[name] for name in ("metrics", "exports")},
             **fields,
         )
 
@@ -145,9 +150,9 @@ def search(
         raise ValueError(f"`sort` must be one of {', '.join(get_args(Order))}, got {sort!r}.")
 
     listed = _Listed(_query(base_model, task, author, sort), token)
-    matches = (info for info in listed if _matches(info, base_model, task))
+    matches: Iterable[AdapterInfo] = (info for info in listed if _matches(info, base_model, task))
     if sort == "accuracy":  # the Hub can't sort by it
-        matches = iter(sorted(matches, key=lambda info: info.mean() or 0.0, reverse=True))
+        matches = sorted(matches, key=lambda info: info.mean() or 0.0, reverse=True)
     results = list(islice(matches, limit))
     listed.warn()
     return results
