@@ -20,7 +20,7 @@ from ..reading import MIB, AdapterCheckError, parse_json, shorten, split_json_li
 
 
 # The most bytes of one answer, and of one repository in it.
-_MAX_ANSWER, _MAX_ENTRY = 256 * MIB, 8 * MIB
+_MAX_ANSWER, _MAX_ENTRY = 128 * MIB, 8 * MIB
 _MAX_PAGES = 10_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Types of the fields that are read. Any may be missing or null, except the name.

@@ -186,6 +186,19 @@ def test_pages_that_repeat(hub, zoo):
         zoo("zoo.search()")
 
 
+def test_an_answer_without_end(zoo):
+    small = "setattr(__import__('rlora_trl.zoo.listing', fromlist=['x']), '_MAX_ANSWER', 100)"
+    for call in ("search()", "show('user/words')"):
+        with pytest.raises(WorkerError, match="answer has more than 100 bytes"):
+            zoo(f"{small} or zoo.{call}")
+
+
+def test_the_error_of_an_answer_is_that_of_huggingface_hub(hub, zoo):
+    hub.fail("GET", "/api/models$", status=404)
+    with pytest.raises(WorkerError, match="404"):
+        zoo("zoo.search()")
+
+
 def test_a_token_stays_with_its_hub(hub, zoo):
     """The next page may be on any host."""
     hub.fake.listed = [raw_entry(f"user/n{index}") for index in range(4)]
