@@ -1,24 +1,42 @@
-"""Checks of a card's text before its metadata, which is YAML, is parsed."""
+"""Reads the metadata of cards, which is YAML of strangers. Nothing here renders a card or parses HTML in it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ..reading import MIB, AdapterCheckError, read_bytes, shorten
+from ..reading import MIB, AdapterCheckError, parse_yaml, printable, read_bytes, shorten
 
 
-CARD_LIMIT = MIB
-METADATA_LIMIT = MIB // 4
-_MAX_DEPTH = 32
-# libyaml's parser is twenty times as fast, where PyYAML was built with it.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Room for the results of thousands of tasks.
+CARD_LIMIT = 4 * MIB
+METADATA_LIMIT = 2 * MIB
+# Arguments of `huggingface_hub.ModelCardData` that are not metadata. As keys of a card they break its constructor.
+_RESERVED = ("self", "ignore_metadata_errors", "eval_results")
 
 
-def check_card(path: str | Path) -> ModelCard:
+def read_card_text(path: str | Path) -> str:
+    """
+    Read the text of a card, with its line ends unchanged.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Raises:
+        AdapterCheckError: If the file is larger than 4 MiB, or is not text in UTF-8.
+    """
+    try:
+        return read_bytes(path, CARD_LIMIT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AdapterCheckError(
+            f"{printable(str(path))} is not text in UTF-8 ({error}). Write the card again."
+        ) from error
+
+
+def check_card(path: str | Path) -> dict[str, Any]:
     """
     Read and check a card.
 
@@ -26,19 +44,15 @@ def check_card(path: str | Path) -> ModelCard:
         path (`str` or `Path`): The file.
 
     Returns:
-        `huggingface_hub.ModelCard`: The card.
+        `dict[str, Any]`: Its metadata, empty if it has none. Values are plain, and may have unexpected types.
 
     Raises:
-        AdapterCheckError: If the file is too large or not text, or its metadata can't be parsed safely.
+        AdapterCheckError: If the file is too large or not text, or `huggingface_hub` could not read its metadata.
     """
-    try:
-        text = read_bytes(path, CARD_LIMIT).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AdapterCheckError(f"{path} is not text in UTF-8 ({error}). Write the card again.") from error
-    return check_card_text(text, str(path))
+    return check_card_text(read_card_text(path), printable(str(path)))
 
 
-def check_card_text(text: str, source: str = "the card") -> ModelCard:
+def check_card_text(text: str, source: str = "the card") -> dict[str, Any]:
     """
     Check the text of a card, as [`check_card`] does.
 
@@ -47,47 +61,64 @@ def check_card_text(text: str, source: str = "the card") -> ModelCard:
         source (`str`, *optional*, defaults to `"the card"`): Where the text comes from, for messages.
 
     Returns:
-        `huggingface_hub.ModelCard`: The card.
+        `dict[str, Any]`: As [`check_card`].
 
     Raises:
         AdapterCheckError: As [`check_card`].
     """
     if len(text) > CARD_LIMIT:
         raise AdapterCheckError(f"{source} has {len(text)} characters, more than {CARD_LIMIT}. Shorten the card.")
-
     match = REGEX_YAML_BLOCK.search(text)
-    if match is not None:
-        _check_metadata(match.group(2), source, text.count("\n", 0, match.start(2)) + 1)
+    if match is None:
+        return {}
 
-    try:
-        return ModelCard(text, ignore_metadata_errors=True)
-    # YAML's constructors and the classes of huggingface_hub raise all kinds of errors on unexpected values.
-    except Exception as error:
-        raise AdapterCheckError(
-            f"{source} has metadata that can't be read: {shorten(str(error), 200)}. Correct the YAML at its top."
-        ) from error
-
-
-def _check_metadata(block: str, source: str, first_line: int) -> None:
-    """Refuse what a safe YAML loader would still expand or recurse into."""
+    block = match.group(2)
     if len(block) > METADATA_LIMIT:
         raise AdapterCheckError(
             f"{source} has metadata of {len(block)} characters, more than {METADATA_LIMIT}. Shorten it."
         )
+    metadata = parse_yaml(block, f"The metadata of {source}", first_line=text.count("\n", 0, match.start(2)) + 1)
+    return check_metadata({} if metadata is None else metadata, source)
 
-    depth = 0
-    try:
-        for event in yaml.parse(block, Loader=_Loader):
-            # Aliases of aliases grow without bound when they are written out.
-            if isinstance(event, yaml.AliasEvent):
-                line = first_line + event.start_mark.line
-                raise AdapterCheckError(
-                    f"{source}, line {line}: the metadata has a YAML alias, which no card needs. Write the value out."
-                )
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                raise AdapterCheckError(f"{source} has metadata nested more than {_MAX_DEPTH} deep. Flatten it.")
-    except (yaml.YAMLError, RecursionError) as error:
+
+def check_metadata(metadata: Any, source: str) -> dict[str, Any]:
+    """
+    Check that the classes of `huggingface_hub` can hold the metadata of a card.
+
+    Args:
+        metadata (`Any`): Plain values, from YAML or JSON.
+        source (`str`): Where they come from, for messages.
+
+    Returns:
+        `dict[str, Any]`: The metadata. Values may have unexpected types otherwise.
+
+    Raises:
+        AdapterCheckError: If it is not a mapping, has a key that its constructors reserve, `tags` that are neither a
+            text nor a list, or a result whose `source` has no address.
+    """
+    if not isinstance(metadata, dict):
         raise AdapterCheckError(
-            f"{source} has metadata that is not YAML: {shorten(str(error), 200)}. Correct the YAML at its top."
-        ) from error
+            f"{source} has metadata that can't be read: it must be a mapping, got {shorten(metadata)}. Correct it."
+        )
+    for key in _RESERVED:
+        if key in metadata:
+            raise AdapterCheckError(f"{source} has metadata that can't be read: a key is `{key}`. Remove it.")
+    if not isinstance(metadata.get("tags"), str | list | None):
+        raise AdapterCheckError(
+            f"{source} has metadata that can't be read: `tags` must be a list of texts, got "
+            f"{shorten(metadata['tags'])}. Correct it."
+        )
+
+    for model in _mappings(metadata.get("model-index")):
+        for result in _mappings(model.get("results")):
+            address = result.get("source") or {"url": ""}
+            if not isinstance(address, Mapping) or address.get("url") is None:
+                raise AdapterCheckError(
+                    f"{source} has metadata that can't be read: the `source` of a result in `model-index` must have "
+                    f"a `url`, got {shorten(address)}. Correct it."
+                )
+    return metadata
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []

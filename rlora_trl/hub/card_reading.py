@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from huggingface_hub import CardData, EvalResult, ModelCard
+from huggingface_hub import CardData, EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from ..files.card_text import check_card_text, read_card_text
+from ..reading import shorten
+from ..tuner.task_names import MAX_TASK_NAME, MAX_TASKS
 
 
 # Around the generated part of a card.
@@ -26,7 +31,12 @@ _AUTOMATIC = (
 )
 # Metadata of such cards that is wrong for an adapter, or names a folder. TRL 1.16 writes `licence: license`.
 _AUTOMATIC_KEYS = ("licence", "model_name", "base_model", "library_name", "pipeline_tag", "eval_results", "metrics")
-_MAX_NAMES, _MAX_NAME_LENGTH = 1000, 300
+_MAX_NAMES, _MAX_NAME_LENGTH = MAX_TASKS, MAX_TASK_NAME
+# Fields of a result that the Hub identifies it by, or that are compared.
+_RESULT_NAMES = (
+    *("task_type", "dataset_type", "dataset_name", "dataset_config", "dataset_split", "dataset_revision"),
+    "metric_type",
+)
 
 
 @dataclass
@@ -41,11 +51,8 @@ class ExistingCard:
 
 
 def read_card(path: Path) -> str | None:
-    """The text of a card, with its line ends unchanged; `None` if the file is missing."""
-    if not path.is_file():
-        return None
-    with open(path, encoding="utf-8", newline="") as file:
-        return file.read()
+    """The text of a card as [`read_card_text`] reads it; `None` if the file is missing."""
+    return read_card_text(path) if path.is_file() else None
 
 
 def hand_written(text: str) -> str:
@@ -78,20 +85,33 @@ def read_existing(text: str | None) -> ExistingCard:
         return ExistingCard({}, [], *_split_body(text, newline), newline)
 
     try:
-        data: Any = ModelCard(text).data
-        metadata, results = data.to_dict(), list(data.eval_results or [])
-    except Exception as error:  # PyYAML's errors, and others that malformed metadata causes
+        metadata = {key: value for key, value in check_card_text(text).items() if value is not None}
+        results = _read_results(metadata.pop("model-index", None))
+    except Exception as error:  # what `huggingface_hub` raises for results of a wrong shape, too
         raise ValueError(
             f"The metadata of the existing card, between its two lines of ---, can't be read: {error}. Correct it, or "
             "remove it: the rest of the card is kept."
         ) from error
-    metadata.pop("model-index", None)
+    if results:
+        metadata.pop("model_name", None)  # the name of `model-index`
 
     body = text[match.end() :]
     if BEGIN not in body and any(sentence in body for sentence in _AUTOMATIC):
         metadata = {key: value for key, value in metadata.items() if key not in _AUTOMATIC_KEYS}
         return ExistingCard(metadata, newline=newline)
     return ExistingCard(metadata, results, *_split_body(body, newline), newline)
+
+
+def _read_results(model_index: Any) -> list[EvalResult]:
+    """The results in the metadata of a card; an error if they have another shape than the Hub's."""
+    if not model_index:
+        return []
+    _, results = model_index_to_eval_results(model_index)
+    for result in results:
+        for name in _RESULT_NAMES:
+            if isinstance(value := getattr(result, name), list | dict):
+                raise ValueError(f"`{name}` of a result in `model-index` must be a text, got {shorten(value)}")
+    return results
 
 
 def _split_body(body: str, newline: str) -> tuple[str, str]:
@@ -107,10 +127,11 @@ def _split_body(body: str, newline: str) -> tuple[str, str]:
         # With one marker missing, generated and hand-written text can't be distinguished: all of it is kept.
         return before.replace(END, ""), rest.replace(END, "")
     _, _, after = rest.partition(END)
-    while BEGIN in after and END in after.partition(BEGIN)[2]:
-        between, _, rest = after.partition(BEGIN)
-        after = between + rest.partition(END)[2]
-    return before, after.replace(BEGIN, "").replace(END, "")
+
+    # Further generated parts in the text after the first one, each up to its end.
+    *parts, last = after.split(END)
+    kept = [part.partition(BEGIN)[0] for part in parts] + [last]
+    return before, "".join(kept).replace(BEGIN, "").replace(END, "")
 
 
 def read_card_info(card_data: CardData | Mapping[str, Any] | None, model_index: Any = None) -> dict[str, Any]:

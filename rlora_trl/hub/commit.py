@@ -214,7 +214,7 @@ class _Transaction:
                 logger.warning(f"The record in {self.repo_id} is replaced, as it can't be read: {error}")
                 record = None
 
-        info = read_card_info(check_card_text(card, f"The card of {self.repo_id}").data)
+        info = read_card_info(check_card_text(card, f"The card of {self.repo_id}"))
         return _Repository(files, card, info.get("digest"), record)
 
     def _remaining_exports(self, repository: _Repository) -> list[dict[str, Any]]:

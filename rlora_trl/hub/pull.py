@@ -154,7 +154,7 @@ def _check(folder: Path, base_model: str | None, name: str) -> CheckedAdapter:
     checked = check_adapter(folder, base_model=base_model, name=name)
     card = folder / CARD_NAME
     if card.is_file():
-        digest = read_card_info(check_card(card).data).get("digest")
+        digest = read_card_info(check_card(card)).get("digest")
         if digest is not None and digest != checked.digest:
             raise AdapterCheckError(
                 f"The weights of {name} do not match its card: their digest is {checked.digest}, the card has "

@@ -103,7 +103,9 @@ def format_metric(metric: str, value: float | None) -> str:
         return "-"
     # Values above 1 are percentages that were written by hand.
     is_ratio = metric in ("accuracy", BASE_METRIC, "f1", "exact_match") and 0 <= value <= 1
-    return f"{100 * value:.1f}%" if is_ratio else f"{value:.4f}"
+    if is_ratio:
+        return f"{100 * value:.1f}%"
+    return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4g}"
 
 
 def compare(repo_ids: Sequence[str], *, metric: str = "accuracy", token: str | bool | None = None) -> Comparison:
@@ -118,7 +120,8 @@ def compare(repo_ids: Sequence[str], *, metric: str = "accuracy", token: str | b
         token (`str` or `bool`, *optional*): As in `huggingface_hub.model_info`.
 
     Raises:
-        ValueError: If there is nothing to compare.
+        ValueError: If there is nothing to compare, or a name is not that of a repository, such as a folder.
+        AdapterCheckError: If a card can't be read.
         HfHubHTTPError: If a repository does not exist or may not be read.
     """
     if isinstance(repo_ids, str) or not repo_ids:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from huggingface_hub import HfApi, ModelInfo
+from huggingface_hub import ModelInfo
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import parse_datetime, validate_repo_id
+from transformers.utils import logging
 
 from ..hub.card_reading import read_card_info
+from ..reading import AdapterCheckError, first_few, shorten
+from .listing import get_entry, list_entries, name_of, read_entry
 
+
+logger = logging.get_logger(__name__)
 
 Order = Literal["downloads", "updated", "accuracy"]
 
@@ -55,22 +62,45 @@ class AdapterInfo:
 
     @classmethod
     def from_model_info(cls, info: ModelInfo) -> AdapterInfo:
-        """Create it from what the Hub returns for a repository."""
-        card = read_card_info(info.card_data or {})
+        """Create it from a `ModelInfo` of huggingface_hub."""
+        fields = {name: getattr(info, name) for name in ("sha", "downloads", "last_modified", "private")}
+        return cls._create(info.id, info.card_data or {}, **fields)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> AdapterInfo:
+        """
+        Create it from what the Hub answers about a repository.
+
+        Args:
+            data (`bytes`): The JSON.
+
+        Raises:
+            AdapterCheckError: If a value has an unexpected type or form, or huggingface_hub could not hold the card.
+        """
+        entry = read_entry(data)
+        modified = entry.get("lastModified")
+        try:
+            last_modified = parse_datetime(modified) if modified else None
+        except ValueError as error:
+            raise AdapterCheckError(f"`lastModified` must be a time, got {shorten(modified)}.") from error
+        fields = {name: entry.get(name) for name in ("sha", "downloads", "private")}
+        return cls._create(entry["id"], entry.get("cardData") or {}, last_modified=last_modified, **fields)
+
+    @classmethod
+    def _create(cls, repo_id: str, metadata: Any, *, private: bool | None, **fields: Any) -> AdapterInfo:
+        card = read_card_info(metadata)
         return cls(
-            repo_id=info.id,
+            repo_id,
             base_model=card.get("base_model"),
-            tasks=tuple(card.get("tasks", ())),
-            metrics=card.get("metrics", {}),
+            tasks=tuple(card["tasks"]),
+            metrics=card["metrics"],
             r=card.get("r"),
             num_heads=card.get("num_heads"),
-            sha=info.sha,
-            downloads=info.downloads,
-            last_modified=info.last_modified,
             router=card.get("router"),
             digest=card.get("digest"),
-            exports=card.get("exports", {}),
-            private=bool(info.private),
+            exports=card["exports"],
+            private=bool(private),
+            **fields,
         )
 
     def mean(self, metric: str = "accuracy") -> float | None:
@@ -96,6 +126,8 @@ def search(
     """
     Search the Hub for R-LoRA adapters.
 
+    Adapters whose cards or entries on the Hub can't be read are skipped, and counted in a warning.
+
     Args:
         base_model (`str`, *optional*): Only adapters of this base model.
         task (`str`, *optional*): Only adapters trained on a task of this name.
@@ -110,32 +142,65 @@ def search(
 
     Raises:
         ValueError: If `limit` is not positive, or `sort` is unknown.
+        AdapterCheckError: If the Hub does not answer with a list.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}. Leave it out for all adapters.")
     if sort not in get_args(Order):
         raise ValueError(f"`sort` must be one of {', '.join(get_args(Order))}, got {sort!r}.")
-    matches = _matching(base_model, task, author, sort, token)
+
+    listed = _Listed(_query(base_model, task, author, sort), token)
+    matches: Iterable[AdapterInfo] = (info for info in listed if _matches(info, base_model, task))
     if sort == "accuracy":  # the Hub can't sort by it
-        matches = iter(sorted(matches, key=lambda info: info.mean() or 0.0, reverse=True))
-    return list(islice(matches, limit))
+        matches = sorted(matches, key=lambda info: info.mean() or 0.0, reverse=True)
+    results = list(islice(matches, limit))
+    listed.warn()
+    return results
 
 
-def _matching(
-    base_model: str | None, task: str | None, author: str | None, sort: Order, token: str | bool | None
-) -> Iterator[AdapterInfo]:
+def _query(base_model: str | None, task: str | None, author: str | None, sort: Order) -> dict[str, Any]:
+    """Parameters of the Hub's list of models."""
     tags = ["rlora"]
     if base_model is not None:
         tags.append(f"base_model:adapter:{base_model}")
     if task is not None:
         tags.append(f"task:{_one_line(task)}")
-    order: Any = "last_modified" if sort == "updated" else "downloads"
-    for info in HfApi(token=token).list_models(filter=tags, author=author, sort=order, expand=_FIELDS):
-        adapter = AdapterInfo.from_model_info(info)
-        # Tags are free text: a card may have a tag and describe something else.
-        has_task = task is None or _one_line(task) in map(_one_line, adapter.tasks)
-        if base_model in (None, adapter.base_model) and has_task:
-            yield adapter
+    by_author = {"author": author} if author else {}
+    order = "lastModified" if sort == "updated" else "downloads"
+    return {"filter": tags, **by_author, "sort": order, "expand": _FIELDS}
+
+
+class _Listed:
+    """The adapters in a list of the Hub, without those that can't be read, which are counted."""
+
+    def __init__(self, query: Mapping[str, Any], token: str | bool | None) -> None:
+        self.query, self.token = query, token
+        self.count, self.skipped = 0, list[str]()
+
+    def __iter__(self) -> Iterator[AdapterInfo]:
+        for data in list_entries(self.query, self.token):
+            self.count += 1
+            try:
+                info = AdapterInfo.from_json(data)
+            except AdapterCheckError as error:
+                self.skipped.append(name_of(data))
+                logger.debug(f"{self.skipped[-1]} is skipped: {error}")
+                continue
+            yield info
+
+    def warn(self) -> None:
+        if self.skipped:
+            were = "adapter was" if self.count == 1 else "adapters were"
+            logger.warning(
+                f"{len(self.skipped)} of {self.count} listed {were} skipped because their cards can't be read: "
+                f"{first_few(self.skipped, 2)}."
+            )
+
+
+def _matches(info: AdapterInfo, base_model: str | None, task: str | None) -> bool:
+    # Tags are free text: a card may have a tag and describe something else.
+    has_task = task is None or _one_line(task) in map(_one_line, info.tasks)
+    return base_model in (None, info.base_model) and has_task
 
 
 def _one_line(task: str) -> str:
@@ -153,16 +218,33 @@ def show(repo_id: str, *, revision: str | None = None, token: str | bool | None 
         token (`str` or `bool`, *optional*): As in `huggingface_hub.model_info`.
 
     Raises:
-        ValueError: If the repository is not tagged as an R-LoRA adapter.
+        ValueError: If this is not the name of a repository, or the repository is not tagged as an R-LoRA adapter.
+        AdapterCheckError: If its card can't be read.
         HfHubHTTPError: If it does not exist or may not be read.
     """
-    info = HfApi(token=token).model_info(repo_id, revision=revision)
-    if "rlora" not in (info.tags or ()):
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        kind = "a folder, and not" if os.path.isdir(repo_id) else "not"
+        raise ValueError(
+            f"{shorten(repo_id)} is {kind} the name of a repository. The zoo reads the cards of published adapters: "
+            "name one as user/name or user/name@revision, or push the folder with `push_adapter`."
+        ) from error
+
+    data = get_entry(repo_id, revision, token)
+    try:
+        info, tags = AdapterInfo.from_json(data), read_entry(data).get("tags")
+    except AdapterCheckError as error:
+        raise AdapterCheckError(
+            f"{repo_id} can't be shown, as its card or its entry on the Hub can't be read: {error} Use another "
+            "revision, or ask its author to correct the card."
+        ) from error
+    if "rlora" not in (tags or ()):
         raise ValueError(
             f"{repo_id} is not an R-LoRA adapter: its card does not have the tag `rlora`. Search for some with "
             "`zoo.search()`."
         )
-    return AdapterInfo.from_model_info(info)
+    return info
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlencode
 
 import yaml
 
@@ -162,6 +162,9 @@ class FakeHub:
     def __init__(self, url, storage_url):
         self.url, self.storage_url = url, storage_url
         self.repos, self.objects = {}, {}
+        # What answers about repositories say instead of the truth, by name; and further entries of the list of models.
+        self.claims, self.listed = {}, []
+        self.page_size, self.next_host, self.first_page_again = 1000, url, False
         self._ticks = itertools.count()
 
     def now(self):
@@ -272,13 +275,15 @@ class FakeHub:
     @route("GET", "/api/models/{repo}/revision/(?P<revision>[^/]+)")
     @route("GET", "/api/models/{repo}")
     def model_info(self, request, repo, revision="main"):
+        if repo in self.claims:
+            return as_json(self.claims[repo])
         repo = self.readable(request, repo)
         return as_json(self.describe(repo, repo.resolve(revision), blobs=request.flag("blobs")))
 
     @route("GET", "/api/models")
     def list_models(self, request):
         repos = [repo for repo in self.repos.values() if not repo.private or self.owns(request.user, repo.owner)]
-        models = [self.describe(repo, repo.resolve("main")) for repo in repos]
+        models = [self.describe(repo, repo.resolve("main")) for repo in repos if repo.id not in self.claims]
         tags = {tag for value in request.query.get("filter", []) for tag in value.split(",")}
         author = request.query.get("author", [None])[0]
         models = [model for model in models if tags <= set(model["tags"]) and author in (None, model["author"])]
@@ -286,7 +291,18 @@ class FakeHub:
         models.sort(key=lambda model: (model[sort], model["createdAt"]), reverse=True)
         # Only what was asked for, as on the real Hub.
         names = {"_id", "id", *request.query["expand"]} if "expand" in request.query else set(FIELDS)
-        return as_json([{name: model[name] for name in names & model.keys()} for model in models])
+        rows = [{name: model[name] for name in names & model.keys()} for model in models]
+        return self.page(request, [*rows, *self.claims.values(), *self.listed])
+
+    def page(self, request, rows):
+        """One page of a list, with the address of the next one in its header."""
+        start = int(request.query.get("cursor", ["0"])[0])
+        end, headers = start + self.page_size, {}
+        if end < len(rows):
+            cursor = 0 if self.first_page_again and start else end
+            query = urlencode({**request.query, "cursor": cursor}, doseq=True)
+            headers["Link"] = f'<{self.next_host}{request.path}?{query}>; rel="next"'
+        return as_json(rows[start:end], headers=headers)
 
     def describe(self, repo, commit, *, blobs=False):
         entry = commit.files.get("README.md")

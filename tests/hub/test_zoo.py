@@ -1,17 +1,21 @@
 """The zoo against a real HTTP server: search, compare, load and mix."""
 
+import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelInfo
 from processes import WorkerError
 from samples import BASE, save_adapter, save_base, tiny_record
 
 from rlora_trl import zoo as zoo_module
+from rlora_trl.reading import AdapterCheckError
 from rlora_trl.zoo import AdapterInfo, Comparison
 from rlora_trl.zoo.search import split_revision
 
 
 OTHER_BASE = "user/other-llama"
+SEARCHED = 1000
 HERE = Path(__file__).parent
 PATHS = [str(HERE), str(HERE.parent)]
 
@@ -112,6 +116,139 @@ def test_compare_revisions_of_one_repository(hub, zoo, folders):
     table = zoo("zoo.compare(places).to_dict()", places=[f"user/colours@{old}", "user/colours"])
     assert set(table["rows"][0]) == {"task", f"user/colours@{old}", "user/colours"}
     assert table["gains"][0]["user/colours"] == pytest.approx(0.3)
+
+
+def raw_entry(name, card=None, **changes):
+    """What the Hub's list says about a repository with a card."""
+    card = {"tags": ["rlora"], "base_model": BASE, "rlora": {"tasks": ["colour"]}} | (card or {})
+    entry = {"id": name, "sha": "a" * 40, "downloads": 1, "private": False, "tags": ["rlora"], "cardData": card}
+    return entry | {"lastModified": "2026-01-01T00:00:00.000Z"} | changes
+
+
+DEEP = json.loads("[" * 100 + "]" * 100)
+BAD_ENTRIES = {
+    "self": raw_entry("user/bad", {"self": "x"}),
+    "ignore": raw_entry("user/bad", {"ignore_metadata_errors": True}),
+    "tags": raw_entry("user/bad", {"tags": 5}),
+    "source": raw_entry("user/bad", {"model-index": [{"name": "x", "results": [{"source": "text"}]}]}),
+    "deep": raw_entry("user/bad", {"model-index": DEEP}),
+    "nan": raw_entry("user/bad", {"x": float("nan")}),
+    "huge": raw_entry("user/bad", {"x": 10**100}),
+    "card is a text": raw_entry("user/bad", cardData="text"),
+    "card is a list": raw_entry("user/bad", cardData=[1]),
+    "sha": raw_entry("user/bad", sha="../../x"),
+    "sha is a number": raw_entry("user/bad", sha=5),
+    "downloads": raw_entry("user/bad", downloads="many"),
+    "downloads are true": raw_entry("user/bad", downloads=True),
+    "time": raw_entry("user/bad", lastModified="yesterday"),
+    "time is a number": raw_entry("user/bad", lastModified=5),
+    "private": raw_entry("user/bad", private="no"),
+    "tags of the entry": raw_entry("user/bad", tags={"rlora": 1}),
+    "name": raw_entry("../../x"),
+    "long name": raw_entry("user/" + "x" * 200),
+    "name is a list": raw_entry(["user/bad"]),
+    "no name": {"sha": "a" * 40},
+    "no entry": 5,
+    "null": None,
+}
+LENIENT = {
+    "names": {"base_model": [1, {}], "rlora": {"tasks": [None, "colour"], "r": "x", "num_heads": -1}},
+    "index": {"model-index": 5},
+    "results": {"model-index": [{"results": [5, {"dataset": 5, "metrics": [{"value": "x"}]}]}]},
+    "block": {"rlora": 5},
+}
+
+
+def test_one_card_does_not_break_a_search(hub, zoo):
+    hub.fake.listed = list(BAD_ENTRIES.values())
+    hub.fake.page_size = 4
+    result = zoo("__import__('zoo_check').search(sort='downloads')")
+    assert result["found"] == ["user/colours", "user/words", "org/elsewhere"]
+    count = f"{len(BAD_ENTRIES)} of {len(BAD_ENTRIES) + 3}"
+    (message,) = result["messages"]
+    assert message.startswith(f"{count} listed adapters were skipped because their cards can't be read: ")
+    assert message.endswith(f"and {len(BAD_ENTRIES) - 2} more.")
+    assert set(zoo("__import__('zoo_check').search(sort='accuracy')")["found"]) == set(result["found"])
+
+    hub.fake.claims = {"user/bad": BAD_ENTRIES["self"]}
+    for call in ("show('user/bad')", "compare(['user/words', 'user/bad'])"):
+        with pytest.raises(WorkerError, match="user/bad can't be shown, as its card.*a key is `self`") as caught:
+            zoo(f"zoo.{call}")
+        assert caught.value.type == "AdapterCheckError"
+
+
+def test_pages_that_repeat(hub, zoo):
+    hub.fake.listed = [raw_entry(f"user/n{index}") for index in range(3)]
+    hub.fake.page_size = 2
+    assert len(zoo("__import__('zoo_check').search()")["found"]) == 6
+    hub.fake.first_page_again = True
+    with pytest.raises(WorkerError, match="does not end: its pages repeat"):
+        zoo("zoo.search()")
+
+
+def test_an_answer_without_end(zoo):
+    small = "setattr(__import__('rlora_trl.zoo.listing', fromlist=['x']), '_MAX_ANSWER', 100)"
+    for call in ("search()", "show('user/words')"):
+        with pytest.raises(WorkerError, match="answer has more than 100 bytes"):
+            zoo(f"{small} or zoo.{call}")
+
+
+def test_the_error_of_an_answer_is_that_of_huggingface_hub(hub, zoo):
+    hub.fail("GET", "/api/models$", status=404)
+    with pytest.raises(WorkerError, match="404"):
+        zoo("zoo.search()")
+
+
+def test_a_token_stays_with_its_hub(hub, zoo):
+    """The next page may be on any host."""
+    hub.fake.listed = [raw_entry(f"user/n{index}") for index in range(4)]
+    hub.fake.page_size = 6
+    hub.fake.next_host = hub.storage_url
+    hub.requests.clear()
+    assert len(zoo("__import__('zoo_check').search()")["found"]) == 7
+    first, second = (record for record in hub.requests if record.path == "/api/models")
+    assert first.authorization and not first.storage and second.storage and not second.authorization
+
+
+def test_a_search_is_linear(hub, zoo):
+    results = [
+        {
+            "task": {"type": "x"},
+            "dataset": {"type": "d", "name": f"t{i}"},
+            "metrics": [{"type": "accuracy", "value": 0.5}],
+        }
+        for i in range(10)
+    ]
+    card = {"model-index": [{"name": "x", "results": results}]}
+    hub.fake.listed = [raw_entry(f"user/n{index}", card) for index in range(SEARCHED)]
+    for sort in ("downloads", "accuracy"):
+        result = zoo("__import__('zoo_check').search(sort=sort)", sort=sort)
+        assert len(result["found"]) == SEARCHED + 3 and not result["messages"]
+        assert result["seconds"] < SEARCHED / 200, f"{SEARCHED} adapters took {result['seconds']} s"
+
+
+@pytest.mark.parametrize("name", BAD_ENTRIES)
+def test_a_bad_entry_is_an_error_of_one_type(name):
+    with pytest.raises(AdapterCheckError):
+        AdapterInfo.from_json(json.dumps(BAD_ENTRIES[name]).encode())
+
+
+@pytest.mark.parametrize("name", LENIENT)
+def test_values_of_unexpected_types_are_left_out(name):
+    info = AdapterInfo.from_json(json.dumps(raw_entry("user/odd", LENIENT[name])).encode())
+    assert info.repo_id == "user/odd" and info.metrics == {} and info.r is None and info.num_heads is None
+
+
+def test_from_model_info():
+    entry = raw_entry("user/a", {"rlora": {"tasks": ["colour"], "r": 4}})
+    assert AdapterInfo.from_model_info(ModelInfo(**entry)) == AdapterInfo.from_json(json.dumps(entry).encode())
+
+
+def test_what_is_not_a_repository_is_named(tmp_path):
+    for compared in (str(tmp_path), "a/b/c", "user/name name", ""):
+        with pytest.raises(ValueError, match="name of a repository.*user/name or user/name@revision") as caught:
+            zoo_module.compare([compared])
+        assert ("a folder" in str(caught.value)) == (compared == str(tmp_path))
 
 
 def test_names_of_strangers_stay_in_their_cells():

@@ -1,5 +1,8 @@
 """What the worker runs for `test_zoo`: several adapters on one model."""
 
+import logging
+import time
+
 import torch
 from testing_utils import random_ids
 from transformers import AutoModelForCausalLM
@@ -63,3 +66,15 @@ def check(repos):
         "zero": (zero - base).abs().max().item(),
         "sum": (mixed - expected).abs().max().item(),
     }
+
+
+def search(**arguments):
+    """Names that a search finds, what it warns of, and the seconds that it takes."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("rlora_trl").addHandler(handler)
+    start = time.perf_counter()
+    found = [info.repo_id for info in zoo.search(**arguments)]
+    seconds = time.perf_counter() - start
+    return {"found": found, "messages": [record.getMessage() for record in records], "seconds": seconds}
