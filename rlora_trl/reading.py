@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ _MAX_DEPTH, _MAX_ELEMENTS = 32, 1_000_000
 _MAX_DIGITS = 64
 # Types that PyTorch has, too, as safetensors names them.
 _DTYPES = frozenset("BOOL U8 I8 F8_E5M2 F8_E4M3 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64 C64".split())
+# Unicode's categories of characters that show nothing, or change how others are shown.
+_ESCAPED = frozenset(("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"))
+# Combining marks on one letter; languages need up to four.
+_MAX_MARKS = 4
 _REMEDY = "Save the adapter again, or download it again."
 
 
@@ -51,19 +56,49 @@ class TensorEntry:
     shape: tuple[int, ...]
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """
+    Escape what does more on a terminal than show a character, for text of unknown origin.
+
+    Letters, digits and symbols of all languages stay as they are. Escaped, as in `"\\x1b"` and `"\\u202e"`, are
+    control characters (`ESC`, tabs and line ends among them), format characters (those that reverse the direction of
+    writing among them), separators of lines and paragraphs, surrogates, characters of private use or without a
+    meaning, and all but the first few of a run of combining marks, which would cover the lines above and below.
+
+    Args:
+        text (`str`): The text.
+        keep (`str`, *optional*): Characters to leave as they are, such as `"\\n"` for text of several lines.
+
+    Returns:
+        `str`: The text on one line, unless `keep` has line ends. Backslashes are not doubled.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+
+    shown, marks = [], 0
+    for character in text:
+        category = unicodedata.category(character)
+        marks = marks + 1 if category in ("Mn", "Me") else 0
+        is_safe = category not in _ESCAPED and marks <= _MAX_MARKS
+        shown.append(character if is_safe or character in keep else character.encode("unicode_escape").decode())
+    return "".join(shown)
+
+
 def first_few(names: Iterable[str], limit: int = 3) -> str:
-    """The first `limit` sorted names and the number of the others, for a message."""
+    """The first `limit` sorted names, made [`printable`], and the number of the others, for a message."""
     ordered = sorted(names)
-    listed = ", ".join(ordered[:limit])
+    listed = ", ".join(printable(_cut(name, _MAX_NAME)) for name in ordered[:limit])
     return listed if len(ordered) <= limit else f"{listed} and {len(ordered) - limit} more"
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """`repr` of a value for a message, cut to `limit` characters: the value may be huge."""
-    if isinstance(value, str) and len(value) > limit:
-        value = value[:limit] + "..."
-    text = repr(value)
-    return text if len(text) <= limit + 6 else text[:limit] + "..."
+    """`repr` of a value for a message, [`printable`] and cut to `limit` characters: the value may be huge."""
+    text = repr(_cut(value, limit) if isinstance(value, str) else value)
+    return printable(_cut(text, limit, limit + 6))
+
+
+def _cut(text: str, limit: int, most: int | None = None) -> str:
+    return text if len(text) <= (most or limit) else text[:limit] + "..."
 
 
 def check_regular_file(path: str | Path, limit: int) -> int:
