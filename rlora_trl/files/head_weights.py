@@ -142,7 +142,7 @@ def _check_shape(task: Any, rows: Any, num_layers: int, num_heads: int | None) -
     if not isinstance(task, str) or len(task) > MAX_TASK_NAME:
         raise ValueError(f"Head weights name a task {shorten(task)}; names are texts of at most {MAX_TASK_NAME}.")
     if not isinstance(rows, list) or len(rows) != num_layers:
-        _refuse(task, rows, f"of shape [{num_layers}, N]")
+        _refuse(task, rows, f"of shape [{num_layers}, N], all of one length")
     for row in rows:
         if not isinstance(row, list) or not row or len(row) != (num_heads or len(row)):
             _refuse(task, row, f"of shape [{num_layers}, {num_heads or 'N'}], all of one length")
