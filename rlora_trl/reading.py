@@ -163,10 +163,11 @@ def read_json(path: str | Path, *, limit: int = JSON_LIMIT) -> Any:
         AdapterCheckError: If the file is larger than `limit`, is not JSON in UTF-8, is nested more than 32 deep, has a
             key twice in one object, NaN, infinity or an integer of more than 64 digits.
     """
-    return _parse_json(read_bytes(path, limit), str(path))
+    return parse_json(read_bytes(path, limit), str(path))
 
 
-def _parse_json(data: bytes, source: str) -> Any:
+def parse_json(data: bytes, source: str) -> Any:
+    """[`read_json`] of bytes that are in memory; `source` is their name in messages."""
     # Counted before parsing, which would create an object for each.
     if sum(map(data.count, (b",", b"[", b"]", b"{", b"}"))) > _MAX_ELEMENTS:
         raise AdapterCheckError(f"{source} has more than {_MAX_ELEMENTS} elements. It is not the file of an adapter.")
@@ -263,7 +264,7 @@ def read_safetensors_header(path: str | Path, *, limit: int | None = None) -> di
     try:
         if count > _MAX_TENSORS:
             raise AdapterCheckError(f"it has {count} tensors, more than {_MAX_TENSORS}. {_REMEDY}")
-        entries = _parse_json(header, "its header")
+        entries = parse_json(header, "its header")
         entries.pop("__metadata__", None)
         return {name: _tensor_entry(name, entry) for name, entry in entries.items()}
     except AdapterCheckError as error:

@@ -188,7 +188,7 @@ def adapter_digest(source: str | Path | Mapping[str, torch.Tensor]) -> str:
     return file_digest(path, read_safetensors_header(path))
 
 
-def check_adapter(folder: str | Path, *, base_model: str | None = None) -> CheckedAdapter:
+def check_adapter(folder: str | Path, *, base_model: str | None = None, name: str | None = None) -> CheckedAdapter:
     """
     Check the files of an adapter in a local folder before anything loads them.
 
@@ -196,6 +196,7 @@ def check_adapter(folder: str | Path, *, base_model: str | None = None) -> Check
         folder (`str` or `Path`): The folder.
         base_model (`str`, *optional*): Base model that the adapter is about to be loaded on. Compared if it is a name
             on the Hub, as folders may hold any model.
+        name (`str`, *optional*): Name of the adapter in messages about its base model. Defaults to the folder.
 
     Returns:
         [`CheckedAdapter`]: The facts about the adapter.
@@ -220,7 +221,7 @@ def check_adapter(folder: str | Path, *, base_model: str | None = None) -> Check
     entries = read_safetensors_header(weights, limit=WEIGHTS_LIMIT)
     layers = check_tensors(weights, entries, config)
     record = _read_record(folder / RECORD_NAME) if RECORD_NAME in files else None
-    _check_base(folder, config, record, base_model)
+    _check_base(name or str(folder), config, record, base_model)
     _check_beside(folder, files)
 
     # The values.
@@ -296,17 +297,17 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
-def _check_base(folder: Path, config: RLoraConfig, record: AdapterRecord | None, base_model: str | None) -> None:
+def _check_base(name: str, config: RLoraConfig, record: AdapterRecord | None, base_model: str | None) -> None:
     """Compare the base models in configuration, record and argument, if they are names on the Hub."""
     in_config, in_record = hub_name(config.base_model_name_or_path), hub_name(record.base_model if record else None)
     if in_config and in_record and in_config != in_record:
         raise AdapterCheckError(
-            f"{folder} was trained on {in_config} by its {CONFIG_NAME}, and on {in_record} by its {RECORD_NAME}. "
+            f"{name} was trained on {in_config} by its {CONFIG_NAME}, and on {in_record} by its {RECORD_NAME}. "
             "The two files belong to different adapters; take both from one source."
         )
     stated, requested = in_config or in_record, hub_name(base_model)
     if stated and requested and stated != requested:
         raise AdapterCheckError(
-            f"{folder} was trained on {shorten(stated)}, and is being loaded on {shorten(requested)}. Load the model "
+            f"{name} was trained on {shorten(stated)}, and is being loaded on {shorten(requested)}. Load the model "
             "that it was trained on, or another adapter."
         )

@@ -187,7 +187,9 @@ def _check_link(folder: Path, path: str, is_folder: bool) -> None:
     # Unlike `Path.resolve`, this does not fail where links form a loop.
     target = Path(os.path.realpath(folder / path))
     for parent in folder.resolve().parents:
-        if parent.name == "snapshots" and target.parent == parent.parent / "blobs":
+        # Blobs of the repository, and those that repositories share.
+        blobs = (parent.parent / "blobs", parent.parent.parent / "blobs" / target.parent.name)
+        if parent.name == "snapshots" and target.parent in blobs:
             return
     if classify(path) is FileKind.OTHER and not is_folder:
         return  # never opened

@@ -18,21 +18,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.dataclasses import strict, validated_field
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from .._version import __version__
-from ..reading import AdapterCheckError, first_few, read_json, shorten
+from ..reading import JSON_LIMIT, AdapterCheckError, first_few, parse_json, read_json, shorten
 from ..tuner.config import RLoraConfig
 from ..tuner.task_names import MAX_TASKS, task_name
+from ..writing import write_text
+from .download import find_file
 from .head_weights import HeadWeights
 from .layout import RECORD_NAME
 
@@ -330,19 +325,16 @@ class AdapterRecord:
         """
         path = Path(folder) / RECORD_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
         values = self.to_dict()
+        text = _to_json(values)
+
+        # Head weights grow with tasks times layers times heads, and can be measured again.
         kept = every = len(self.mixtures.weights) if self.mixtures is not None else 0
-        try:
-            _write_json(temporary, values)
-            # Head weights grow with tasks times layers times heads, and can be measured again.
-            while kept and not _is_readable(temporary):
-                kept = kept * 3 // 4
-                values["mixtures"] = _first_tasks(values["mixtures"], kept)
-                _write_json(temporary, _without_empty(values))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        while kept and not _is_readable(text):
+            kept = kept * 3 // 4
+            values["mixtures"] = _first_tasks(values["mixtures"], kept)
+            text = _to_json(_without_empty(values))
+        write_text(path, text)
 
         if kept < every:
             logger.warning(
@@ -398,20 +390,19 @@ def _check_size(name: str, value: Any, where: str = "") -> None:
             )
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def _to_json(values: Mapping[str, Any]) -> str:
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     # Lists of numbers on one line each: head weights are most of a large record. Texts have no raw line ends.
-    text = re.sub(r"\[\n\s+([-+.\de,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(f"{text}\n")
+    return re.sub(r"\[\n\s+([-+.\de,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
-def _is_readable(path: Path) -> bool:
+def _is_readable(text: str) -> bool:
+    data = text.encode("utf-8")
     try:
-        read_json(path)
+        parse_json(data, RECORD_NAME)
     except AdapterCheckError:
         return False
-    return True
+    return len(data) <= JSON_LIMIT
 
 
 def _first_tasks(mixtures: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -491,11 +482,9 @@ def find_record(config: RLoraConfig, token: str | bool | None = None) -> Adapter
     name, revision, subfolder = source
     if os.path.isdir(name):
         return AdapterRecord.load(Path(name, subfolder or ""))
-    try:
-        path = hf_hub_download(name, RECORD_NAME, revision=revision, subfolder=subfolder, token=token)
-    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-        return None
-    return AdapterRecord.load(Path(path).parent)
+    path = f"{subfolder}/{RECORD_NAME}" if subfolder else RECORD_NAME
+    file = find_file(name, path, limit=JSON_LIMIT, revision=revision, token=token)
+    return None if file is None else AdapterRecord.load(file.parent)
 
 
 def select_hyperparameters(args: Any) -> dict[str, Scalar]:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..files.card_text import check_card_text
 from ..files.checks import AdapterCheckError, CheckedAdapter
+from ..files.download import fetch, is_same_file, list_files
 from ..files.layout import (
     CARD_NAME,
     FIGURES,
@@ -34,7 +35,6 @@ from ..files.layout import (
 from ..files.record import AdapterRecord
 from .card import render_card
 from .card_reading import hand_written, read_card, read_card_info
-from .pull import is_same_file
 
 
 logger = logging.get_logger(__name__)
@@ -199,13 +199,14 @@ class _Transaction:
         self.head = head
 
     def _read_repository(self, head: str) -> _Repository:
-        files = frozenset(self.api.list_repo_files(self.repo_id, revision=head))
+        listing = list_files(self.repo_id, head, token=self.api.token)
+        files = frozenset(listing.files)
         if CARD_NAME not in files:
             return _Repository(files)
 
         with TemporaryDirectory() as scratch:
             for path in files & {CARD_NAME, RECORD_NAME}:
-                self.api.hf_hub_download(self.repo_id, path, revision=head, local_dir=scratch)
+                fetch(listing, path, Path(scratch, path), token=self.api.token)
             card = read_card(Path(scratch, CARD_NAME)) or ""
             try:
                 record = AdapterRecord.load(scratch)

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote
 
@@ -111,8 +112,10 @@ class Request:
 
 @dataclass
 class Response:
+    """An answer; a body of pieces, which may go on forever, has no announced length."""
+
     status: int = 200
-    body: bytes = b""
+    body: bytes | Iterable[bytes] = b""
     headers: dict = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ a request means is in fake_hub.py; this file has the HTTP side: requests, their 
     hub.fail("POST", r"/api/models/.*/commit/", status=500, after=True)       # it lands, yet the client sees an error
     hub.fail("GET", r"/cdn/", drop_after=1000)                                # the connection breaks in a download
     hub.before("GET", r"/cdn/", lambda: hub.commit("user/adapter", changes))  # the revision moves in between
+    hub.rewrite("*", r"/resolve/", lambda answer: answer.headers.update(ETag='"../x"'))  # a hostile answer
     [(r.method, r.path, r.status) for r in hub.requests]
 """
 
@@ -22,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from fake_hub import FakeHub, Request, as_json
+from fake_hub import FakeHub, Request, Response, as_json
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Fault:
     delay: float = 0.0
     after: bool = False
     action: Callable[[], object] | None = None
+    change: Callable[[Response], object] | None = None
     hits: int = 0
 
     def take(self, record: Record) -> bool:
@@ -123,6 +125,10 @@ class HubServer:
     def before(self, method: str, pattern: str, action: Callable[[], object]) -> Fault:
         """Call `action` right before a request is served, once."""
         return self.fail(method, pattern, action=action)
+
+    def rewrite(self, method: str, pattern: str, change: Callable[[Response], object]) -> Fault:
+        """Let `change` alter every answer to the requests that match, in place."""
+        return self.fail(method, pattern, change=change, times=None)
 
     def take_faults(self, record: Record) -> list[Fault]:
         """The faults that hit a request: waits and actions, and the first failure; a second one waits its turn."""
@@ -266,6 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
         if refusal is not None and not failure.after:
             return self._write(record, refusal)
         response = hub.answer(Request(self.command, parts.path, parse_qs(parts.query), self.headers, body))
+        for fault in faults:
+            if fault.change is not None:
+                fault.change(response)
         if failure.after and refusal is None:
             return self._hang_up()
         self._write(record, refusal or response, failure.drop_after)
@@ -296,6 +305,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
 
     def _write(self, record: Record, response, drop_after: int | None = None) -> None:
+        if not isinstance(response.body, bytes):
+            return self._write_pieces(record, response)
         body = b"" if self.command == "HEAD" else response.body[:drop_after]
         record.status, record.sent = response.status, len(body)
         self.send_response(response.status)
@@ -306,6 +317,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.flush_headers()
         if drop_after is not None:
             self._hang_up()
+
+    def _write_pieces(self, record: Record, response) -> None:
+        """A body of unknown length, sent until the client leaves; the connection's end is its end."""
+        record.status = response.status
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for piece in response.body if self.command != "HEAD" else ():
+            self.wfile.write(piece)
+            record.sent += len(piece)
+        self._hang_up()
 
     def _hang_up(self) -> None:
         self.close_connection = True

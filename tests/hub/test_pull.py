@@ -69,7 +69,7 @@ def test_revision_that_moves_between_two_requests(hub, pull, tmp_path, folder):
     """All files are of one commit, whichever."""
     newer = save_adapter(tmp_path / "newer", seed=8, r=2)
     files = {path: (newer / path).read_bytes() for path in ("adapter_model.safetensors", "adapter_config.json")}
-    moved = hub.before("HEAD", r"/resolve/.*/adapter_config.json", lambda: hub.commit(REPO, files))
+    moved = hub.before("GET", r"/resolve/.*/adapter_config.json", lambda: hub.commit(REPO, files))
     local = pull()
     assert moved.hits == 1
     config = json.loads((Path(local) / "adapter_config.json").read_text())
@@ -189,6 +189,7 @@ def test_lasting_cut_leaves_nothing_usable_and_the_retry_succeeds(hub, pull, fol
 
 def test_cache_serves_where_the_hub_does_not_answer(hub, pull, folder):
     with_hub = pull()
+    hub.commit("user/other", contents(folder))
     hub.fail("*", "/api/", drop_after=0, times=None)
     assert pull() == with_hub
     with pytest.raises(WorkerError, match="not in the cache"):
