@@ -8,7 +8,6 @@ Metadata and page have limited sizes: of many tasks they list the first ones and
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections import Counter
@@ -23,6 +22,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..files.card_text import METADATA_LIMIT
 from ..files.layout import CONFIG_NAME, RECORD_NAME, task_slug
+from ..files.markdown import code, escape
 from ..files.names import hub_name
 from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, is_plain
 from ..files.task_types import auto_model_class, auto_peft_class, generates
@@ -39,9 +39,9 @@ _TAGS = ("rlora", "multi-task", "lora")
 _TASK_TYPE = "text-generation"
 # Longer tables of tasks are folded, so that the code to load the adapter stays on the first screen.
 _FOLDED_FROM = 25
-# Tasks in the metadata, which readers of cards cut after 1,000 names; rows of a table, columns of metrics, entries of
-# a list and characters of a text on the page. A card of the most tasks with the longest names stays below the limits.
-_LISTED_TASKS, _ROWS, _METRICS, _ENTRIES, _CHARACTERS = 500, 100, 12, 20, 100
+# Tasks in the metadata, which readers of cards cut after 1,000 names; rows of a table, columns of metrics, and entries
+# of a list. A card of the most tasks with the longest names stays below the limits.
+_LISTED_TASKS, _ROWS, _METRICS, _ENTRIES = 500, 100, 12, 20
 # Of an export in a record; see `AdapterRecord`.
 _EXPORT_FIELDS = ("task", "path", "rank", "exact", "kl", "accuracy", "accuracy_dynamic", "rows")
 # Defaults of most runs, which a reader need not see.
@@ -318,9 +318,9 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
     """The generated part of the card, from marker to marker."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {
-        "text": _escape,
+        "text": escape,
         "literal": _literal,
-        "code": _code,
+        "code": code,
         "link": _hub_link,
         "count": _count,
         "metric": _metric,
@@ -350,7 +350,7 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
         settings=_shown_settings(record),
         versions={name: value for name, value in record.versions.items() if is_plain(name) and is_plain(value)},
         data_licenses={
-            _hub_link(task.dataset, "datasets/") or _escape(task.name): task.license
+            _hub_link(task.dataset, "datasets/") or escape(task.name): task.license
             for task in record.tasks
             if task.license
         },
@@ -408,25 +408,7 @@ def _points(value: float | None, other: float | None) -> str:
 
 
 def _hub_link(name: str | None, kind: str = "") -> str:
-    return f"[{_escape(name)}](https://huggingface.co/{kind}{quote(name)})" if name else ""
-
-
-def _escape(text: Any, most: int = _CHARACTERS) -> str:
-    """
-    Foreign text as one printable line without meaning in Markdown or HTML; underscores within words may stay. Of long
-    texts the middle is left out: names of tasks often differ at the end.
-    """
-    line = " ".join(str(text).split()) if text is not None else ""
-    if len(line) > most:
-        line = f"{line[: most // 2]}…{line[-(most // 2) :]}"
-    line = html.escape(printable(line), quote=False)
-    line = re.sub(r"([\\`*\[\]|~$])", r"\\\1", line)
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
-
-
-def _code(text: str) -> str:
-    """A commit or another plain name as code, other text escaped."""
-    return f"`{text}`" if re.fullmatch(r"[\w.:/-]+", text) else _escape(text)
+    return f"[{escape(name)}](https://huggingface.co/{kind}{quote(name)})" if name else ""
 
 
 def _literal(text: str) -> str:
