@@ -20,13 +20,12 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from ..files.card_text import METADATA_LIMIT
 from ..files.layout import CONFIG_NAME, RECORD_NAME, task_slug
 from ..files.markdown import code, escape
 from ..files.names import hub_name
 from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, is_plain
 from ..files.task_types import auto_model_class, auto_peft_class, generates
-from ..reading import printable
+from ..reading import MIB, printable
 from .card_reading import BEGIN, END, TASK_TAG, ExistingCard, is_finite, names_in, read_card_info, read_existing
 
 
@@ -42,6 +41,8 @@ _FOLDED_FROM = 25
 # Tasks in the metadata, which readers of cards cut after 1,000 names; rows of a table, columns of metrics, and entries
 # of a list. A card of the most tasks with the longest names stays below the limits.
 _LISTED_TASKS, _ROWS, _METRICS, _ENTRIES = 500, 100, 12, 20
+# Bytes of the metadata. Earlier versions refuse more, and it would take seconds to write.
+_METADATA_SIZE = MIB // 4
 # Of an export in a record; see `AdapterRecord`.
 _EXPORT_FIELDS = ("task", "path", "rank", "exact", "kl", "accuracy", "accuracy_dynamic", "rows")
 # Defaults of most runs, which a reader need not see.
@@ -187,9 +188,9 @@ def _fit_metadata(metadata: Callable[[int], dict[str, Any]], count: int, newline
         header = ModelCardData(**metadata(count)).to_yaml(line_break=newline)
         # In bytes, as the card as a whole is limited.
         size = len(header.encode("utf-8"))
-        if size <= METADATA_LIMIT or count == 0:
+        if size <= _METADATA_SIZE or count == 0:
             return header, count
-        count = min(count - 1, int(0.95 * count * METADATA_LIMIT / size))
+        count = min(count - 1, int(0.95 * count * _METADATA_SIZE / size))
 
 
 def _merge_results(

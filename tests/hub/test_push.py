@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from processes import WorkerError
 from samples import BASE, TASKS, save_adapter, save_base, tiny_record
 
+from rlora_trl.files.card_text import CARD_LIMIT
 from rlora_trl.files.head_weights import HeadWeights
 from rlora_trl.files.record import AdapterRecord, TaskRecord
 from rlora_trl.hub import adapter_digest
@@ -297,9 +298,9 @@ def test_weights_that_change_between_check_and_upload(hub, worker, base, tmp_pat
 
 
 def test_large_files_of_the_repository_are_not_downloaded(hub, push, folder):
-    hub.commit(REPO, {"README.md": "x" * (2**20 + 1)})
+    hub.commit(REPO, {"README.md": "x" * (CARD_LIMIT + 1)})
     with pytest.raises(
-        WorkerError, match="README.md of user/words has 1048577 bytes.*Nothing was published"
+        WorkerError, match=rf"README.md of user/words has {CARD_LIMIT + 1} bytes.*Nothing was published"
     ) as caught:
         push(folder)
     assert caught.value.type == "AdapterCheckError" and not hub.count("GET", "/resolve/.*README.md")
