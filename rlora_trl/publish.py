@@ -5,8 +5,10 @@ The module imports both `hub` and `export`, which do not import each other.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -17,20 +19,23 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .analysis import head_similarities, plot_head_similarity, plot_routing
+from .analysis.heads import MAX_COSINES
 from .export import export_lora
 from .export.loading import load_adapted
-from .files.checks import CheckedAdapter, check_adapter
-from .files.config import read_config
+from .files.card_text import check_card
+from .files.checks import WEIGHTS_LIMIT, AdapterCheckError, CheckedAdapter, check_adapter
+from .files.config import CONFIG_LIMIT, read_config
 from .files.layout import CARD_NAME, CONFIG_NAME, EXPORTS, FIGURES, FileKind, classify, published_files, task_slug
 from .files.names import hub_name
 from .files.record import AdapterRecord, TaskRecord, find_record
-from .hub.card_reading import read_card
+from .hub.card_reading import read_card, read_card_info
 from .hub.commit import HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE, Publication, commit_adapter
+from .reading import check_regular_file, first_few, read_json, shorten
 from .tuner.bnb_cpu import kept_quantized
 
 
@@ -70,8 +75,9 @@ def push_adapter(
 
     Args:
         adapter (`PeftModel`, `str` or [`CheckedAdapter`]):
-            A model with an R-LoRA adapter, or a folder that `save_pretrained` or the trainer wrote. The weights of a
-            folder that [`check_adapter`] has just checked are not checked again.
+            A model with an R-LoRA adapter, or a folder that `save_pretrained` or the trainer wrote. A copy of the
+            folder is checked and published; if [`check_adapter`] has checked the folder before, its tensors must still
+            be the same.
         repo_id (`str`):
             `"user/name"` or `"organization/name"`, created if missing.
         tasks (`Sequence[str]`, *optional*):
@@ -106,16 +112,17 @@ def push_adapter(
         `CommitInfo`: The commit; the head of the branch if nothing has changed.
 
     Raises:
-        AdapterCheckError: If the adapter is damaged, incomplete or not finite (then nothing was published), or the
-            contents that the Hub lists differ from those of the push.
+        AdapterCheckError: If the adapter is damaged, incomplete, not finite or has changed since it was checked (then
+            nothing was published), or the contents that the Hub lists differ from those of the push.
         ValueError: If the base model is a local folder and `base_model` is missing, or a task is unknown.
         FileNotFoundError: If the folder has no adapter.
+        OSError: If the temporary folder has no room for a copy of the adapter. Nothing was published.
         ConnectionError: If the adapter was published, but its files could not be listed for comparison.
         HfHubHTTPError: If the Hub refuses the commit, or transient errors persist after a few attempts.
     """
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory(prefix="rlora-push-") as scratch:
-        folder = Path(scratch, "adapter")
+    with _scratch_folder() as scratch:
+        folder = scratch / "adapter"
 
         # A copy, which training can't change during the upload.
         record, card = _stage_files(adapter, folder, adapter_name)
@@ -146,6 +153,26 @@ def push_adapter(
         return commit_adapter(api, repo_id, publication, message=message, revision=revision, create_pr=create_pr)
 
 
+@contextmanager
+def _scratch_folder() -> Generator[Path, None, None]:
+    """A temporary folder, and a remedy where it has no room."""
+    with tempfile.TemporaryDirectory(prefix="rlora-push-") as scratch:
+        try:
+            yield Path(scratch)
+        except (OSError, SafetensorError) as error:
+            # safetensors has the number in its message only.
+            number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+            code = int(number[1]) if number else getattr(error, "errno", None)
+            if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                code,
+                f"{os.strerror(code)}: the folder for temporary files has no room for a copy of the adapter. Nothing "
+                "was published. Free some space, or set `TMPDIR` to a folder on another disk",
+                scratch,
+            ) from error
+
+
 def _stage_files(adapter: _Source, folder: Path, adapter_name: str | None) -> tuple[AdapterRecord | None, str | None]:
     """
     Copy or save the files of an adapter into a new folder, without exports, record and card.
@@ -163,18 +190,25 @@ def _stage_files(adapter: _Source, folder: Path, adapter_name: str | None) -> tu
             "`save_pretrained` wrote, or the model."
         )
 
+    # Of a local card, the text by hand is published.
+    card = None
+    if (source / CARD_NAME).is_file():
+        check_card(source / CARD_NAME)
+        card = read_card(source / CARD_NAME)
+
     for path in published_files(source):
         # Record and card are written at the commit; exports are made for this push, or kept on the Hub.
         if classify(path) not in (FileKind.EXPORT, FileKind.RECORD, FileKind.CARD):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            check_regular_file(source / path, WEIGHTS_LIMIT)
             shutil.copyfile(source / path, folder / path)
-    return AdapterRecord.load(source), read_card(source / CARD_NAME)
+    return AdapterRecord.load(source), card
 
 
 def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> AdapterRecord | None:
     name = adapter_name or model.active_adapter
     if name not in model.peft_config:
-        raise ValueError(f"The model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}.")
+        raise ValueError(f"The model has no adapter {name!r}; it has {first_few(model.peft_config, 10)}.")
     record = find_record(model.peft_config[name])
     with kept_quantized(model):
         model.save_pretrained(str(folder), selected_adapters=[name])
@@ -189,7 +223,8 @@ def _save_model(model: PeftModel, folder: Path, adapter_name: str | None) -> Ada
 def _complete_config(folder: Path, base_model: str | None, tasks: Sequence[str] | None) -> dict[str, Any]:
     """Write the public name of the base model, and missing tasks, into the configuration."""
     path = folder / CONFIG_NAME
-    config = json.loads(path.read_text(encoding="utf-8"))
+    read_config(path)  # which may be a stranger's
+    config = read_json(path, limit=CONFIG_LIMIT)
     recorded = config.get("base_model_name_or_path")
     name = base_model or recorded
     if hub_name(name) is None:
@@ -226,8 +261,8 @@ def _complete_record(
     for task, values in metrics.items():
         if task not in tasks:
             raise ValueError(
-                f"`metrics` has a task {task!r}, and the adapter's are {', '.join(tasks) or '(none)'}. Add it to "
-                "`tasks`."
+                f"`metrics` has a task {shorten(task)}, and the adapter's are {first_few(tasks, 10) or '(none)'}. Add "
+                "it to `tasks`."
             )
         floats = {metric: float(value) for metric, value in values.items()}
         tasks[task] = replace(tasks[task], metrics={**tasks[task].metrics, **floats})
@@ -236,27 +271,32 @@ def _complete_record(
 
 
 def _check_staged(adapter: _Source, folder: Path) -> CheckedAdapter:
-    if isinstance(adapter, CheckedAdapter):
-        return replace(adapter, folder=folder, config=read_config(folder / CONFIG_NAME))
-    return check_adapter(folder)
+    """Check the copy, which nothing else writes into: the folder may have changed since it was checked or listed."""
+    checked = check_adapter(folder)
+    if isinstance(adapter, CheckedAdapter) and checked.sha256 != adapter.sha256:
+        raise AdapterCheckError(
+            f"The weights in {adapter.folder} have changed since they were checked: their digest was "
+            f"{adapter.digest}, and is {checked.digest}. Nothing was published. Check the folder again."
+        )
+    return checked
 
 
 def _check_export_tasks(
     tasks: Sequence[str], record: AdapterRecord, checked: CheckedAdapter, data: Mapping[str, Rows] | None
 ) -> None:
     """Refuse unknown tasks, and those without head weights, before a model is loaded."""
-    names = [task.name for task in record.tasks]
+    names = {task.name for task in record.tasks}
     unknown = [task for task in tasks if task not in names]
     if unknown:
         raise ValueError(
-            f"`exports` names {', '.join(map(repr, unknown))}, and the adapter's tasks are "
-            f"{', '.join(names) or '(none)'}. Use these names."
+            f"`exports` names {first_few(map(repr, unknown))}, and the adapter's tasks are "
+            f"{first_few(names, 10) or '(none)'}. Use these names."
         )
     measured = set(record.mixtures.weights if record.mixtures is not None else ()) | set(data or ())
     lacking = [task for task in tasks if task not in measured]
     if lacking and checked.config.router in ("softmax", "top_k") and checked.config.num_heads > 1:
         raise ValueError(
-            f"`exports` needs the mean head weights for {', '.join(map(repr, lacking))}, which training did not "
+            f"`exports` needs the mean head weights for {first_few(map(repr, lacking))}, which training did not "
             "record. Pass rows to measure them on: `export_data={task: rows}` and `tokenizer`."
         )
 
@@ -331,7 +371,9 @@ def _stage_figures(checked: CheckedAdapter, record: AdapterRecord) -> None:
         logger.info("The card gets no figures, as matplotlib is not installed.")
         return
     (checked.folder / FIGURES).mkdir(exist_ok=True)
-    if checked.config.num_heads > 1:
+    if checked.config.num_heads**2 * len(checked.layers) > MAX_COSINES:
+        logger.warning("The card gets no figure of the similarity of heads, of which there are too many.")
+    elif checked.config.num_heads > 1:
         plot_head_similarity(head_similarities(checked.folder), checked.folder / HEAD_SIMILARITY_FIGURE)
     if record.mixtures is not None:
         plot_routing(record.mixtures, checked.folder / ROUTING_FIGURE)
@@ -342,9 +384,9 @@ def _with_base_license(api: HfApi, record: AdapterRecord) -> AdapterRecord:
     if record.base_model is None or record.base_model_license is not None:
         return record
     try:
-        card = api.model_info(record.base_model).card_data
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        logger.info(f"The license of {record.base_model} is unknown: {error}")
+        info = read_card_info(api.model_info(record.base_model).card_data)
+    # Besides its own errors, the client raises any kind on the metadata of a stranger's card.
+    except Exception as error:
+        logger.info(f"The license of {record.base_model} is unknown: {shorten(str(error), 300)}")
         return record
-    license = card.get("license") if card is not None else None
-    return replace(record, base_model_license=license if isinstance(license, str) else None)
+    return replace(record, base_model_license=info.get("license"))

@@ -7,7 +7,7 @@ bytes with the same version of matplotlib; the file contains nothing about the m
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files.head_weights import HeadWeights
+from ..reading import printable
 from .heads import check_similarities, mean_between
 
 
@@ -33,6 +34,9 @@ _SMALLEST_SPAN = 0.05  # smaller differences between weights stay pale
 # A few strong weights would leave all others pale: colors end at this quantile where the strongest weight is further
 # from an equal share than this factor.
 _SHOWN_SHARE, _CLIPPED_FROM = 0.95, 1.5
+# More would make pages of many screens that take minutes to draw.
+_MAX_TASKS, _MAX_KINDS = 60, 12
+_MAX_BORDERS = 200  # lines between layers, or there would be nothing but lines
 _SMALLEST_RANGE = 0.1  # of the axis of cosines, or noise would fill the panel
 
 
@@ -41,6 +45,9 @@ def plot_routing(head_weights: HeadWeights, path: str | Path) -> Path:
     Draw the mean head weights: one panel per kind of layer, one row per task, one column per head of each layer, from
     the first layer to the last. White is an equal share, red more, blue less. The color bar ends in arrows where a few
     weights lie outside its range.
+
+    Of more than 60 tasks, 60 are shown, evenly spaced in their order; of more than 12 kinds of layers, the first 12 by
+    name. The figure says so.
 
     Args:
         head_weights ([`HeadWeights`]): What to draw.
@@ -55,9 +62,19 @@ def plot_routing(head_weights: HeadWeights, path: str | Path) -> Path:
     """
     if not head_weights.weights or not head_weights.layers:
         raise ValueError("There are no head weights to draw. Measure at least one task with `measure_head_weights`.")
-    tasks = list(head_weights.weights)
+    tasks = _evenly_spaced(list(head_weights.weights), _MAX_TASKS)
     table = torch.stack([head_weights.weights[task].detach().float().cpu() for task in tasks])  # [tasks, L, N]
-    groups = _group_layers(head_weights.layers)
+    every_kind = _group_layers(head_weights.layers)
+    groups = dict(list(every_kind.items())[:_MAX_KINDS])
+    heads = f"within it heads 1 to {table.shape[-1]}"
+    left_out = [
+        f"{shown} of {total:,} {what}"
+        for what, shown, total in (
+            ("tasks, evenly spaced in their order", len(tasks), len(head_weights.weights)),
+            ("kinds of layers", len(groups), len(every_kind)),
+        )
+        if shown < total
+    ]
 
     # Sizes follow the number of tasks, the margin their names.
     row = min(0.18, max(0.08, 3.2 / len(tasks)))  # inches
@@ -66,7 +83,7 @@ def plot_routing(head_weights: HeadWeights, path: str | Path) -> Path:
     # A single panel needs room for the label of the color bar.
     heights = [max(0.5 if len(groups) > 1 else 1.4, row * len(tasks))] * len(groups)
 
-    with _figure(heights, left, right=1.4) as (figure, panels):
+    with _figure(heights, left, right=1.4, notes=len(left_out)) as (figure, panels):
         norm, clipped = _weight_norm(table)
         for axes, (kind, members) in zip(panels, groups.items(), strict=True):
             image = _draw_weights(axes, table[:, [index for _, index in members]], norm)
@@ -74,8 +91,8 @@ def plot_routing(head_weights: HeadWeights, path: str | Path) -> Path:
             axes.set_yticks(range(len(tasks)), [_shorten(task) for task in tasks], fontsize=size, parse_math=False)
             axes.tick_params(axis="y", length=0)
             _label_layers(axes, [depth for depth, _ in members], table.shape[-1])
-            axes.set_title(kind, fontsize=10, loc="left", parse_math=False)
-        axes.set_xlabel(f"layer; within it heads 1 to {table.shape[-1]}", fontsize=9)
+            axes.set_title(_shorten(kind), fontsize=10, loc="left", parse_math=False)
+        axes.set_xlabel("\n".join([f"layer; {heads}", *left_out]), fontsize=9)
         _add_color_bar(figure, image, panels, clipped)
         return _save(figure, path)
 
@@ -83,6 +100,8 @@ def plot_routing(head_weights: HeadWeights, path: str | Path) -> Path:
 def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | Path) -> Path:
     """
     Draw how similar the heads are: on the left the mean over layers, on the right the mean over heads by layer.
+
+    Of more than 12 kinds of layers, the right part shows the first 12 by name, and its legend says so.
 
     Args:
         similarities (`Mapping[str, torch.Tensor]`): Cosines `[N, N]` by layer, from [`head_similarities`].
@@ -99,7 +118,7 @@ def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | P
 
     mean = torch.stack(list(similarities.values())).mean(0)
     side = 1.8 if len(mean) <= 4 else 2.4  # inches
-    longest = max(len(_shorten(kind)) for kind in _group_layers(list(similarities)))
+    longest = max(len(line) for label, _ in _shown_kinds(similarities) for line in label.splitlines())
     with _figure([2.4], left=0.55, right=0.55 + longest * 8 * 0.6 / 72) as (figure, (axes,)):
         left, bottom, width, height = axes.get_position().bounds
         share = side / 2.4
@@ -123,14 +142,34 @@ def _group_layers(layers: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
     return dict(sorted(groups.items()))
 
 
+def _shown_kinds(layers: Iterable[str]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Labels and members of the kinds of layers that a legend has room for; see [`_group_layers`]."""
+    groups = _group_layers(list(layers))
+    shown = [(_shorten(kind), members) for kind, members in list(groups.items())[:_MAX_KINDS]]
+    if len(groups) > len(shown):
+        label, members = shown[-1]
+        shown[-1] = (f"{label}\n({len(shown)} of {len(groups):,} kinds)", members)
+    return shown
+
+
+def _evenly_spaced(names: list[str], count: int) -> list[str]:
+    """At most `count` of the names, the first and the last among them."""
+    if len(names) <= count:
+        return names
+    return [names[index * (len(names) - 1) // (count - 1)] for index in range(count)]
+
+
 @contextmanager
-def _figure(heights: Sequence[float], left: float, right: float) -> Generator[tuple[Figure, list[Axes]], None, None]:
+def _figure(
+    heights: Sequence[float], left: float, right: float, notes: int = 0
+) -> Generator[tuple[Figure, list[Axes]], None, None]:
     """
     A figure with panels one below the other, with matplotlib's default settings.
 
     Args:
         heights (`Sequence[float]`): Heights of the panels, in inches.
         left (`float`), right (`float`): Margins, in inches.
+        notes (`int`, *optional*, defaults to 0): Lines of text below the label of the last panel.
     """
     try:
         import matplotlib
@@ -142,7 +181,7 @@ def _figure(heights: Sequence[float], left: float, right: float) -> Generator[tu
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # `rc_context` restores the user's style
-        total = sum(heights) + _MARGIN * (len(heights) + 0.6)
+        total = sum(heights) + _MARGIN * (len(heights) + 0.6) + 0.15 * notes
         figure = Figure(figsize=(_WIDTH, total), dpi=_DPI)
         panels, top = [], total - 0.6 * _MARGIN
         for height in heights:
@@ -178,7 +217,7 @@ def _draw_weights(axes: Axes, table: torch.Tensor, norm: Any) -> Any:
     image = axes.imshow(
         table.reshape(tasks, layers * heads).numpy(), aspect="auto", cmap=_COLORS, norm=norm, interpolation="nearest"
     )
-    borders = [layer * heads - 0.5 for layer in range(1, layers)]
+    borders = [layer * heads - 0.5 for layer in range(1, layers if layers <= _MAX_BORDERS else 1)]
     axes.vlines(borders, -0.5, tasks - 0.5, color="black", linewidth=0.4)
     return image
 
@@ -228,13 +267,13 @@ def _draw_by_depth(axes: Axes, similarities: Mapping[str, torch.Tensor]) -> None
 
     means = [float(mean_between(matrix)) for matrix in similarities.values()]
     drawn = []
-    for kind, members in _group_layers(list(similarities)).items():
+    for label, members in _shown_kinds(similarities):
         by_depth: dict[int, list[float]] = {}
         for depth, index in members:
             by_depth.setdefault(int(depth or 0), []).append(means[index])
         values = [sum(entries) / len(entries) for entries in by_depth.values()]
         drawn += values
-        axes.plot(list(by_depth), values, marker="o", markersize=3, linewidth=1.2, label=_shorten(kind))
+        axes.plot(list(by_depth), values, marker="o", markersize=3, linewidth=1.2, label=label)
 
     middle, span = (min(drawn) + max(drawn)) / 2, max(_SMALLEST_RANGE, 1.2 * (max(drawn) - min(drawn)))
     axes.axhline(0.0, color="0.7", linewidth=0.8)
@@ -251,7 +290,7 @@ def _draw_by_depth(axes: Axes, similarities: Mapping[str, torch.Tensor]) -> None
 
 
 def _shorten(name: str) -> str:
-    """A name on one line, long ones without their middle: names of tasks often differ at the end."""
-    line = " ".join(name.split())
+    """A printable name on one line, long ones without their middle: names of tasks often differ at the end."""
+    line = printable(" ".join(name.split()))
     tail = _LONGEST_NAME // 2
     return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - tail - 1]}…{line[-tail:]}"

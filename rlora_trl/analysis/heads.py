@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,6 +16,9 @@ from ..tuner.selection import adapted_layers, adapter_config
 
 
 HeadSource: TypeAlias = nn.Module | Mapping[str, torch.Tensor] | str | Path
+
+# Cosines of all layers, before their sums: heads are few, but a file may claim any number of tiny ones.
+MAX_COSINES = 2**25
 
 # State dicts of models have the adapter's name, files don't.
 _HEADS = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.rlora_adapters\.(?:(?P<adapter>[^.]+)\.)?B")
@@ -39,19 +42,29 @@ def head_similarities(source: HeadSource, adapter_name: str | None = None) -> di
         Heads of zeros have a cosine of 0 with every head, themselves included.
 
     Raises:
-        ValueError: If there are no heads, or heads of several adapters.
+        ValueError: If there are no heads, heads of several adapters, or more than 2^25 cosines.
         FileNotFoundError: If the folder or file does not exist.
     """
-    heads: dict[str, torch.Tensor]
+    heads: Iterable[tuple[str, torch.Tensor]]
     if isinstance(source, nn.Module):
         name, _ = adapter_config(source, adapter_name)
         layers = adapted_layers(source, name)
-        heads = {layer: module.rlora_adapters[name].get_parameter("B") for layer, module in layers.items()}
+        heads = ((layer, module.rlora_adapters[name].get_parameter("B")) for layer, module in layers.items())
     elif isinstance(source, Mapping):
-        heads = {layer: source[key] for layer, key in _find_heads(source, adapter_name).items()}
+        heads = ((layer, source[key]) for layer, key in _find_heads(source, adapter_name).items())
     else:
-        heads = dict(_read_heads(Path(source), adapter_name))
-    return {layer: head_cosines(B.detach()).cpu() for layer, B in heads.items()}
+        heads = _read_heads(Path(source), adapter_name)
+
+    similarities, count = {}, 0
+    for layer, B in heads:
+        count += B.shape[0] ** 2
+        if count > MAX_COSINES:
+            raise ValueError(
+                f"There are more than {MAX_COSINES:,} cosines between the heads: {B.shape[0]} heads in {layer}. "
+                "Compare fewer layers, passed as a state dict."
+            )
+        similarities[layer] = head_cosines(B.detach()).cpu()
+    return similarities
 
 
 def mean_similarity(similarities: Mapping[str, torch.Tensor]) -> float:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..analysis.measuring import measure_head_weights
 from ..files.layout import CARD_NAME, WEIGHTS_NAME
+from ..reading import first_few, shorten
 from ..tuner import RLoraConfig
 from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
@@ -231,8 +232,8 @@ def _select_rows(
         raise ValueError("`data` needs the model's tokenizer, and `tokenizer` is None. Pass it.")
     if task is not None and task not in data:
         raise ValueError(
-            f"`data` has no rows of task {task!r}, only of {', '.join(map(repr, data)) or 'none'}. Add them, or leave "
-            "`data` out."
+            f"`data` has no rows of task {shorten(task)}, only of {first_few(map(repr, data), 10) or 'none'}. Add "
+            "them, or leave `data` out."
         )
     selected = dict(data) if task is None else {task: data[task]}
     for name, rows in selected.items():
@@ -256,8 +257,8 @@ def _check_task(config: RLoraConfig, task: str | None) -> None:
     """Refuse a task that the adapter does not have. An adapter without task names accepts any."""
     if task is not None and config.tasks and task not in config.tasks:
         raise ValueError(
-            f"The adapter's tasks are {', '.join(map(repr, config.tasks))}; got `task={task!r}`. Set `task` to one of "
-            "these."
+            f"The adapter's tasks are {first_few(map(repr, config.tasks), 10)}; got `task={shorten(task)}`. Set "
+            "`task` to one of these."
         )
 
 

@@ -119,14 +119,20 @@ def target_names(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
         adapted (`Iterable[str]`): Names of the adapted layers.
         modules (`Iterable[str]`): Names of all modules of the base.
     """
-    targets, names = set(adapted), list(modules)
-    for parts in range(1, max(name.count(".") for name in targets) + 2):
-        suffixes = {".".join(name.split(".")[-parts:]) for name in targets}
-        if targets == {
-            name for name in names if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
-        }:
+    targets = set(adapted)
+    others = {name for name in modules if name not in targets}
+    for parts in range(1, max(name.count(".") for name in targets) + 1):
+        suffixes = {_suffix(name, parts) for name in targets}
+        # A name of fewer parts is its own suffix, and a suffix of longer names.
+        lengths = {suffix.count(".") + 1 for suffix in suffixes}
+        if not any(_suffix(name, length) in suffixes for name in others for length in lengths):
             return sorted(suffixes)
     return sorted(targets)
+
+
+def _suffix(name: str, parts: int) -> str:
+    """The last parts of a name, or all of it."""
+    return ".".join(name.rsplit(".", parts)[-parts:])
 
 
 def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: bool) -> LoraConfig:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
+from ..files.markdown import code, escape
 from ..files.names import hub_name
 from ..files.task_types import auto_model_class, generates
 from ..tuner import RLoraConfig
@@ -101,6 +102,8 @@ def render_card(
         template_str=resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
         marker=MARKER,
         report=report,
+        task=None if report.task is None else code(report.task),
+        mixture=escape(report.mixture, 2000),
         config=config,
         router=repr(config.router),
         origin=f"the R-LoRA adapter [{adapter}](https://huggingface.co/{adapter})" if adapter else "an R-LoRA adapter",

@@ -11,7 +11,7 @@ import torch
 from ..analysis.measuring import constant_head_weights
 from ..files.head_weights import HeadWeights
 from ..files.record import find_record
-from ..reading import first_few
+from ..reading import first_few, printable, shorten
 from ..tuner import RLoraConfig
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import check_weights
@@ -78,7 +78,8 @@ def choose_head_weights(
     elif by_task:
         task = _only_task(config) if task is None else task
         table = constant_head_weights(layers, adapter_name, task)  # [L, N]
-        weights = ExportWeights(dict(zip(layers, table, strict=True)), True, f"those learned for the task `{task}`")
+        origin = f"those learned for the task `{printable(task)}`"
+        weights = ExportWeights(dict(zip(layers, table, strict=True)), True, origin)
     else:
         weights = _recorded_or_measured(config, task, measure, token)
     return _match_layers(weights, layers, adapter_name)
@@ -102,8 +103,8 @@ def _only_task(config: RLoraConfig) -> str:
     tasks = config.tasks or []
     if len(tasks) != 1:
         raise ValueError(
-            f"The adapter has `router='task'` and learned head weights for each of {', '.join(map(repr, tasks))}; got "
-            "`task=None`. Set `task` to one of these, or give weights in `routing`."
+            f"The adapter has `router='task'` and learned head weights for each of {first_few(map(repr, tasks), 10)}; "
+            "got `task=None`. Set `task` to one of these, or give weights in `routing`."
         )
     return tasks[0]
 
@@ -121,10 +122,10 @@ def _recorded_or_measured(
     if measure is not None:
         return _mean_over_tokens(measure(), task, "measured on the given data")
 
-    tasks = ", ".join(map(repr, recorded.weights)) if recorded else "none"
+    tasks = first_few(map(repr, recorded.weights), 10) if recorded else "none"
     raise ValueError(
         f"The adapter has `router={config.router!r}`, which computes head weights for each token, and no mean weights "
-        f"are known{f' for task {task!r}' if task else ''} (recorded: {tasks}). Pass `data={{task: rows}}` and "
+        f"are known{f' for task {shorten(task)}' if task else ''} (recorded: {tasks}). Pass `data={{task: rows}}` and "
         "`tokenizer` to measure them, or `routing`, for example `routing=measure_head_weights(model, tokenizer, "
         "{task: rows})`."
     )
@@ -133,7 +134,7 @@ def _recorded_or_measured(
 def _mean_over_tokens(measured: HeadWeights, task: str | None, origin: str) -> ExportWeights:
     if task is not None:
         return ExportWeights(measured.for_task(task), False, f"the mean over the tokens of the task, {origin}")
-    tasks = ", ".join(f"`{name}`" for name in measured.weights)
+    tasks = first_few((f"`{name}`" for name in measured.weights), 10)
     mean = f"the mean over the tokens of {tasks}" if len(measured.weights) == 1 else f"the plain mean over {tasks}"
     return ExportWeights(measured.mean(), False, f"{mean}, {origin}")
 

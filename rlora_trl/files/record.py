@@ -20,19 +20,28 @@ from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
 
 from .._version import __version__
-from ..reading import JSON_LIMIT, first_few, read_json, shorten
+from ..reading import JSON_LIMIT, AdapterCheckError, first_few, parse_json, read_json, shorten
 from ..tuner.config import RLoraConfig
+from ..tuner.task_names import MAX_TASKS, task_name
 from ..writing import write_text
 from .download import find_file
 from .head_weights import HeadWeights
 from .layout import RECORD_NAME
 
 
+logger = logging.get_logger(__name__)
+
 RECORD_FORMAT = 1
 BASE_ACCURACY = "base_accuracy"  # the metric of a task that holds the accuracy of the base model without the adapter
 Scalar: TypeAlias = str | int | float | bool
+
+# The most entries of a field in a file, which may be hostile, and the most characters of a text or key in it.
+_MAX_ENTRIES = {"tasks": MAX_TASKS, "exports": MAX_TASKS}
+_MAX_OTHER_ENTRIES = 1_000
+_MAX_TEXT = 4096
 
 # Packages whose versions matter for repeating a training run, by their names in the package index.
 _PACKAGES = ("peft", "trl", "transformers", "torch", "datasets", "accelerate", "bitsandbytes", "deepspeed")
@@ -70,6 +79,12 @@ def _check_share(value: int | float | None) -> None:
         raise ValueError("a number from 0 to 1")
 
 
+def _check_metrics(metrics: dict[str, int | float]) -> None:
+    # NaN and infinity are left out when the record is written; larger integers can't be compared with them.
+    if any(isinstance(value, int) and not abs(value) <= sys.float_info.max for value in metrics.values()):
+        raise ValueError("finite numbers")
+
+
 @strict
 @dataclass
 class TaskRecord:
@@ -95,7 +110,7 @@ class TaskRecord:
     rows: int | None = validated_field(_check_number, default=None)
     tokens: int | None = validated_field(_check_number, default=None)
     share: int | float | None = validated_field(_check_share, default=None)
-    metrics: dict[str, int | float] = field(default_factory=dict)
+    metrics: dict[str, int | float] = validated_field(_check_metrics, default_factory=dict)
     metric_rows: int | None = validated_field(_check_number, default=None)
 
     def merged_with(self, older: "TaskRecord") -> "TaskRecord":
@@ -142,6 +157,10 @@ class TaskRecord:
         _check_object(data, where)
         if not data.get("name"):
             raise ValueError(f"`{where}.name` is missing. Each task needs a name.")
+        try:
+            task_name(data["name"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{where}.name` must be of type str, the name of a task. {error}") from error
         return _fill(cls(name=""), data, f"{where}.")
 
 
@@ -163,6 +182,7 @@ class _Export:
         _check_object(data, where)
         if data.get("path") is None:
             raise ValueError(f"`{where}.path` is missing. It is the folder of the export inside the repository.")
+        _check_size(where, data)
         others = {key: value for key, value in data.items() if _is_scalar(value)}
         return _without_empty({**others, **vars(_fill(cls(), data, f"{where}."))})
 
@@ -210,8 +230,8 @@ class AdapterRecord:
         for task in self.tasks:
             if task.name == name:
                 return task
-        names = ", ".join(repr(task.name) for task in self.tasks) or "none"
-        raise ValueError(f"The record has no task {name!r}; it has {names}. Use one of these names.")
+        names = first_few((repr(task.name) for task in self.tasks), 10) or "none"
+        raise ValueError(f"The record has no task {shorten(name)}; it has {names}. Use one of these names.")
 
     def merged_with(self, older: "AdapterRecord") -> "AdapterRecord":
         """
@@ -276,6 +296,7 @@ class AdapterRecord:
             entries = data.get(key) or []
             if not isinstance(entries, list):
                 raise ValueError(f"`{key}` must be a list of objects, got {shorten(entries)}. Correct it.")
+            _check_size(key, entries)
             values[key] = [read(entry, f"{key}[{index}]") for index, entry in enumerate(entries)]
         if data.get("mixtures") is not None:
             try:
@@ -293,6 +314,9 @@ class AdapterRecord:
         """
         Write the record into a folder, atomically: a reader sees the old file or the new one.
 
+        Head weights of so many tasks, layers and heads that the file could not be read are left out, the last tasks
+        first, with a warning.
+
         Args:
             folder (`str` or `Path`): Created if missing.
 
@@ -301,7 +325,22 @@ class AdapterRecord:
         """
         path = Path(folder) / RECORD_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        values = self.to_dict()
+        text = _to_json(values)
+
+        # Head weights grow with tasks times layers times heads, and can be measured again.
+        kept = every = len(self.mixtures.weights) if self.mixtures is not None else 0
+        while kept and not _is_readable(text):
+            kept = kept * 3 // 4
+            values["mixtures"] = _first_tasks(values["mixtures"], kept)
+            text = _to_json(_without_empty(values))
+        write_text(path, text)
+
+        if kept < every:
+            logger.warning(
+                f"{path} has the head weights of the first {kept:,} of {every:,} tasks: with those of all, it would "
+                "exceed the size that is read. `measure_head_weights` measures the others."
+            )
         return path
 
     @classmethod
@@ -333,12 +372,53 @@ def _check_object(data: Any, where: str) -> None:
         raise ValueError(f"`{where}` must be an object with named values, got {shorten(data)}. Correct it.")
 
 
+def _check_size(name: str, value: Any, where: str = "") -> None:
+    """Refuse what is too large for a field of a record, in a file that may be hostile, before work with it."""
+    if isinstance(value, Mapping | list):
+        most = _MAX_ENTRIES.get(name, _MAX_OTHER_ENTRIES)
+        if len(value) > most:
+            raise ValueError(f"`{where}{name}` has {len(value)} entries, and at most {most} are read. Correct it.")
+        texts = [*value, *value.values()] if isinstance(value, Mapping) else []
+    else:
+        texts = [value]
+
+    for text in texts:
+        if isinstance(text, str) and len(text) > _MAX_TEXT:
+            raise ValueError(
+                f"`{where}{name}` has a text of {len(text)} characters ({shorten(text, 20)}), and at most {_MAX_TEXT} "
+                "are read. Correct it."
+            )
+
+
+def _to_json(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    # Lists of numbers on one line each: head weights are most of a large record. Texts have no raw line ends.
+    return re.sub(r"\[\n\s+([-+.\de,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+
+
+def _is_readable(text: str) -> bool:
+    data = text.encode("utf-8")
+    try:
+        parse_json(data, RECORD_NAME)
+    except AdapterCheckError:
+        return False
+    return len(data) <= JSON_LIMIT
+
+
+def _first_tasks(mixtures: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The head weights of the first tasks, in the form for JSON; nothing without tasks."""
+    tasks = list(mixtures["weights"])[:count]
+    parts = {key: {task: mixtures[key][task] for task in tasks} for key in ("weights", "tokens")}
+    return {**mixtures, **parts} if tasks else {}
+
+
 def _fill(record: _Strict, data: Mapping[str, Any], where: str = "") -> _Strict:
     """Set the fields that JSON has; `strict` checks each. Other keys, which a newer version may write, are ignored."""
     for entry in fields(record):
         value = data.get(entry.name)
         if value is None:
             continue
+        _check_size(entry.name, value, where)
         try:
             setattr(record, entry.name, value)
         except StrictDataclassError as error:

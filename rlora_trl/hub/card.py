@@ -2,15 +2,16 @@
 
 The words and tables of the page are in `card_template.md`, between two markers. Text written by hand around them, and
 metadata set by hand, survive every push. Names of tasks are untrusted text and are escaped.
+
+Metadata and page have limited sizes: of many tasks they list the first ones and say so; the record has all.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from ..files.layout import task_slug
+from ..files.layout import CONFIG_NAME, RECORD_NAME, task_slug
+from ..files.markdown import code, escape
 from ..files.names import hub_name
 from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, is_plain
 from ..files.task_types import auto_model_class, auto_peft_class, generates
+from ..reading import MIB, printable
 from .card_reading import BEGIN, END, TASK_TAG, ExistingCard, is_finite, names_in, read_card_info, read_existing
 
 
@@ -35,6 +38,11 @@ _TAGS = ("rlora", "multi-task", "lora")
 _TASK_TYPE = "text-generation"
 # Longer tables of tasks are folded, so that the code to load the adapter stays on the first screen.
 _FOLDED_FROM = 25
+# Tasks in the metadata, which readers of cards cut after 1,000 names; rows of a table, columns of metrics, and entries
+# of a list. A card of the most tasks with the longest names stays below the limits.
+_LISTED_TASKS, _ROWS, _METRICS, _ENTRIES = 500, 100, 12, 20
+# Bytes of the metadata. Earlier versions refuse more, and it would take seconds to write.
+_METADATA_SIZE = MIB // 4
 # Of an export in a record; see `AdapterRecord`.
 _EXPORT_FIELDS = ("task", "path", "rank", "exact", "kl", "accuracy", "accuracy_dynamic", "rows")
 # Defaults of most runs, which a reader need not see.
@@ -67,7 +75,8 @@ def render_card(
     """
     Render the card of an adapter, or update an existing one.
 
-    Unknown facts are left out, and so are base models and datasets in local folders.
+    Unknown facts are left out, and so are base models and datasets in local folders. Of many tasks, the metadata lists
+    at most the first 500, and tables show the first 100; the card says so.
 
     Args:
         config ([`RLoraConfig`]):
@@ -95,33 +104,45 @@ def render_card(
     old = read_existing(existing)
     info = read_card_info(old.metadata)
     license = license or old.metadata.get("license")
+    full_list = CONFIG_NAME if record is None else RECORD_NAME
     record = _complete(config, record or AdapterRecord(), old)
     base_name = (record.base_model or "").rpartition("/")[2]
     name = (repo_id or "").rpartition("/")[2] or (f"{base_name}-rlora" if base_name else "R-LoRA adapter")
 
     # Results: those of the record, and others of the existing card, which the page shows too.
-    results = _merge_results(record.tasks, old, info, digest)
-    present = {result.metric_type for result in results}
-    recorded = [metric for task in record.tasks for metric in task.metrics]
-    measured = [metric for metric in _unique([*recorded, *info["measured"]]) if metric in present]
-    record = replace(record, tasks=_with_results(record.tasks, results))
+    own, others = _merge_results(record.tasks, old, info, digest)
+    recorded = _unique(metric for task in record.tasks for metric in task.metrics)
+    shown = {"accuracy", BASE_ACCURACY, *_other_metrics(record.tasks)}
+    record = replace(record, tasks=_with_results(record.tasks, [*own, *others]))
 
     # Metadata: what is set here replaces what the existing card has; `None` leaves a key out.
     generates_text = generates(config.task_type)
-    metadata = {
-        **old.metadata,
-        "base_model": record.base_model,
-        "base_model_relation": "adapter" if record.base_model else None,
-        "library_name": "peft",
-        "license": license,
-        "pipeline_tag": old.metadata.get("pipeline_tag") or (_TASK_TYPE if generates_text else None),
-        "datasets": _merge_datasets(record.tasks, datasets, old) or None,
-        "metrics": _unique([*({"accuracy"} & {*measured}), *names_in(old.metadata.get("metrics"))]) or None,
-        "tags": _merge_tags(record.tasks, tags, old, info),
-        "eval_results": results or None,
-        "model_name": name if results else old.metadata.get("model_name"),
-        "rlora": _info_block(config, record, digest, num_parameters, measured),
-    }
+
+    def metadata(count: int) -> dict[str, Any]:
+        """The metadata with the first `count` tasks, exports and datasets of tasks."""
+        tasks = record.tasks[:count]
+        names = {task.name for task in tasks}
+        listed = (result for result in own if result.dataset_name in names and result.metric_type in shown)
+        results = [*listed, *others]
+        present = {result.metric_type for result in results}
+        measured = [metric for metric in _unique([*recorded, *info["measured"]]) if metric in present]
+        return {
+            **old.metadata,
+            "base_model": record.base_model,
+            "base_model_relation": "adapter" if record.base_model else None,
+            "library_name": "peft",
+            "license": license,
+            "pipeline_tag": old.metadata.get("pipeline_tag") or (_TASK_TYPE if generates_text else None),
+            "datasets": _merge_datasets(tasks, datasets, old) or None,
+            "metrics": _unique([*({"accuracy"} & {*measured}), *names_in(old.metadata.get("metrics"))]) or None,
+            "tags": _merge_tags(tasks, record.tasks, tags, old, info),
+            "eval_results": results or None,
+            "model_name": name if results else old.metadata.get("model_name"),
+            "rlora": _info_block(config, record, digest, num_parameters, tasks, measured, record.exports[:count]),
+        }
+
+    most = min(_LISTED_TASKS, max(len(record.tasks), len(record.exports)))
+    header, listed = _fit_metadata(metadata, most, old.newline)
 
     # The page.
     generated = _render_page(
@@ -132,13 +153,14 @@ def render_card(
         digest=digest,
         num_parameters=num_parameters,
         figures=figures,
-        license=", ".join(names_in(license)),
+        license=", ".join(names_in(license)[:_ENTRIES]),
         model_class=auto_model_class(config.task_type),
         peft_class=auto_peft_class(config.task_type),
         generates=generates_text,
+        listed=listed,
+        full_list=full_list,
     )
     body = (old.before or old.newline) + generated.replace("\n", old.newline) + (old.after or old.newline)
-    header = ModelCardData(**metadata).to_yaml(line_break=old.newline)
     return ModelCard(f"---{old.newline}{header}{old.newline}---{old.newline}{body}")
 
 
@@ -160,11 +182,22 @@ def _complete(config: RLoraConfig, record: AdapterRecord, old: ExistingCard) -> 
 # Metadata
 
 
+def _fit_metadata(metadata: Callable[[int], dict[str, Any]], count: int, newline: str) -> tuple[str, int]:
+    """The YAML of the metadata, of at most `count` tasks and the size that readers accept, and its number of tasks."""
+    while True:
+        header = ModelCardData(**metadata(count)).to_yaml(line_break=newline)
+        # In bytes, as the card as a whole is limited.
+        size = len(header.encode("utf-8"))
+        if size <= _METADATA_SIZE or count == 0:
+            return header, count
+        count = min(count - 1, int(0.95 * count * _METADATA_SIZE / size))
+
+
 def _merge_results(
     tasks: Sequence[TaskRecord], old: ExistingCard, info: Mapping[str, Any], digest: str | None
-) -> list[EvalResult]:
+) -> tuple[list[EvalResult], list[EvalResult]]:
     """
-    Results for the metadata: those of the record, then others of the existing card.
+    Results for the metadata: those of the record, and others of the existing card.
 
     What an earlier push measured is dropped if the tensors have changed, or the adapter has lost the task. It is known
     by its task and by the metrics that the metadata lists as `measured`.
@@ -176,16 +209,17 @@ def _merge_results(
         measured = result.dataset_name in info["tasks"] and result.metric_type in info["measured"]
         if not measured or not (changed or (names and result.dataset_name not in names)):
             others.append(result)
-    results = _own_results(tasks, {result.dataset_type for result in others if result.dataset_name not in names})
+    own = _own_results(tasks, {result.dataset_type for result in others if result.dataset_name not in names})
 
     # The Hub identifies a result by its dataset and configuration, so each task needs its own pair.
-    owners = {result.unique_identifier: result.dataset_name for result in results}
-    present = {(result.dataset_name, result.metric_type) for result in results}
+    owners = {result.unique_identifier: result.dataset_name for result in own}
+    present = {(result.dataset_name, result.metric_type) for result in own}
+    renamed = []
     for result in others:
         name = owners.get(result.unique_identifier, result.dataset_name)
         if (name, result.metric_type) not in present:
-            results.append(replace(result, dataset_name=name))
-    return results
+            renamed.append(replace(result, dataset_name=name))
+    return own, renamed
 
 
 def _own_results(tasks: Sequence[TaskRecord], others: set[str]) -> list[EvalResult]:
@@ -233,13 +267,19 @@ def _merge_datasets(tasks: Sequence[TaskRecord], datasets: Sequence[str], old: E
 
 
 def _merge_tags(
-    tasks: Sequence[TaskRecord], tags: Sequence[str], old: ExistingCard, info: Mapping[str, Any]
+    listed: Sequence[TaskRecord],
+    tasks: Sequence[TaskRecord],
+    tags: Sequence[str],
+    old: ExistingCard,
+    info: Mapping[str, Any],
 ) -> list[str]:
-    names = [task.name for task in tasks]
-    outdated = {_tag(name) for name in info["tasks"] if names and name not in names}
+    # Tags of tasks that the adapter has lost, or that are not listed, go.
+    managed = {_tag(task.name) for task in tasks}
+    outdated = managed | ({_tag(name) for name in info["tasks"]} if tasks else set())
     # The Hub computes the tags `base_model:`.
     present = [tag for tag in names_in(old.metadata.get("tags")) if not tag.startswith("base_model:")]
-    return _unique([*_TAGS, *map(_tag, names), *tags, *(tag for tag in present if tag not in outdated)])
+    kept = (tag for tag in present if tag not in outdated)
+    return _unique([*_TAGS, *(_tag(task.name) for task in listed), *tags, *kept])
 
 
 def _tag(task: str) -> str:
@@ -247,7 +287,13 @@ def _tag(task: str) -> str:
 
 
 def _info_block(
-    config: RLoraConfig, record: AdapterRecord, digest: str | None, num_parameters: int | None, measured: list[str]
+    config: RLoraConfig,
+    record: AdapterRecord,
+    digest: str | None,
+    num_parameters: int | None,
+    tasks: Sequence[TaskRecord],
+    measured: list[str],
+    exports: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The block of metadata that the zoo reads without downloading the adapter; see [`read_card_info`]."""
     block = {
@@ -259,9 +305,9 @@ def _info_block(
         "digest": digest,
         "parameters": num_parameters,
         "base_model_revision": record.base_model_revision,
-        "tasks": [task.name for task in record.tasks],
+        "tasks": [task.name for task in tasks],
         "measured": measured,
-        "exports": {str(export.get("task") or export["path"]): str(export["path"]) for export in record.exports},
+        "exports": {str(export.get("task") or export["path"]): str(export["path"]) for export in exports},
     }
     return {key: value for key, value in block.items() if value is not None and value != [] and value != {}}
 
@@ -273,8 +319,9 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
     """The generated part of the card, from marker to marker."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {
-        "text": _escape,
+        "text": escape,
         "literal": _literal,
+        "code": code,
         "link": _hub_link,
         "count": _count,
         "metric": _metric,
@@ -291,17 +338,20 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
         begin=BEGIN,
         end=END,
         folded_from=_FOLDED_FROM,
+        rows=_ROWS,
+        entries=_ENTRIES,
         config=config,
         record=record,
         base_model=record.base_model,
         base_arguments=", ".join(base_arguments),
         task=record.tasks[0].name if config.router == "task" and record.tasks else None,
         metrics=_other_metrics(record.tasks),
+        measured=len({name for task in record.tasks for name in task.metrics} - {"accuracy", BASE_ACCURACY}),
         exports=[{**dict.fromkeys(_EXPORT_FIELDS), **export} for export in record.exports],
         settings=_shown_settings(record),
         versions={name: value for name, value in record.versions.items() if is_plain(name) and is_plain(value)},
         data_licenses={
-            _hub_link(task.dataset, "datasets/") or _escape(task.name): task.license
+            _hub_link(task.dataset, "datasets/") or escape(task.name): task.license
             for task in record.tasks
             if task.license
         },
@@ -311,9 +361,10 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
 
 
 def _other_metrics(tasks: Sequence[TaskRecord]) -> list[str]:
-    """Names of all metrics except accuracies, the loss last."""
-    names = _unique(name for task in tasks for name in task.metrics)
-    return sorted({*names} - {"accuracy", BASE_ACCURACY}, key=lambda name: (name == "loss", names.index(name)))
+    """Names of the first metrics except accuracies, the loss last."""
+    names = dict.fromkeys(name for task in tasks for name in task.metrics)
+    others = [name for name in names if name not in ("accuracy", BASE_ACCURACY, "loss")]
+    return [*others[: _METRICS - 1], *(["loss"] if "loss" in names else others[_METRICS - 1 : _METRICS])]
 
 
 def _shown_settings(record: AdapterRecord) -> dict[str, Any]:
@@ -358,19 +409,13 @@ def _points(value: float | None, other: float | None) -> str:
 
 
 def _hub_link(name: str | None, kind: str = "") -> str:
-    return f"[{_escape(name)}](https://huggingface.co/{kind}{quote(name)})" if name else ""
-
-
-def _escape(text: Any) -> str:
-    """Foreign text as one line without meaning in Markdown or HTML; underscores within words may stay."""
-    line = html.escape(" ".join(str(text).split()), quote=False) if text is not None else ""
-    line = re.sub(r"([\\`*\[\]|~$])", r"\\\1", line)
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
+    return f"[{escape(name)}](https://huggingface.co/{kind}{quote(name)})" if name else ""
 
 
 def _literal(text: str) -> str:
-    """A string of Python that can't end the code block, nor look like one of the markers."""
-    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
+    """A printable string of Python that can't end the code block, nor look like one of the markers."""
+    # The escapes of `printable` are those of Python.
+    return printable(json.dumps(text, ensure_ascii=False)).replace("<", "\\u003c")
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
-from ..files.card_text import check_card_text
-from ..files.checks import AdapterCheckError, CheckedAdapter
+from ..files.card_text import CARD_LIMIT, check_card, check_card_text
+from ..files.checks import RECORD_LIMIT, AdapterCheckError, CheckedAdapter
 from ..files.download import Listing, fetch, is_same_file, list_files
 from ..files.layout import (
     CARD_NAME,
@@ -33,7 +33,7 @@ from ..files.layout import (
     published_files,
 )
 from ..files.record import AdapterRecord
-from ..reading import JSON_LIMIT
+from ..reading import first_few
 from .card import render_card
 from .card_reading import hand_written, read_card, read_card_info
 
@@ -97,8 +97,8 @@ def commit_adapter(
         `CommitInfo`: The commit; the head if nothing has changed.
 
     Raises:
-        AdapterCheckError: If the repository has files that `pull_adapter` refuses, or lists contents that differ from
-            the push.
+        AdapterCheckError: If the repository has files that `pull_adapter` refuses or a card that can't be read, the
+            weights have changed since they were checked, or the Hub lists contents that differ from the push.
         ConnectionError: If the commit was made, but its files could not be listed.
         HfHubHTTPError: If the Hub refuses the commit, or transient errors persist after a few attempts.
     """
@@ -183,7 +183,7 @@ class _Transaction:
         )
 
     def _prepare(self, listing: Listing) -> None:
-        """Write record and card for a commit onto this one, and list its operations."""
+        """Write record and card for a commit onto the listed one, and list its operations."""
         repository = self._read_repository(listing)
 
         # Exports of the same weights stay, unless this push replaces them.
@@ -196,19 +196,41 @@ class _Transaction:
         outdated = self._outdated(repository, [export["path"] for export in remaining]) - set(files)
         self.additions = [CommitOperationAdd(path, str(self.folder / path)) for path in files]
         self.deletions = [CommitOperationDelete(path) for path in sorted(outdated)]
+        self._check_weights()
         self.head = listing.commit
 
+    def _check_weights(self) -> None:
+        """Compare the weights that are about to be uploaded with those that were checked."""
+        for addition in self.additions:
+            if addition.path_in_repo == WEIGHTS_NAME:
+                if addition.upload_info.sha256.hex() != self.publication.checked.sha256:
+                    raise AdapterCheckError(
+                        f"{WEIGHTS_NAME} has changed since it was checked. Nothing was published. Push again when "
+                        "nothing writes into the folder."
+                    )
+
     def _read_repository(self, listing: Listing) -> _Repository:
+        """Card and record of the repository. Others may have written them: sizes come first."""
         files = frozenset(listing.files)
         if CARD_NAME not in files:
             return _Repository(files)
+        sizes = {path: listing.files[path].size or 0 for path in files & {CARD_NAME, RECORD_NAME}}
+        if sizes[CARD_NAME] > CARD_LIMIT:
+            raise AdapterCheckError(
+                f"{CARD_NAME} of {self.repo_id} has {sizes[CARD_NAME]} bytes, and at most {CARD_LIMIT} are read. "
+                "Nothing was published. Shorten or remove it."
+            )
 
-        with TemporaryDirectory() as scratch:
-            for path in files & {CARD_NAME, RECORD_NAME}:
-                listing.check_size(path, JSON_LIMIT)
-                fetch(listing, path, Path(scratch, path), token=self.api.token)
+        with TemporaryDirectory(prefix="rlora-push-") as scratch:
+            fetch(listing, CARD_NAME, Path(scratch, CARD_NAME), token=self.api.token)
+            # Before it is read as text, which it may not be.
+            check_card(Path(scratch, CARD_NAME))
             card = read_card(Path(scratch, CARD_NAME)) or ""
             try:
+                if sizes.get(RECORD_NAME, 0) > RECORD_LIMIT:
+                    raise ValueError(f"it has {sizes[RECORD_NAME]} bytes, and at most {RECORD_LIMIT} are read")
+                if RECORD_NAME in files:
+                    fetch(listing, RECORD_NAME, Path(scratch, RECORD_NAME), token=self.api.token)
                 record = AdapterRecord.load(scratch)
             except ValueError as error:
                 logger.warning(f"The record in {self.repo_id} is replaced, as it can't be read: {error}")
@@ -225,7 +247,7 @@ class _Transaction:
         return [
             export
             for export in repository.record.exports
-            if export["path"] not in made and f"{export['path']}/{WEIGHTS_NAME}" in repository.files
+            if export["path"] not in made and _is_export(export["path"], repository.files)
         ]
 
     def _outdated(self, repository: _Repository, remaining: Sequence[str]) -> set[str]:
@@ -239,19 +261,19 @@ class _Transaction:
         pickles = {path for path in hostile if is_training_leftover(path) or path == PICKLED_WEIGHTS_NAME}
         if hostile - pickles:
             raise AdapterCheckError(
-                f"{self.repo_id} has {', '.join(sorted(hostile - pickles)[:5])}, which a loader might execute: "
+                f"{self.repo_id} has {first_few(hostile - pickles, 5)}, which a loader might execute: "
                 "`pull_adapter` would refuse the repository. Remove them, or push to another repository."
             )
         if pickles:
-            logger.warning(f"This push removes the pickles in {self.repo_id}: {', '.join(sorted(pickles))}")
+            logger.warning(f"This push removes the pickles in {self.repo_id}: {first_few(pickles, 10)}")
 
         outdated = set(pickles)
         if repository.digest != self.publication.checked.digest:
             outdated |= repository.files & {HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE}
-        recorded = [export["path"] for export in (repository.record.exports if repository.record else ())]
-        folders = tuple(f"{path}/" for path in recorded if path not in remaining)
+        recorded = {export["path"] for export in (repository.record.exports if repository.record else ())}
+        folders = recorded - {*remaining}
         exports = {path for path in repository.files if classify(path) is FileKind.EXPORT}
-        return outdated | {path for path in exports if path.startswith(folders)}
+        return outdated | {path for path in exports if path.rpartition("/")[0] in folders}
 
     def _write_card(self, repository: _Repository, record: AdapterRecord) -> None:
         """Render the card. Text around the generated part comes from the repository, or first from the local card."""
@@ -277,8 +299,8 @@ class _Transaction:
             tags=self.publication.tags,
             existing=local if repository.card is None else repository.card,
         )
-        check_card_text(str(card))
         card.save(self.folder / CARD_NAME)
+        check_card(self.folder / CARD_NAME)
 
     def _find_pull_request(self, message: str) -> CommitInfo | None:
         """The commit of the newest pull request, if it has the files of this push."""
@@ -286,8 +308,7 @@ class _Transaction:
         number = max((discussion.num for discussion in discussions if discussion.is_pull_request), default=None)
         if number is None or self._differing(f"refs/pr/{number}"):
             return None
-        oid = self.api.model_info(self.repo_id, revision=f"refs/pr/{number}").sha
-        assert oid is not None  # only listings leave it out
+        oid = list_files(self.repo_id, f"refs/pr/{number}", token=self.api.token).commit
         url = f"{self.api.endpoint}/{self.repo_id}"
         return CommitInfo(
             commit_url=f"{url}/commit/{oid}",
@@ -315,6 +336,12 @@ class _Transaction:
         if addition.path_in_repo == WEIGHTS_NAME:
             return file.lfs.sha256 == self.publication.checked.sha256
         return file.lfs.sha256 == addition.upload_info.sha256.hex()
+
+
+def _is_export(folder: str, files: frozenset[str]) -> bool:
+    """Whether a folder that a record names is that of an export, and is there."""
+    weights = f"{folder}/{WEIGHTS_NAME}"
+    return classify(weights) is FileKind.EXPORT and weights in files
 
 
 def _explain_failure(error: HTTPError, refused: bool) -> None:

@@ -3,6 +3,7 @@
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import pytest
@@ -116,6 +117,49 @@ def test_a_strong_cell_does_not_wash_out_the_rest(drawn):
 def color_bar(panel):
     """The color bar that all panels share belongs to the image of the last."""
     return next(axes.images[0].colorbar for axes in panel.figure.axes if axes.images and axes.images[0].colorbar)
+
+
+def test_many_tasks_are_a_selection_that_says_so(drawn):
+    *panels, _ = plot_routing(head_weights(tasks=1000), "").axes
+    for panel in panels:
+        labels = [tick.get_text() for tick in panel.get_yticklabels()]
+        assert len(labels) == 60 and labels[0] == "task_0" and labels[-1] == "task_999"
+        assert panel.images[0].get_array().shape[0] == 60
+    # Each row is that of its label.
+    weights = head_weights(tasks=1000).weights["task_16"][[0, 3]].flatten()  # of the kind of the first panel
+    kind = [panel for panel in panels if panel.get_title(loc="left") == "mlp.gate_proj"][0]
+    assert labels[1] == "task_16" and kind.images[0].get_array()[1].tolist() == pytest.approx(weights.tolist())
+    assert "60 of 1,000 tasks, evenly spaced in their order" in panels[-1].get_xlabel()
+    assert "60 of" not in plot_routing(head_weights(tasks=60), "").axes[-2].get_xlabel()
+
+
+def test_time_and_size_do_not_grow_with_tasks(tmp_path):
+    start = time.perf_counter()
+    path = plot_routing(head_weights(tasks=5000, depth=24), tmp_path / "routing.png")
+    assert time.perf_counter() - start < 15, "takes about 1 s"
+    assert struct.unpack(">II", chunks(path)["IHDR"][0][:8])[1] < 6000
+
+
+def test_many_kinds_of_layers_are_a_selection_that_says_so(drawn):
+    kinds = [f"part_{i:03}.proj" for i in range(300)]
+    *panels, _ = plot_routing(head_weights(kinds=kinds), "").axes
+    assert len(panels) == 12 and "12 of 300 kinds of layers" in panels[-1].get_xlabel()
+    _, by_depth = plot_head_similarity(similarities(kinds=kinds), "").axes
+    labels = [text.get_text() for text in by_depth.get_legend().get_texts()]
+    assert len(labels) == 12 and labels[-1] == "part_011.proj\n(12 of 300 kinds)"
+
+
+def test_many_layers_of_one_kind(tmp_path):
+    start = time.perf_counter()
+    plot_routing(head_weights(tasks=5, depth=20_000, kinds=MLP[:1]), tmp_path / "routing.png")
+    plot_head_similarity(similarities(depth=20_000, kinds=MLP[:1]), tmp_path / "similarity.png")
+    assert time.perf_counter() - start < 20, "takes about 2 s"
+
+
+def test_names_show_only_printable_characters(drawn):
+    content = head_weights(names=["a\x1b[2Jb", "\u202eevil", "x" * 600])
+    labels = [tick.get_text() for tick in plot_routing(content, "").axes[0].get_yticklabels()]
+    assert labels[:2] == ["a\\x1b[2Jb", "\\u202eevil"] and len(labels[2]) <= 26
 
 
 @pytest.mark.parametrize("level", [0.0, 0.94])

@@ -97,3 +97,10 @@ def test_nothing_to_compare(tmp_path, model):
         mean_similarity({"layer": torch.ones(1, 1)})
     with pytest.raises(ValueError, match="matrices"):
         mean_similarity({})
+
+
+def test_more_cosines_than_fit_are_refused():
+    """4,096 heads of one value take 16 KB of a file, and their cosines 64 MB for each layer."""
+    state = {f"layers.{i}.rlora_adapters.B": torch.ones(4096, 1, 1) for i in range(100)}
+    with pytest.raises(ValueError, match="more than 33,554,432 cosines.*4096 heads"):
+        head_similarities(state)

@@ -1,17 +1,21 @@
 """The LoRA adapter that is written: its factors, the names of its layers, and the rules of vLLM and llama.cpp."""
 
+import copy
 import json
 import re
+import time
 
 import pytest
 import torch
 from exporting import MATRIX, WEIGHTS, adapted, error, load_base, logits, with_export
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from testing_utils import VOCAB, perturb
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from rlora_trl import RLoraConfig
@@ -98,6 +102,37 @@ def test_target_names():
     assert target_names(["h.1.mlp.c_proj"], modules) == ["1.mlp.c_proj"]
     assert target_names([name for name in modules if name.endswith(".c_proj")], modules) == ["c_proj"]
     assert target_names(["xc_proj"], modules) == ["xc_proj"]
+
+
+def test_target_names_of_many_layers():
+    """Names that share no suffix, as where layers are chosen one by one."""
+    modules = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(10_000) for kind in ("gate", "up", "down")]
+    chosen = modules[::2]
+    start = time.perf_counter()
+    assert target_names(chosen, modules) == sorted(f"{i}.mlp.{name}" for i, name in _depths(chosen))
+    assert time.perf_counter() - start < 10, "takes about 0.3 s"
+
+
+def _depths(names):
+    return [(name.split(".")[2], name.split(".")[4]) for name in names]
+
+
+def test_export_of_many_layers(tmp_path):
+    """500 layers, each with its own rank and scaling; PEFT reads the export without a pattern for each."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=167, **sizes)
+    base = LlamaForCausalLM(config)
+    model = get_peft_model(copy.deepcopy(base), RLoraConfig(task_type="CAUSAL_LM")).eval()
+    perturb(model)
+    start = time.perf_counter()
+    report = export_lora(model, tmp_path / "export", routing=[0.2, 0.3, 0.5])
+    assert report.layers == 501 and time.perf_counter() - start < 20, "takes about 0.5 s"
+    saved = json.loads((tmp_path / "export" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert saved["rank_pattern"] == saved["alpha_pattern"] == {}
+    start = time.perf_counter()
+    PeftModel.from_pretrained(base, tmp_path / "export")
+    assert time.perf_counter() - start < 20, "takes about 1 s"
 
 
 def mixture_of_experts(targets):

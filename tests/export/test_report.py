@@ -3,11 +3,16 @@
 import json
 import re
 
+import pytest
+import torch
 from exporting import DATA, WEIGHTS, adapted
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
+from rlora_trl.analysis import HeadWeights
 from rlora_trl.export import export_lora
+from rlora_trl.files.card_text import check_card
+from rlora_trl.tuner.selection import adapted_layers
 
 
 def test_card_and_report(model_folders, tmp_path, tokenizer):
@@ -48,3 +53,22 @@ def test_card_and_report(model_folders, tmp_path, tokenizer):
     export_lora(model, tmp_path / "out", routing=WEIGHTS)
     card = (tmp_path / "out" / "README.md").read_text()
     assert model_folders["llama"] not in card and "not measured" in card
+
+
+@pytest.mark.parametrize(
+    "task", ["`", "a|b", "\u202egnp.exe", "\x1b[2J", "<!-- x -->", "two\nlines\n---\n", "x" * 512, "[a](b)"]
+)
+def test_names_of_tasks_do_not_break_the_card(model_folders, tmp_path, task):
+    names = [task, *(f"task {i}" for i in range(500))]
+    model = adapted(model_folders, tasks=names)
+    layers = list(adapted_layers(model, "default"))
+    weights = torch.full((len(layers), 3), 1 / 3)
+    measured = HeadWeights(tuple(layers), dict.fromkeys(names, weights), dict.fromkeys(names, 1))
+    export_lora(model, tmp_path / "one", routing=measured, task=task)
+    report = export_lora(model, tmp_path / "mean", routing=measured)
+    assert "and 491 more" in report.mixture
+    for folder in ("one", "mean"):
+        check_card(tmp_path / folder / "README.md")
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert all(character.isprintable() or character == "\n" for character in card.content)
+        assert len(card.content) < 5000 and card.content.count("<!--") == 1 and card.content.count("\n---\n") == 1

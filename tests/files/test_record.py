@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +85,18 @@ WRONG = {
     "nan": ({"balance_coef": float("nan")}, "`balance_coef` must be a finite number"),
     "negative": ({"tasks": [{"name": "a", "rows": -1}]}, r"`tasks\[0\].rows` must be a finite number of at least 0"),
     "export": ({"exports": [{"path": "a", "rank": "8"}]}, r"`exports\[0\].rank` must be of type int"),
+    "blank name": ({"tasks": [{"name": "  "}]}, r"`tasks\[0\].name` must be of type str, .* it is blank"),
+    "long name": ({"tasks": [{"name": "a" * 1_000_000}]}, r"`tasks\[0\].name` must be .* at most 512"),
+    "number as name": ({"tasks": [{"name": 3.5}]}, r"`tasks\[0\].name` must be of type str"),
+    "half a character": ({"tasks": [{"name": "a\ud800"}]}, r"`tasks\[0\].name` must be .*surrogate"),
+    "huge metric": ({"tasks": [{"name": "a", "metrics": {"loss": 10**400}}]}, "`tasks.0..metrics` must be finite"),
+    "long text": ({"tasks": [{"name": "a", "cluster": "x" * 5000}]}, r"`tasks\[0\].cluster` has a text of 5000 ch"),
+    "long key": ({"versions": {"x" * 5000: "1"}}, "`versions` has a text of 5000 characters"),
+    "many tasks": ({"tasks": [{"name": "a"}] * 10_001}, "`tasks` has 10001 entries, and at most 10000"),
+    "many exports": ({"exports": [3] * 10_001}, "`exports` has 10001 entries"),
+    "many metrics": ({"tasks": [{"name": "a", "metrics": dict.fromkeys(map(str, range(1001)), 1)}]}, "1001 entries"),
+    "many settings": ({"hyperparameters": dict.fromkeys(map(str, range(1001)), 1)}, "at most 1000 are read"),
+    "long export": ({"exports": [{"path": "a", "note": "x" * 5000}]}, r"`exports\[0\]` has a text"),
     "huge": ({"balance_coef": 10**400}, "`balance_coef` must be a finite number"),
     "twice": ({"tasks": [{"name": "a"}, {"name": "a"}]}, "'a' more than once"),
     "hyperparameters": ({"hyperparameters": {"a": [1]}}, "`hyperparameters` must be of type dict"),
@@ -98,6 +112,81 @@ WRONG = {
 def test_wrong_content(content, message):
     with pytest.raises(ValueError, match=message):
         AdapterRecord.from_dict(content)
+
+
+def test_messages_are_short(tmp_path):
+    """A hostile record names a file's contents in its errors, which a terminal or a log shows."""
+    for content, _ in WRONG.values():
+        with pytest.raises(ValueError) as info:
+            AdapterRecord.from_dict(content)
+        assert len(str(info.value)) < 1000
+    record = AdapterRecord(tasks=[TaskRecord(f"task {i}") for i in range(10_000)])
+    with pytest.raises(ValueError, match="and 9990 more") as info:
+        record.task("other")
+    assert len(str(info.value)) < 1000
+
+
+def _record_of(tasks: int, layers: int, heads: int) -> AdapterRecord:
+    weights = torch.full((layers, heads), 1 / heads)
+    names = [f"task-{i}" for i in range(tasks)]
+    return AdapterRecord(
+        tasks=[TaskRecord(name, "words", rows=40, tokens=400, metrics={"accuracy": 0.5}) for name in names],
+        mixtures=HeadWeights(
+            tuple(f"model.layers.{i}.mlp.up_proj" for i in range(layers)),
+            dict.fromkeys(names, weights),
+            dict.fromkeys(names, 100),
+        ),
+    )
+
+
+def test_a_record_of_the_most_tasks_is_read_in_time(tmp_path):
+    path = _record_of(10_000, 2, 3).save(tmp_path)
+    start = time.perf_counter()
+    record = AdapterRecord.load(path.parent)
+    assert time.perf_counter() - start < 20, "reading 10,000 tasks takes about 2 s"
+    assert len(record.tasks) == len(record.mixtures.weights) == 10_000
+
+
+def test_what_is_written_can_be_read(tmp_path, caplog, monkeypatch):
+    """Head weights of all tasks may exceed what a reader accepts: then the last ones are left out, with a warning."""
+    monkeypatch.setattr(logging.getLogger("rlora_trl"), "propagate", True)
+    record = _record_of(2500, 60, 5)  # 750,000 weights
+    record.save(tmp_path)
+    loaded = AdapterRecord.load(tmp_path)
+    assert loaded.tasks == record.tasks, "the record has all tasks"
+    kept = list(loaded.mixtures.weights)
+    assert 1000 < len(kept) < 2500 and kept == list(record.mixtures.weights)[: len(kept)]
+    assert list(loaded.mixtures.tokens) == kept
+    assert f"the first {len(kept):,} of 2,500 tasks" in caplog.text and "measure_head_weights" in caplog.text
+
+
+def test_weights_are_one_line_for_each_layer(tmp_path):
+    record = full_record()
+    record.tasks[0].cluster = "[\n  1, 2\n]"  # only looks like a list
+    text = record.save(tmp_path).read_text("utf-8")
+    assert "        [0.5, 0.25, 0.25],\n        [0.125, 0.125, 0.75]\n" in text
+    assert AdapterRecord.load(tmp_path).tasks == record.tasks
+
+
+def test_sizes_of_head_weights_are_compared_first(monkeypatch):
+    """Before any tensor is made, in time linear in the contents."""
+    monkeypatch.setattr(torch, "tensor", None)
+    many = [f"t{i}" for i in range(9000)]
+    row = [1 / 4096] * 4096
+    wrong = [
+        ([f"l{i}" for i in range(1_000_000)], {"a": [[1.0]] * 1_000_000}, "at most 50000 names, got 1000000 of them"),
+        (["a"], dict.fromkeys(many, [row]) | {"t8999": [row[:4095]]}, r"shape \[1, 4096\]"),
+        (["a"], dict.fromkeys(many, [row]) | {"t8999": [row, row]}, r"shape \[1, N\]"),
+        (["a"], {str(i): [[1.0]] for i in range(10_001)}, "at most 10000 tasks, got 10001 of them"),
+        (["a"], {"a": [[10**400]]}, "must be lists of numbers"),
+        (["a"], {"a" * 600: [[1.0]]}, "at most 512"),
+        (["a" * 600], {"a": [[1.0]]}, "names of at most 512 characters"),
+        ([3], {"a": [[1.0]]}, "names of at most 512 characters"),
+    ]
+    for layers, weights, message in wrong:
+        with pytest.raises(ValueError, match=message) as info:
+            HeadWeights.from_dict({"layers": layers, "weights": weights, "tokens": dict.fromkeys(weights, 1)})
+        assert len(str(info.value)) < 1000
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -5,11 +5,16 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from processes import WorkerError
-from samples import BASE, TASKS, save_adapter, save_base
+from samples import BASE, TASKS, save_adapter, save_base, tiny_record
 
+from rlora_trl.files.card_text import CARD_LIMIT
+from rlora_trl.files.head_weights import HeadWeights
+from rlora_trl.files.record import AdapterRecord, TaskRecord
 from rlora_trl.hub import adapter_digest
+from rlora_trl.hub.card_reading import read_card_info
 
 
 REPO = "user/words"
@@ -184,7 +189,7 @@ def test_a_recorded_export_is_no_export_in_the_repository(hub, push, folder, tmp
 
 
 def test_exports_of_unknown_tasks(hub, push, folder):
-    with pytest.raises(WorkerError, match="'frist'.*first, colour, same"):
+    with pytest.raises(WorkerError, match="'frist'.*colour, first, same"):
         push(folder, exports=["frist"])
     assert REPO not in hub.repos
 
@@ -236,8 +241,184 @@ def test_weights_that_changed_since_they_were_checked(hub, worker, base, tmp_pat
         shutil.copyfile(f"{other}/adapter_model.safetensors", f"{folder}/adapter_model.safetensors")
         push_adapter(checked, repo)
     """
-    with pytest.raises(WorkerError, match="differ from those of this push: adapter_model.safetensors"):
+    with pytest.raises(WorkerError, match="have changed since they were checked.*Nothing was published") as caught:
         worker.run(source, folder=str(folder), other=str(other), repo=REPO)
+    assert caught.value.type == "AdapterCheckError" and REPO not in hub.repos
+
+
+SWAP = """
+from unittest.mock import patch
+from rlora_trl import publish, push_adapter
+
+original = getattr(publish, function)
+def swap_and_call(*args, **options):
+    Path(swapped or args[0].folder, name).write_bytes(Path(content).read_bytes())
+    return original(*args, **options)
+
+from pathlib import Path
+with patch.object(publish, function, swap_and_call):
+    result = push_adapter(folder, repo).oid
+"""
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json"])
+def test_files_that_are_swapped_before_the_copy(hub, worker, base, tmp_path, name):
+    """The copy is what is checked and uploaded: what replaced a file after the folder was listed is refused, too."""
+    hub.commit(BASE, base)
+    folder = save_adapter(tmp_path / "adapter")
+    evil = tmp_path / "evil"
+    evil.write_text('{"auto_map": {"AutoTokenizer": "evil.Tokenizer"}}')
+    values = {"swapped": str(folder), "name": name, "content": str(evil), "folder": str(folder), "repo": REPO}
+    with pytest.raises(WorkerError) as caught:
+        worker.run(SWAP, function="check_regular_file", **values)
+    assert caught.value.type == "AdapterCheckError" and REPO not in hub.repos
+
+
+def test_other_weights_of_the_same_shape_are_checked_before_they_are_published(hub, worker, base, tmp_path):
+    hub.commit(BASE, base)
+    folder, other = save_adapter(tmp_path / "adapter"), save_adapter(tmp_path / "other", seed=5)
+    name = "adapter_model.safetensors"
+    values = {"swapped": str(folder), "name": name, "content": str(other / name), "folder": str(folder), "repo": REPO}
+    worker.run(SWAP, function="check_regular_file", **values)
+    assert hub.files(REPO)[name] == (other / name).read_bytes()
+    assert adapter_digest(other) in card_of(hub).content
+
+
+def test_weights_that_change_between_check_and_upload(hub, worker, base, tmp_path):
+    hub.commit(BASE, base)
+    folder, other = save_adapter(tmp_path / "adapter"), save_adapter(tmp_path / "other", seed=5)
+    name = "adapter_model.safetensors"
+    values = {"swapped": None, "name": name, "content": str(other / name), "folder": str(folder), "repo": REPO}
+    with pytest.raises(WorkerError, match="changed since it was checked. Nothing was published"):
+        worker.run(SWAP, function="_stage_figures", **values)
+    assert set(hub.files(REPO)) == {".gitattributes"}
+
+
+# What others wrote into the repository that is pushed to
+
+
+def test_large_files_of_the_repository_are_not_downloaded(hub, push, folder):
+    hub.commit(REPO, {"README.md": "x" * (CARD_LIMIT + 1)})
+    with pytest.raises(
+        WorkerError, match=rf"README.md of user/words has {CARD_LIMIT + 1} bytes.*Nothing was published"
+    ) as caught:
+        push(folder)
+    assert caught.value.type == "AdapterCheckError" and not hub.count("GET", "/resolve/.*README.md")
+    assert set(hub.files(REPO)) == {".gitattributes", "README.md"}
+
+    hub.commit(REPO, {"README.md": "Text by hand.", "rlora_record.json": b"[" * (16 * 2**20 + 1)})
+    push(folder)
+    assert not hub.count("GET", "/resolve/.*rlora_record.json") and "Text by hand." in card_of(hub).content
+    assert json.loads(hub.files(REPO)["rlora_record.json"])["base_model"] == BASE
+
+
+UNREADABLE = (b"\xff\xfe\x00", b"---\na: &a [1]\nb: *a\n---\n", b"---\na: " + b"[" * 50 + b"]" * 50 + b"\n---\n")
+
+
+@pytest.mark.parametrize("card", UNREADABLE)
+def test_cards_that_can_not_be_read_stay(hub, push, folder, tmp_path, card):
+    hub.commit(REPO, {"README.md": card})
+    with pytest.raises(WorkerError) as caught:
+        push(folder)
+    assert caught.value.type == "AdapterCheckError" and hub.files(REPO)["README.md"] == card
+    local = save_adapter(tmp_path / "local")
+    (local / "README.md").write_bytes(card)
+    with pytest.raises(WorkerError) as caught:
+        push(local, repo="user/other")
+    assert caught.value.type == "AdapterCheckError" and "user/other" not in hub.repos
+
+
+HOSTILE_RECORDS = {
+    "path": {"exports": [{"path": "../../etc"}, {"path": "."}, {"path": "figures"}, {"path": ""}]},
+    "kinds": {"exports": 5, "tasks": {"a": 1}},
+    "many": {"tasks": [{"name": str(i)} for i in range(20_000)]},
+    "other": [],
+}
+
+
+@pytest.mark.parametrize("record", HOSTILE_RECORDS.values(), ids=HOSTILE_RECORDS)
+def test_a_hostile_record_in_the_repository(hub, push, folder, record):
+    push(folder)
+    hub.commit(REPO, {"rlora_record.json": json.dumps(record)})
+    before = hub.files(REPO)
+    push(folder)
+    assert set(hub.files(REPO)) == set(before)
+    assert "exports" not in json.loads(hub.files(REPO)["rlora_record.json"])
+
+
+@pytest.mark.parametrize(
+    "metadata", ["self: x", "ignore_metadata_errors: true", "tags: 5", "license: [1]", "model-index: 3"]
+)
+def test_a_hostile_card_of_the_base(hub, push, folder, metadata):
+    hub.commit(BASE, {"README.md": f"---\n{metadata}\n---\nA base model"})
+    push(folder)
+    assert "base_model_license" not in json.loads(hub.files(REPO)["rlora_record.json"])
+
+
+# Many tasks
+
+
+def test_push_of_many_tasks(hub, worker, base, tmp_path):
+    """Time and memory hardly grow with tasks, and what was pushed can be pulled and pushed again."""
+    names = [f"task-{i}" for i in range(2000)]
+    folder = save_adapter(tmp_path / "adapter", tasks=names)
+    layers = tiny_record().mixtures.layers
+    record = AdapterRecord(
+        base_model=BASE,
+        tasks=[TaskRecord(name, rows=40, metrics={"accuracy": 0.5, "base_accuracy": 0.25}) for name in names],
+        mixtures=HeadWeights(layers, dict.fromkeys(names, torch.full((6, 3), 1 / 3)), dict.fromkeys(names, 100)),
+    )
+    record.save(folder)
+    hub.commit(BASE, base)
+    source = """
+        import resource, time
+        from rlora_trl import pull_adapter, push_adapter
+        from rlora_trl.hub import check_adapter
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before, start = peak(), time.perf_counter()
+        push_adapter(folder, repo)
+        result = {"seconds": time.perf_counter() - start, "megabytes": peak() - before}
+        commit = push_adapter(folder, repo).oid
+        checked = check_adapter(pull_adapter(repo))
+        result |= {"commit": commit, "tasks": [task.name for task in checked.record.tasks]}
+    """
+    result = worker.run(source, folder=str(folder), repo=REPO)
+    assert result["tasks"] == names and result["commit"] == hub.head(REPO) and len(hub.commits(REPO)) == 2
+    assert result["seconds"] < 60, "takes about 5 s"
+    assert result["megabytes"] < 700, "takes about 100 MB"
+    card = card_of(hub)
+    assert "The first 100 of 2000 tasks" in card.content and len(read_card_info(card.data)["tasks"]) == 500
+
+
+def test_a_full_disk_publishes_nothing(hub, worker, base, tmp_path):
+    hub.commit(BASE, base)
+    folder, temporary = save_adapter(tmp_path / "adapter"), tmp_path / "temporary"
+    temporary.mkdir()
+    source = """
+        import resource, tempfile
+        from unittest.mock import patch
+        from rlora_trl import push_adapter
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        result = []
+        for size in sizes:
+            try:
+                with patch.object(tempfile, "tempdir", temporary):
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+                    push_adapter(folder, repo)
+            except OSError as error:
+                result.append(str(error))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    """
+    weights = (folder / "adapter_model.safetensors").stat().st_size
+    sizes = [500, weights - 1, weights + 1000]  # configuration, weights, figures
+    messages = worker.run(source, folder=str(folder), repo=REPO, temporary=str(temporary), sizes=sizes)
+    assert len(messages) == len(sizes)
+    for message in messages:
+        assert "no room for a copy of the adapter. Nothing was published." in message and "TMPDIR" in message
+    assert REPO not in hub.repos and not list(temporary.iterdir())
 
 
 def test_nothing_is_downloaded(hub, push, folder):
@@ -289,8 +470,9 @@ def test_weights_are_checked_once_and_the_card_is_rendered_once(hub, worker, bas
     hub.commit(BASE, base)
     hub.fail("POST", "/commit/", status=500, times=2)  # attempts onto the same head have the same files
     counts = worker.run(COUNT, folder=str(folder), repo=REPO, options={}, is_checked=is_checked)
-    # Besides: the copy, read and written, and the figure of the heads, which reads B alone.
-    expected = {"shutil": 2, "rlora_trl.analysis.heads": 1, **({} if is_checked else counts["once"])}
+    # Besides: the copy, read and written, and the figure of the heads, which reads B alone. The copy is checked even
+    # if the folder was: it may have changed since.
+    expected = {"shutil": 2, "rlora_trl.analysis.heads": 1, **counts["once"]}
     assert counts["once"] and counts["reads"] == expected
     assert counts["writes"] == {"rlora_trl.hub.commit": 2}  # card and record
 
