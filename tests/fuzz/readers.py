@@ -381,22 +381,29 @@ def _read_adapter(files: Files, folder: Path) -> None:
 
 
 class _Model(nn.Module):
-    """Linear layers at given paths, as a foreign base model may name them."""
+    """Square linear layers by path, as a foreign base model may name them."""
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self, sizes: Mapping[str, int]) -> None:
         super().__init__()
         self.config = SimpleNamespace(model_type="custom", to_dict=dict, tie_word_embeddings=False)
-        for path in paths:
+        for path, size in sizes.items():
             *folders, leaf = path.split(".")
             parent: nn.Module = self
             for name in folders:
                 if name not in parent._modules:
                     parent.add_module(name, nn.Module())
                 parent = parent._modules[name]  # type: ignore[assignment]
-            parent.add_module(leaf, nn.Linear(samples.SIZE, samples.SIZE))
+            parent.add_module(leaf, nn.utils.skip_init(nn.Linear, size, size))
 
     def prepare_inputs_for_generation(self) -> None:
         """PEFT looks for it in models that generate."""
+
+
+# Of the layers of the model. For the last one many heads of a large rank would take gigabytes.
+_SIZES = {
+    **dict.fromkeys((*samples.LAYERS, "head", "a" * 250, "model." + "a" * 100), samples.SIZE),
+    "wide.gate_proj": 512,
+}
 
 
 def _make_load(rng: Random) -> Files:
@@ -408,7 +415,9 @@ def _make_load(rng: Random) -> Files:
 
 
 def _read_load(files: Files, folder: Path) -> None:
-    model = _Model([*samples.LAYERS, "a" * 250, "model." + "a" * 100, "head"])
+    model = _Model(
+        {**dict.fromkeys((*samples.LAYERS, "a" * 250, "model." + "a" * 100, "head"), samples.SIZE), **_WIDE}
+    )
     peft_model = PeftModel.from_pretrained(model, str(write(files, folder)))
     peft_model.load_adapter(str(folder), "other")
 
@@ -441,22 +450,26 @@ def _checkpoint_weights(folder: Path) -> tuple[bytes, str]:
     return data, adapter_digest(folder)
 
 
-def _make_checkpoint(rng: Random) -> Files:
+def checkpoint_files(changes: Any) -> Files:
+    """A valid checkpoint with changes of its state, or with another state that is not an object."""
     weights = samples.safetensors(samples.header_of(samples.shapes_of(samples.config())))
-    files = {
+    state = {**_checkpoint_state(), "adapters": {"default": _DIGEST}}
+    state["files"] = {**state["files"], WEIGHTS: len(weights)}
+    return {
         "trainer_state.json": _encode(json.dumps(_TRAINER_STATE)),
         CONFIG: _encode(json.dumps(samples.config())),
         WEIGHTS: weights,
         RECORD: _encode(json.dumps(samples.RECORD_TREE)),
         "optimizer.pt": b"\x80\x04N.",
+        "rlora_state.json": _encode(json.dumps({**state, **changes} if isinstance(changes, dict) else changes)),
     }
-    state = _fresh(_checkpoint_state())
-    state["files"][WEIGHTS] = len(weights)
-    state["adapters"] = {"default": rng.choice((_DIGEST, _DIGEST, _DIGEST, ""))}
-    files["rlora_state.json"] = _encode(json.dumps(state))
+
+
+def _make_checkpoint(rng: Random) -> Files:
+    files = checkpoint_files({} if rng.random() < 0.9 else {"adapters": {"default": ""}})
     changed = rng.choice(("rlora_state.json",) * 6 + ("trainer_state.json", CONFIG, WEIGHTS, RECORD))
     if changed == WEIGHTS:
-        files[changed] = change_bytes(rng, weights, _WORDS)
+        files[changed] = change_bytes(rng, files[changed], _WORDS)
     elif changed == CONFIG:
         files[changed] = _fields(rng, json.loads(files[changed]))
     else:
