@@ -56,11 +56,15 @@ def main() -> int:
 
 def show(report: Any) -> int:
     """Print a report; returns the exit code."""
-    head = f"{'reader':16}{'inputs':>10}{'refused':>10}{'accepted':>10}{'slowest':>10}{'most':>10}{'failures':>10}"
+    columns = ("inputs", "refused", "accepted", "mean", "slowest", "most", "failures")
+    head = f"{'reader':16}{''.join(f'{column:>10}' for column in columns)}"
     print(f"\n{head}\n{'-' * len(head)}")
     for name, row in report.rows.items():
         counts = "".join(f"{row[key]:>10}" for key in ("inputs", "refused", "accepted"))
-        print(f"{name:16}{counts}{row['seconds']:>8.2f} s{row['megabytes']:>7.0f} MB{row['failures']:>10}")
+        mean = 1000 * row["total"] / max(row["inputs"], 1)
+        print(
+            f"{name:16}{counts}{mean:>7.2f} ms{row['seconds']:>8.2f} s{row['megabytes']:>7.0f} MB{row['failures']:>10}"
+        )
 
     for (reader, verdict, place), failures in report.failures.items():
         first = failures[0]

@@ -457,7 +457,7 @@ _METADATA: dict[str, tuple[Verdict, str]] = {
     "marks nested 30,000 deep": ("refused", "? " * 30_000 + "a"),
     "a number of 200,000 digits": ("any", "r: " + "9" * 200_000),
     "a hexadecimal number of 200,000 digits": ("any", "r: 0x" + "f" * 200_000),
-    "300,000 characters": ("refused", "x: " + "a" * 300_000),
+    "3 million characters": ("refused", "x: " + "a" * 3_000_000),
     "a key twice": ("any", "tags: [a]\ntags: [b]"),
     "self": ("any", "self: x"),
     "a setting of the reader": ("any", "ignore_metadata_errors: true"),
@@ -487,7 +487,7 @@ _METADATA: dict[str, tuple[Verdict, str]] = {
 }
 _CARDS: dict[str, tuple[Verdict, bytes]] = {
     "not text": ("refused", b"\xff\xfe\x00"),
-    "2 MiB": ("refused", b"a" * 2**21),
+    "5 MiB": ("refused", b"a" * 5 * 2**20),
     "a million newlines after the opening": ("any", b"---" + b"\n" * 1_000_000),
     "a million newlines before it": ("any", b"\n" * 1_000_000 + b"---\n"),
     "500,000 returns and newlines": ("any", b"---" + b"\r\n" * 500_000),

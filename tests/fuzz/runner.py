@@ -96,7 +96,8 @@ class Report:
     What became of all inputs.
 
     Attributes:
-        rows (`dict[str, dict[str, float]]`): By reader: inputs, refused, accepted, failures, seconds and megabytes.
+        rows (`dict[str, dict[str, float]]`): By reader: inputs, refused, accepted, failures; processor time in seconds
+            of all inputs (total) and of the slowest (seconds); megabytes of the largest.
         failures (`dict[tuple, list[Failure]]`): Failures by reader, kind and place.
         seconds (`float`): How long the run took.
     """
@@ -120,7 +121,7 @@ class _Board:
         self.since = RawArray("d", [time.monotonic()] * plan.workers)
         size = plan.workers * len(plan.readers)
         self.tallies = {name: RawArray("q", size) for name in _TALLIES}
-        self.slowest, self.largest = RawArray("d", size), RawArray("d", size)
+        self.slowest, self.largest, self.total = (RawArray("d", size) for _ in range(3))
 
     def enter(self, worker: int, phase: int) -> None:
         self.since[worker], self.phase[worker] = time.monotonic(), phase
@@ -130,6 +131,7 @@ class _Board:
         for index, reader in enumerate(plan.readers):
             places = [worker * len(plan.readers) + index for worker in range(plan.workers)]
             row: dict[str, float] = {name: sum(tally[i] for i in places) for name, tally in self.tallies.items()}
+            row["total"] = sum(self.total[i] for i in places)
             row["seconds"] = max(self.slowest[i] for i in places)
             row["megabytes"] = max(self.largest[i] for i in places)
             result[reader.name] = row
@@ -179,6 +181,7 @@ def _fast_folder() -> str | None:
 def _count(board: _Board, place: int, outcome: Outcome) -> None:
     board.tallies["inputs"][place] += 1
     board.tallies["failures" if outcome.failed else outcome.verdict][place] += 1
+    board.total[place] += outcome.seconds
     board.slowest[place] = max(board.slowest[place], outcome.seconds)
     board.largest[place] = max(board.largest[place], outcome.megabytes)
 
