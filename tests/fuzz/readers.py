@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import ModelInfo
 from peft import PeftModel
 from torch import nn
 
+from rlora_cli.terminal import as_message, shown
 from rlora_trl import RLoraConfig
+from rlora_trl.files import download
 from rlora_trl.files.card_text import check_card, check_card_text
 from rlora_trl.files.checks import adapter_digest, check_adapter, check_listing
 from rlora_trl.files.config import read_config, read_lora_config
@@ -32,12 +33,14 @@ from rlora_trl.files.record import AdapterRecord
 from rlora_trl.files.tensors import check_lora_tensors, check_tensors, file_digest
 from rlora_trl.hub.card import render_card
 from rlora_trl.hub.card_reading import hand_written, read_card_info, read_existing
-from rlora_trl.reading import AdapterCheckError, read_json, read_safetensors_header, shorten
+from rlora_trl.reading import AdapterCheckError, read_json, read_safetensors_header, shorten, split_json_list
 from rlora_trl.trainer.ledger import TaskLedger
-from rlora_trl.trainer.resuming import check_settings, check_strategy, checkpoint_problem, read_state
+from rlora_trl.trainer.resuming import check_settings, check_strategy, checkpoint_problem
 from rlora_trl.trainer.run_settings import RunSettings, check_run
+from rlora_trl.trainer.state_files import read_state
 from rlora_trl.tuner.task_names import task_name
 from rlora_trl.zoo.compare import Comparison
+from rlora_trl.zoo.listing import name_of
 from rlora_trl.zoo.search import AdapterInfo
 
 from . import kinds, samples
@@ -241,8 +244,7 @@ def _make_card(rng: Random) -> Files:
 
 
 def _read_card(files: Files, folder: Path) -> None:
-    card: Any = check_card(write(files, folder) / CARD)
-    read_card_info(getattr(card, "data", card))
+    read_card_info(check_card(write(files, folder) / CARD))
 
 
 def _read_existing(files: Files, folder: Path) -> None:
@@ -307,14 +309,41 @@ def _make_entries(rng: Random) -> Files:
 
 
 def _read_entry(files: Files, folder: Path) -> None:
-    entry = _loads(files["entry.json"])
-    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
-        raise AdapterCheckError("not an entry")
-    info = AdapterInfo.from_model_info(ModelInfo(**entry))
-    json.dumps(info.to_dict(), allow_nan=False)
+    info = AdapterInfo.from_json(files["entry.json"])
+    json.dumps(info.to_dict(), allow_nan=False).encode()
     table = Comparison((info, info), tuple(info.metrics))
-    table.to_markdown()
+    table.to_markdown().encode()
     json.dumps(table.to_dict(), allow_nan=False)
+
+
+def _make_entry_list(rng: Random) -> Files:
+    entries = [_make_entries(rng)["entry.json"] for _ in range(rng.choice((0, 1, 2, 3)))]
+    data = b"[" + b",".join(entries) + b"]"
+    return {"entries.json": change_bytes(rng, data, _WORDS) if rng.random() < 0.5 else data}
+
+
+def _read_entry_list(files: Files, folder: Path) -> None:
+    for element in split_json_list(files["entries.json"], "the answer"):
+        try:
+            AdapterInfo.from_json(element)
+        except AdapterCheckError:
+            name_of(element).encode()
+
+
+def _make_repository(rng: Random) -> Files:
+    sha = "0123456789abcdef0123456789abcdef01234567"
+    siblings = [
+        {"rfilename": WEIGHTS, "size": 5, "lfs": {"sha256": "a" * 64, "size": 5, "pointerSize": 100}},
+        {"rfilename": CONFIG, "size": 5, "blobId": sha},
+    ]
+    return {"repository.json": _json(rng, {"id": "user/words", "sha": sha, "siblings": siblings}, kinds.path)}
+
+
+def _read_repository(files: Files, folder: Path) -> None:
+    listing = download._read_listing("user/words", read_json(write(files, folder) / "repository.json"))
+    # Both become names of files in the cache.
+    for name in (listing.commit, *(file.lfs.sha256 if file.lfs else file.blob_id for file in listing.files.values())):
+        assert name.isalnum(), name
 
 
 # Names
@@ -333,6 +362,20 @@ def _read_name(files: Files, folder: Path) -> None:
     slug = task_slug(name) if name else "task"
     assert classify(f"exports/{slug}/{CONFIG}") == "export", slug
     task_name(name)
+
+
+def _make_text(rng: Random) -> Files:
+    return {"text.json": _encode(JsonMutator(rng).write("".join(text(rng) for _ in range(count(rng, 6)))))}
+
+
+def _read_text(files: Files, folder: Path) -> None:
+    """All foreign text on its way to a terminal."""
+    foreign = _loads(files["text.json"])
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        line = shown(foreign, encoding=encoding)
+        line.encode(encoding)
+        assert line.isprintable(), ascii(line)
+    assert as_message(foreign).replace("\n", "").isprintable()
 
 
 # Whole folders
@@ -523,6 +566,9 @@ READERS = [
     Reader("card_info", _make_card_info, _read_card_info, _CHECK, weight=20),
     Reader("listing", _make_listing, _read_listing, _CHECK, weight=30),
     Reader("entry", _make_entries, _read_entry, _CHECK, weight=20),
+    Reader("entry_list", _make_entry_list, _read_entry_list, _CHECK, weight=14),
+    Reader("repository", _make_repository, _read_repository, _VALUE, weight=24),
+    Reader("text", _make_text, _read_text, (), weight=10),
     Reader("name", _make_name, _read_name, (*_VALUE, TypeError), weight=24),
     Reader("adapter", _make_adapter, _read_adapter, _CHECK, weight=3),
     Reader("load", _make_load, _read_load, (*_VALUE, TypeError), weight=3),

@@ -1,5 +1,6 @@
 """The fuzzer itself: it reports every kind of failure, repeats an input exactly, and finds the readers in order."""
 
+import json
 import re
 import sys
 from random import Random
@@ -64,6 +65,18 @@ def test_inputs_are_repeatable(reader):
     index = READERS.index(reader)
     for number in range(20):
         assert Plan(READERS, 7, 1.0).make(index, number) == Plan([reader], 7, 1.0).make(0, number)
+
+
+def test_all_readers(tmp_path):
+    """A short run over all readers. Samples that no longer fit a reader would be refused at once, and try little."""
+    report = tmp_path / "report.json"
+    done = fuzz(*"--seed 0 --cases 2500 --report".split(), str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    assert list(rows) == [reader.name for reader in READERS]
+    for name, row in rows.items():
+        assert row["accepted"] > 0, name
+        assert row["refused"] > 0 or name == "text", name  # none of which is refused
 
 
 def test_mutated_trees_have_what_python_can_not_express():
