@@ -231,4 +231,5 @@ _PARTS = (
 def path(rng: Random) -> str:
     """A path as a repository may list it."""
     parts = [rng.choice(_PARTS if rng.random() < 0.8 else TEXTS) for _ in range(rng.choice((1, 1, 2, 3, 3, 4, 12)))]
-    return rng.choice(("/", "/", "/", "//", "\\")).join(parts) * (1 if rng.random() < 0.97 else count(rng, 500))
+    name = rng.choice(("/", "/", "/", "//", "\\")).join(parts)
+    return name if rng.random() < 0.97 else (name * count(rng, 500))[:100_000]

@@ -32,7 +32,8 @@ _RAW = (
     *("9" * 65, "9" * 5_000, "-" + "9" * 70, "1" + "0" * 400, "1." + "0" * 5_000 + "1", "'x'", "undefined", "tru", ""),
     *('"\\ud800"', '"\\x"', '"\n"', '"unterminated', "{,}", "[1,]", "{1: 2}", '{"a": 1, "a": 2}', "/* */ 1"),
 )
-_TOKEN = re.compile(r'"@@raw(\d+)@@"')
+_STAND_IN = re.compile(r"@@raw(\d+)@@")
+_TOKEN = re.compile(f'"{_STAND_IN.pattern}"')
 
 
 def count(rng: Random, most: int, least: int = 1) -> int:
@@ -93,7 +94,8 @@ class JsonMutator:
         if kind == 7:
             return self._deep()
         if kind == 8:
-            return [rng.choice((0, "a", None, 0.5, [], {}))] * rarely_many(rng)
+            item = rng.choice((0, "a", None, 0.5, [], {}))
+            return [_copy(item) for _ in range(rarely_many(rng))]  # not one object, which a change would change often
         if kind == 9:
             return {f"k{i}": i for i in range(rarely_many(rng))}
         return self.own(rng) if self.own is not None else text(rng)
@@ -113,8 +115,6 @@ class JsonMutator:
 
     def _change(self, holder: list) -> None:
         parent, key = self._choose(holder)
-        if parent is None:
-            return
         rng, value = self.rng, parent[key]
         kind = rng.randrange(12)
         if kind < 5:
@@ -127,10 +127,10 @@ class JsonMutator:
             parent[rng.choice((self.raw(json.dumps(key)), text(rng), rng.choice(list(parent))))] = self.value()
         elif kind == 8:  # a copy of another part of the tree
             source, name = self._choose(holder)
-            if source is not None:
+            if self._is_small(source[name]):
                 parent[key] = _copy(source[name])
-        elif kind == 9 and isinstance(value, list) and value:
-            parent[key] = value * rng.randrange(2, 5) if len(value) < 1_000 else value
+        elif kind == 9 and isinstance(value, list) and self._is_small(value):
+            parent[key] = [_copy(item) for item in value * rng.randrange(1, 5)]
             rng.shuffle(parent[key])
         elif kind == 10 and isinstance(value, int | float) and not isinstance(value, bool):
             parent[key] = rng.choice((value + 1, value - 1, -value, value * 2, value * 1_000, value + 0.5))
@@ -140,6 +140,19 @@ class JsonMutator:
             value.insert(rng.randint(0, len(value)), self.value())
         elif isinstance(value, str):
             parent[key] = change_text(rng, value)
+
+    def _is_small(self, tree: Any) -> bool:
+        """Whether a part may be copied: copies of copies would take all memory."""
+        size, left = 0, [tree]
+        while left and size < 50_000:
+            value = left.pop()
+            if isinstance(value, dict | list):
+                size += len(value)
+                left += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, str):
+                match = _STAND_IN.fullmatch(value)
+                size += len(self._raw[int(match[1])] if match else value)
+        return not left and size < 50_000
 
     def _choose(self, holder: list) -> tuple[Any, Any]:
         """A place in the tree, as the list or dictionary that has it and its index or key."""
