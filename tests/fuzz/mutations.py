@@ -32,7 +32,7 @@ _RAW = (
     *("9" * 65, "9" * 5_000, "-" + "9" * 70, "1" + "0" * 400, "1." + "0" * 5_000 + "1", "'x'", "undefined", "tru", ""),
     *('"\\ud800"', '"\\x"', '"\n"', '"unterminated', "{,}", "[1,]", "{1: 2}", '{"a": 1, "a": 2}', "/* */ 1"),
 )
-_STAND_IN = re.compile(r"@@raw(\d+)@@")
+_STAND_IN = re.compile(r"@@raw(\d{1,9})@@")
 _TOKEN = re.compile(f'"{_STAND_IN.pattern}"')
 
 
@@ -77,7 +77,11 @@ class JsonMutator:
     def write(self, tree: Any) -> str:
         """The tree as JSON."""
         source = json.dumps(tree)
-        return _TOKEN.sub(lambda match: self._raw[int(match[1])], source) if self._raw else source
+        return _TOKEN.sub(self._source_of, source) if self._raw else source
+
+    def _source_of(self, match: re.Match[str]) -> str:
+        index = int(match[1])
+        return self._raw[index] if index < len(self._raw) else match[0]  # a stand-in that was changed itself
 
     def value(self) -> Any:
         """A value of any type."""
@@ -151,7 +155,7 @@ class JsonMutator:
                 left += value.values() if isinstance(value, dict) else value
             elif isinstance(value, str):
                 match = _STAND_IN.fullmatch(value)
-                size += len(self._raw[int(match[1])] if match else value)
+                size += len(self._source_of(match) if match else value)
         return not left and size < 50_000
 
     def _choose(self, holder: list) -> tuple[Any, Any]:
