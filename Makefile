@@ -12,7 +12,7 @@ PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
 # `make test-latest` upgrades these beyond the ceilings in pyproject.toml and the versions in constraints.txt.
 UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tokenizers safetensors
 
-.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu bench quality style clean
+.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu fuzz bench quality style clean
 
 quickstart: $(VENV)/.installed  ## Install, and train the demo
 	$(BIN)/accelerate launch examples/sft_flan.py
@@ -68,6 +68,9 @@ test-gpu:  ## Tests that need a CUDA device, in the present environment
 
 test-multi-gpu:  ## Tests that need two CUDA devices
 	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py tests/distributed/test_balance_ranks.py
+
+fuzz:  ## Ten minutes of malicious inputs for all readers of foreign files; FUZZ="--help" lists options
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --output fuzz-failures $(FUZZ)
 
 bench:  ## All benchmarks, on a CUDA device, and the tables made from them
 	cd benchmarks && $(PYTHON) train_step.py --out results/train_step.jsonl
