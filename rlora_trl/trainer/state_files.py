@@ -31,7 +31,11 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         AdapterCheckError: If the file is missing, can't be read, or holds something else.
     """
-    return _as_object(read_json(path), path)
+    try:
+        value = read_json(path)
+    except AdapterCheckError as error:
+        raise AdapterCheckError(f"{path.name} can't be read ({error}) {_REMEDY}") from error
+    return _as_object(value, path)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from peft import PeftConfig
 from typing_extensions import override
 
-from ..reading import read_safetensors_header, shorten
+from ..reading import first_few, read_safetensors_header, shorten
 from .config_fields import check_fields
 from .initialization import INIT_SCHEMES, ROUTER_INITS
 from .layer_names import embedding_of, value_for
@@ -199,7 +199,7 @@ class RLoraConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
-                    f"`{name}` must be an integer of at least 1, got {value!r}. Set `{name}=4`, for example."
+                    f"`{name}` must be an integer of at least 1, got {shorten(value)}. Set `{name}=4`, for example."
                 )
 
         # Types of patterns, whose values follow
@@ -208,7 +208,8 @@ class RLoraConfig(PeftConfig):
                 setattr(self, name, {})
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(
-                    f"`{name}` must be a dictionary of layer names and numbers, got {getattr(self, name)!r}. For "
+                    f"`{name}` must be a dictionary of layer names and numbers, got "
+                    f"{shorten(getattr(self, name))}. For "
                     'example {"down_proj": 8}.'
                 )
 
@@ -216,26 +217,28 @@ class RLoraConfig(PeftConfig):
         for name in ("lora_alpha", "head_dropout", "init_gamma"):
             self._check_number(name, getattr(self, name))
         for pattern, value in self.alpha_pattern.items():
-            self._check_number(f"alpha_pattern[{pattern!r}]", value)
+            self._check_number(f"alpha_pattern[{shorten(pattern)}]", value)
         for pattern, value in self.rank_pattern.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
-                    f"`rank_pattern[{pattern!r}]` must be an integer of at least 1, got {value!r}. Use "
+                    f"`rank_pattern[{shorten(pattern)}]` must be an integer of at least 1, got {shorten(value)}. Use "
                     "`exclude_modules` to leave a layer out."
                 )
 
         # Ranges
         if not 0.0 <= self.head_dropout < 1.0:
             raise ValueError(
-                f"`head_dropout` must be in [0, 1), got {self.head_dropout!r}. Set it to 0 to turn dropout off."
+                f"`head_dropout` must be in [0, 1), got {shorten(self.head_dropout)}. Set it to 0 to turn dropout off."
             )
         if not (math.isfinite(self.init_gamma) and self.init_gamma > 0):
-            raise ValueError(f"`init_gamma` must be a positive number, got {self.init_gamma!r}. The paper uses 64.")
+            raise ValueError(
+                f"`init_gamma` must be a positive number, got {shorten(self.init_gamma)}. The paper uses 64."
+            )
 
     @staticmethod
     def _check_number(name: str, value: Any) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise TypeError(f"`{name}` must be a number, got {value!r}. Remove the quotes if it is one.")
+            raise TypeError(f"`{name}` must be a number, got {shorten(value)}. Remove the quotes if it is one.")
 
     def _check_choices(self) -> None:
         choices = {
@@ -272,13 +275,13 @@ class RLoraConfig(PeftConfig):
         if self.router != "top_k":
             if top_k is not None:
                 raise ValueError(
-                    f"`router_top_k={top_k!r}` belongs to `router='top_k'`, but `router` is {self.router!r}. Leave it "
-                    "unset, or set `router='top_k'`."
+                    f"`router_top_k={shorten(top_k)}` belongs to `router='top_k'`, but `router` is {self.router!r}. "
+                    "Leave it unset, or set `router='top_k'`."
                 )
         elif not isinstance(top_k, int) or isinstance(top_k, bool) or not 2 <= top_k < self.num_heads:
             raise ValueError(
                 f"`router='top_k'` needs `router_top_k` from 2 to `num_heads - 1` = {self.num_heads - 1}, got "
-                f"{top_k!r}. A single head would always weigh 1, whatever the router learns; for all heads set "
+                f"{shorten(top_k)}. A single head would always weigh 1, whatever the router learns; for all heads set "
                 "`router='softmax'`."
             )
         elif self.router_init == "zeros" and self.init_weights is not False:
@@ -300,8 +303,8 @@ class RLoraConfig(PeftConfig):
         is_list = isinstance(self.tasks, Iterable) and not isinstance(self.tasks, str | bytes | Set)
         if not is_list or not all(isinstance(task, str) and task.strip() for task in self.tasks):
             raise TypeError(
-                f"`tasks` must be a list of names, got {self.tasks!r}. For example ['sst2', 'rte']; a number is "
-                "written as text."
+                f"`tasks` must be a list of names, got {shorten(self.tasks)}. For example ['sst2', 'rte']; a number "
+                "is written as text."
             )
         try:
             self.tasks = [task_name(task) for task in self.tasks]
@@ -314,8 +317,9 @@ class RLoraConfig(PeftConfig):
         counts = Counter(self.tasks)
         repeated = sorted(task for task, count in counts.items() if count > 1)
         if repeated:
-            names = ", ".join(map(repr, repeated))
-            raise ValueError(f"`tasks` names {names} more than once. Give each task one name.")
+            raise ValueError(
+                f"`tasks` names {first_few(map(repr, repeated))} more than once. Give each task one name."
+            )
 
     def _check_symmetry(self) -> None:
         if self.loaded:

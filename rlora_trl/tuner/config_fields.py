@@ -48,6 +48,7 @@ class _FieldTypes(TypedDict, total=False):
     tasks: str | list[str] | None
     base_model_name_or_path: str | None
     revision: str | None
+    task_type: str | None
 
 
 def check_fields(data: Mapping[str, Any]) -> None:
@@ -100,7 +101,7 @@ def _check_bounds(data: Mapping[str, Any]) -> None:
                     f"`{name}` must have names of 1 to {_MAX_TEXT} characters, got {len(text)}: {shorten(text)}. "
                     "Correct it, or save the adapter again."
                 )
-    for name in ("base_model_name_or_path", "revision"):
+    for name in ("base_model_name_or_path", "revision", "task_type"):
         text = data.get(name) or ""
         if len(text) > _MAX_TEXT or not text.isprintable():
             raise AdapterCheckError(

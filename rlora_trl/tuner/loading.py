@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
-from ..reading import AdapterCheckError, first_few
+from ..reading import AdapterCheckError, first_few, shorten
 from .adapter import MultiHeadAdapter
 from .comparison import compare_tensors
 from .config import RLoraConfig
@@ -96,6 +96,7 @@ def settle_loaded(config: RLoraConfig, model: nn.Module) -> ParameterBudget:
     # Checkpointing and `torch.compile` add to the names of modules, which a file does not have.
     names = [without_wrappers(name) for name, _ in model.named_modules() if name]
     settle_patterns(config, names, None if stored is None else stored.ranks, source)
+    _check_token_rows(config, model, stored, source)
     if stored is not None:
         _check_saved_modules(config, model, stored, source)
 
@@ -187,6 +188,36 @@ def _is_announced(config: RLoraConfig, name: str) -> bool:
 def without_wrappers(name: str) -> str:
     """The name of a parameter or module in the model itself, which is its name in files."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _check_token_rows(config: RLoraConfig, model: nn.Module, stored: StoredTensors | None, source: str) -> None:
+    """Check that the embeddings and the file have the rows in `trainable_token_indices`, which PEFT takes unseen."""
+    indices = config.trainable_token_indices
+    if not indices:
+        return
+
+    problem = None
+    if stored is not None and not any(name.endswith(".trainable_tokens_delta") for name in stored.others):
+        problem = "its file has no rows of an embedding"
+    embeddings = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+    }
+    by_name = indices if isinstance(indices, dict) else {None: indices}
+    for ending, rows in by_name.items():
+        if ending is None:
+            get_embedding = getattr(model, "get_input_embeddings", None)
+            sizes = [] if get_embedding is None else [len(get_embedding().weight)]
+        else:
+            sizes = [len(weight) for name, weight in embeddings.items() if name.endswith(ending)]
+        if sizes and max(rows, default=0) >= max(sizes):
+            problem = f"the embedding of the base model has {max(sizes)} rows"
+    if problem is not None:
+        raise AdapterCheckError(
+            f"The configuration of {source} has `trainable_token_indices={shorten(indices)}`, but {problem}. Resize "
+            "the embeddings of the base model as in training, or get the adapter again."
+        )
 
 
 def _check_saved_modules(config: RLoraConfig, model: nn.Module, stored: StoredTensors, source: str) -> None:

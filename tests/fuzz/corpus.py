@@ -344,12 +344,12 @@ def _tensors() -> Iterator[Malicious]:
         "a wide layer": {"target_modules": ["up_proj", "down_proj", "gate_proj"], "num_heads": 4_096, "r": 16_384},
         "modules to save": {"modules_to_save": ["head"]},
         "rows of the embedding": {"trainable_token_indices": [0, 1]},
+        "rows beyond the embedding": {"trainable_token_indices": [10**6]},
     }
     for name, fields in claims.items():
         files = {CONFIG: _config(**fields), WEIGHTS: _weights()}
         yield Malicious(f"claims: {name}", "tensors", "refused", files)
-        if name != "rows of the embedding":
-            yield Malicious(f"claims: {name}, loaded", "load", "refused", files)
+        yield Malicious(f"claims: {name}, loaded", "load", "refused", files)
 
     layers = [f"model.layers.{i}.mlp.up_proj" for i in range(5_000)]
     files = {CONFIG: _config(), WEIGHTS: _weights(layers=layers)}
