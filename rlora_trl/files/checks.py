@@ -122,8 +122,8 @@ def check_listing(sizes: Mapping[str, int | None]) -> list[str]:
         size, limit = sizes[path], _limit_of(path)
         if size is not None and not (isinstance(size, int) and 0 <= size <= limit):
             raise AdapterCheckError(
-                f"{path} has {printable(str(size)[:80])} bytes in the repository, and at most {limit} are accepted. It is not a "
-                "file of an adapter."
+                f"{path} has {printable(str(size)[:80])} bytes in the repository, and at most {limit} are accepted. "
+                "It is not a file of an adapter."
             )
 
     folded: dict[str, str] = {}
