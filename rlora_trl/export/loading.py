@@ -44,12 +44,14 @@ def load_adapted(
         )
 
     auto = getattr(peft, auto_peft_class(config.task_type))
-    model = auto.from_pretrained(name, adapter_name=adapter_name, revision=revision, token=token).eval()
+    # A stranger's adapter names the base: its code is not run, and transformers does not ask.
+    options = {"token": token, "trust_remote_code": False}
+    model = auto.from_pretrained(name, adapter_name=adapter_name, revision=revision, **options).eval()
 
     # The tokenizer that was saved with the adapter, or that of the base.
     for source, commit in ((name, revision), (config.base_model_name_or_path, config.revision)):
         try:
-            return model, AutoTokenizer.from_pretrained(source, revision=commit, token=token)
+            return model, AutoTokenizer.from_pretrained(source, revision=commit, **options)
         except (OSError, ValueError) as error:
             logger.info(f"No tokenizer in {source}: {error}")
     return model, None
