@@ -111,7 +111,7 @@ def _load_base(name: str | None, pulled: Mapping[str, CheckedAdapter], kwargs: d
                 "`revision`, or call `load` once for each."
             )
         kwargs = {"revision": next(iter(pinned.values())), **kwargs}
-    # A stranger's adapter may name the base: its code is run only if the caller says so, and transformers does not ask.
+    # A stranger's adapter may name the base: its code is run only if the caller says so, and nothing asks.
     return AutoModelForCausalLM.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
 
 
