@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from typing import Any
@@ -44,15 +45,18 @@ class Relay:
         import psutil
 
         children = psutil.Process().children()
-        now = time.monotonic()
+        now, again = time.monotonic(), False
         if self.signal is None:
             self.signal, self._received = number, now
         elif now - self._received < SAME_SIGNAL:
             return
         else:
-            children, number = psutil.Process().children(recursive=True), signal.SIGKILL
+            again, children = True, psutil.Process().children(recursive=True)
         if not children:
             raise SystemExit(128 + self.signal)
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                child.send_signal(number)
+                if again:
+                    child.kill()
+                elif os.name != "nt":  # where the console has sent Ctrl-C to all of them
+                    child.send_signal(number)

@@ -38,7 +38,7 @@ def stop_with(launcher: int) -> None:
         time.sleep(_LOOK)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def main() -> int:

@@ -267,7 +267,7 @@ def fetch(
         OSError: If it can't be written, as on a full disk.
     """
     url, size = hf_hub_url(listing.repo_id, path, revision=listing.commit), listing.files[path].size or 0
-    failures = start = 0
+    failures = most = 0
 
     # Without a buffer, which would be written once more, and fail once more, when the file is closed.
     with open(target, "wb", buffering=0) as file:
@@ -283,11 +283,12 @@ def fetch(
                 break
             except HTTPError as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                failures = failures + 1 if file.tell() - start < _PROGRESS else 1
+                # Beyond what any attempt had reached: an answer may begin anew each time.
+                failures = failures + 1 if file.tell() < most + _PROGRESS else 1
                 if status not in (None, *_TRANSIENT) or failures == _ATTEMPTS:
                     raise
                 logger.warning(f"The download of {path} of {listing.repo_id} broke ({error}), and is resumed.")
-                start = file.tell()
+                most = max(most, file.tell())
                 time.sleep(failures)
 
     if not is_same_file(target, listing.files[path]):
@@ -320,11 +321,15 @@ def _open(url: str, token: str | bool | None, *, start: int = 0) -> Iterator[Any
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
         if response.is_error:
-            # Without its body, which may be of any size and form. The message is in a header, too.
-            told = response.headers.items()
-            kept = {name: value[:500] for name, value in told if name.startswith(_ERROR_HEADERS)}
-            hf_raise_for_status(type(response)(response.status_code, headers=kept, request=response.request))
+            raise_without_body(response)
         yield response
+
+
+def raise_without_body(response: Any) -> None:
+    """Raise for the status of an answer, whose body may be of any size and form. The message is in a header, too."""
+    headers = response.headers.items()
+    kept = {name: value[:500] for name, value in headers if name.startswith(_ERROR_HEADERS)}
+    hf_raise_for_status(type(response)(response.status_code, headers=kept, request=response.request))
 
 
 def _pieces(response: Any, limit: int, what: str) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..reading import AdapterCheckError, TensorEntry, shorten
 from ..tuner.adapter import MultiHeadAdapter
 from ..tuner.config import RLoraConfig
-from ..tuner.layer_names import PREFIX, embedding_of
+from ..tuner.layer_names import PREFIX, module_of
 from ..tuner.patterns import settle_patterns, unselected
 from ..tuner.stored import FLOATING, check_layers, split_by_layer
 
@@ -154,7 +154,7 @@ def _check_others(
     for name, entry in others.items():
         field = _explaining_field(name.removeprefix(PREFIX), entry, d_out, config)
         if field is None:
-            embedding = embedding_of(name)
+            embedding = module_of(name)
             hint = "" if embedding is None else _RESIZED.format(json.dumps([shorten(embedding, 200)[1:-1]]))
             raise AdapterCheckError(
                 f"{path} has the tensor {shorten(name, 200)} of shape {list(entry.shape)}, which nothing in its "
@@ -188,7 +188,7 @@ def _explaining_field(name: str, entry: TensorEntry, d_out: Mapping[str, int], c
 
     if _is_saved(name, config.modules_to_save or ()):
         return "modules_to_save"
-    announced = embedding_of(name) in (config.saved_embeddings or ())
+    announced = module_of(name) in (config.saved_embeddings or ())
     return "saved_embeddings" if announced and len(entry.shape) == 2 and entry.dtype in FLOATING else None
 
 

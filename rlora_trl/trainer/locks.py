@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,12 +81,17 @@ def _acquire(path: Path, wait: bool) -> int | None:
     while fcntl is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # Its text is replaced: a link in the folder of somebody else would lead to another file.
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError:  # saving will say what is wrong with the folder, if anything is saved
             return None
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(file)
+            raise OSError(f"{path} is not a file of its own, but a link or a pipe. Remove it, and train again.")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
+        except (BlockingIOError, PermissionError) as error:  # systems differ
             os.close(file)
             raise HeldElsewhere(_read_note(path)) from error
         except OSError:  # the file system has no locks

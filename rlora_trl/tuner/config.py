@@ -18,7 +18,7 @@ from typing_extensions import override
 from ..reading import first_few, read_safetensors_header, shorten
 from .config_fields import check_fields
 from .initialization import INIT_SCHEMES, ROUTER_INITS
-from .layer_names import embedding_of, value_for
+from .layer_names import module_of, value_for
 from .task_names import MAX_TASKS, task_name
 
 
@@ -412,8 +412,9 @@ class RLoraConfig(PeftConfig):
         """
         weights = os.path.join(save_directory, SAFETENSORS_NAME)
         if os.path.isfile(weights):
-            found = {embedding_of(name) for name in read_safetensors_header(weights)}
-            self.saved_embeddings = sorted(name for name in found if name is not None) or None
+            saved = tuple(f"{name}.weight" for name in self.modules_to_save or ())
+            others = [name for name in read_safetensors_header(weights) if not saved or not name.endswith(saved)]
+            self.saved_embeddings = sorted({name for name in map(module_of, others) if name is not None}) or None
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod

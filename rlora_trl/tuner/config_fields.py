@@ -88,7 +88,7 @@ def _check_bounds(data: Mapping[str, Any]) -> None:
                 )
 
     for name in (
-        *("target_modules", "exclude_modules"),
+        *_TARGETS,
         "modules_to_save",
         "layers_pattern",
         "tasks",

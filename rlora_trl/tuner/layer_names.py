@@ -13,8 +13,6 @@ _Value = TypeVar("_Value")
 PREFIX = "base_model.model."
 
 _PLAIN = re.compile(r"[\w.-]+")
-# PEFT saves the whole embedding if the vocabulary was resized, and looks for it by these names.
-_EMBEDDINGS = frozenset("embed_tokens lm_head wte word_embeddings embed_in embed_out shared tok_embeddings".split())
 
 
 def is_plain(pattern: str) -> bool:
@@ -49,9 +47,9 @@ def value_for(patterns: Mapping[str, _Value], layer: str, default: _Value) -> _V
     return default
 
 
-def embedding_of(tensor: str) -> str | None:
+def module_of(tensor: str) -> str | None:
     """
-    The embedding or output head whose whole weight a tensor is.
+    The module of the base model whose whole weight a tensor is, such as an embedding of a resized vocabulary.
 
     Args:
         tensor (`str`): A name in a file or a model.
@@ -63,4 +61,4 @@ def embedding_of(tensor: str) -> str | None:
     # With `trainable_token_indices` or `modules_to_save` the embedding is within a wrapper.
     for wrapper in (".base_layer", ".token_adapter", ".original_module", ".modules_to_save"):
         module = module.removesuffix(wrapper)
-    return module if leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS else None
+    return module if leaf == "weight" else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from .adapter import MultiHeadAdapter
 from .comparison import compare_tensors
 from .config import RLoraConfig
 from .layer import RLoraLayer
-from .layer_names import PREFIX, embedding_of
+from .layer_names import PREFIX, module_of
 from .patterns import settle_patterns
 from .stored import StoredTensors, read_stored
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Below this number of values, a wrong size is reported by name when the tensors are loaded.
 _MIN_BUDGET = 2**24
 # A configuration of another adapter, with a few more heads, is reported by name too.
@@ -111,7 +113,7 @@ def _refuse_unannounced(
     model: nn.Module, config: RLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> None:
     """Refuse tensors that would overwrite the base and do not follow from the configuration."""
-    present = model.state_dict().keys()
+    present = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
     unannounced = [
         name
         for name in state_dict
@@ -140,18 +142,19 @@ def check_on_first_use(model: nn.Module, config: RLoraConfig, adapter_name: str)
         config ([`RLoraConfig`]): The adapter's configuration, from a file.
         adapter_name (`str`): The adapter's name.
     """
-    layers: list[Any] = [
+    first: Any = next(
         layer for layer in model.modules() if isinstance(layer, RLoraLayer) and adapter_name in layer.rlora_adapters
-    ]
+    )
     before = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
-    first = layers[0]
     adapter: Any = first.rlora_adapters[adapter_name]
 
     def check(*_: Any) -> None:
         if adapter_name in first.rlora_adapters:
-            _refuse_replaced(config, adapter_name, before, dict(model.named_parameters()))
-            for layer in layers:
-                refuse_not_finite(adapter_name, dict(layer.rlora_adapters[adapter_name].named_parameters()))
+            now = dict(model.named_parameters())
+            replaced = {name for name in now if name not in before or before[name]() is not now[name]}
+            _refuse_replaced(config, adapter_name, replaced)
+            loaded = {name: tensor for name, tensor in now.items() if adapter_name in name.split(".")}
+            refuse_not_finite(adapter_name, {**loaded, **{name: now[name] for name in replaced}})
         adapter.first_use = None
         hook.remove()
 
@@ -159,19 +162,13 @@ def check_on_first_use(model: nn.Module, config: RLoraConfig, adapter_name: str)
     hook = first.register_forward_pre_hook(check)
 
 
-def _refuse_replaced(
-    config: RLoraConfig,
-    adapter_name: str,
-    before: Mapping[str, Callable[[], nn.Parameter | None]],
-    now: Mapping[str, nn.Parameter],
-) -> None:
+def _refuse_replaced(config: RLoraConfig, adapter_name: str, replaced: Collection[str]) -> None:
     """Refuse that weights of the base were replaced, as transformers does with those that a file has."""
-    replaced = {
+    unannounced = [
         name
-        for name, parameter in now.items()
-        if name in before and before[name]() is not parameter and adapter_name not in name.split(".")
-    }
-    unannounced = [name for name in replaced if not _is_announced(config, without_wrappers(name))]
+        for name in replaced
+        if adapter_name not in name.split(".") and not _is_announced(config, without_wrappers(name))
+    ]
     if unannounced:
         raise ValueError(
             f"transformers has overwritten {first_few(unannounced)} of the base model with weights from the file of "
@@ -182,7 +179,7 @@ def _refuse_replaced(
 
 def _is_announced(config: RLoraConfig, name: str) -> bool:
     """Whether the configuration announces a tensor of the base, by its name in the model."""
-    return embedding_of(name) in (config.saved_embeddings or ()) or (config.bias != "none" and name.endswith(".bias"))
+    return module_of(name) in (config.saved_embeddings or ()) or (config.bias != "none" and name.endswith(".bias"))
 
 
 def without_wrappers(name: str) -> str:
@@ -204,13 +201,13 @@ def _check_token_rows(config: RLoraConfig, model: nn.Module, stored: StoredTenso
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), torch.Tensor)
     }
-    by_name = indices if isinstance(indices, dict) else {None: indices}
-    for ending, rows in by_name.items():
-        if ending is None:
-            get_embedding = getattr(model, "get_input_embeddings", None)
-            sizes = [] if get_embedding is None else [len(get_embedding().weight)]
-        else:
-            sizes = [len(weight) for name, weight in embeddings.items() if name.endswith(ending)]
+    # By default PEFT takes the input embedding, or the module of this name where a model does not say.
+    get_embedding: Any = getattr(model, "get_input_embeddings", None)
+    embedding = None if get_embedding is None else get_embedding()
+    for ending, rows in (indices if isinstance(indices, dict) else {"embed_tokens": indices}).items():
+        sizes = [len(weight) for name, weight in embeddings.items() if name.endswith(ending) and weight.ndim]
+        if embedding is not None and not isinstance(indices, dict):
+            sizes = [len(embedding.weight)]
         if sizes and max(rows, default=0) >= max(sizes):
             problem = f"the embedding of the base model has {max(sizes)} rows"
     if problem is not None:
@@ -228,7 +225,8 @@ def _check_saved_modules(config: RLoraConfig, model: nn.Module, stored: StoredTe
     for name, module in model.named_modules():
         if not saved or not name.endswith(saved):
             continue
-        tensors = getattr(module, "original_module", module).state_dict()
+        module = getattr(module, "original_module", module)
+        tensors = (module.get_base_layer() if isinstance(module, RLoraLayer) else module).state_dict()
         lacking = [key for key in tensors if ".".join(f"{name}.{key}".split(".")[-2:]) not in ends]
         if lacking:
             raise AdapterCheckError(
@@ -282,11 +280,12 @@ def check_adapter_tensors(
             "(`base_model_name_or_path`)."
         )
 
-    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if integers:
+    unusual = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]
+    if unusual:
         raise ValueError(
-            f"Adapter {adapter_name!r} has {first_few(integers)} of type {tensors[integers[0]].dtype}, and tensors of "
-            "adapters must be floating-point numbers. The file was altered; save or download it again."
+            f"Adapter {adapter_name!r} has {first_few(unusual)} of type {tensors[unusual[0]].dtype}, and tensors of "
+            "adapters must be floating-point numbers of 16 to 64 bits. The file was altered; save or download it "
+            "again."
         )
     if config.loaded:
         _refuse_unannounced(model, config, adapter_name, state_dict)
@@ -303,7 +302,7 @@ def refuse_not_finite(adapter_name: str, tensors: Mapping[str, torch.Tensor]) ->
     broken = [
         name
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+        if tensor.dtype in _DTYPES and not tensor.is_meta and not tensor.isfinite().all()
     ]
     if broken:
         raise ValueError(

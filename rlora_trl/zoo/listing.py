@@ -13,9 +13,10 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import HfApi
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, http_stream_backoff, validate_repo_id
 
 from ..files.card_text import check_metadata
+from ..files.download import raise_without_body
 from ..reading import MIB, AdapterCheckError, parse_json, shorten, split_json_list
 
 
@@ -89,8 +90,7 @@ def _get(url: str, token: str | bool | None, params: Mapping[str, Any], **option
     data = bytearray()
     with http_stream_backoff("GET", url, params=params or None, headers=headers, **options) as response:
         if response.is_error:
-            response.read()
-        hf_raise_for_status(response)
+            raise_without_body(response)
         for piece in response.iter_bytes():
             data += piece
             if len(data) > _MAX_ANSWER:

@@ -1,5 +1,6 @@
 """Two processes and one output folder: one trains, and their saves follow each other."""
 
+import contextlib
 import os
 import re
 import signal
@@ -132,3 +133,14 @@ def test_ranks_of_a_second_run_all_end(server, model_folders, holder, tmp_path):
     assert all(f"process {other} on" in error[2] for error in errors), errors
     with pytest.raises(WorkerError):
         server.run("programs:train", {**settings, "strategy": "single"}, folder=tmp_path / "single")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_link_in_place_of_a_lock_leads_nowhere(tmp_path, link):
+    """In the folder of somebody else it could lead to any file of the user, whose text the lock would replace."""
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    link(victim, tmp_path / "lock")
+    with contextlib.suppress(OSError), hold(tmp_path / "lock", wait=False):
+        pass
+    assert victim.read_text() == "kept"

@@ -211,3 +211,30 @@ def test_announced_modules_must_be_there(base, saved):
     path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}))
     with pytest.raises(ValueError, match="lacks lm_head.weight, which `modules_to_save` of its configuration"):
         PeftModel.from_pretrained(base, saved)
+
+
+def test_announced_weights_must_be_finite_by_transformers(base, saved):
+    add(saved, **{"lm_head.weight": torch.full((80, 32), float("nan"))})
+    path = saved / "adapter_config.json"
+    for announced in ({"saved_embeddings": ["lm_head"]}, {"modules_to_save": ["lm_head"], "saved_embeddings": None}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **announced}))
+        with pytest.raises(ValueError, match="holds NaN or infinity in .*lm_head"):
+            AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_wrapped_weight_of_the_base_is_not_announced(model_folders, base, tmp_path):
+    """Saving a module does not announce the base's own weight of it."""
+    config = {"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}
+    other = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    get_peft_model(other, RLoraConfig(**config)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["saved_embeddings"] is None
+    model = PeftModel.from_pretrained(base, tmp_path)
+    add(tmp_path, **{"lm_head.original_module.weight": torch.zeros(80, 32)})
+    with pytest.raises(ValueError, match="does not announce"):
+        model.load_adapter(tmp_path, "second")
+
+
+def test_tensors_of_eight_bits(base, saved):
+    rewrite(saved, lambda tensors: tensors.update({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}))
+    with pytest.raises(ValueError, match="of type torch.float8_e4m3fn, and tensors of adapters must be"):
+        PeftModel.from_pretrained(base, saved)
