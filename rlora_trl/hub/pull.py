@@ -143,7 +143,7 @@ def _cached(repo_id: str, revision: str | None, options: Mapping[str, Any], reas
 
 
 def _has_cached_contents(path: Path) -> bool:
-    """Whether a file is as it was listed, which its blob's name tells. A cache without links has no such names."""
+    """Whether a file is as it was listed, by the name of its blob. A cache without links has no such names."""
     if not path.is_symlink():
         return True
     name = os.path.basename(os.readlink(path))

@@ -150,8 +150,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trains = False
-        if self._signal is not None:
-            raise TrainingStopped(self._signal)
+        # Agreed on too: a rank that left alone would leave the others in the collectives of the last save.
+        agreed = self._agree(args.device)
+        if agreed is not None:
+            raise TrainingStopped(agreed)
 
     def _agree(self, device: torch.device) -> int | None:
         """A signal that some rank has received, or `None`. Call it on all ranks."""

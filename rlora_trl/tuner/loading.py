@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from collections.abc import Collection, Mapping
@@ -122,11 +123,12 @@ def _refuse_unannounced(
         and not _is_announced(config, without_wrappers(name))
     ]
     if unannounced:
+        modules = sorted({module_of(name) or name for name in map(without_wrappers, unannounced)})[:8]
         raise ValueError(
             f"The file of adapter {adapter_name!r} has {first_few(unannounced)}, which its configuration does not "
             "announce (`modules_to_save`, `bias`, `trainable_token_indices`, `saved_embeddings`): it would overwrite "
-            "weights of the base model. Get the adapter again; if the file is your own, name the modules in "
-            "adapter_config.json."
+            "weights of the base model. Get the adapter again; if it is your own, of a resized vocabulary, announce "
+            f'it in adapter_config.json: `"saved_embeddings": {json.dumps(modules)}`.'
         )
 
 
