@@ -11,13 +11,12 @@ from peft import LoraConfig
 
 from ..reading import AdapterCheckError, first_few, read_json, shorten
 from ..tuner.config import RLoraConfig
-from ..tuner.config_fields import CONFIG_LIMIT, MAX_ITEMS, check_fields
+from ..tuner.config_fields import CONFIG_LIMIT, MAX_ITEMS, TARGETS, check_fields
 from ..tuner.patterns import refuse_expressions
 
 
-# Fields that PEFT takes for regular expressions: the first two only if they are text rather than a list. It tries all
-# of the others for each module, and compiles them again if there are more than 512.
-_TARGETS = ("target_modules", "exclude_modules")
+# Fields that PEFT takes for regular expressions, besides `TARGETS`, which are some only if they are text rather than a
+# list. It tries all of them for each module, and compiles them again if there are more than 512.
 _PATTERNS = ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 _MAX_PATTERNS = 500
 # Fields of a plain LoRA adapter that an export may set.
@@ -94,7 +93,7 @@ def read_lora_config(path: Path) -> Mapping[str, Any]:
             "long. Export it again."
         )
     # PEFT itself loads it, and would run regular expressions.
-    refuse_expressions({name: data.get(name) for name in _TARGETS}, str(path), MAX_ITEMS)
+    refuse_expressions({name: data.get(name) for name in TARGETS}, str(path), MAX_ITEMS)
     refuse_expressions({name: data.get(name) for name in _PATTERNS}, str(path), _MAX_PATTERNS)
     return data
 

@@ -13,7 +13,7 @@ from ..reading import MIB, AdapterCheckError, shorten
 CONFIG_LIMIT = MIB
 MAX_ITEMS, _MAX_TEXT = 10_000, 512
 # Text in these is a regular expression, which may be longer than a name.
-_TARGETS = ("target_modules", "exclude_modules")
+TARGETS = ("target_modules", "exclude_modules")
 
 _MAX_FACTOR, _MAX_INDEX = 1e6, 2**31 - 1
 # Bounds of the numbers in a field.
@@ -87,14 +87,8 @@ def _check_bounds(data: Mapping[str, Any]) -> None:
                     "the adapter again."
                 )
 
-    for name in (
-        *_TARGETS,
-        "modules_to_save",
-        "layers_pattern",
-        "tasks",
-        "saved_embeddings",
-    ):
-        is_expression = isinstance(data.get(name), str) and name in ("target_modules", "exclude_modules")
+    for name in (*TARGETS, "modules_to_save", "layers_pattern", "tasks", "saved_embeddings"):
+        is_expression = isinstance(data.get(name), str) and name in TARGETS
         for text in _leaves(data.get(name)):
             if not text or (len(text) > _MAX_TEXT and not is_expression):
                 raise AdapterCheckError(
