@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -115,15 +115,9 @@ def _refuse_unannounced(
 ) -> None:
     """Refuse tensors that would overwrite the base and do not follow from the configuration."""
     present = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
-    unannounced = [
-        name
-        for name in state_dict
-        if name in present
-        and adapter_name not in name.split(".")
-        and not _is_announced(config, without_wrappers(name))
-    ]
+    unannounced = _unannounced(config, adapter_name, [name for name in state_dict if name in present])
     if unannounced:
-        modules = sorted({module_of(name) or name for name in map(without_wrappers, unannounced)})[:8]
+        modules = sorted({module_of(name) or name for name in unannounced})[:8]
         raise ValueError(
             f"The file of adapter {adapter_name!r} has {first_few(unannounced)}, which its configuration does not "
             "announce (`modules_to_save`, `bias`, `trainable_token_indices`, `saved_embeddings`): it would overwrite "
@@ -166,11 +160,7 @@ def check_on_first_use(model: nn.Module, config: RLoraConfig, adapter_name: str)
 
 def _refuse_replaced(config: RLoraConfig, adapter_name: str, replaced: Collection[str]) -> None:
     """Refuse that weights of the base were replaced, as transformers does with those that a file has."""
-    unannounced = [
-        name
-        for name in replaced
-        if adapter_name not in name.split(".") and not _is_announced(config, without_wrappers(name))
-    ]
+    unannounced = _unannounced(config, adapter_name, replaced)
     if unannounced:
         raise ValueError(
             f"transformers has overwritten {first_few(unannounced)} of the base model with weights from the file of "
@@ -179,9 +169,15 @@ def _refuse_replaced(config: RLoraConfig, adapter_name: str, replaced: Collectio
         )
 
 
-def _is_announced(config: RLoraConfig, name: str) -> bool:
-    """Whether the configuration announces a tensor of the base, by its name in the model."""
-    return module_of(name) in (config.saved_embeddings or ()) or (config.bias != "none" and name.endswith(".bias"))
+def _unannounced(config: RLoraConfig, adapter_name: str, names: Iterable[str]) -> list[str]:
+    """Tensors that are neither the adapter's nor announced by its configuration, by their names in files."""
+    announced = set(config.saved_embeddings or ())
+    plain = [without_wrappers(name) for name in names if adapter_name not in name.split(".")]
+    return [
+        name
+        for name in plain
+        if module_of(name) not in announced and not (config.bias != "none" and name.endswith(".bias"))
+    ]
 
 
 def without_wrappers(name: str) -> str:
