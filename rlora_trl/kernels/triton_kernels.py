@@ -125,9 +125,84 @@ def _store_stats(target, logits, w, p, log_z, counted, heads, N: tl.constexpr):
     tl.store(target + 3 + 2 * N + heads, tl.sum(tl.where(counts[:, None], w, 0.0), axis=0), mask=heads < N)
 
 
-# One program per block of BLOCK_T tokens.
-#
-#     w = softmax(logits)        z_i = w_i (m_i . h_i) / (1 - p) - h0_i / N
+@triton.jit
+def _mix_rows(
+    p_row,
+    z_row,
+    target,
+    mask_ptr,
+    rows,
+    row_mask,
+    first,
+    second,
+    threshold,
+    keep_scale,
+    Z: tl.constexpr,
+    Z2: tl.constexpr,
+    R: tl.constexpr,
+    R2: tl.constexpr,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    SHARED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STATS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """
+    Store Z of the tokens `rows` from their P, and with STATS their sums at `target`.
+
+        w = softmax(logits)        z_i = w_i (m_i . h_i) / (1 - p) - h0_i / N
+    """
+    columns = tl.arange(0, R2)
+    heads = tl.arange(0, N2)
+    inside = row_mask[:, None] & (columns < R)[None, :]  # [BLOCK_T, R2]
+    H: tl.constexpr = R if SHARED else N * R
+    anchor_start: tl.constexpr = H + N if ROUTED else H
+
+    # Head weights, and their statistics.
+    w, logits, p, log_z = _head_weights(p_row, row_mask, heads, H, N, ROUTED, TOP_K)
+    if ROUTED and STATS:
+        counted = _count_tokens(mask_ptr, rows, row_mask, MASKED)
+        _store_stats(target, logits, w, p, log_z, counted, heads, N)
+
+    # h and h0, once for all heads or once for each.
+    if SHARED:
+        h = tl.load(p_row[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if ANCHORED:
+            h0 = tl.load(p_row[:, None] + anchor_start + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(N):
+        if not SHARED:
+            h = tl.load(p_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            if ANCHORED:
+                anchor = p_row[:, None] + anchor_start + i * R + columns[None, :]
+                h0 = tl.load(anchor, mask=inside, other=0.0).to(tl.float32)
+                head_h0 = z_row[:, None] + (N + i) * R + columns[None, :]
+                tl.store(head_h0, h0.to(z_row.dtype.element_ty), mask=inside)
+
+        # z_i = w_i (m_i . h) / (1 - p) - h0 / N
+        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)  # [BLOCK_T]
+        z = wi[:, None] * h
+        if DROPOUT:
+            z = tl.where(_keep(rows, i, columns, first, second, threshold, N, R), z * keep_scale, 0.0)
+        if ANCHORED:
+            z -= h0 * (1.0 / N)
+        tl.store(z_row[:, None] + i * R + columns[None, :], z.to(z_row.dtype.element_ty), mask=inside)
+
+    # The shared h0, and the padding.
+    used: tl.constexpr = N * R + H if ANCHORED else N * R
+    if ANCHORED and SHARED:
+        tl.store(z_row[:, None] + N * R + columns[None, :], h0.to(z_row.dtype.element_ty), mask=inside)
+    if Z > used:
+        pad = used + tl.arange(0, Z2)
+        zero = tl.zeros([BLOCK_T, Z2], dtype=z_row.dtype.element_ty)
+        tl.store(z_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < Z)[None, :])
+
+
+# One program per block of BLOCK_T tokens; see `_mix_rows`.
 #
 # Loads a block of P [T, K], and the token mask [T] if MASKED. Stores the block of Z [T, Z], and with STATS a row of
 # partials [T / BLOCK_T, 3 + 3 N].
@@ -160,68 +235,162 @@ def mix_kernel(
     MASKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    # The rows of this program.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = rows < tokens
-    if DROPOUT:
-        first, second = _keys(low, high, seed_ptr, SEED_IN_MEMORY)
+    first, second = _keys(low, high, seed_ptr, SEED_IN_MEMORY)
+    _mix_rows(
+        p_ptr + rows * K,
+        z_ptr + rows * Z,
+        partials_ptr + tl.program_id(0) * (3 + 3 * N),
+        mask_ptr,
+        rows,
+        rows < tokens,
+        first,
+        second,
+        threshold,
+        keep_scale,
+        Z,
+        Z2,
+        R,
+        R2,
+        N,
+        N2,
+        ROUTED,
+        ANCHORED,
+        SHARED,
+        TOP_K,
+        DROPOUT,
+        STATS,
+        MASKED,
+        BLOCK_T,
+    )
+
+
+@triton.jit
+def _mix_backward_rows(
+    p_row,
+    dz_row,
+    heads_row,
+    dp_row,
+    coeffs_ptr,
+    mask_ptr,
+    rows,
+    row_mask,
+    first,
+    second,
+    threshold,
+    keep_scale,
+    scaling,
+    K: tl.constexpr,
+    K2: tl.constexpr,
+    G: tl.constexpr,
+    G2: tl.constexpr,
+    R: tl.constexpr,
+    R2: tl.constexpr,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    SHARED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BALANCED: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """
+    Store dP of the tokens `rows` from their P and dZ, and if HEADS the factor of dB. Masks and weights are recomputed.
+
+        dm_i = m_i . dz_i / (1 - p)      dh = sum_i w_i dm_i        dh0 = dZ_last - sum_i dz_i / N
+        dw_i = dm_i . h                  dl = w . (dw - sum_j w_j dw_j)
+        heads_i = scaling w_i (m_i . h) / (1 - p)                   with dB = dy^T heads
+
+    If BALANCED, the gradient of the balance loss with coefficients (a, e, z) is added:
+
+        dl_j += p_j (a_j - sum_i a_i p_i - e (log p_j + H) + 2 z logsumexp)
+    """
     columns = tl.arange(0, R2)
     heads = tl.arange(0, N2)
     inside = row_mask[:, None] & (columns < R)[None, :]  # [BLOCK_T, R2]
-    p_row = p_ptr + rows * K
-    z_row = z_ptr + rows * Z
     H: tl.constexpr = R if SHARED else N * R
     anchor_start: tl.constexpr = H + N if ROUTED else H
 
-    # Head weights, and their statistics.
     w, logits, p, log_z = _head_weights(p_row, row_mask, heads, H, N, ROUTED, TOP_K)
-    if ROUTED and STATS:
-        counted = _count_tokens(mask_ptr, rows, row_mask, MASKED)
-        target = partials_ptr + tl.program_id(0) * (3 + 3 * N)
-        _store_stats(target, logits, w, p, log_z, counted, heads, N)
 
-    # h and h0, once for all heads or once for each.
+    # h and the gradient of h0, once for all heads or once for each.
     if SHARED:
         h = tl.load(p_row[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        dh = tl.zeros([BLOCK_T, R2], dtype=tl.float32)
         if ANCHORED:
-            h0 = tl.load(p_row[:, None] + anchor_start + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            dh0 = tl.load(dz_row[:, None] + N * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_T, N2], dtype=tl.float32)
     for i in tl.static_range(N):
+        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)  # [BLOCK_T]
+        dz = tl.load(dz_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if not SHARED:
             h = tl.load(p_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
             if ANCHORED:
-                anchor = p_row[:, None] + anchor_start + i * R + columns[None, :]
-                h0 = tl.load(anchor, mask=inside, other=0.0).to(tl.float32)
-                head_h0 = z_row[:, None] + (N + i) * R + columns[None, :]
-                tl.store(head_h0, h0.to(z_ptr.dtype.element_ty), mask=inside)
+                last = (N + i) * R + columns[None, :]
+                dh0 = tl.load(dz_row[:, None] + last, mask=inside, other=0.0).to(tl.float32) - dz * (1.0 / N)
+                target = dp_row[:, None] + anchor_start + i * R + columns[None, :]
+                tl.store(target, dh0.to(dp_row.dtype.element_ty), mask=inside)
 
-        # z_i = w_i (m_i . h) / (1 - p) - h0 / N
-        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)  # [BLOCK_T]
+        # z_i before the anchor, and dm_i.
         z = wi[:, None] * h
+        dm = dz
         if DROPOUT:
-            z = tl.where(_keep(rows, i, columns, first, second, threshold, N, R), z * keep_scale, 0.0)
+            keep = _keep(rows, i, columns, first, second, threshold, N, R)
+            z = tl.where(keep, z * keep_scale, 0.0)
+            dm = tl.where(keep, dz * keep_scale, 0.0)
+
+        # dh, dh0, dw and heads_i.
+        if SHARED:
+            dh += wi[:, None] * dm
+            if ANCHORED:
+                dh0 -= dz * (1.0 / N)
+        else:
+            head_dh = (wi[:, None] * dm).to(dp_row.dtype.element_ty)
+            tl.store(dp_row[:, None] + i * R + columns[None, :], head_dh, mask=inside)
+        dw += tl.where((heads == i)[None, :], tl.sum(dm * h, axis=1)[:, None], 0.0)
+        if HEADS:
+            head = heads_row[:, None] + i * R + columns[None, :]
+            tl.store(head, (z * scaling).to(heads_row.dtype.element_ty), mask=inside)
+
+    # The padding of heads, and the shared dh and dh0.
+    if HEADS and G > N * R:
+        pad = N * R + tl.arange(0, G2)
+        zero = tl.zeros([BLOCK_T, G2], dtype=heads_row.dtype.element_ty)
+        tl.store(heads_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < G)[None, :])
+    if SHARED:
+        tl.store(dp_row[:, None] + columns[None, :], dh.to(dp_row.dtype.element_ty), mask=inside)
         if ANCHORED:
-            z -= h0 * (1.0 / N)
-        tl.store(z_row[:, None] + i * R + columns[None, :], z.to(z_ptr.dtype.element_ty), mask=inside)
+            target = dp_row[:, None] + anchor_start + columns[None, :]
+            tl.store(target, dh0.to(dp_row.dtype.element_ty), mask=inside)
 
-    # The shared h0, and the padding.
-    used: tl.constexpr = N * R + H if ANCHORED else N * R
-    if ANCHORED and SHARED:
-        tl.store(z_row[:, None] + N * R + columns[None, :], h0.to(z_ptr.dtype.element_ty), mask=inside)
-    if Z > used:
-        pad = used + tl.arange(0, Z2)
-        zero = tl.zeros([BLOCK_T, Z2], dtype=z_ptr.dtype.element_ty)
-        tl.store(z_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < Z)[None, :])
+    # dl = w . (dw - sum_j w_j dw_j), and the gradient of the balance loss.
+    if ROUTED:
+        dlogits = w * (dw - tl.sum(w * dw, axis=1)[:, None])  # [BLOCK_T, N2]
+        if BALANCED:
+            in_use = (heads < N)[None, :]
+            a = tl.load(coeffs_ptr + heads, mask=heads < N, other=0.0)[None, :]
+            log_p = tl.where(in_use, logits - log_z[:, None], 0.0)
+            entropy = -tl.sum(p * log_p, axis=1)[:, None]
+            inner = a - tl.sum(p * a, axis=1)[:, None] - tl.load(coeffs_ptr + N) * (log_p + entropy)
+            inner += 2.0 * tl.load(coeffs_ptr + N + 1) * log_z[:, None]
+            counts = _count_tokens(mask_ptr, rows, row_mask, MASKED)[:, None] > 0.0
+            dlogits += tl.where(counts, p * inner, 0.0)
+        routed = row_mask[:, None] & (heads < N)[None, :]
+        tl.store(dp_row[:, None] + H + heads[None, :], dlogits.to(dp_row.dtype.element_ty), mask=routed)
+
+    # The padding of dP.
+    used_p: tl.constexpr = anchor_start + H if ANCHORED else anchor_start
+    if K > used_p:
+        pad_p = used_p + tl.arange(0, K2)
+        zero_p = tl.zeros([BLOCK_T, K2], dtype=dp_row.dtype.element_ty)
+        tl.store(dp_row[:, None] + pad_p[None, :], zero_p, mask=row_mask[:, None] & (pad_p < K)[None, :])
 
 
-# One program per block of BLOCK_T tokens. Masks and head weights are recomputed.
-#
-#     dm_i = m_i . dz_i / (1 - p)      dh = sum_i w_i dm_i        dh0 = dZ_last - sum_i dz_i / N
-#     dw_i = dm_i . h                  dl = w . (dw - sum_j w_j dw_j)
-#     heads_i = scaling w_i (m_i . h) / (1 - p)                   with dB = dy^T heads
-#
-# If BALANCED, the gradient of the balance loss with coefficients (a, e, z) is added:
-#
-#     dl_j += p_j (a_j - sum_i a_i p_i - e (log p_j + H) + 2 z logsumexp)
+# One program per block of BLOCK_T tokens; see `_mix_backward_rows`.
 #
 # Loads blocks of P [T, K] and dZ [T, Z], and the token mask [T] and coefficients [N + 2] if needed. Stores blocks of
 # heads [T, G] and dP [T, K].
@@ -259,93 +428,40 @@ def mix_backward_kernel(
     MASKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    # The rows of this program.
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = rows < tokens
-    if DROPOUT:
-        first, second = _keys(low, high, seed_ptr, SEED_IN_MEMORY)
-    columns = tl.arange(0, R2)
-    heads = tl.arange(0, N2)
-    inside = row_mask[:, None] & (columns < R)[None, :]  # [BLOCK_T, R2]
-    p_row = p_ptr + rows * K
-    heads_row = heads_ptr + rows * G
-    dz_row = dz_ptr + rows * Z
-    dp_row = dp_ptr + rows * K
-    H: tl.constexpr = R if SHARED else N * R
-    anchor_start: tl.constexpr = H + N if ROUTED else H
-
-    w, logits, p, log_z = _head_weights(p_row, row_mask, heads, H, N, ROUTED, TOP_K)
-
-    # h and the gradient of h0, once for all heads or once for each.
-    if SHARED:
-        h = tl.load(p_row[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        dh = tl.zeros([BLOCK_T, R2], dtype=tl.float32)
-        if ANCHORED:
-            dh0 = tl.load(dz_row[:, None] + N * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    dw = tl.zeros([BLOCK_T, N2], dtype=tl.float32)
-    for i in tl.static_range(N):
-        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)  # [BLOCK_T]
-        dz = tl.load(dz_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        if not SHARED:
-            h = tl.load(p_row[:, None] + i * R + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            if ANCHORED:
-                last = (N + i) * R + columns[None, :]
-                dh0 = tl.load(dz_row[:, None] + last, mask=inside, other=0.0).to(tl.float32) - dz * (1.0 / N)
-                target = dp_row[:, None] + anchor_start + i * R + columns[None, :]
-                tl.store(target, dh0.to(dp_ptr.dtype.element_ty), mask=inside)
-
-        # z_i before the anchor, and dm_i.
-        z = wi[:, None] * h
-        dm = dz
-        if DROPOUT:
-            keep = _keep(rows, i, columns, first, second, threshold, N, R)
-            z = tl.where(keep, z * keep_scale, 0.0)
-            dm = tl.where(keep, dz * keep_scale, 0.0)
-
-        # dh, dh0, dw and heads_i.
-        if SHARED:
-            dh += wi[:, None] * dm
-            if ANCHORED:
-                dh0 -= dz * (1.0 / N)
-        else:
-            head_dh = (wi[:, None] * dm).to(dp_ptr.dtype.element_ty)
-            tl.store(dp_row[:, None] + i * R + columns[None, :], head_dh, mask=inside)
-        dw += tl.where((heads == i)[None, :], tl.sum(dm * h, axis=1)[:, None], 0.0)
-        head = heads_row[:, None] + i * R + columns[None, :]
-        tl.store(head, (z * scaling).to(heads_ptr.dtype.element_ty), mask=inside)
-
-    # The padding of heads, and the shared dh and dh0.
-    if G > N * R:
-        pad = N * R + tl.arange(0, G2)
-        zero = tl.zeros([BLOCK_T, G2], dtype=heads_ptr.dtype.element_ty)
-        tl.store(heads_row[:, None] + pad[None, :], zero, mask=row_mask[:, None] & (pad < G)[None, :])
-    if SHARED:
-        tl.store(dp_row[:, None] + columns[None, :], dh.to(dp_ptr.dtype.element_ty), mask=inside)
-        if ANCHORED:
-            target = dp_row[:, None] + anchor_start + columns[None, :]
-            tl.store(target, dh0.to(dp_ptr.dtype.element_ty), mask=inside)
-
-    # dl = w . (dw - sum_j w_j dw_j), and the gradient of the balance loss.
-    if ROUTED:
-        dlogits = w * (dw - tl.sum(w * dw, axis=1)[:, None])  # [BLOCK_T, N2]
-        if BALANCED:
-            in_use = (heads < N)[None, :]
-            a = tl.load(coeffs_ptr + heads, mask=heads < N, other=0.0)[None, :]
-            log_p = tl.where(in_use, logits - log_z[:, None], 0.0)
-            entropy = -tl.sum(p * log_p, axis=1)[:, None]
-            inner = a - tl.sum(p * a, axis=1)[:, None] - tl.load(coeffs_ptr + N) * (log_p + entropy)
-            inner += 2.0 * tl.load(coeffs_ptr + N + 1) * log_z[:, None]
-            counts = _count_tokens(mask_ptr, rows, row_mask, MASKED)[:, None] > 0.0
-            dlogits += tl.where(counts, p * inner, 0.0)
-        routed = row_mask[:, None] & (heads < N)[None, :]
-        tl.store(dp_row[:, None] + H + heads[None, :], dlogits.to(dp_ptr.dtype.element_ty), mask=routed)
-
-    # The padding of dP.
-    used_p: tl.constexpr = anchor_start + H if ANCHORED else anchor_start
-    if K > used_p:
-        pad_p = used_p + tl.arange(0, K2)
-        zero_p = tl.zeros([BLOCK_T, K2], dtype=dp_ptr.dtype.element_ty)
-        tl.store(dp_row[:, None] + pad_p[None, :], zero_p, mask=row_mask[:, None] & (pad_p < K)[None, :])
+    first, second = _keys(low, high, seed_ptr, SEED_IN_MEMORY)
+    _mix_backward_rows(
+        p_ptr + rows * K,
+        dz_ptr + rows * Z,
+        heads_ptr + rows * G,
+        dp_ptr + rows * K,
+        coeffs_ptr,
+        mask_ptr,
+        rows,
+        rows < tokens,
+        first,
+        second,
+        threshold,
+        keep_scale,
+        scaling,
+        K,
+        K2,
+        G,
+        G2,
+        R,
+        R2,
+        N,
+        N2,
+        ROUTED,
+        ANCHORED,
+        SHARED,
+        TOP_K,
+        DROPOUT,
+        BALANCED,
+        MASKED,
+        True,
+        BLOCK_T,
+    )
 
 
 @triton.jit

@@ -42,7 +42,7 @@ _BLOCK_S = 128
 @lru_cache(maxsize=1)
 def has_known_launcher() -> bool:
     """
-    Whether this version of Triton launches a compiled kernel by the call that [`_Variant`] makes instead.
+    Whether this version of Triton launches a compiled kernel by the call that [`Variant`] makes instead.
 
     That call is not a public interface of Triton, and a misplaced argument would be read as an address. Checked once
     per process; if the call differs, a warning says so and kernels are launched as `kernel[grid](...)`.
@@ -84,7 +84,7 @@ def _is_stream(node: ast.Assign) -> bool:
     return [ast.unparse(target) for target in node.targets] == ["stream"]
 
 
-class _Variant:
+class Variant:
     """
     A kernel with its constants.
 
@@ -139,7 +139,7 @@ class _Variant:
         return None
 
 
-def _padding(width: int, used: int) -> int:
+def padding(width: int, used: int) -> int:
     """The size of a tile that covers the columns of zeros."""
     return triton.next_power_of_2(max(width - used, 1))
 
@@ -155,7 +155,7 @@ def _dropout_numbers(dropout: float) -> tuple[int, float]:
     return _signed(mask_threshold(dropout)), 1.0 / (1.0 - dropout)
 
 
-def _mask_numbers(dropout: float, seed: int | torch.Tensor | None) -> tuple[int, int, int, float]:
+def mask_numbers(dropout: float, seed: int | torch.Tensor | None) -> tuple[int, int, int, float]:
     """Two halves of the seed, threshold and scale; a kernel loads a seed in memory itself."""
     if seed is None or dropout <= 0.0:
         return 0, 0, 0, 1.0
@@ -184,26 +184,26 @@ class _ConcatSizes(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _concat_variant(sizes: _ConcatSizes) -> tuple[int, _Variant]:
+def _concat_variant(sizes: _ConcatSizes) -> tuple[int, Variant]:
     """Programs per layer, and the kernel."""
     d_in, d_out, rows, columns, layout, router, layers, _ = sizes
     num_heads, r, routed, anchored, shared, _ = layout
     blocks = triton.cdiv(d_in, _BLOCK_D)
-    extents = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, _padding(columns, z_columns(layout)))
+    extents = (d_in, d_out * r, rows * blocks, blocks, r, num_heads, columns, padding(columns, z_columns(layout)))
     constants = (*extents, routed, router, anchored, shared, _BLOCK_D, _BLOCK_W, layers)
-    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), _Variant(kernels.concat_kernel, constants)
+    return rows * blocks + triton.cdiv(d_out * r, _BLOCK_W), Variant(kernels.concat_kernel, constants)
 
 
 @lru_cache(maxsize=1024)
 def _mix_variant(
     k: int, z: int, layout: Layout, dropped: bool, seed_in_memory: bool, stats: bool, *dtypes: torch.dtype
-) -> _Variant:
+) -> Variant:
     """The kernel for dtypes of P and, if there is a token mask, of the mask."""
     num_heads, r, routed, anchored, shared, top_k = layout
     sizes = (r, triton.next_power_of_2(r), num_heads, triton.next_power_of_2(num_heads))
     kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
     flags = (dropped, seed_in_memory, stats, len(dtypes) > 1, _BLOCK_T)
-    return _Variant(kernels.mix_kernel, (k, z, _padding(z, z_columns(layout)), *sizes, *kinds, *flags))
+    return Variant(kernels.mix_kernel, (k, z, padding(z, z_columns(layout)), *sizes, *kinds, *flags))
 
 
 @lru_cache(maxsize=1024)
@@ -216,17 +216,17 @@ def _mix_backward_variant(
     seed_in_memory: bool,
     balanced: bool,
     *dtypes: torch.dtype,
-) -> _Variant:
+) -> Variant:
     """The kernel for dtypes of P and, if there is a token mask, of the mask."""
     num_heads, r, routed, anchored, shared, top_k = layout
-    widths = (k, _padding(k, p_columns(layout)), z, width, _padding(width, num_heads * r))
+    widths = (k, padding(k, p_columns(layout)), z, width, padding(width, num_heads * r))
     sizes = (r, triton.next_power_of_2(r), num_heads, triton.next_power_of_2(num_heads))
     kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
     flags = (dropped, seed_in_memory, balanced, len(dtypes) > 1, _BLOCK_T)
-    return _Variant(kernels.mix_backward_kernel, (*widths, *sizes, *kinds, *flags))
+    return Variant(kernels.mix_backward_kernel, (*widths, *sizes, *kinds, *flags))
 
 
-def _check_device(P: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+def check_device(P: torch.Tensor, **tensors: torch.Tensor | None) -> None:
     """Refuse tensors on another device; a kernel would misread their addresses."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != P.device:
@@ -235,7 +235,7 @@ def _check_device(P: torch.Tensor, **tensors: torch.Tensor | None) -> None:
             )
 
 
-def _aligned(*tensors: torch.Tensor) -> bool:
+def aligned(*tensors: torch.Tensor) -> bool:
     """Whether tensors start at multiples of 16 bytes; tensors of callers may be views."""
     return not any(tensor.data_ptr() % 16 for tensor in tensors)
 
@@ -277,7 +277,7 @@ def _launch_concat(
     layers = 1 if addresses is None else addresses.shape[0]
     arguments = (tensors[0] if addresses is None else addresses, *tensors, downs, ups)
     # Parameters may be views into one buffer, as DeepSpeed and FSDP make them.
-    variant.launch(programs * layers, arguments, (float(scaling),), _aligned(*tensors))
+    variant.launch(programs * layers, arguments, (float(scaling),), aligned(*tensors))
 
 
 def concat(
@@ -347,14 +347,14 @@ def mix(
     # P stands in for missing tensors, which the kernel does not touch.
     masked = partials is not None and token_mask is not None
     if masked:
-        _check_device(P, token_mask=token_mask)
+        check_device(P, token_mask=token_mask)
     mask = token_mask if token_mask is not None and masked else P
     tensors = (P, Z, P if partials is None else partials, mask, seed if isinstance(seed, torch.Tensor) else P)
 
     dropped, in_memory = _seed_kind(dropout, seed)
     dtypes = (P.dtype, mask.dtype) if masked else (P.dtype,)
     variant = _mix_variant(k, z_width, layout, dropped, in_memory, partials is not None, *dtypes)
-    variant.launch(-(-tokens // _BLOCK_T), tensors, (tokens, *_mask_numbers(dropout, seed)), _aligned(mask))
+    variant.launch(-(-tokens // _BLOCK_T), tensors, (tokens, *mask_numbers(dropout, seed)), aligned(mask))
     return Z
 
 
@@ -380,15 +380,15 @@ def mix_backward(
     # P stands in for missing tensors, which the kernel does not touch.
     masked = coeffs is not None and token_mask is not None
     if masked:
-        _check_device(P, token_mask=token_mask)
+        check_device(P, token_mask=token_mask)
     mask = token_mask if token_mask is not None and masked else P
     optional = (P if coeffs is None else coeffs, mask, seed if isinstance(seed, torch.Tensor) else P)
 
     dropped, in_memory = _seed_kind(dropout, seed)
     dtypes = (P.dtype, mask.dtype) if masked else (P.dtype,)
     variant = _mix_backward_variant(*(k, dZ.shape[1], width, layout, dropped, in_memory, coeffs is not None), *dtypes)
-    numbers = (tokens, *_mask_numbers(dropout, seed), float(scaling))
-    variant.launch(-(-tokens // _BLOCK_T), (P, dZ, heads, dP, *optional), numbers, _aligned(mask))
+    numbers = (tokens, *mask_numbers(dropout, seed), float(scaling))
+    variant.launch(-(-tokens // _BLOCK_T), (P, dZ, heads, dP, *optional), numbers, aligned(mask))
     return heads, dP
 
 
@@ -399,9 +399,9 @@ _KINDS = {kind: number for number, kind in enumerate(BALANCE_LOSSES)}
 @lru_cache(maxsize=1024)
 def _finalize_variant(
     num_heads: int, kind: int, whole_step: bool, prior: bool, coeffs: bool, *dtypes: torch.dtype
-) -> _Variant:
+) -> Variant:
     constants = (num_heads, triton.next_power_of_2(num_heads), kind, whole_step, prior, coeffs, _BLOCK_S)
-    return _Variant(kernels.finalize_routing_stats_kernel, constants)
+    return Variant(kernels.finalize_routing_stats_kernel, constants)
 
 
 def finalize_routing_stats(
@@ -417,7 +417,7 @@ def finalize_routing_stats(
     upstream: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """See `rank_space.finalize_routing_stats`."""
-    _check_device(partials, stats=stats, prior=prior, upstream=upstream)
+    check_device(partials, stats=stats, prior=prior, upstream=upstream)
     num_heads = layout.num_heads
     coeffs = None
     if upstream is not None:
@@ -431,18 +431,18 @@ def finalize_routing_stats(
     kinds = (_KINDS[kind], whole_step, prior is not None, coeffs is not None)
     variant = _finalize_variant(num_heads, *kinds, *[tensor.dtype for tensor in tensors])
     numbers = (partials.shape[0], float(factor), float(expected_tokens))
-    variant.launch(1, tensors, numbers, _aligned(*tensors))
+    variant.launch(1, tensors, numbers, aligned(*tensors))
     return coeffs
 
 
 @lru_cache(maxsize=1024)
-def _project_mix_variant(d_in: int, z: int, layout: Layout, dtype: torch.dtype) -> _Variant:
+def _project_mix_variant(d_in: int, z: int, layout: Layout, dtype: torch.dtype) -> Variant:
     num_heads, r, routed, anchored, *_ = layout
     r2, heads2 = triton.next_power_of_2(r), triton.next_power_of_2(num_heads)
     # A tile of weights has r or N rows; this block size keeps it in registers.
     block = max(256, min(1024, 8192 // max(r2, heads2)))
-    sizes = (d_in, z, _padding(z, z_columns(layout)), r, r2, num_heads, heads2)
-    return _Variant(kernels.project_mix_kernel, (*sizes, routed, anchored, block))
+    sizes = (d_in, z, padding(z, z_columns(layout)), r, r2, num_heads, heads2)
+    return Variant(kernels.project_mix_kernel, (*sizes, routed, anchored, block))
 
 
 def project_mix(x: torch.Tensor, down: torch.Tensor, z_width: int, layout: Layout) -> torch.Tensor:
@@ -451,5 +451,5 @@ def project_mix(x: torch.Tensor, down: torch.Tensor, z_width: int, layout: Layou
     Z = torch.empty(x.shape[0], z_width, dtype=x.dtype, device=x.device)
     if x.shape[0] > 0:
         variant = _project_mix_variant(x.shape[1], z_width, layout, x.dtype)
-        variant.launch(x.shape[0], (x, down, Z), (), _aligned(x))
+        variant.launch(x.shape[0], (x, down, Z), (), aligned(x))
     return Z

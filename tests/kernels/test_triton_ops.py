@@ -109,7 +109,7 @@ def launch_twice(monkeypatch):
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: ("stream", device)))
     monkeypatch.setattr(triton_ops.triton.runtime, "driver", driver)
     kernel, tensor = Kernel(), torch.zeros(4)
-    variant = triton_ops._Variant(kernel, (16, True))
+    variant = triton_ops.Variant(kernel, (16, True))
     for _ in range(2):
         variant.launch(3, (tensor,), (0.5,))
     return kernel, tensor
@@ -135,7 +135,7 @@ def test_unknown_launcher_is_not_called(monkeypatch, caplog):
 def test_interpreted_kernels_do_not_ask(monkeypatch):
     monkeypatch.setattr(triton_ops, "_launches_as_known", lambda run: pytest.fail("nothing was compiled"))
     calls = []
-    variant = triton_ops._Variant({(1, 1, 1): lambda *args: calls.append(args)}, ())
+    variant = triton_ops.Variant({(1, 1, 1): lambda *args: calls.append(args)}, ())
     for _ in range(2):
         variant.launch(1, (torch.zeros(1),))
     assert len(calls) == 2 and not variant.compiled
