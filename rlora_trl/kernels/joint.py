@@ -42,7 +42,7 @@ class JointLayer(NamedTuple):
 
     Args:
         tensors (`AdapterTensors`): A, B, router, A0 and B0, as in `rank_space.concat`.
-        weight (`torch.Tensor` of shape `[d_out, d_in]`): Frozen weight, in the dtype of the input. It gets no gradient.
+        weight (`torch.Tensor` of shape `[d_out, d_in]`): Frozen, in the dtype of the input.
         bias (`torch.Tensor` of shape `[d_out]`, *optional*): Frozen bias, in that dtype.
         spec ([`DeltaSpec`]): Layout, scaling, dropout, seed and probe.
         concat ([`ConcatWeights`], *optional*): Result of `concat_weights` for these tensors, if it was computed ahead.

@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels in `triton_joint.py`, with the arguments and results of their twins in `joint_space.py`.
+"""Launchers of the kernels in `triton_joint.py`, with the arguments and results of their twins in `joint_space.py`.
 
 Where a row of Z does not fit into a tile, PyTorch's matrix products run between the rank-space kernels instead.
 """
@@ -16,7 +16,7 @@ from . import triton_joint as kernels
 from . import triton_ops
 from .fused import mm_wide, padded
 from .joint_space import Member, write_delta
-from .rank_space import Layout, logits_of, p_columns, split_heads, z_columns
+from .rank_space import Layout, p_columns, split_heads, z_columns
 from .triton_ops import Variant, aligned, check_device, mask_numbers, padding
 
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import (
-    _head_weights,
     _keep,
     _keys,
     _load_logits,
@@ -238,7 +237,7 @@ def _head_factors(
     return tl.where(used[None, :], factor, 0.0)
 
 
-# One program per strip of BLOCK_D columns of dy and per share of BLOCKS BLOCK_T tokens: dy is read once for both products.
+# One program per strip of BLOCK_D columns of dy and per share of BLOCKS BLOCK_T tokens. It reads dy once:
 #
 #     dZ = dy up        dB = dy^T heads,  with the factor `heads` computed here from P
 #

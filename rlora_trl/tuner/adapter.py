@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
 from ..kernels.fused import ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
+from ..kernels.joint import JointLayer, joint_outputs
 from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
 from .routing import Routing
@@ -56,6 +57,14 @@ class PrefetchedWeights(NamedTuple):
             and layout == self.layout
             and _versions(tensors) == self.versions
         )
+
+
+class OtherLayer(NamedTuple):
+    """A further layer for the input of one, with its frozen weight and bias; see [`MultiHeadAdapter.forward`]."""
+
+    adapter: MultiHeadAdapter
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 def _versions(tensors: AdapterTensors) -> list[int | None]:
@@ -282,8 +291,10 @@ class MultiHeadAdapter(nn.Module):
         x: torch.Tensor,
         base: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
         inplace: bool = False,
-    ) -> torch.Tensor:
+        others: Sequence[OtherLayer] = (),
+    ) -> Any:
         """
         The delta, alone or added to the output of the layer.
 
@@ -291,10 +302,14 @@ class MultiHeadAdapter(nn.Module):
             x (`torch.Tensor` of shape `[..., d_in]`): Input of the layer.
             base (`torch.Tensor` of shape `[..., d_out]`, *optional*): Output of the layer.
             weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*): Frozen weight, to compute that output here.
+            bias (`torch.Tensor` of shape `[d_out]`, *optional*): Frozen bias, with a weight.
             inplace (`bool`, *optional*, defaults to `False`): The result may overwrite `base`.
+            others (`Sequence[OtherLayer]`, *optional*): Further layers, to compute their outputs for `x` as well. They
+                share the routing, layout, scaling and dropout of this one.
 
         Returns:
-            `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base`, if that is passed.
+            `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base`, if that is passed. With `others` a tuple:
+            this layer's output, then theirs.
         """
         # Autocast does not look into the fused function, so its dtype is applied here.
         device_type = x.device.type
@@ -315,7 +330,7 @@ class MultiHeadAdapter(nn.Module):
         if torch.compiler.is_compiling() and not on_input:
             return self._compiled(x, base, weight, masked)
         if on_input or (base is not None and base.dtype != x.dtype):
-            return self._composed(x, base, weight, masked)
+            return self._composed(x, base, weight, bias, masked)
 
         # Inference keeps its concatenated weights from call to call.
         if not training and not torch.is_grad_enabled() and weight is None:
@@ -323,18 +338,32 @@ class MultiHeadAdapter(nn.Module):
             return self._inference_delta(x).apply(x, base, logits=logits, inplace=inplace)
 
         if not autocast:
-            return self._fused(x, base, weight, inplace, masked)
+            return self._fused(x, base, weight, bias, inplace, masked, others)
         # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
         torch.set_autocast_enabled(device_type, False)
         try:
-            return self._fused(x, base, weight, inplace, masked)
+            return self._fused(x, base, weight, bias, inplace, masked, others)
         finally:
             torch.set_autocast_enabled(device_type, True)
 
     def _fused(
-        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, inplace: bool, masked: bool
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        base: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        inplace: bool,
+        masked: bool,
+        others: Sequence[OtherLayer],
+    ) -> Any:
         """`forward` as one autograd function, for training."""
+        if weight is not None and self.joins:
+            layers = [self._joint(x, weight, bias, masked)]
+            if others:
+                layers += [other.adapter._joint(x, other.weight, other.bias, masked) for other in others]
+                return joint_outputs(x, layers)
+            return joint_outputs(x, layers)[0]
+
         logits = self._replacing_logits(x)
         tensors, layout = self.kernel_tensors(), self._layout()
         weights = self._prefetched(tensors, layout, x)
@@ -347,6 +376,19 @@ class MultiHeadAdapter(nn.Module):
             self._probe(x),
         )
         return fused_delta(x, *tensors, logits, base, weight, spec, weights)
+
+    @property
+    def joins(self) -> bool:
+        """Whether [`joint_outputs`] supports this kind of adapter."""
+        return self.router_kind != "task" and self.fixed_logits is None
+
+    def _joint(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, masked: bool) -> JointLayer:
+        """This layer with its own product."""
+        tensors, layout = self.kernel_tensors(), self._layout()
+        concat = self._prefetched(tensors, layout, x)
+        seed = self._draw_seed() if masked else None
+        spec = DeltaSpec(layout, self.scaling, self.dropout if masked else 0.0, seed, False, self._probe(x))
+        return JointLayer(tensors, weight, bias, spec, concat)
 
     def _draw_seed(self) -> int:
         """The seed of a dropout mask, derived from the seed of the batch if it has one."""
@@ -392,7 +434,12 @@ class MultiHeadAdapter(nn.Module):
         return self.routing.probe(self.routing_row, x.shape[:-1].numel()) if torch.is_grad_enabled() else None
 
     def _composed(
-        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
+        self,
+        x: torch.Tensor,
+        base: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        masked: bool,
     ) -> torch.Tensor:
         """`forward` in PyTorch's own operations."""
         seed: int | torch.Tensor | None = None
@@ -410,7 +457,7 @@ class MultiHeadAdapter(nn.Module):
             probe=self._probe(x),
         )
         if weight is not None:
-            base = nn.functional.linear(x, weight)
+            base = nn.functional.linear(x, weight, bias)
         return delta if base is None else base + delta.to(base.dtype)
 
     def _compiled(

@@ -37,6 +37,7 @@ class BatchContext(NamedTuple):
             beam search and multiple choice.
         lengths (`tuple[int]`, *optional*): Sequence lengths of the batch (those of encoder and decoder may differ);
             empty where they are unknown.
+        groups (`InputGroups`, *optional*): Layers that get the same input.
     """
 
     task_ids: torch.Tensor | None = None
@@ -48,6 +49,7 @@ class BatchContext(NamedTuple):
     seed_tensor: torch.Tensor | None = None
     rows_repeat: bool = False
     lengths: tuple[int, ...] = ()
+    groups: Any = None
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether `task_ids` determine the task of each token of an input `[*shape, d_in]`."""

@@ -13,44 +13,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import MultiHeadAdapter
+from .base_product import FrozenProduct, frozen_product, owns_output
 from .bnb_cpu import undo_cpu_order
 from .config import RLoraConfig
 from .offload import compute_device
 from .routing import Routing
-
-
-def owns_output(layer: nn.Module) -> bool:
-    """Whether nothing else refers to the output of a layer, so that it may be overwritten."""
-    if torch.compiler.is_compiling():
-        return False  # the compiler plans memory
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) in (nn.Linear, Conv1D) and not hooked
-
-
-def joinable_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """
-    The weight of a layer, if its product may be computed together with the delta.
-
-    This saves memory traffic in training on a GPU. The weight must be frozen, whole and in the dtype of the products.
-
-    Args:
-        layer (`torch.nn.Module`): The base layer.
-        x (`torch.Tensor` of shape `[..., d_in]`): Its input.
-
-    Returns:
-        `torch.Tensor` of shape `[d_out, d_in]`, or `None` if the layer must be called: it has a bias or hooks, is
-        quantized, sharded (DeepSpeed ZeRO-3; FSDP2 has gathered it by now) or trained, or `torch.compile` runs.
-    """
-    if type(layer) is not nn.Linear or not x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    # From the dictionary, as `nn.Module.__getattr__` is slow, and as it holds parameters only.
-    parameters = layer._parameters
-    weight = parameters.get("weight")
-    if type(weight) is not nn.Parameter or weight.requires_grad or parameters.get("bias") is not None:
-        return None
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    whole = weight.dtype == dtype and weight.ndim == 2 and weight.device == x.device and "ds_id" not in vars(weight)
-    return weight if whole and owns_output(layer) and not layer._backward_hooks else None
+from .shared_inputs import InputGroups, ReadyOutput, hand_out, others_for
 
 
 class RLoraLayer(BaseTunerLayer):
@@ -201,6 +169,9 @@ class RLoraLayer(BaseTunerLayer):
 class RLoraLinear(nn.Module, RLoraLayer):
     """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantized) with R-LoRA adapters."""
 
+    # Set by the first layer of a group with the same input; see `shared_inputs`.
+    ready: ReadyOutput | None = None
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -223,12 +194,24 @@ class RLoraLinear(nn.Module, RLoraLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
 
+        # An output that an earlier layer has computed.
+        plain = adapter_names is None and not (args or kwargs)
+        ready = self.ready
+        if ready is not None:
+            del self.__dict__["ready"]
+            if plain and ready.holds_for(x, self):
+                return ready.output
+
         # One adapter on a plain layer computes both products.
         active = self.adapters_in_use()
-        if adapter_names is None and len(active) == 1 and not (args or kwargs):
-            weight = joinable_weight(self.base_layer, x)
-            if weight is not None:
-                return active[0](x, weight=weight)
+        if plain and len(active) == 1 and self.training:
+            adapter = active[0]
+            groups = adapter.routing.batch.groups
+            if groups is not None and groups.observes:
+                groups.observe(self, x)
+            product = frozen_product(self.base_layer, x)
+            if product is not None:
+                return self._join(x, adapter, product, groups)
 
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
@@ -239,6 +222,17 @@ class RLoraLinear(nn.Module, RLoraLayer):
         for adapter in active:
             result = adapter(x, base=result, inplace=owns_output(self.base_layer))
         return result
+
+    def _join(
+        self, x: torch.Tensor, adapter: MultiHeadAdapter, product: FrozenProduct, groups: InputGroups | None
+    ) -> torch.Tensor:
+        """The output together with the delta, and those of layers that get the same input after this one."""
+        others = others_for(x, self, groups) if groups is not None and groups.followers and adapter.joins else []
+        if not others:
+            return adapter(x, weight=product.weight, bias=product.bias)
+        output, *further = adapter(x, weight=product.weight, bias=product.bias, others=[other for _, other in others])
+        hand_out(x, further, others)
+        return output
 
     def _check_gradient(self, x: torch.Tensor, result: torch.Tensor) -> None:
         """Raise if the base layer cuts the gradient, which would go unnoticed."""

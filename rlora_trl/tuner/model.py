@@ -30,6 +30,7 @@ from .offload import refuse_offloaded
 from .patterns import make_portable
 from .prefetch import WeightPrefetch
 from .routing import Routing, find_routings, set_task, using_all
+from .shared_inputs import SharedInputs
 from .targets import (
     MLP_TARGET_MODULES,
     ignored_indices,
@@ -161,7 +162,7 @@ class RLoraModel(BaseTuner):
         super().__init__(model, peft_config, *args, **kwargs)
         # Task ids of a running call of the `PeftModel`, with the sizes of its batch.
         self._pending_tasks: tuple[TaskIds, BatchShape | None] | None = None
-        self._prefetch = WeightPrefetch()
+        self._prefetch, self._shared_inputs = WeightPrefetch(), SharedInputs()
         _OnRegistration(self)
 
     @override
@@ -305,13 +306,14 @@ class RLoraModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names)
         unloaded = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
-        self._adapted, self._prefetch = [], WeightPrefetch()  # which hold layers and tensors
+        # They hold layers and tensors.
+        self._adapted, self._prefetch, self._shared_inputs = [], WeightPrefetch(), SharedInputs()
         return unloaded
 
     @override
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._prefetch = WeightPrefetch()  # which holds tensors
+        self._prefetch, self._shared_inputs = WeightPrefetch(), SharedInputs()  # which hold tensors
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not available for R-LoRA; the error names the alternatives."""
@@ -410,8 +412,18 @@ class RLoraModel(BaseTuner):
         if torch.compiler.is_compiling() or capturing or not (self.training and torch.is_grad_enabled()):
             yield
             return
-        with self._prefetch.prefetched([adapter for layer in self._adapted for adapter in layer.adapters_in_use()]):
-            yield
+        adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
+        groups = self._shared_inputs.for_pass(adapters)
+        for routing in {id(adapter.routing): adapter.routing for adapter in adapters}.values():
+            if routing.batch.groups is not groups:
+                routing.update(groups=groups)
+        failed = True
+        try:
+            with self._prefetch.prefetched(adapters):
+                yield
+            failed = False
+        finally:
+            self._shared_inputs.finish_pass(groups, failed)
 
     @contextmanager
     def _with_tasks(

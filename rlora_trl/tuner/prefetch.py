@@ -92,18 +92,23 @@ def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
     return groups
 
 
-def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
-    """The kind of an adapter; `None` if its tensors are not in memory or the dtype of its products is unknown yet."""
-    if adapter.product_dtype is None or adapter.A.device.type == "meta":
-        return None
+def is_whole(adapter: MultiHeadAdapter) -> bool:
+    """Whether the parameters of an adapter are in memory as the kernels read them."""
     for name, shape in adapter.shapes.items():
         parameter = adapter._parameters.get(name)
         # Shards are gathered only when the adapter is called. What replaces a parameter (FSDP, parametrizations,
         # `functional_call`) may be another tensor each time.
         if type(parameter) is not nn.Parameter or "ds_id" in vars(parameter) or parameter.shape != shape:
-            return None
-        if not parameter.is_contiguous() or parameter.is_inference():
-            return None
+            return False
+        if parameter.device.type == "meta" or not parameter.is_contiguous() or parameter.is_inference():
+            return False
+    return True
+
+
+def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
+    """The kind of an adapter; `None` if its tensors are not in memory or the dtype of its products is unknown yet."""
+    if adapter.product_dtype is None or not is_whole(adapter):
+        return None
 
     sizes = tuple(
         None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in adapter.kernel_tensors()

@@ -74,7 +74,7 @@ class Routing:
     def forget_batch(self) -> None:
         """Drop the context of the batch and earlier contexts. Call it after the backward passes."""
         self._history.clear()
-        self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage)
+        self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage, groups=self._batch.groups)
 
     def update(self, **values: Any) -> None:
         """Replace values of [`BatchContext`] for all following batches. A seed is also stored as a tensor."""
