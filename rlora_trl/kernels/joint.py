@@ -118,10 +118,9 @@ class _Joint(torch.autograd.Function):
         # The members of the group, and P.
         call.tokens = tokens = _flat(x)
         token_mask = None if spec.probe is None else spec.probe.token_mask
-        partials = [_new_partials(ops, layer, tokens) for layer in layers]
+        partials = _new_partials(ops, layers, tokens)
         call.members = members = [
-            Member(concat.up, layer.spec.seed, layer.bias, None, None, sums)
-            for concat, layer, sums in zip(concats, layers, partials, strict=True)
+            Member(concat.up, layer.spec.seed, layer.bias) for concat, layer in zip(concats, layers, strict=True)
         ]
         downs = _side_by_side(concats)
         outputs = tuple(
@@ -131,13 +130,14 @@ class _Joint(torch.autograd.Function):
         P, call.Zs = ops.project(
             *(tokens, downs, members, spec.layout, None if call.write_later else rows),
             dropout=spec.dropout,
+            partials=partials,
             token_mask=token_mask,
         )
 
         # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
         ups = [concat.up for concat in concats]
-        ctx.save_for_backward(saved_x, P, downs, *ups, *[layer.weight for layer in layers], *partials)
+        ctx.save_for_backward(saved_x, P, downs, *ups, *[layer.weight for layer in layers], partials)
         ctx.specs, ctx.shape, ctx.ops = [layer.spec for layer in layers], shape, ops
         ctx.kinds = [None if p is None else (p.shape, p.dtype) for p in parameters]
         if not call.write_later:
@@ -150,11 +150,13 @@ class _Joint(torch.autograd.Function):
         specs, ops, needed, kinds = ctx.specs, ctx.ops, ctx.needs_input_grad, ctx.kinds
         count, spec = len(specs), specs[0]
         tokens, P, downs, *rest = ctx.saved_tensors
-        ups, weights, partials = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        ups, weights, partials = rest[:count], rest[count:-1], rest[-1]
 
         # dP and dB of all members.
         rows = [_flat(dy) for dy in dys]
-        members = [_for_backward(*member) for member in zip(ups, specs, partials, strict=True)]
+        members = [
+            _for_backward(up, spec, partials, place) for place, (up, spec) in enumerate(zip(ups, specs, strict=True))
+        ]
         dP, dBs = ops.project_backward(
             *(rows, P, members, spec.layout),
             scaling=spec.scaling,
@@ -185,20 +187,21 @@ class _Joint(torch.autograd.Function):
         return tuple(grads)
 
 
-def _new_partials(ops: ModuleType, layer: JointLayer, tokens: torch.Tensor) -> torch.Tensor | None:
-    """A buffer for the partial sums of `rank_space.routing_stats`, if a probe collects them."""
-    if layer.spec.probe is None:
+def _new_partials(ops: ModuleType, layers: Sequence[JointLayer], tokens: torch.Tensor) -> torch.Tensor | None:
+    """A buffer for the partial sums of `rank_space.routing_stats`, if probes collect them."""
+    if layers[0].spec.probe is None:
         return None
-    columns = rank_space.stats_columns(layer.spec.layout.num_heads)
+    columns = rank_space.stats_columns(layers[0].spec.layout.num_heads)
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    return torch.empty(ops.stats_rows(tokens.shape[0]), columns, dtype=wide, device=tokens.device)
+    rows = ops.stats_rows(tokens.shape[0])
+    return torch.empty(len(layers), rows, columns, dtype=wide, device=tokens.device)
 
 
-def _for_backward(up: torch.Tensor, spec: DeltaSpec, partials: torch.Tensor | None) -> Member:
+def _for_backward(up: torch.Tensor, spec: DeltaSpec, partials: torch.Tensor | None, place: int) -> Member:
     """A member of the backward pass, which reports to its probe."""
     coeffs = None
     if spec.probe is not None and partials is not None:
-        coeffs = spec.probe.finish(backend(up.device, up.dtype), partials, spec.layout)
+        coeffs = spec.probe.finish(backend(up.device, up.dtype), partials[place], spec.layout)
     return Member(up, spec.seed, coeffs=coeffs)
 
 

@@ -23,10 +23,7 @@ class Member(NamedTuple):
         up (`torch.Tensor` of shape `[d_out, Z]`): See `rank_space.concat`.
         seed (`int`, *optional*): Seed of its masks.
         bias (`torch.Tensor` of shape `[d_out]`, *optional*): Bias of the layer.
-        table (`torch.Tensor` of shape `[rows, N]`, *optional*): Logits in place of the router's; by default its first
-            row holds for all tokens.
-        tasks (`torch.Tensor` of shape `[T]`, *optional*): The row of each token; -1 is the last one.
-        partials (`torch.Tensor`, *optional*): Receives the partial sums of `rank_space.routing_stats`.
+        table (`torch.Tensor` of shape `[rows, N]`, *optional*): Logits in place of the router's, a row for each task.
         coeffs (`torch.Tensor` of shape `[N + 2]`, *optional*): See `rank_space.mix_backward`.
     """
 
@@ -34,8 +31,6 @@ class Member(NamedTuple):
     seed: int | None = None
     bias: torch.Tensor | None = None
     table: torch.Tensor | None = None
-    tasks: torch.Tensor | None = None
-    partials: torch.Tensor | None = None
     coeffs: torch.Tensor | None = None
 
 
@@ -47,6 +42,8 @@ def project(
     outputs: Sequence[torch.Tensor] | None = None,
     *,
     dropout: float = 0.0,
+    tasks: torch.Tensor | None = None,
+    partials: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
@@ -58,6 +55,10 @@ def project(
         members (`Sequence[Member]`): The layers.
         layout ([`Layout`]): The columns of P and Z of each.
         outputs (`Sequence[torch.Tensor]` of shapes `[T, d_out]`, *optional*): Receive [`write_delta`] of each member.
+        tasks (`torch.Tensor` of shape `[T]`, *optional*): The row of each token in the tables; -1 is the last
+            one. Without it the first row holds for all tokens.
+        partials (`torch.Tensor` of shape `[M, stats_rows(T), 3 + 3 N]`, *optional*): Receives the partial sums of
+            `rank_space.routing_stats` of each member.
         dropout (`float`), token_mask (`torch.Tensor`): As in `rank_space.mix`.
 
     Returns:
@@ -65,16 +66,19 @@ def project(
     """
     P, Zs = x @ downs.T, []
     count = len(members)
-    for of_member, down, member in zip(P.chunk(count, 1), downs.chunk(count, 0), members, strict=True):
+    sums = [None] * count if partials is None else partials.unbind()
+    for of_member, down, member, sums_of_member in zip(
+        P.chunk(count, 1), downs.chunk(count, 0), members, sums, strict=True
+    ):
         if rank_space.has_initial_A(down, layout):
             rank_space.repeat_h(of_member, layout)
         if member.table is not None:
-            rank_space.logits_of(of_member, layout).copy_(_logits(member.table, member.tasks))
+            rank_space.logits_of(of_member, layout).copy_(_logits(member.table, tasks))
         Z = rank_space.mix(
             *(of_member, member.up.shape[1], layout),
             dropout=dropout,
             seed=member.seed,
-            partials=member.partials,
+            partials=sums_of_member,
             token_mask=token_mask,
         )
         Zs.append(Z)
@@ -145,5 +149,5 @@ def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def stats_rows(tokens: int) -> int:
-    """Rows of [`Member.partials`]."""
+    """Rows of partial sums in [`project`]."""
     return 1

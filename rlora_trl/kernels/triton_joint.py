@@ -62,15 +62,62 @@ def _project(
     return total
 
 
-# One program per block of BLOCK_T tokens, for member MEMBER of a group.
-#
-#     P = x down^T        Z = mix(P)        out = Z, or with EXPAND  y = Z up^T (+ bias)
-#
-# Loads x [T, d_in], down [K, d_in], with LOGITS rows of a table [tasks + 1, N] instead of the router's logits (the row
-# for each token if TASKS, else the first; a negative one is the last), and if needed up [d_out, Z], bias [d_out] and
-# the token mask [T]. Stores P, and Z [T, Z] or y [T, d_out], and with STATS a row of partials.
-@triton.jit(do_not_specialize=["tokens", "tasks", "low", "high", "threshold", "keep_scale"])
-def project_kernel(
+@triton.jit
+def _store_logits(
+    p_row,
+    row_mask,
+    table_ptr,
+    tasks_ptr,
+    rows,
+    last,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    TASKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Store rows of a table as the logits in P: the row of each token's task (a negative one is the last), or one."""
+    heads = tl.arange(0, N2)
+    task = tl.zeros([BLOCK_T], dtype=tl.int64)
+    if TASKS:
+        task = tl.load(tasks_ptr + rows, mask=row_mask, other=0).to(tl.int64)
+        task = tl.where(task < 0, last, task)
+    routed = row_mask[:, None] & (heads < N)[None, :]
+    logits = tl.load(table_ptr + task[:, None] * N + heads[None, :], mask=routed, other=0.0)
+    tl.store(p_row[:, None] + H + heads[None, :], logits.to(p_row.dtype.element_ty), mask=routed)
+
+
+@triton.jit
+def _expand(
+    z_row,
+    up_ptr,
+    bias_ptr,
+    row_mask,
+    D_OUT: tl.constexpr,
+    Z: tl.constexpr,
+    ZD: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Replace rows of the output, which begin with Z, by `Z up^T` plus the bias."""
+    zs = tl.arange(0, ZD)
+    z = tl.load(z_row[:, None] + zs[None, :], mask=row_mask[:, None] & (zs < Z)[None, :], other=0.0)
+    tl.debug_barrier()
+    for start in range(0, D_OUT, BLOCK_O):
+        columns = start + tl.arange(0, BLOCK_O)
+        inside = columns < D_OUT
+        of_up = (zs < Z)[:, None] & inside[None, :]  # [ZD, BLOCK_O]
+        up = tl.load(up_ptr + columns[None, :] * Z + zs[:, None], mask=of_up, other=0.0)
+        y = _dot(z, up, tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32))
+        if BIAS:
+            y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        stored = row_mask[:, None] & inside[None, :]
+        tl.store(z_row[:, None] + columns[None, :], y.to(z_row.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _project_member(
     x_ptr,
     down_ptr,
     up_ptr,
@@ -82,7 +129,7 @@ def project_kernel(
     partials_ptr,
     mask_ptr,
     tokens,
-    tasks,
+    last,
     low,
     high,
     threshold,
@@ -115,36 +162,31 @@ def project_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """`project_kernel` for one member and one block of tokens."""
+    block = tl.program_id(0) // MEMBERS
+    rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_mask = rows < tokens
     first, second = _keys(low, high, p_ptr, False)
     H: tl.constexpr = R if SHARED else N * R
 
     # P, in global memory: the rest of the program reads columns of it.
-    p = _project(x_ptr, down_ptr, rows, row_mask, D_IN, K, K2, BLOCK_T, BLOCK_D)
+    p = _project(x_ptr, down_ptr + MEMBER * K * D_IN, rows, row_mask, D_IN, K, K2, BLOCK_T, BLOCK_D)
     p_row = p_ptr + rows * (MEMBERS * K) + MEMBER * K
     ks = tl.arange(0, K2)
     stored = (ks < K) & ((ks < H) | (ks >= H + N)) if LOGITS else ks < K
     tl.store(p_row[:, None] + ks[None, :], p.to(p_ptr.dtype.element_ty), mask=row_mask[:, None] & stored[None, :])
     if LOGITS:
-        heads = tl.arange(0, N2)
-        task = tl.zeros([BLOCK_T], dtype=tl.int64)
-        if TASKS:
-            task = tl.load(tasks_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-            task = tl.where(task < 0, tasks, task)
-        routed = row_mask[:, None] & (heads < N)[None, :]
-        logits = tl.load(table_ptr + task[:, None] * N + heads[None, :], mask=routed, other=0.0)
-        tl.store(p_row[:, None] + H + heads[None, :], logits.to(p_ptr.dtype.element_ty), mask=routed)
+        _store_logits(p_row, row_mask, table_ptr, tasks_ptr, rows, last, H, N, N2, TASKS, BLOCK_T)
     tl.debug_barrier()
 
     # Z; where y follows, in the first columns of its rows.
     OUT: tl.constexpr = D_OUT if EXPAND else Z
     out_row = out_ptr + rows * OUT
-    target = partials_ptr + tl.program_id(0) * (3 + 3 * N)
+    blocks = (tokens + BLOCK_T - 1) // BLOCK_T
     _mix_rows(
         p_row,
         out_row,
-        target,
+        partials_ptr + (MEMBER * blocks + block) * (3 + 3 * N),
         mask_ptr,
         rows,
         row_mask,
@@ -167,26 +209,233 @@ def project_kernel(
         MASKED,
         BLOCK_T,
     )
-
-    # y = Z up^T
     if EXPAND:
         tl.debug_barrier()
-        zs = tl.arange(0, ZD)
-        z = tl.load(out_row[:, None] + zs[None, :], mask=row_mask[:, None] & (zs < Z)[None, :], other=0.0)
-        tl.debug_barrier()
-        for start in range(0, D_OUT, BLOCK_O):
-            columns = start + tl.arange(0, BLOCK_O)
-            inside = columns < D_OUT
-            up = tl.load(
-                up_ptr + columns[None, :] * Z + zs[:, None], mask=(zs < Z)[:, None] & inside[None, :], other=0.0
-            )  # [ZD, BLOCK_O]
-            y = _dot(z, up, tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32))
-            if BIAS:
-                y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-            tl.store(
-                out_row[:, None] + columns[None, :],
-                y.to(out_ptr.dtype.element_ty),
-                mask=row_mask[:, None] & inside[None, :],
+        _expand(out_row, up_ptr, bias_ptr, row_mask, D_OUT, Z, ZD, BIAS, BLOCK_T, BLOCK_O)
+
+
+# One program per block of BLOCK_T tokens and member.
+#
+#     P = x down^T        Z = mix(P)        out = Z, or with EXPAND  y = Z up^T (+ bias)
+#
+# Loads x [T, d_in], downs [M K, d_in], with LOGITS rows of tables instead of the router's logits, and if needed
+# up [d_out, Z], bias [d_out] and the token mask [T]. Stores P, and Z [T, Z] or y [T, d_out], and with STATS
+# partials [M, T / BLOCK_T, 3 + 3 N].
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "last",
+        "low0",
+        "high0",
+        "low1",
+        "high1",
+        "low2",
+        "high2",
+        "threshold",
+        "keep_scale",
+    ]
+)
+def project_kernel(
+    x_ptr,
+    down_ptr,
+    tasks_ptr,
+    p_ptr,
+    partials_ptr,
+    mask_ptr,
+    up0_ptr,
+    bias0_ptr,
+    table0_ptr,
+    out0_ptr,
+    up1_ptr,
+    bias1_ptr,
+    table1_ptr,
+    out1_ptr,
+    up2_ptr,
+    bias2_ptr,
+    table2_ptr,
+    out2_ptr,
+    tokens,
+    last,
+    low0,
+    high0,
+    low1,
+    high1,
+    low2,
+    high2,
+    threshold,
+    keep_scale,
+    D_IN: tl.constexpr,
+    D_OUT0: tl.constexpr,
+    D_OUT1: tl.constexpr,
+    D_OUT2: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BIAS0: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr,
+    K: tl.constexpr,
+    K2: tl.constexpr,
+    Z: tl.constexpr,
+    ZP: tl.constexpr,
+    ZD: tl.constexpr,
+    R: tl.constexpr,
+    R2: tl.constexpr,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    SHARED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STATS: tl.constexpr,
+    MASKED: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TASKS: tl.constexpr,
+    EXPAND: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    member = tl.program_id(0) % MEMBERS
+    # Written out for each member, as pointers that a program chooses between would lose their alignment.
+    if member == 0:
+        _project_member(
+            x_ptr,
+            down_ptr,
+            up0_ptr,
+            bias0_ptr,
+            table0_ptr,
+            tasks_ptr,
+            p_ptr,
+            out0_ptr,
+            partials_ptr,
+            mask_ptr,
+            tokens,
+            last,
+            low0,
+            high0,
+            threshold,
+            keep_scale,
+            D_IN,
+            D_OUT0,
+            0,
+            MEMBERS,
+            K,
+            K2,
+            Z,
+            ZP,
+            ZD,
+            R,
+            R2,
+            N,
+            N2,
+            ROUTED,
+            ANCHORED,
+            SHARED,
+            TOP_K,
+            DROPOUT,
+            STATS,
+            MASKED,
+            LOGITS,
+            TASKS,
+            EXPAND,
+            BIAS0,
+            BLOCK_T,
+            BLOCK_D,
+            BLOCK_O,
+        )
+    if MEMBERS > 1:
+        if member == 1:
+            _project_member(
+                x_ptr,
+                down_ptr,
+                up1_ptr,
+                bias1_ptr,
+                table1_ptr,
+                tasks_ptr,
+                p_ptr,
+                out1_ptr,
+                partials_ptr,
+                mask_ptr,
+                tokens,
+                last,
+                low1,
+                high1,
+                threshold,
+                keep_scale,
+                D_IN,
+                D_OUT1,
+                1,
+                MEMBERS,
+                K,
+                K2,
+                Z,
+                ZP,
+                ZD,
+                R,
+                R2,
+                N,
+                N2,
+                ROUTED,
+                ANCHORED,
+                SHARED,
+                TOP_K,
+                DROPOUT,
+                STATS,
+                MASKED,
+                LOGITS,
+                TASKS,
+                EXPAND,
+                BIAS1,
+                BLOCK_T,
+                BLOCK_D,
+                BLOCK_O,
+            )
+    if MEMBERS > 2:
+        if member == 2:
+            _project_member(
+                x_ptr,
+                down_ptr,
+                up2_ptr,
+                bias2_ptr,
+                table2_ptr,
+                tasks_ptr,
+                p_ptr,
+                out2_ptr,
+                partials_ptr,
+                mask_ptr,
+                tokens,
+                last,
+                low2,
+                high2,
+                threshold,
+                keep_scale,
+                D_IN,
+                D_OUT2,
+                2,
+                MEMBERS,
+                K,
+                K2,
+                Z,
+                ZP,
+                ZD,
+                R,
+                R2,
+                N,
+                N2,
+                ROUTED,
+                ANCHORED,
+                SHARED,
+                TOP_K,
+                DROPOUT,
+                STATS,
+                MASKED,
+                LOGITS,
+                TASKS,
+                EXPAND,
+                BIAS2,
+                BLOCK_T,
+                BLOCK_D,
+                BLOCK_O,
             )
 
 
@@ -237,14 +486,9 @@ def _head_factors(
     return tl.where(used[None, :], factor, 0.0)
 
 
-# One program per strip of BLOCK_D columns of dy and per share of BLOCKS BLOCK_T tokens. It reads dy once:
-#
-#     dZ = dy up        dB = dy^T heads,  with the factor `heads` computed here from P
-#
-# Loads dy [T, d_out], up [d_out, Z] and P. Stores the part of dZ from each strip, [strips, T, Z], and the part of dB
-# from each share, [shares, d_out, N R].
-@triton.jit(do_not_specialize=["tokens", "low", "high", "threshold", "keep_scale", "scaling"])
-def split_gradient_kernel(
+@triton.jit
+def _split_member(
+    program,
     dy_ptr,
     up_ptr,
     p_ptr,
@@ -275,9 +519,10 @@ def split_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """`split_gradient_kernel` for one member, one of its strips and one share of the tokens."""
     STRIPS: tl.constexpr = (D_OUT + BLOCK_D - 1) // BLOCK_D
-    strip = tl.program_id(0) % STRIPS
-    part = (tl.program_id(0) // STRIPS).to(tl.int64)
+    strip = program % STRIPS
+    part = (program // STRIPS).to(tl.int64)
     first, second = _keys(low, high, p_ptr, False)
     columns = strip * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D_OUT
@@ -290,16 +535,14 @@ def split_gradient_kernel(
     for block in range(BLOCKS):
         rows = (part * BLOCKS + block) * BLOCK_T + tl.arange(0, BLOCK_T)
         row_mask = rows < tokens
-        dy = tl.load(
-            dy_ptr + rows[:, None] * D_OUT + columns[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0
-        )
+        of_dy = row_mask[:, None] & inside[None, :]
+        dy = tl.load(dy_ptr + rows[:, None] * D_OUT + columns[None, :], mask=of_dy, other=0.0)
         dz = _dot(dy, up, tl.zeros([BLOCK_T, ZD], dtype=tl.float32))
         dz_row = dz_ptr + (strip * tokens + rows) * ZU
         tl.store(dz_row[:, None] + zs[None, :], dz, mask=row_mask[:, None] & (zs < ZU)[None, :])
 
-        p_row = p_ptr + rows * (MEMBERS * K) + MEMBER * K
         heads = _head_factors(
-            p_row,
+            p_ptr + rows * (MEMBERS * K) + MEMBER * K,
             rows,
             row_mask,
             first,
@@ -322,27 +565,191 @@ def split_gradient_kernel(
     tl.store(target[:, None] + gs[None, :], db, mask=inside[:, None] & (gs < N * R)[None, :])
 
 
-# The first programs: one per block of BLOCK_T tokens. The others: one per block of BLOCK_B elements of dB.
+# One program per member, strip of BLOCK_D columns of its dy, and share of BLOCKS BLOCK_T tokens. It reads dy once:
 #
-# Loads the parts of dZ and dB that `split_gradient_kernel` stores, and P; dZ becomes its own sum in its first part.
-# Stores dP (see `_mix_backward_rows`) and dB [N, d_out, R].
-@triton.jit(do_not_specialize=["tokens", "shares", "low", "high", "threshold", "keep_scale", "scaling"])
-def join_gradient_kernel(
+#     dZ = dy up        dB = dy^T heads,  with the factor `heads` computed here from P
+#
+# Loads dy [T, d_out] and up [d_out, Z] of all members, and P. Stores the part of dZ from each strip, [strips, T, Z],
+# and the part of dB from each share, [shares, d_out, N R], one member after another.
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "shares",
+        "low0",
+        "high0",
+        "low1",
+        "high1",
+        "low2",
+        "high2",
+        "threshold",
+        "keep_scale",
+        "scaling",
+    ]
+)
+def split_gradient_kernel(
     p_ptr,
     dz_ptr,
-    db_parts_ptr,
-    dp_ptr,
     db_ptr,
+    dy0_ptr,
+    up0_ptr,
+    dy1_ptr,
+    up1_ptr,
+    dy2_ptr,
+    up2_ptr,
+    tokens,
+    shares,
+    low0,
+    high0,
+    low1,
+    high1,
+    low2,
+    high2,
+    threshold,
+    keep_scale,
+    scaling,
+    D_OUT0: tl.constexpr,
+    D_OUT1: tl.constexpr,
+    D_OUT2: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    K: tl.constexpr,
+    Z: tl.constexpr,
+    ZU: tl.constexpr,
+    ZD: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    G2: tl.constexpr,
+    ROUTED: tl.constexpr,
+    SHARED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0)
+    STRIPS0: tl.constexpr = (D_OUT0 + BLOCK_D - 1) // BLOCK_D
+    STRIPS1: tl.constexpr = STRIPS0 + (D_OUT1 + BLOCK_D - 1) // BLOCK_D
+    end0 = STRIPS0 * shares
+    end1 = STRIPS1 * shares
+    # Written out for each member, as in `project_kernel`.
+    if program < end0:
+        _split_member(
+            program,
+            dy0_ptr,
+            up0_ptr,
+            p_ptr,
+            dz_ptr,
+            db_ptr,
+            tokens,
+            low0,
+            high0,
+            threshold,
+            keep_scale,
+            scaling,
+            D_OUT0,
+            0,
+            MEMBERS,
+            K,
+            Z,
+            ZU,
+            ZD,
+            R,
+            N,
+            N2,
+            G2,
+            ROUTED,
+            SHARED,
+            TOP_K,
+            DROPOUT,
+            BLOCKS,
+            BLOCK_T,
+            BLOCK_D,
+        )
+    if MEMBERS > 1:
+        if (program >= end0) & (program < end1):
+            _split_member(
+                program - end0,
+                dy1_ptr,
+                up1_ptr,
+                p_ptr,
+                dz_ptr + tokens.to(tl.int64) * (STRIPS0 * ZU),
+                db_ptr + shares.to(tl.int64) * (D_OUT0 * N * R),
+                tokens,
+                low1,
+                high1,
+                threshold,
+                keep_scale,
+                scaling,
+                D_OUT1,
+                1,
+                MEMBERS,
+                K,
+                Z,
+                ZU,
+                ZD,
+                R,
+                N,
+                N2,
+                G2,
+                ROUTED,
+                SHARED,
+                TOP_K,
+                DROPOUT,
+                BLOCKS,
+                BLOCK_T,
+                BLOCK_D,
+            )
+    if MEMBERS > 2:
+        if program >= end1:
+            _split_member(
+                program - end1,
+                dy2_ptr,
+                up2_ptr,
+                p_ptr,
+                dz_ptr + tokens.to(tl.int64) * (STRIPS1 * ZU),
+                db_ptr + shares.to(tl.int64) * ((D_OUT0 + D_OUT1) * N * R),
+                tokens,
+                low2,
+                high2,
+                threshold,
+                keep_scale,
+                scaling,
+                D_OUT2,
+                2,
+                MEMBERS,
+                K,
+                Z,
+                ZU,
+                ZD,
+                R,
+                N,
+                N2,
+                G2,
+                ROUTED,
+                SHARED,
+                TOP_K,
+                DROPOUT,
+                BLOCKS,
+                BLOCK_T,
+                BLOCK_D,
+            )
+
+
+@triton.jit
+def _join_rows(
+    block,
+    p_ptr,
+    dz_ptr,
+    dp_ptr,
     coeffs_ptr,
     mask_ptr,
     tokens,
-    shares,
     low,
     high,
     threshold,
     keep_scale,
     scaling,
-    D_OUT: tl.constexpr,
     STRIPS: tl.constexpr,
     MEMBER: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -362,44 +769,175 @@ def join_gradient_kernel(
     BALANCED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
+):
+    """dP of one member for a block of tokens, from the parts of dZ."""
+    rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_mask = rows < tokens
+    first, second = _keys(low, high, p_ptr, False)
+
+    # The sum of the strips, in place of the first.
+    zs = tl.arange(0, ZD)
+    inside = row_mask[:, None] & (zs < ZU)[None, :]
+    dz_row = dz_ptr + rows * ZU
+    part = dz_row[:, None] + zs[None, :]
+    dz = tl.zeros([BLOCK_T, ZD], dtype=tl.float32)
+    for strip in range(STRIPS):
+        dz += tl.load(part + strip * tokens.to(tl.int64) * ZU, mask=inside, other=0.0)
+    tl.store(part, dz, mask=inside)
+    tl.debug_barrier()
+
+    _mix_backward_rows(
+        p_ptr + rows * (MEMBERS * K) + MEMBER * K,
+        dz_row,
+        dz_row,
+        dp_ptr + rows * (MEMBERS * K) + MEMBER * K,
+        coeffs_ptr,
+        mask_ptr,
+        rows,
+        row_mask,
+        first,
+        second,
+        threshold,
+        keep_scale,
+        scaling,
+        K,
+        KP,
+        N * R,
+        1,
+        R,
+        R2,
+        N,
+        N2,
+        ROUTED,
+        ANCHORED,
+        SHARED,
+        TOP_K,
+        DROPOUT,
+        BALANCED,
+        MASKED,
+        False,
+        BLOCK_T,
+    )
+
+
+@triton.jit
+def _join_heads(
+    block,
+    parts_ptr,
+    db_ptr,
+    shares,
+    D_OUT: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
+    """A block of dB `[N, d_out, R]` of one member, from the parts `[shares, d_out, N R]`."""
+    SIZE: tl.constexpr = N * D_OUT * R
+    index = block.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    used = index < SIZE
+    source = (index // R) % D_OUT * (N * R) + index // (D_OUT * R) * R + index % R
+    total = tl.zeros([BLOCK_B], dtype=tl.float32)
+    share = 0
+    while share < shares:  # `range` of a number that is not a constant fails in the interpreter
+        total += tl.load(parts_ptr + source, mask=used, other=0.0)
+        source += SIZE
+        share += 1
+    tl.store(db_ptr + index, total.to(db_ptr.dtype.element_ty), mask=used)
+
+
+# For one member after another, one program per block of BLOCK_T tokens; then one per block of BLOCK_B elements of dB.
+#
+# Loads the parts of dZ and dB that `split_gradient_kernel` stores, and P. Stores dP (see `_mix_backward_rows`) and
+# dB [N, d_out, R] of each member.
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "shares",
+        "low0",
+        "high0",
+        "low1",
+        "high1",
+        "low2",
+        "high2",
+        "threshold",
+        "keep_scale",
+        "scaling",
+    ]
+)
+def join_gradient_kernel(
+    p_ptr,
+    dz_ptr,
+    parts_ptr,
+    dp_ptr,
+    mask_ptr,
+    coeffs0_ptr,
+    db0_ptr,
+    coeffs1_ptr,
+    db1_ptr,
+    coeffs2_ptr,
+    db2_ptr,
+    tokens,
+    shares,
+    low0,
+    high0,
+    low1,
+    high1,
+    low2,
+    high2,
+    threshold,
+    keep_scale,
+    scaling,
+    D_OUT0: tl.constexpr,
+    D_OUT1: tl.constexpr,
+    D_OUT2: tl.constexpr,
+    STRIPS0: tl.constexpr,
+    STRIPS1: tl.constexpr,
+    STRIPS2: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    ZU: tl.constexpr,
+    ZD: tl.constexpr,
+    R: tl.constexpr,
+    R2: tl.constexpr,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    SHARED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BALANCED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    program = tl.program_id(0)
     blocks = (tokens + BLOCK_T - 1) // BLOCK_T
-    if tl.program_id(0) < blocks:
-        rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        row_mask = rows < tokens
-        first, second = _keys(low, high, p_ptr, False)
-
-        # The sum of the strips.
-        zs = tl.arange(0, ZD)
-        inside = row_mask[:, None] & (zs < ZU)[None, :]
-        dz_row = dz_ptr + rows * ZU
-        part = dz_row[:, None] + zs[None, :]
-        dz = tl.zeros([BLOCK_T, ZD], dtype=tl.float32)
-        for strip in range(STRIPS):
-            dz += tl.load(part + strip * tokens.to(tl.int64) * ZU, mask=inside, other=0.0)
-        tl.store(part, dz, mask=inside)
-        tl.debug_barrier()
-
-        p_row = p_ptr + rows * (MEMBERS * K) + MEMBER * K
-        _mix_backward_rows(
-            p_row,
-            dz_row,
-            dz_row,
-            dp_ptr + rows * (MEMBERS * K) + MEMBER * K,
-            coeffs_ptr,
+    before1 = tokens.to(tl.int64) * (STRIPS0 * ZU)
+    before2 = tokens.to(tl.int64) * ((STRIPS0 + STRIPS1) * ZU)
+    # Written out for each member, as in `project_kernel`.
+    if program < blocks:
+        _join_rows(
+            program,
+            p_ptr,
+            dz_ptr,
+            dp_ptr,
+            coeffs0_ptr,
             mask_ptr,
-            rows,
-            row_mask,
-            first,
-            second,
+            tokens,
+            low0,
+            high0,
             threshold,
             keep_scale,
             scaling,
+            STRIPS0,
+            0,
+            MEMBERS,
             K,
             KP,
-            N * R,
-            1,
+            ZU,
+            ZD,
             R,
             R2,
             N,
@@ -411,20 +949,90 @@ def join_gradient_kernel(
             DROPOUT,
             BALANCED,
             MASKED,
-            False,
             BLOCK_T,
         )
-    else:
-        # dB from the shares of the tokens, with the heads one after another.
-        SIZE: tl.constexpr = N * D_OUT * R
-        index = (tl.program_id(0) - blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-        used = index < SIZE
-        head = index // (D_OUT * R)
-        source = (index // R) % D_OUT * (N * R) + head * R + index % R
-        total = tl.zeros([BLOCK_B], dtype=tl.float32)
-        share = 0
-        while share < shares:
-            total += tl.load(db_parts_ptr + source, mask=used, other=0.0)
-            source += SIZE
-            share += 1
-        tl.store(db_ptr + index, total.to(db_ptr.dtype.element_ty), mask=used)
+    if MEMBERS > 1:
+        if (program >= blocks) & (program < 2 * blocks):
+            _join_rows(
+                program - blocks,
+                p_ptr,
+                dz_ptr + before1,
+                dp_ptr,
+                coeffs1_ptr,
+                mask_ptr,
+                tokens,
+                low1,
+                high1,
+                threshold,
+                keep_scale,
+                scaling,
+                STRIPS1,
+                1,
+                MEMBERS,
+                K,
+                KP,
+                ZU,
+                ZD,
+                R,
+                R2,
+                N,
+                N2,
+                ROUTED,
+                ANCHORED,
+                SHARED,
+                TOP_K,
+                DROPOUT,
+                BALANCED,
+                MASKED,
+                BLOCK_T,
+            )
+    if MEMBERS > 2:
+        if (program >= 2 * blocks) & (program < 3 * blocks):
+            _join_rows(
+                program - 2 * blocks,
+                p_ptr,
+                dz_ptr + before2,
+                dp_ptr,
+                coeffs2_ptr,
+                mask_ptr,
+                tokens,
+                low2,
+                high2,
+                threshold,
+                keep_scale,
+                scaling,
+                STRIPS2,
+                2,
+                MEMBERS,
+                K,
+                KP,
+                ZU,
+                ZD,
+                R,
+                R2,
+                N,
+                N2,
+                ROUTED,
+                ANCHORED,
+                SHARED,
+                TOP_K,
+                DROPOUT,
+                BALANCED,
+                MASKED,
+                BLOCK_T,
+            )
+
+    # dB of each member.
+    PROGRAMS0: tl.constexpr = (N * D_OUT0 * R + BLOCK_B - 1) // BLOCK_B
+    PROGRAMS1: tl.constexpr = PROGRAMS0 + (N * D_OUT1 * R + BLOCK_B - 1) // BLOCK_B
+    left = program - MEMBERS * blocks
+    if (left >= 0) & (left < PROGRAMS0):
+        _join_heads(left, parts_ptr, db0_ptr, shares, D_OUT0, R, N, BLOCK_B)
+    if MEMBERS > 1:
+        if (left >= PROGRAMS0) & (left < PROGRAMS1):
+            parts1 = parts_ptr + shares.to(tl.int64) * (D_OUT0 * N * R)
+            _join_heads(left - PROGRAMS0, parts1, db1_ptr, shares, D_OUT1, R, N, BLOCK_B)
+    if MEMBERS > 2:
+        if left >= PROGRAMS1:
+            parts2 = parts_ptr + shares.to(tl.int64) * ((D_OUT0 + D_OUT1) * N * R)
+            _join_heads(left - PROGRAMS1, parts2, db2_ptr, shares, D_OUT2, R, N, BLOCK_B)

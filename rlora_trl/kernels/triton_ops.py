@@ -96,10 +96,11 @@ class Variant:
         kernel (`triton.JITFunction`): Its parameters are tensors, then numbers that it is not specialized on, then
             constants.
         constants (`tuple`): Values of the constants.
+        options: Options of the compiler, such as `num_warps`.
     """
 
-    def __init__(self, kernel: Any, constants: tuple) -> None:
-        self.kernel, self.constants = kernel, constants
+    def __init__(self, kernel: Any, constants: tuple, **options: int) -> None:
+        self.kernel, self.constants, self.options = kernel, constants, options
         self.compiled: dict[int, tuple] = {}  # by number of the device
         self.passed = constants if _TAKES_CONSTANTS else ()
 
@@ -131,7 +132,7 @@ class Variant:
             return None
 
         # The first launch goes through Triton, which compiles the kernel.
-        compiled = self.kernel[(programs, 1, 1)](*tensors, *numbers, *self.constants)
+        compiled = self.kernel[(programs, 1, 1)](*tensors, *numbers, *self.constants, **self.options)
         # Triton's interpreter does not compile.
         if aligned and compiled is not None and has_known_launcher():
             stream_of = triton.runtime.driver.active.get_current_stream
@@ -144,15 +145,15 @@ def padding(width: int, used: int) -> int:
     return triton.next_power_of_2(max(width - used, 1))
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The lower 32 bits of a number as a signed integer, which Triton passes as one type whatever their value."""
     return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
 @lru_cache(maxsize=64)
-def _dropout_numbers(dropout: float) -> tuple[int, float]:
+def dropout_numbers(dropout: float) -> tuple[int, float]:
     """The threshold of the bits of kept elements, and their scale."""
-    return _signed(mask_threshold(dropout)), 1.0 / (1.0 - dropout)
+    return signed(mask_threshold(dropout)), 1.0 / (1.0 - dropout)
 
 
 def mask_numbers(dropout: float, seed: int | torch.Tensor | None) -> tuple[int, int, int, float]:
@@ -160,8 +161,8 @@ def mask_numbers(dropout: float, seed: int | torch.Tensor | None) -> tuple[int, 
     if seed is None or dropout <= 0.0:
         return 0, 0, 0, 1.0
     if isinstance(seed, torch.Tensor):
-        return 0, 0, *_dropout_numbers(dropout)
-    return _signed(seed), _signed(seed >> 32), *_dropout_numbers(dropout)
+        return 0, 0, *dropout_numbers(dropout)
+    return signed(seed), signed(seed >> 32), *dropout_numbers(dropout)
 
 
 def _seed_kind(dropout: float, seed: int | torch.Tensor | None) -> tuple[bool, bool]:

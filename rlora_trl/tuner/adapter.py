@@ -58,6 +58,23 @@ class PrefetchedWeights(NamedTuple):
             and _versions(tensors) == self.versions
         )
 
+    def is_current(self, adapter: MultiHeadAdapter, x: torch.Tensor) -> bool:
+        """[`holds_for`] the tensors and settings of an adapter without fixed head weights, in less time."""
+        parameters, down = adapter._parameters, self.weights.down
+        A, B, router, anchor_A, anchor_B = self.tensors
+        return (
+            A is parameters["A"]
+            and B is parameters["B"]
+            and router is parameters["router"]
+            and anchor_A is parameters["A0"]
+            and anchor_B is parameters["B0"]
+            and down.dtype == x.dtype
+            and down.device == x.device
+            and adapter.scaling == self.scaling
+            and adapter.top_k == self.layout.top_k
+            and _versions(self.tensors) == self.versions
+        )
+
 
 class OtherLayer(NamedTuple):
     """A further layer for the input of one, with its frozen weight and bias; see [`MultiHeadAdapter.forward`]."""
@@ -384,10 +401,14 @@ class MultiHeadAdapter(nn.Module):
 
     def _joint(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, masked: bool) -> JointLayer:
         """This layer with its own product."""
-        tensors, layout = self.kernel_tensors(), self._layout()
-        concat = self._prefetched(tensors, layout, x)
-        seed = self._draw_seed() if masked else None
-        spec = DeltaSpec(layout, self.scaling, self.dropout if masked else 0.0, seed, False, self._probe(x))
+        ahead = self.prefetched
+        if ahead is not None and ahead.is_current(self, x):
+            tensors, layout, concat = ahead.tensors, ahead.layout, ahead.weights
+        else:
+            tensors, layout, concat = self.kernel_tensors(), self._layout(), None
+            self._note_dtype(x)
+        dropout, seed = (self.dropout, self._draw_seed()) if masked else (0.0, None)
+        spec = DeltaSpec(layout, self.scaling, dropout, seed, False, self._probe(x))
         return JointLayer(tensors, weight, bias, spec, concat)
 
     def _draw_seed(self) -> int:
@@ -423,9 +444,12 @@ class MultiHeadAdapter(nn.Module):
         prefetched = self.prefetched
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
             return prefetched.weights
+        self._note_dtype(x)
+        return None
+
+    def _note_dtype(self, x: torch.Tensor) -> None:
         if self.product_dtype != x.dtype:  # `nn.Module.__setattr__` is slow
             self.product_dtype = x.dtype
-        return None
 
     def _probe(self, x: torch.Tensor) -> LayerProbe | None:
         if not self.training or self.fixed_logits is not None:

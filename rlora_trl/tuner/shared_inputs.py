@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..kernels.rank_space import Layout
 from .adapter import MultiHeadAdapter, OtherLayer
 from .base_product import FrozenProduct, frozen_product, is_hooked
 from .prefetch import is_whole
@@ -171,10 +172,15 @@ def _fit(first: MultiHeadAdapter, other: MultiHeadAdapter) -> bool:
         and other.scaling == first.scaling
         and other.dropout == first.dropout
         and other.dropout_position == first.dropout_position
-        and other._layout() == first._layout()
+        and _layout_of(other) == _layout_of(first)
         and not is_hooked(other)
         and (other.prefetched is not None or is_whole(other))
     )
+
+
+def _layout_of(adapter: MultiHeadAdapter) -> Layout:
+    ahead = adapter.prefetched
+    return adapter.delta_spec().layout if ahead is None or adapter.top_k != ahead.layout.top_k else ahead.layout
 
 
 def hand_out(
