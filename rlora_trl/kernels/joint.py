@@ -6,6 +6,8 @@
 The order matters: a base product is bound by arithmetic and hides the read of what it accumulates onto, while adding a
 delta to a finished output would read and write that output once more. Layers with the same input (gate and up; q, k
 and v) share the reads of x, the products with `down`, and one dx: autograd has nothing to add.
+
+Short steps wait for the host, so a group is prepared once, and a call does little more than launch kernels.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import joint_space, rank_space
-from .fused import ConcatWeights, DeltaSpec, backend, concat_weights, mm_wide
-from .joint_space import Member
-from .rank_space import AdapterTensors
+from .balance import LayerProbe
+from .fused import DeltaSpec, backend, concat_weights, mm_wide, widths
+from .joint_space import CallSettings, GroupSizes
+from .rank_space import AdapterTensors, Layout
+
+
+Outputs: TypeAlias = tuple[torch.Tensor, ...]
 
 
 @lru_cache(maxsize=1)
@@ -36,68 +42,76 @@ def joint_backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return joint_space if backend(device, dtype) is rank_space else _joint_ops()
 
 
-class JointLayer(NamedTuple):
+class JointGroup:
     """
-    A layer whose own product is computed together with its delta.
+    Layers with the same input, whose own products are computed together with their deltas.
 
     Args:
-        tensors (`AdapterTensors`): A, B, router, A0 and B0, as in `rank_space.concat`.
-        weight (`torch.Tensor` of shape `[d_out, d_in]`): Frozen, in the dtype of the input.
-        bias (`torch.Tensor` of shape `[d_out]`, *optional*): Frozen bias, in that dtype.
-        spec ([`DeltaSpec`]): Layout, scaling, dropout, seed and probe.
-        concat ([`ConcatWeights`], *optional*): Result of `concat_weights` for these tensors, if it was computed ahead.
+        tensors (`Sequence[AdapterTensors]`): A, B, router, A0 and B0 of each, as in `rank_space.concat`.
+        weights (`Sequence[torch.Tensor]` of shapes `[d_out, d_in]`): Frozen weights. They get no gradient.
+        biases (`Sequence[torch.Tensor | None]` of shapes `[d_out]`): Frozen biases.
+        layout ([`Layout`]), scaling (`float`): Of all adapters.
+        dtype (`torch.dtype`): Of the input, the weights and the products.
     """
 
-    tensors: AdapterTensors
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    spec: DeltaSpec
-    concat: ConcatWeights | None = None
+    __slots__ = ("biases", "columns", "kinds", "ops", "parameters", "sizes", "tensors", "transposed", "weights")
 
+    def __init__(
+        self,
+        tensors: Sequence[AdapterTensors],
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        layout: Layout,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> None:
+        device = weights[0].device
+        self.tensors, self.weights, self.biases = tensors, weights, biases
+        self.transposed = [weight.t() for weight in weights]
+        self.ops = joint_backend(device, dtype)
+        k, z = widths(layout, device)
+        d_outs = [weight.shape[0] for weight in weights]
+        self.sizes = GroupSizes(weights[0].shape[1], d_outs, k, z, layout, float(scaling), dtype)
 
-Outputs: TypeAlias = tuple[torch.Tensor, ...]
+        # The trained tensors, their shapes and dtypes, and where their gradients lie in ddown `[M K, d_in]`.
+        self.parameters = [tensor for of_layer in tensors for tensor in of_layer[:3]]
+        self.kinds = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self.parameters]
+        width, routed = rank_space.h_columns(layout), layout.num_heads * layout.routed
+        self.columns = [width, routed, k - width - routed] * len(d_outs)
+
+    def concat(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`downs` `[M K, d_in]` and `up` `[d_out, Z]` of each layer."""
+        spec = DeltaSpec(self.sizes.layout, self.sizes.scaling)
+        concats = [concat_weights(*tensors, spec, self.sizes.dtype) for tensors in self.tensors]
+        downs = concats[0].down if len(concats) == 1 else torch.cat([concat.down for concat in concats])
+        return downs, [concat.up for concat in concats]
 
 
 class _Call:
-    """The arguments of [`_Joint`] without gradients, and what is needed to write the outputs later."""
+    """The arguments of [`_Joint`] without gradients, and what writing the outputs later takes."""
 
-    __slots__ = ("Zs", "layers", "members", "ops", "tokens", "write_later")
+    __slots__ = ("Zs", "downs", "group", "probes", "settings", "tokens", "ups", "write_later")
 
-    Zs: list[torch.Tensor]
-    members: list[Member]
-    ops: ModuleType
+    Zs: Sequence[torch.Tensor]
     tokens: torch.Tensor
 
-    def __init__(self, layers: Sequence[JointLayer]) -> None:
-        self.layers = layers
-        self.write_later = any(layer.concat is None for layer in layers)
-
-    def add_bases(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Accumulate `x W^T` onto the outputs `[T, d_out]`, of which the deltas may be written first."""
-        tokens = self.tokens
-        for index, (layer, output) in enumerate(zip(self.layers, outputs, strict=True)):
-            if self.write_later:
-                joint_space.write_delta(self.Zs[index], self.members[index], output)
-            output.addmm_(tokens, layer.weight.t())
-
-
-def _side_by_side(concats: Sequence[ConcatWeights]) -> torch.Tensor:
-    """`down` of all layers of a group, `[M K, d_in]`: a view if they lie one after another."""
-    first = concats[0].down
-    if len(concats) == 1:
-        return first
-    size = first.numel() * first.element_size()
-    start = first.data_ptr()
-    if all(concat.down.data_ptr() == start + index * size for index, concat in enumerate(concats)):
-        rows, d_in = first.shape
-        return first.as_strided((len(concats) * rows, d_in), (d_in, 1))
-    return torch.cat([concat.down for concat in concats])
+    def __init__(
+        self,
+        group: JointGroup,
+        settings: CallSettings,
+        probes: Sequence[LayerProbe],
+        downs: torch.Tensor | None,
+        ups: Sequence[torch.Tensor],
+    ) -> None:
+        self.group, self.settings, self.probes, self.downs, self.ups = group, settings, probes, downs, ups
+        self.write_later = downs is None
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """`[..., d]` as contiguous `[T, d]`."""
-    flat = tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
-    return flat if flat.is_contiguous() else flat.contiguous()
+    if tensor.is_contiguous():
+        return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
 class _Joint(torch.autograd.Function):
@@ -110,123 +124,114 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, call: _Call, *parameters: torch.Tensor | None) -> Outputs:
-        layers, shape = call.layers, x.shape
-        spec = layers[0].spec
-        concats = [layer.concat or concat_weights(*layer.tensors, layer.spec, x.dtype) for layer in layers]
-        call.ops = ops = joint_backend(x.device, x.dtype)
+        group, shape = call.group, x.shape
+        sizes, ops = group.sizes, group.ops
+        if call.downs is None:
+            call.downs, call.ups = group.concat()
 
-        # The members of the group, and P.
-        call.tokens = tokens = _flat(x)
-        token_mask = None if spec.probe is None else spec.probe.token_mask
-        partials = _new_partials(ops, layers, tokens)
-        call.members = members = [
-            Member(concat.up, layer.spec.seed, layer.bias) for concat, layer in zip(concats, layers, strict=True)
-        ]
-        downs = _side_by_side(concats)
-        outputs = tuple(
-            torch.empty(*shape[:-1], concat.up.shape[0], dtype=x.dtype, device=x.device) for concat in concats
-        )
-        rows = [output if output.ndim == 2 else output.view(-1, output.shape[-1]) for output in outputs]
-        P, call.Zs = ops.project(
-            *(tokens, downs, members, spec.layout, None if call.write_later else rows),
-            dropout=spec.dropout,
-            partials=partials,
-            token_mask=token_mask,
-        )
+        # P, and the deltas.
+        tokens = _flat(x)
+        outputs = tuple([x.new_empty((*shape[:-1], d_out)) for d_out in sizes.d_outs])
+        rows = outputs if len(shape) == 2 else [output.view(-1, output.shape[-1]) for output in outputs]
+        partials = None
+        if call.probes:
+            size = (sizes.count, ops.stats_rows(tokens.shape[0]), rank_space.stats_columns(sizes.layout.num_heads))
+            partials = tokens.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
+        written = None if call.write_later else rows
+        P, Zs = ops.project(sizes, tokens, call.downs, call.ups, group.biases, written, call.settings, partials)
 
         # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
-        ups = [concat.up for concat in concats]
-        ctx.save_for_backward(saved_x, P, downs, *ups, *[layer.weight for layer in layers], partials)
-        ctx.specs, ctx.shape, ctx.ops = [layer.spec for layer in layers], shape, ops
-        ctx.kinds = [None if p is None else (p.shape, p.dtype) for p in parameters]
-        if not call.write_later:
-            call.add_bases(rows)
+        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *group.weights, partials)
+        ctx.call, ctx.shape = call, shape
+
+        # The base products, now or later.
+        if call.write_later:
+            call.tokens, call.Zs = tokens, Zs
+        else:
+            for output, weight in zip(rows, group.transposed, strict=True):
+                output.addmm_(tokens, weight)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        specs, ops, needed, kinds = ctx.specs, ctx.ops, ctx.needs_input_grad, ctx.kinds
-        count, spec = len(specs), specs[0]
+        call, needed = ctx.call, ctx.needs_input_grad
+        group = call.group
+        sizes, kinds, count = group.sizes, group.kinds, group.sizes.count
         tokens, P, downs, *rest = ctx.saved_tensors
-        ups, weights, partials = rest[:count], rest[count:-1], rest[-1]
+        partials = rest[-1]
 
         # dP and dB of all members.
         rows = [_flat(dy) for dy in dys]
-        members = [
-            _for_backward(up, spec, partials, place) for place, (up, spec) in enumerate(zip(ups, specs, strict=True))
-        ]
-        dP, dBs = ops.project_backward(
-            *(rows, P, members, spec.layout),
-            scaling=spec.scaling,
-            dropout=spec.dropout,
-            token_mask=None if spec.probe is None else spec.probe.token_mask,
-            dtypes=[kinds[3 * index + 1][1] if needed[3 * index + 3] else None for index in range(count)],
-        )
+        coeffs = None if partials is None else _report(call.probes, partials, sizes)
+        dtypes = [kinds[3 * place + 1][1] if needed[3 * place + 3] else None for place in range(count)]
+        dP, dBs = group.ops.project_backward(sizes, rows, P, rest[:count], call.settings, coeffs, dtypes)
 
         # dA and drouter are rows of dP^T x.
-        grads: list[torch.Tensor | None] = [None, None]
-        if any(needed[2::3]) or any(needed[4::3]):
-            tokens = tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1])
-            ddown = mm_wide(dP.t(), tokens)  # [M K, d_in]
-        width, k = rank_space.h_columns(spec.layout), downs.shape[0] // count
-        for index in range(count):
-            need_A, _, need_router = needed[3 * index + 2 : 3 * index + 5]
-            dA = _rows(ddown, index * k, width, kinds[3 * index]) if need_A else None
-            router = kinds[3 * index + 2]
-            drouter = _rows(ddown, index * k + width, router[0][0], router) if need_router else None
-            grads += [dA, dBs[index], drouter]
+        grads: list[torch.Tensor | None] = [None] * len(needed)
+        grads[3::3] = dBs
+        if True in needed[2::3] or True in needed[4::3]:
+            ddown = mm_wide(dP.t(), tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1]))
+            parts = ddown.split_with_sizes(group.columns)
+            for place in range(count):
+                first = 3 * place
+                if needed[first + 2]:
+                    grads[first + 2] = _like(parts[first], kinds[first])
+                if needed[first + 4]:
+                    grads[first + 4] = _like(parts[first + 1], kinds[first + 2])
 
         # dx = dP down, then dy W accumulates onto it.
         if needed[0]:
             dx = torch.mm(dP, downs)  # [T, d_in]
-            for dy, weight in zip(rows, weights, strict=True):
-                dx.addmm_(dy, weight)
+            for place in range(count):
+                dx.addmm_(rows[place], rest[count + place])
             grads[0] = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
         return tuple(grads)
 
 
-def _new_partials(ops: ModuleType, layers: Sequence[JointLayer], tokens: torch.Tensor) -> torch.Tensor | None:
-    """A buffer for the partial sums of `rank_space.routing_stats`, if probes collect them."""
-    if layers[0].spec.probe is None:
-        return None
-    columns = rank_space.stats_columns(layers[0].spec.layout.num_heads)
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    rows = ops.stats_rows(tokens.shape[0])
-    return torch.empty(len(layers), rows, columns, dtype=wide, device=tokens.device)
+def _report(probes: Sequence[LayerProbe], partials: torch.Tensor, sizes: GroupSizes) -> list[torch.Tensor | None]:
+    """Report to the probes of a group; returns the coefficients of balance losses."""
+    ops = backend(partials.device, sizes.dtype)
+    return [probe.finish(ops, sums, sizes.layout) for probe, sums in zip(probes, partials.unbind(), strict=True)]
 
 
-def _for_backward(up: torch.Tensor, spec: DeltaSpec, partials: torch.Tensor | None, place: int) -> Member:
-    """A member of the backward pass, which reports to its probe."""
-    coeffs = None
-    if spec.probe is not None and partials is not None:
-        coeffs = spec.probe.finish(backend(up.device, up.dtype), partials[place], spec.layout)
-    return Member(up, spec.seed, coeffs=coeffs)
-
-
-def _rows(ddown: torch.Tensor, start: int, count: int, kind: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
-    """Some rows as the gradient of a parameter of a shape and dtype; a call that changes nothing is left out."""
+def _like(gradient: torch.Tensor, kind: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+    """A gradient in the shape and dtype of its parameter; calls that change nothing are left out."""
     shape, dtype = kind
-    rows = ddown.narrow(0, start, count)
-    rows = rows if len(shape) == 2 else rows.view(shape)
-    return rows if rows.dtype == dtype else rows.to(dtype)
+    gradient = gradient if len(shape) == 2 else gradient.view(shape)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
-def joint_outputs(x: torch.Tensor, layers: Sequence[JointLayer]) -> Outputs:
+def joint_outputs(
+    x: torch.Tensor,
+    group: JointGroup,
+    settings: CallSettings,
+    probes: Sequence[LayerProbe] = (),
+    downs: torch.Tensor | None = None,
+    ups: Sequence[torch.Tensor] = (),
+) -> Outputs:
     """
     The outputs of layers that get the same input, with their deltas.
 
     Args:
-        x (`torch.Tensor` of shape `[..., d_in]`): Input. The products run in its dtype.
-        layers (`Sequence[JointLayer]`): With the same layout, scaling and dropout; probes have the same token mask.
+        x (`torch.Tensor` of shape `[..., d_in]`): Input, in the dtype of the group.
+        group ([`JointGroup`]): The layers.
+        settings ([`CallSettings`]): Masks and logits; its token mask is that of the probes.
+        probes (`Sequence[LayerProbe]`, *optional*): One for each layer, or none.
+        downs (`torch.Tensor`), ups (`Sequence[torch.Tensor]`), *optional*: Results of `group.concat()`, if they were
+            computed ahead.
 
     Returns:
         `tuple[torch.Tensor, ...]`: `x weight^T + bias + delta` of each, `[..., d_out]`.
     """
-    call = _Call(layers)
-    outputs = _Joint.apply(x, call, *[parameter for layer in layers for parameter in layer.tensors[:3]])
+    call = _Call(group, settings, probes, downs, ups)
+    outputs: Outputs = _Joint.apply(x, call, *group.parameters)
     if call.write_later:
         with torch.no_grad():
-            call.add_bases([output.view(-1, output.shape[-1]) for output in outputs])
+            for place, output in enumerate(outputs):
+                rows = output.view(-1, output.shape[-1])
+                joint_space.write_delta(call.Zs[place], call.ups[place], group.biases[place], rows)
+                rows.addmm_(call.tokens, group.transposed[place])
+        del call.tokens, call.Zs
     return outputs

@@ -5,7 +5,7 @@ Where a row of Z does not fit into a tile, PyTorch's matrix products run between
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from . import triton_joint as kernels
 from . import triton_ops
 from .fused import mm_wide, padded
-from .joint_space import Member, write_delta
+from .joint_space import CallSettings, GroupSizes, write_delta
 from .rank_space import Layout, p_columns, split_heads, z_columns
-from .triton_ops import Variant, aligned, check_device, dropout_numbers, padding, signed
+from .triton_ops import Variant, check_device, dropout_numbers, padding, signed
 
 
 # Layers of a group at most, for which the kernels have parameters: q, k and v.
@@ -54,16 +54,16 @@ def stats_rows(tokens: int) -> int:
 
 
 class _Plan:
-    """Sizes of a group of layers, and the kernels that were made for it."""
+    """What follows from the sizes of a group, and the kernels that were made for it."""
 
     def __init__(self, d_in: int, d_outs: tuple[int, ...], k: int, z: int, layout: Layout, dtype: torch.dtype) -> None:
-        routed, anchored, shared, top_k = layout.routed, layout.anchored, layout.shared, layout.top_k
-        num_heads, r = layout.num_heads, layout.r
-        self.d_in, self.d_outs, self.members, self.layout = d_in, d_outs, len(d_outs), layout
+        num_heads, r, top_k = layout.num_heads, layout.r, layout.top_k
+        self.d_in, self.members, self.layout = d_in, len(d_outs), layout
         self.k, self.z, self.dtype, self.wide = k, z, dtype, dtype.itemsize > 2
         self.heads = (r, _power(r), num_heads, _power(num_heads))
-        self.kinds = (routed, anchored, shared, top_k if top_k < num_heads else 0)
+        self.kinds = (layout.routed, layout.anchored, layout.shared, top_k if top_k < num_heads else 0)
         self.padded_outs = (*d_outs, 0, 0)[:MOST_MEMBERS]
+        self.missing = MOST_MEMBERS - len(d_outs)
 
         # Tiles that hold rows of P, Z and dB.
         self.k2, self.zd, self.g2 = (max(_power(n), _TILE) for n in (k, z, num_heads * r))
@@ -71,47 +71,46 @@ class _Plan:
         self.expands = self.fits and min(d_outs) >= z
         self.zu = z_columns(layout)
 
-        # Columns of dy per program.
+        # Columns of dy per program; what all strips and shares of the tokens store.
         narrow = max(self.zd, self.g2) <= 32
         self.strip = 256 if min(d_outs) >= 4096 and narrow else 128
         self.strips = [_ceil(d_out, self.strip) for d_out in d_outs]
-        self.elements = [_ceil(num_heads * d_out * r, _BLOCK_B) for d_out in d_outs]
-        self.variants: dict[tuple, Variant] = {}
+        self.all_strips = sum(self.strips)
+        self.shapes_of_dB = [(num_heads, d_out, r) for d_out in d_outs]
+        self.elements = num_heads * r * sum(d_outs)
+        self.join_programs = sum(_ceil(num_heads * d_out * r, _BLOCK_B) for d_out in d_outs)
 
-    def variant(self, key: tuple, make: Callable[..., Variant]) -> Variant:
-        """The kernel for a key, made on its first use."""
-        found = self.variants.get(key)
-        if found is None:
-            found = self.variants[key] = make(self, *key)
-        return found
+        self.variants: dict[tuple, Variant] = {}
 
     def share(self, tokens: int) -> int:
         """Blocks of tokens that one program of `split_gradient_kernel` reads."""
-        wanted = _ceil(_ceil(tokens, _BLOCK_SPLIT), max(_PROGRAMS // sum(self.strips), 1))
+        wanted = _ceil(_ceil(tokens, _BLOCK_SPLIT), max(_PROGRAMS // self.all_strips, 1))
         return min(_power(wanted), _MOST_BLOCKS)
 
 
-_plan = lru_cache(maxsize=1024)(_Plan)
+_make_plan = lru_cache(maxsize=1024)(_Plan)
 
 
-def _plan_of(d_in: int, members: Sequence[Member], k: int, layout: Layout, dtype: torch.dtype) -> _Plan:
-    return _plan(d_in, tuple([member.up.shape[0] for member in members]), k, members[0].up.shape[1], layout, dtype)
+def _plan_of(group: GroupSizes) -> _Plan:
+    plan: _Plan = group.plan
+    if plan is None:
+        plan = _make_plan(group.d_in, group.d_outs, group.k, group.z, group.layout, group.dtype)
+        group.plan = plan
+    return plan
 
 
-def _mask_numbers(dropout: float, members: Sequence[Member]) -> list[Any]:
+def _mask_numbers(plan: _Plan, settings: CallSettings) -> tuple[Any, ...]:
     """Two halves of the seed of each member, then threshold and scale."""
-    if dropout <= 0.0:
-        return [0, 0, 0, 0, 0, 0, 0, 1.0]
-    numbers: list[Any] = []
-    for member in members:
-        seed = member.seed or 0
-        numbers += (signed(seed), signed(seed >> 32))
-    numbers += [0, 0] * (MOST_MEMBERS - len(members))
-    numbers += dropout_numbers(dropout)
-    return numbers
+    seeds = settings.seeds
+    if not seeds:
+        return (0, 0, 0, 0, 0, 0, 0, 1.0)
+    halves: list[int] = []
+    for seed in seeds:
+        halves += (signed(seed), signed(seed >> 32))
+    return (*halves, *(0, 0) * plan.missing, *dropout_numbers(settings.dropout))
 
 
-def _project_variant(plan: _Plan, name: str, block: int, biases: tuple, flags: tuple, *dtypes: torch.dtype) -> Variant:
+def _project_variant(plan: _Plan, block: int, biases: tuple, flags: tuple) -> Variant:
     widths = (plan.k, plan.k2, plan.z, padding(plan.z, plan.zu), plan.zd)
     columns = (256 if block <= 16 else 128) // (2 if plan.wide else 1)
     sizes = (plan.d_in, *plan.padded_outs, plan.members, *biases)
@@ -119,78 +118,82 @@ def _project_variant(plan: _Plan, name: str, block: int, biases: tuple, flags: t
 
 
 def project(
+    group: GroupSizes,
     x: torch.Tensor,
     downs: torch.Tensor,
-    members: Sequence[Member],
-    layout: Layout,
-    outputs: Sequence[torch.Tensor] | None = None,
-    *,
-    dropout: float = 0.0,
-    tasks: torch.Tensor | None = None,
+    ups: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    outputs: Sequence[torch.Tensor] | None,
+    settings: CallSettings,
     partials: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """See `joint_space.project`."""
-    (tokens, d_in), rows, count = x.shape, downs.shape[0], len(members)
-    plan = _plan_of(d_in, members, rows // count, layout, x.dtype)
-    P = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    plan, tokens = _plan_of(group), x.shape[0]
+    P = x.new_empty((tokens, group.count * group.k))
     expand = outputs is not None and plan.expands
     if outputs is not None and expand:
         written = outputs
     else:
-        written = [torch.empty(tokens, plan.z, dtype=x.dtype, device=x.device) for _ in members]
+        written = [x.new_empty((tokens, group.z)) for _ in ups]
     if tokens:
-        _launch_project(plan, x, downs, P, members, written, dropout, tasks, partials, token_mask, expand)
+        _launch_project(plan, x, downs, ups, biases, P, written, settings, partials, expand)
 
     if outputs is None:
-        return P, list(written)
+        return P, written
     if not expand:
-        for Z, member, output in zip(written, members, outputs, strict=True):
-            write_delta(Z, member, output)
-    return P, []
+        for Z, up, bias, output in zip(written, ups, biases, outputs, strict=True):
+            write_delta(Z, up, bias, output)
+    return P, ()
 
 
 def _launch_project(
     plan: _Plan,
     x: torch.Tensor,
     downs: torch.Tensor,
+    ups: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
     P: torch.Tensor,
-    members: Sequence[Member],
     written: Sequence[torch.Tensor],
-    dropout: float,
-    tasks: torch.Tensor | None,
+    settings: CallSettings,
     partials: torch.Tensor | None,
-    token_mask: torch.Tensor | None,
     expand: bool,
 ) -> None:
     # P stands in for missing tensors, which the kernel does not touch.
-    tokens, table = x.shape[0], members[0].table
-    mask = token_mask if token_mask is not None and partials is not None else P
-    rows = tasks if tasks is not None and table is not None else P
+    tables, tasks, mask = settings.tables, settings.tasks, settings.token_mask
+    if mask is None or partials is None:
+        mask = P
+    if tasks is None or not tables:
+        tasks = P
     pointers: list[torch.Tensor] = []
-    given, biases = [x, mask, rows], [False] * MOST_MEMBERS
-    for place, (member, out) in enumerate(zip(members, written, strict=True)):
-        up, _, bias, logits, _ = member
-        if bias is not None and expand:
-            biases[place] = True
-            given.append(bias)
-        if logits is not None:
-            given.append(logits)
-        pointers += (up, P if bias is None else bias, P if logits is None else logits, out)
-    pointers += [P] * (4 * (MOST_MEMBERS - len(members)))
-    if mask is not P or table is not None:
-        check_device(P, token_mask=mask, tasks=rows, table=table)
+    with_bias = []
+    start = x.data_ptr() | mask.data_ptr() | tasks.data_ptr()
+    for place, up in enumerate(ups):
+        bias = biases[place]
+        if bias is None or not expand:
+            bias = P
+        with_bias.append(bias is not P)
+        table = tables[place] if tables else P
+        start |= bias.data_ptr() | table.data_ptr()
+        pointers += (up, bias, table, written[place])
+    if plan.missing:
+        pointers += (P,) * (4 * plan.missing)
+        with_bias += (False,) * plan.missing
+    if mask is not P or tables:
+        check_device(P, token_mask=mask, tasks=tasks, table=tables[0] if tables else None)
 
-    block = _project_block(tokens)
-    flags = (dropout > 0.0, partials is not None, mask is not P, table is not None, rows is not P, expand)
-    dtypes = [tensor.dtype for tensor in given]
-    variant = plan.variant(("project", block, tuple(biases), flags, *dtypes), _project_variant)
-    tensors = (x, downs, rows, P, P if partials is None else partials, mask, *pointers)
-    numbers = (tokens, 0 if table is None else table.shape[0] - 1, *_mask_numbers(dropout, members))
-    variant.launch(_ceil(tokens, block) * plan.members, tensors, numbers, aligned(*given))
+    block = _project_block(x.shape[0])
+    flags = (bool(settings.seeds), partials is not None, mask is not P, bool(tables), tasks is not P, expand)
+    key = ("project", block, *with_bias, *flags, mask.dtype, tasks.dtype, tables[0].dtype if tables else None)
+    variant = plan.variants.get(key)
+    if variant is None:
+        variant = plan.variants[key] = _project_variant(plan, block, tuple(with_bias), flags)
+    tokens = x.shape[0]
+    tensors = (x, downs, tasks, P, P if partials is None else partials, mask, *pointers)
+    numbers = (tokens, tables[0].shape[0] - 1 if tables else 0, *_mask_numbers(plan, settings))
+    variant.launch(-(-tokens // block) * plan.members, tensors, numbers, not start % 16)
 
 
-def _split_variant(plan: _Plan, name: str, share: int, dropped: bool) -> Variant:
+def _split_variant(plan: _Plan, share: int, dropped: bool) -> Variant:
     r, _, num_heads, n2 = plan.heads
     routed, _, shared, top_k = plan.kinds
     widths = (plan.k, plan.z, plan.zu, plan.zd, r, num_heads, n2, plan.g2)
@@ -200,7 +203,7 @@ def _split_variant(plan: _Plan, name: str, share: int, dropped: bool) -> Variant
     return Variant(kernels.split_gradient_kernel, constants, num_warps=4 if max(plan.zd, plan.g2) <= 32 else 8)
 
 
-def _join_variant(plan: _Plan, name: str, flags: tuple[bool, ...], *dtypes: torch.dtype) -> Variant:
+def _join_variant(plan: _Plan, flags: tuple[bool, ...]) -> Variant:
     strips = (*plan.strips, 0, 0)[:MOST_MEMBERS]
     widths = (plan.k, padding(plan.k, p_columns(plan.layout)), plan.zu, _power(plan.zu))
     sizes = (*plan.padded_outs, *strips, plan.members, *widths, *plan.heads)
@@ -208,80 +211,82 @@ def _join_variant(plan: _Plan, name: str, flags: tuple[bool, ...], *dtypes: torc
 
 
 def project_backward(
+    group: GroupSizes,
     dys: Sequence[torch.Tensor],
     P: torch.Tensor,
-    members: Sequence[Member],
-    layout: Layout,
-    *,
-    scaling: float = 1.0,
-    dropout: float = 0.0,
-    token_mask: torch.Tensor | None = None,
+    ups: Sequence[torch.Tensor],
+    settings: CallSettings,
+    coeffs: Sequence[torch.Tensor | None] | None,
     dtypes: Sequence[torch.dtype | None],
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
     """See `joint_space.project_backward`."""
-    tokens, columns = P.shape
-    count, device = len(members), P.device
-    plan = _plan_of(0, members, columns // count, layout, P.dtype)
+    plan, tokens, device = _plan_of(group), P.shape[0], P.device
     if tokens == 0 or not plan.fits:
-        return _by_products(dys, P, members, layout, scaling, dropout, token_mask, dtypes)
+        return _by_products(group, dys, P, ups, settings, coeffs, dtypes)
 
-    num_heads, r = layout.num_heads, layout.r
-    share = plan.share(tokens)
-    shares, strips = _ceil(tokens, _BLOCK_SPLIT * share), sum(plan.strips)
-    dz = torch.empty(strips * tokens * plan.zu, dtype=torch.float32, device=device)
-    parts = torch.empty(shares * sum(plan.d_outs) * num_heads * r, dtype=torch.float32, device=device)
+    share, dropped = plan.share(tokens), bool(settings.seeds)
+    shares = -(-tokens // (_BLOCK_SPLIT * share))
+    dz = torch.empty(plan.all_strips * tokens * plan.zu, dtype=torch.float32, device=device)
+    parts = torch.empty(shares * plan.elements, dtype=torch.float32, device=device)
     dP = torch.empty_like(P)
-    dBs = [
-        torch.empty(num_heads, d_out, r, dtype=dtype or torch.float32, device=device)
-        for d_out, dtype in zip(plan.d_outs, dtypes, strict=True)
-    ]
-    masks = (*_mask_numbers(dropout, members), float(scaling))
+    numbers = (tokens, shares, *_mask_numbers(plan, settings), group.scaling)
+    others = (P, P) * plan.missing  # the kernels do not touch them
 
     # The parts of dZ and dB.
     pointers: list[torch.Tensor] = []
-    for dy, member in zip(dys, members, strict=True):
-        pointers += (dy, member.up)
-    pointers += [P, P] * (MOST_MEMBERS - count)
-    variant = plan.variant(("split", share, dropout > 0.0), _split_variant)
-    variant.launch(strips * shares, (P, dz, parts, *pointers), (tokens, shares, *masks), aligned(*dys))
+    start = 0
+    for dy, up in zip(dys, ups, strict=True):
+        pointers += (dy, up)
+        start |= dy.data_ptr()
+    key: tuple = ("split", share, dropped)
+    variant = plan.variants.get(key)
+    if variant is None:
+        variant = plan.variants[key] = _split_variant(plan, share, dropped)
+    variant.launch(plan.all_strips * shares, (P, dz, parts, *pointers, *others), numbers, not start % 16)
 
-    # Their sums, and dP. P stands in for missing tensors, which the kernel does not touch.
-    balanced = members[0].coeffs is not None
-    mask = token_mask if token_mask is not None and balanced else P
-    pointers = []
-    for member, dB in zip(members, dBs, strict=True):
-        pointers += (P if member.coeffs is None else member.coeffs, dB)
-    pointers += [P, P] * (MOST_MEMBERS - count)
-    flags = (dropout > 0.0, balanced, mask is not P)
-    variant = plan.variant(("join", flags, mask.dtype, *[dB.dtype for dB in dBs]), _join_variant)
-    programs = _ceil(tokens, _BLOCK_JOIN) * count + sum(plan.elements)
-    variant.launch(programs, (P, dz, parts, dP, mask, *pointers), (tokens, shares, *masks), aligned(mask))
-    return dP, [None if dtype is None else dB for dB, dtype in zip(dBs, dtypes, strict=True)]
+    # Their sums, and dP.
+    dBs, pointers = [], []
+    for place, shape in enumerate(plan.shapes_of_dB):
+        dB = torch.empty(shape, dtype=dtypes[place] or torch.float32, device=device)
+        dBs.append(dB)
+        of_member = None if coeffs is None else coeffs[place]
+        pointers += (P if of_member is None else of_member, dB)
+    balanced = coeffs is not None and coeffs[0] is not None
+    mask = settings.token_mask
+    if mask is None or not balanced:
+        mask = P
+    key = ("join", dropped, balanced, mask is not P, mask.dtype, *dtypes)
+    variant = plan.variants.get(key)
+    if variant is None:
+        variant = plan.variants[key] = _join_variant(plan, (dropped, balanced, mask is not P))
+    programs = -(-tokens // _BLOCK_JOIN) * plan.members + plan.join_programs
+    variant.launch(programs, (P, dz, parts, dP, mask, *pointers, *others), numbers, not mask.data_ptr() % 16)
+    return dP, dBs if None not in dtypes else [None if d is None else dB for dB, d in zip(dBs, dtypes, strict=True)]
 
 
 def _by_products(
+    group: GroupSizes,
     dys: Sequence[torch.Tensor],
     P: torch.Tensor,
-    members: Sequence[Member],
-    layout: Layout,
-    scaling: float,
-    dropout: float,
-    token_mask: torch.Tensor | None,
+    ups: Sequence[torch.Tensor],
+    settings: CallSettings,
+    coeffs: Sequence[torch.Tensor | None] | None,
     dtypes: Sequence[torch.dtype | None],
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
     """`project_backward` with two reads of each dy."""
-    dPs, dBs = [], []
+    layout, dPs, dBs = group.layout, [], []
     width = padded(layout.num_heads * layout.r, P.device)
-    for dy, of_member, member, dtype in zip(dys, P.chunk(len(members), 1), members, dtypes, strict=True):
+    for place, (dy, of_member) in enumerate(zip(dys, P.chunk(group.count, 1), strict=True)):
         heads, dP = triton_ops.mix_backward(
-            *(of_member.contiguous(), torch.mm(dy, member.up), layout),
-            scaling=scaling,
+            *(of_member.contiguous(), torch.mm(dy, ups[place]), layout),
+            scaling=group.scaling,
             heads_width=width,
-            dropout=dropout,
-            seed=member.seed,
-            coeffs=member.coeffs,
-            token_mask=token_mask,
+            dropout=settings.dropout,
+            seed=settings.seeds[place] if settings.seeds else None,
+            coeffs=None if coeffs is None else coeffs[place],
+            token_mask=settings.token_mask,
         )
         dPs.append(dP)
+        dtype = dtypes[place]
         dBs.append(None if dtype is None else split_heads(mm_wide(dy.T, heads), layout).to(dtype))
     return dPs[0] if len(dPs) == 1 else torch.cat(dPs, 1), dBs

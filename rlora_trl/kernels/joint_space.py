@@ -7,7 +7,7 @@ The layers of a group get the same input x `[T, d_in]` and have the same layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,125 +15,156 @@ from . import rank_space
 from .rank_space import Layout
 
 
-class Member(NamedTuple):
+class GroupSizes:
     """
-    One layer of a group.
+    Sizes and settings of a group of layers with the same input.
 
     Args:
-        up (`torch.Tensor` of shape `[d_out, Z]`): See `rank_space.concat`.
-        seed (`int`, *optional*): Seed of its masks.
-        bias (`torch.Tensor` of shape `[d_out]`, *optional*): Bias of the layer.
-        table (`torch.Tensor` of shape `[rows, N]`, *optional*): Logits in place of the router's, a row for each task.
-        coeffs (`torch.Tensor` of shape `[N + 2]`, *optional*): See `rank_space.mix_backward`.
+        d_in (`int`), d_outs (`Sequence[int]`): Sizes of the layers.
+        k (`int`), z (`int`): Columns of P and Z of each, with padding.
+        layout ([`Layout`]): The columns of P and Z of each.
+        scaling (`float`): Factor of the deltas.
+        dtype (`torch.dtype`): Of the products.
+
+    Attributes:
+        plan (`Any`): For a back end to keep what it derives from these.
     """
 
-    up: torch.Tensor
-    seed: int | None = None
-    bias: torch.Tensor | None = None
-    table: torch.Tensor | None = None
-    coeffs: torch.Tensor | None = None
+    __slots__ = ("count", "d_in", "d_outs", "dtype", "k", "layout", "plan", "scaling", "z")
+
+    def __init__(
+        self, d_in: int, d_outs: Sequence[int], k: int, z: int, layout: Layout, scaling: float, dtype: torch.dtype
+    ) -> None:
+        self.d_in, self.d_outs, self.k, self.z = d_in, tuple(d_outs), k, z
+        self.layout, self.scaling, self.dtype = layout, scaling, dtype
+        self.count = len(self.d_outs)
+        self.plan: Any = None
+
+
+class CallSettings:
+    """
+    What changes with each call of a group, besides its tensors.
+
+    Args:
+        dropout (`float`, *optional*, defaults to `0.0`): Probability that an element is dropped.
+        seeds (`Sequence[int]`, *optional*): Seed of the masks of each member.
+        tables (`Sequence[torch.Tensor]` of shapes `[rows, N]`, *optional*): Logits in place of the routers'.
+        tasks (`torch.Tensor` of shape `[T]`, *optional*): The row of each token in the tables; -1 is the last one.
+            Without it the first row holds for all tokens.
+        token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count in statistics.
+    """
+
+    __slots__ = ("dropout", "seeds", "tables", "tasks", "token_mask")
+
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        seeds: Sequence[int] = (),
+        tables: Sequence[torch.Tensor] = (),
+        tasks: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> None:
+        self.dropout, self.seeds = (dropout, seeds) if seeds else (0.0, ())
+        self.tables, self.tasks, self.token_mask = tables, tasks, token_mask
 
 
 def project(
+    group: GroupSizes,
     x: torch.Tensor,
     downs: torch.Tensor,
-    members: Sequence[Member],
-    layout: Layout,
-    outputs: Sequence[torch.Tensor] | None = None,
-    *,
-    dropout: float = 0.0,
-    tasks: torch.Tensor | None = None,
+    ups: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    outputs: Sequence[torch.Tensor] | None,
+    settings: CallSettings,
     partials: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """
     P, and Z of all members or what they add to the outputs of their layers.
 
     Args:
+        group ([`GroupSizes`]): The sizes.
         x (`torch.Tensor` of shape `[T, d_in]`): Tokens.
-        downs (`torch.Tensor` of shape `[M K, d_in]`): See `rank_space.concat`.
-        members (`Sequence[Member]`): The layers.
-        layout ([`Layout`]): The columns of P and Z of each.
+        downs (`torch.Tensor` of shape `[M K, d_in]`), ups (`Sequence[torch.Tensor]` of shapes `[d_out, Z]`):
+            See `rank_space.concat`.
+        biases (`Sequence[torch.Tensor | None]` of shapes `[d_out]`): Of the layers.
         outputs (`Sequence[torch.Tensor]` of shapes `[T, d_out]`, *optional*): Receive [`write_delta`] of each member.
-        tasks (`torch.Tensor` of shape `[T]`, *optional*): The row of each token in the tables; -1 is the last
-            one. Without it the first row holds for all tokens.
+        settings ([`CallSettings`]): Masks and logits.
         partials (`torch.Tensor` of shape `[M, stats_rows(T), 3 + 3 N]`, *optional*): Receives the partial sums of
             `rank_space.routing_stats` of each member.
-        dropout (`float`), token_mask (`torch.Tensor`): As in `rank_space.mix`.
 
     Returns:
-        `tuple[torch.Tensor, list[torch.Tensor]]`: P `[T, M K]`, and Z `[T, Z]` of each member without `outputs`.
+        `tuple[torch.Tensor, Sequence[torch.Tensor]]`: P `[T, M K]`, and Z `[T, Z]` of each member without `outputs`.
     """
-    P, Zs = x @ downs.T, []
-    count = len(members)
-    sums = [None] * count if partials is None else partials.unbind()
-    for of_member, down, member, sums_of_member in zip(
-        P.chunk(count, 1), downs.chunk(count, 0), members, sums, strict=True
-    ):
+    layout, P, Zs = group.layout, x @ downs.T, []
+    for place, (of_member, down) in enumerate(zip(P.chunk(group.count, 1), downs.chunk(group.count), strict=True)):
         if rank_space.has_initial_A(down, layout):
             rank_space.repeat_h(of_member, layout)
-        if member.table is not None:
-            rank_space.logits_of(of_member, layout).copy_(_logits(member.table, tasks))
+        if settings.tables:
+            rank_space.logits_of(of_member, layout).copy_(_logits(settings.tables[place], settings.tasks))
         Z = rank_space.mix(
-            *(of_member, member.up.shape[1], layout),
-            dropout=dropout,
-            seed=member.seed,
-            partials=sums_of_member,
-            token_mask=token_mask,
+            *(of_member, group.z, layout),
+            dropout=settings.dropout,
+            seed=settings.seeds[place] if settings.seeds else None,
+            partials=None if partials is None else partials[place],
+            token_mask=settings.token_mask,
         )
         Zs.append(Z)
     if outputs is None:
         return P, Zs
-    for Z, member, output in zip(Zs, members, outputs, strict=True):
-        write_delta(Z, member, output)
-    return P, []
+    for Z, up, bias, output in zip(Zs, ups, biases, outputs, strict=True):
+        write_delta(Z, up, bias, output)
+    return P, ()
 
 
-def write_delta(Z: torch.Tensor, member: Member, output: torch.Tensor) -> None:
+def write_delta(Z: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
     """Write `Z up^T`, plus the bias of the layer, to `output` `[T, d_out]`."""
-    if member.bias is None:
-        torch.mm(Z, member.up.T, out=output)
+    if bias is None:
+        torch.mm(Z, up.T, out=output)
     else:
-        torch.addmm(member.bias, Z, member.up.T, out=output)
+        torch.addmm(bias, Z, up.T, out=output)
 
 
 def project_backward(
+    group: GroupSizes,
     dys: Sequence[torch.Tensor],
     P: torch.Tensor,
-    members: Sequence[Member],
-    layout: Layout,
-    *,
-    scaling: float = 1.0,
-    dropout: float = 0.0,
-    token_mask: torch.Tensor | None = None,
+    ups: Sequence[torch.Tensor],
+    settings: CallSettings,
+    coeffs: Sequence[torch.Tensor | None] | None,
     dtypes: Sequence[torch.dtype | None],
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
     """
     The gradients of P and of all heads.
 
     Args:
+        group ([`GroupSizes`]), ups (`Sequence[torch.Tensor]`), settings ([`CallSettings`]): As in [`project`].
         dys (`Sequence[torch.Tensor]` of shapes `[T, d_out]`): Gradients of the outputs.
         P (`torch.Tensor` of shape `[T, M K]`): Projections.
-        members (`Sequence[Member]`), layout ([`Layout`]), scaling (`float`), dropout (`float`), token_mask
-            (`torch.Tensor`): As in [`project`] and `rank_space.mix_backward`.
+        coeffs (`Sequence[torch.Tensor | None]` of shapes `[N + 2]`, *optional*): See `rank_space.mix_backward`.
         dtypes (`Sequence[torch.dtype | None]`): Of the gradients of B; `None` for one that is not needed.
 
     Returns:
-        `tuple[torch.Tensor, list[torch.Tensor | None]]`: dP `[T, M K]`, and dB `[N, d_out, r]` of each member.
+        `tuple`: dP `[T, M K]`, and dB `[N, d_out, r]` of each member.
     """
-    dPs, dBs = [], []
-    for dy, of_member, member, dtype in zip(dys, P.chunk(len(members), 1), members, dtypes, strict=True):
+    layout, dPs, dBs = group.layout, [], []
+    for place, (dy, of_member) in enumerate(zip(dys, P.chunk(group.count, 1), strict=True)):
         heads, dP = rank_space.mix_backward(
-            *(of_member, dy @ member.up, layout),
-            scaling=scaling,
-            dropout=dropout,
-            seed=member.seed,
-            coeffs=member.coeffs,
-            token_mask=token_mask,
+            *(of_member, dy @ ups[place], layout),
+            scaling=group.scaling,
+            dropout=settings.dropout,
+            seed=settings.seeds[place] if settings.seeds else None,
+            coeffs=None if coeffs is None else coeffs[place],
+            token_mask=settings.token_mask,
         )
         dPs.append(dP)
+        dtype = dtypes[place]
         dBs.append(None if dtype is None else rank_space.split_heads(_wide(dy.T, heads), layout).to(dtype))
     return torch.cat(dPs, 1), dBs
+
+
+def stats_rows(tokens: int) -> int:
+    """Rows of partial sums in [`project`]."""
+    return 1
 
 
 def _logits(table: torch.Tensor, tasks: torch.Tensor | None) -> torch.Tensor:
@@ -146,8 +177,3 @@ def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` in float32, or float64 for float64."""
     product = a @ b
     return product.to(torch.promote_types(product.dtype, torch.float32))
-
-
-def stats_rows(tokens: int) -> int:
-    """Rows of partial sums in [`project`]."""
-    return 1

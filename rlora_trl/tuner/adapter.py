@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ from torch import nn
 
 from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
 from ..kernels.fused import ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
-from ..kernels.joint import JointLayer, joint_outputs
 from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
 from .routing import Routing
@@ -57,31 +56,6 @@ class PrefetchedWeights(NamedTuple):
             and layout == self.layout
             and _versions(tensors) == self.versions
         )
-
-    def is_current(self, adapter: MultiHeadAdapter, x: torch.Tensor) -> bool:
-        """[`holds_for`] the tensors and settings of an adapter without fixed head weights, in less time."""
-        parameters, down = adapter._parameters, self.weights.down
-        A, B, router, anchor_A, anchor_B = self.tensors
-        return (
-            A is parameters["A"]
-            and B is parameters["B"]
-            and router is parameters["router"]
-            and anchor_A is parameters["A0"]
-            and anchor_B is parameters["B0"]
-            and down.dtype == x.dtype
-            and down.device == x.device
-            and adapter.scaling == self.scaling
-            and adapter.top_k == self.layout.top_k
-            and _versions(self.tensors) == self.versions
-        )
-
-
-class OtherLayer(NamedTuple):
-    """A further layer for the input of one, with its frozen weight and bias; see [`MultiHeadAdapter.forward`]."""
-
-    adapter: MultiHeadAdapter
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 def _versions(tensors: AdapterTensors) -> list[int | None]:
@@ -308,10 +282,8 @@ class MultiHeadAdapter(nn.Module):
         x: torch.Tensor,
         base: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
         inplace: bool = False,
-        others: Sequence[OtherLayer] = (),
-    ) -> Any:
+    ) -> torch.Tensor:
         """
         The delta, alone or added to the output of the layer.
 
@@ -319,14 +291,10 @@ class MultiHeadAdapter(nn.Module):
             x (`torch.Tensor` of shape `[..., d_in]`): Input of the layer.
             base (`torch.Tensor` of shape `[..., d_out]`, *optional*): Output of the layer.
             weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*): Frozen weight, to compute that output here.
-            bias (`torch.Tensor` of shape `[d_out]`, *optional*): Frozen bias, with a weight.
             inplace (`bool`, *optional*, defaults to `False`): The result may overwrite `base`.
-            others (`Sequence[OtherLayer]`, *optional*): Further layers, to compute their outputs for `x` as well. They
-                share the routing, layout, scaling and dropout of this one.
 
         Returns:
-            `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base`, if that is passed. With `others` a tuple:
-            this layer's output, then theirs.
+            `torch.Tensor` of shape `[..., d_out]`: In the dtype of `base`, if that is passed.
         """
         # Autocast does not look into the fused function, so its dtype is applied here.
         device_type = x.device.type
@@ -347,7 +315,7 @@ class MultiHeadAdapter(nn.Module):
         if torch.compiler.is_compiling() and not on_input:
             return self._compiled(x, base, weight, masked)
         if on_input or (base is not None and base.dtype != x.dtype):
-            return self._composed(x, base, weight, bias, masked)
+            return self._composed(x, base, weight, masked)
 
         # Inference keeps its concatenated weights from call to call.
         if not training and not torch.is_grad_enabled() and weight is None:
@@ -355,69 +323,38 @@ class MultiHeadAdapter(nn.Module):
             return self._inference_delta(x).apply(x, base, logits=logits, inplace=inplace)
 
         if not autocast:
-            return self._fused(x, base, weight, bias, inplace, masked, others)
+            return self._fused(x, base, weight, inplace, masked)
         # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
         torch.set_autocast_enabled(device_type, False)
         try:
-            return self._fused(x, base, weight, bias, inplace, masked, others)
+            return self._fused(x, base, weight, inplace, masked)
         finally:
             torch.set_autocast_enabled(device_type, True)
 
     def _fused(
-        self,
-        x: torch.Tensor,
-        base: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        inplace: bool,
-        masked: bool,
-        others: Sequence[OtherLayer],
-    ) -> Any:
+        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, inplace: bool, masked: bool
+    ) -> torch.Tensor:
         """`forward` as one autograd function, for training."""
-        if weight is not None and self.joins:
-            layers = [self._joint(x, weight, bias, masked)]
-            if others:
-                layers += [other.adapter._joint(x, other.weight, other.bias, masked) for other in others]
-                return joint_outputs(x, layers)
-            return joint_outputs(x, layers)[0]
-
         logits = self._replacing_logits(x)
-        tensors, layout = self.kernel_tensors(), self._layout()
+        tensors, layout = self.kernel_tensors(), self.layout()
         weights = self._prefetched(tensors, layout, x)
         spec = DeltaSpec(
             layout,
             self.scaling,
             self.dropout if masked else 0.0,
-            self._draw_seed() if masked else None,
+            self.draw_seed() if masked else None,
             inplace and base is not None and base.is_contiguous(),
-            self._probe(x),
+            self.probe(x),
         )
         return fused_delta(x, *tensors, logits, base, weight, spec, weights)
 
-    @property
-    def joins(self) -> bool:
-        """Whether [`joint_outputs`] supports this kind of adapter."""
-        return self.router_kind != "task" and self.fixed_logits is None
-
-    def _joint(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, masked: bool) -> JointLayer:
-        """This layer with its own product."""
-        ahead = self.prefetched
-        if ahead is not None and ahead.is_current(self, x):
-            tensors, layout, concat = ahead.tensors, ahead.layout, ahead.weights
-        else:
-            tensors, layout, concat = self.kernel_tensors(), self._layout(), None
-            self._note_dtype(x)
-        dropout, seed = (self.dropout, self._draw_seed()) if masked else (0.0, None)
-        spec = DeltaSpec(layout, self.scaling, dropout, seed, False, self._probe(x))
-        return JointLayer(tensors, weight, bias, spec, concat)
-
-    def _draw_seed(self) -> int:
+    def draw_seed(self) -> int:
         """The seed of a dropout mask, derived from the seed of the batch if it has one."""
         seed = self.routing.batch.seed
         return draw_seed() if seed is None else (seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
 
     def _draw_seed_tensor(self, device: torch.device) -> torch.Tensor:
-        """[`_draw_seed`] for `torch.compile`."""
+        """[`draw_seed`] for `torch.compile`."""
         seed = self.routing.batch.seed_tensor
         if seed is None:
             return draw_seed_tensor(device)
@@ -429,7 +366,7 @@ class MultiHeadAdapter(nn.Module):
         routed = self.router_kind != "task" and self.fixed_logits is None
         return self.A, self.B, self.router if routed else None, self.A0, self.B0
 
-    def _layout(self) -> Layout:
+    def layout(self) -> Layout:
         """The columns of the projections, with logits unless all heads weigh the same."""
         fixed = self.fixed_logits is not None
         routed, top_k = fixed or self.router_kind != "uniform", 0 if fixed else self.top_k
@@ -437,38 +374,33 @@ class MultiHeadAdapter(nn.Module):
 
     def delta_spec(self) -> DeltaSpec:
         """The settings that [`concat_weights`] needs."""
-        return DeltaSpec(self._layout(), self.scaling)
+        return DeltaSpec(self.layout(), self.scaling)
 
     def _prefetched(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> ConcatWeights | None:
         """The prefetched weights, if they are valid for this call."""
         prefetched = self.prefetched
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
             return prefetched.weights
-        self._note_dtype(x)
+        self.note_dtype(x)
         return None
 
-    def _note_dtype(self, x: torch.Tensor) -> None:
+    def note_dtype(self, x: torch.Tensor) -> None:
         if self.product_dtype != x.dtype:  # `nn.Module.__setattr__` is slow
             self.product_dtype = x.dtype
 
-    def _probe(self, x: torch.Tensor) -> LayerProbe | None:
+    def probe(self, x: torch.Tensor) -> LayerProbe | None:
         if not self.training or self.fixed_logits is not None:
             return None
         # With reentrant checkpointing the first pass has no backward pass; the recomputation reports.
         return self.routing.probe(self.routing_row, x.shape[:-1].numel()) if torch.is_grad_enabled() else None
 
     def _composed(
-        self,
-        x: torch.Tensor,
-        base: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        masked: bool,
+        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
     ) -> torch.Tensor:
         """`forward` in PyTorch's own operations."""
         seed: int | torch.Tensor | None = None
         if masked:
-            seed = self._draw_seed_tensor(x.device) if torch.compiler.is_compiling() else self._draw_seed()
+            seed = self._draw_seed_tensor(x.device) if torch.compiler.is_compiling() else self.draw_seed()
         delta = multihead_delta(
             x,
             *self.kernel_tensors(),
@@ -477,11 +409,11 @@ class MultiHeadAdapter(nn.Module):
             seed=seed,
             dropout_position=self.dropout_position,
             logits=self._replacing_logits(x),
-            top_k=self._layout().top_k,
-            probe=self._probe(x),
+            top_k=self.layout().top_k,
+            probe=self.probe(x),
         )
         if weight is not None:
-            base = nn.functional.linear(x, weight, bias)
+            base = nn.functional.linear(x, weight)
         return delta if base is None else base + delta.to(base.dtype)
 
     def _compiled(
@@ -497,8 +429,8 @@ class MultiHeadAdapter(nn.Module):
             dropout=self.dropout,
             seed=self._draw_seed_tensor(x.device) if masked else None,
             logits=self._replacing_logits(x),
-            top_k=self._layout().top_k,
-            probe=self._probe(x),
+            top_k=self.layout().top_k,
+            probe=self.probe(x),
         )
 
     def _inference_delta(self, x: torch.Tensor) -> InferenceDelta:

@@ -9,6 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+# Where it saves memory traffic. (On a CPU, the tests.)
+JOINED_DEVICES = {"cuda"}
+
+
 class FrozenProduct(NamedTuple):
     """
     A layer as a product that needs no call of it.
@@ -35,8 +39,8 @@ def is_hooked(layer: nn.Module) -> bool:
 
 
 def joins_products(x: torch.Tensor) -> bool:
-    """Whether products of `x` run together with deltas: in training on a GPU, where it saves memory traffic."""
-    return x.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether products of `x` run together with deltas: in training on a GPU."""
+    return x.device.type in JOINED_DEVICES and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def frozen_product(layer: nn.Module, x: torch.Tensor) -> FrozenProduct | None:

@@ -13,12 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import MultiHeadAdapter
-from .base_product import FrozenProduct, frozen_product, owns_output
+from .base_product import joins_products, owns_output
 from .bnb_cpu import undo_cpu_order
 from .config import RLoraConfig
+from .joined import JoinedLayers, ReadyOutput
 from .offload import compute_device
 from .routing import Routing
-from .shared_inputs import InputGroups, ReadyOutput, hand_out, others_for
+from .shared_inputs import join, take_ready
 
 
 class RLoraLayer(BaseTunerLayer):
@@ -169,7 +170,8 @@ class RLoraLayer(BaseTunerLayer):
 class RLoraLinear(nn.Module, RLoraLayer):
     """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantized) with R-LoRA adapters."""
 
-    # Set by the first layer of a group with the same input; see `shared_inputs`.
+    # The group that this layer begins, and its output from the first layer of its group; see `shared_inputs`.
+    joined: JoinedLayers | None = None
     ready: ReadyOutput | None = None
 
     def __init__(
@@ -194,24 +196,12 @@ class RLoraLinear(nn.Module, RLoraLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
 
-        # An output that an earlier layer has computed.
-        plain = adapter_names is None and not (args or kwargs)
-        ready = self.ready
-        if ready is not None:
-            del self.__dict__["ready"]
-            if plain and ready.holds_for(x, self):
-                return ready.output
-
-        # One adapter on a plain layer computes both products.
+        # One adapter on a plain layer computes both products, here or in an earlier layer with the same input.
         active = self.adapters_in_use()
-        if plain and len(active) == 1 and self.training:
-            adapter = active[0]
-            groups = adapter.routing.batch.groups
-            if groups is not None and groups.observes:
-                groups.observe(self, x)
-            product = frozen_product(self.base_layer, x)
-            if product is not None:
-                return self._join(x, adapter, product, groups)
+        if self.training and len(active) == 1 and adapter_names is None and not (args or kwargs):
+            output = self._join(x, active[0])
+            if output is not None:
+                return output
 
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
@@ -223,16 +213,19 @@ class RLoraLinear(nn.Module, RLoraLayer):
             result = adapter(x, base=result, inplace=owns_output(self.base_layer))
         return result
 
-    def _join(
-        self, x: torch.Tensor, adapter: MultiHeadAdapter, product: FrozenProduct, groups: InputGroups | None
-    ) -> torch.Tensor:
-        """The output together with the delta, and those of layers that get the same input after this one."""
-        others = others_for(x, self, groups) if groups is not None and groups.followers and adapter.joins else []
-        if not others:
-            return adapter(x, weight=product.weight, bias=product.bias)
-        output, *further = adapter(x, weight=product.weight, bias=product.bias, others=[other for _, other in others])
-        hand_out(x, further, others)
-        return output
+    def _join(self, x: torch.Tensor, adapter: MultiHeadAdapter) -> torch.Tensor | None:
+        """The output together with the delta; `None` if the base layer must be called."""
+        groups = adapter.routing.batch.groups
+        if groups is not None and groups.observes:
+            groups.observe(self, x)
+        if not joins_products(x):
+            return None
+        output = take_ready(self, x) if self.ready is not None else None
+        return join(self, x, groups) if output is None else output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out groups, which belong to the layers of one model."""
+        return {**self.__dict__, "joined": None, "ready": None}
 
     def _check_gradient(self, x: torch.Tensor, result: torch.Tensor) -> None:
         """Raise if the base layer cuts the gradient, which would go unnoticed."""

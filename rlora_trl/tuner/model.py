@@ -306,14 +306,14 @@ class RLoraModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names)
         unloaded = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
-        # They hold layers and tensors.
-        self._adapted, self._prefetch, self._shared_inputs = [], WeightPrefetch(), SharedInputs()
+        self._forget_layers()
+        self._adapted = []
         return unloaded
 
     @override
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._prefetch, self._shared_inputs = WeightPrefetch(), SharedInputs()  # which hold tensors
+        self._forget_layers()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not available for R-LoRA; the error names the alternatives."""
@@ -413,17 +413,27 @@ class RLoraModel(BaseTuner):
             yield
             return
         adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
-        groups = self._shared_inputs.for_pass(adapters)
-        for routing in {id(adapter.routing): adapter.routing for adapter in adapters}.values():
-            if routing.batch.groups is not groups:
-                routing.update(groups=groups)
+        groups = self._shared_inputs.begin_pass(adapters)
+        joined = [
+            layer.joined for layer in self._adapted if isinstance(layer, RLoraLinear) and layer.joined is not None
+        ]
         failed = True
         try:
             with self._prefetch.prefetched(adapters):
+                for group in joined:
+                    group.prefetch()
                 yield
             failed = False
         finally:
+            for group in joined:
+                group.release()
             self._shared_inputs.finish_pass(groups, failed)
+
+    def _forget_layers(self) -> None:
+        """Drop what holds layers and tensors."""
+        self._prefetch, self._shared_inputs = WeightPrefetch(), SharedInputs()
+        for layer in self._adapted:
+            layer.__dict__.pop("joined", None)
 
     @contextmanager
     def _with_tasks(

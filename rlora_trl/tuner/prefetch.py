@@ -66,7 +66,7 @@ class WeightPrefetch:
         # A plan depends on where all parameters are, on which are whole, and on how they are concatenated.
         parameters = [parameter for adapter in adapters for parameter in adapter._parameters.values()]
         key: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]
-        key += [(adapter.product_dtype, adapter.delta_spec()) for adapter in adapters]
+        key += [(a.product_dtype, a.scaling, a.top_k, a.fixed_logits is None) for a in adapters]
         if key != self._key:
             self._key, self._groups = key, _plan(adapters)
 

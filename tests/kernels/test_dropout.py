@@ -79,7 +79,7 @@ def masks_of_training(monkeypatch, p: float, one_seed_a_batch: bool, make=keep_m
         torch.manual_seed(42)
         for _ in range(STEPS):
             routing.update(seed=draw_seed() if one_seed_a_batch else None)
-            masks += [make(adapter._draw_seed(), (TOKENS, HEADS, RANK_OF_HEAD), p) for adapter in adapters]
+            masks += [make(adapter.draw_seed(), (TOKENS, HEADS, RANK_OF_HEAD), p) for adapter in adapters]
     return torch.stack(masks).view(RANKS, STEPS, LAYERS, TOKENS, HEADS, RANK_OF_HEAD)
 
 

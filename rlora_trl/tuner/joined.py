@@ -1,0 +1,233 @@
+"""Adapted layers that get the same input, or one alone, computed with their deltas by one function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..kernels import LayerProbe
+from ..kernels.joint import JointGroup, Outputs, joint_outputs
+from ..kernels.joint_space import CallSettings
+from .adapter import MultiHeadAdapter
+from .base_product import frozen_product, is_hooked
+from .prefetch import is_whole
+
+
+if TYPE_CHECKING:
+    from .layer import RLoraLinear
+    from .shared_inputs import InputGroups
+
+
+class _Member(NamedTuple):
+    """A layer of a group, and what it was when the group was made."""
+
+    layer: RLoraLinear
+    adapter: MultiHeadAdapter
+    tensors: tuple[torch.Tensor | None, ...]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    active: str | list[str]
+
+    def is_unchanged(self, joined: JoinedLayers) -> bool:
+        """Whether the layer still computes the same function, but for the values of its tensors."""
+        layer, adapter, (A, B, router, anchor_A, anchor_B), weight, bias, active = self
+        of_adapter, base = adapter._parameters, layer.base_layer
+        of_base = base._parameters
+        return (
+            not layer._disable_adapters
+            and not layer.merged_adapters
+            and layer._active_adapter == active
+            and of_adapter.get("A") is A
+            and of_adapter.get("B") is B
+            and of_adapter.get("router") is router
+            and of_adapter.get("A0") is anchor_A
+            and of_adapter.get("B0") is anchor_B
+            and of_base.get("weight") is weight
+            and of_base.get("bias") is bias
+            and not weight.requires_grad
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not adapter._forward_hooks
+            and not adapter._forward_pre_hooks
+            and adapter.fixed_logits is None
+            and adapter.training
+            and adapter.scaling == joined.scaling
+            and adapter.dropout == joined.dropout
+            and adapter.top_k == joined.layout.top_k
+        )
+
+
+class JoinedLayers:
+    """
+    Layers that get the same input, computed with their deltas by one function.
+
+    Args:
+        members (`Sequence[_Member]`): The layers.
+        groups ([`InputGroups`]): What they were grouped by.
+        dtype (`torch.dtype`): Of the products.
+    """
+
+    def __init__(self, members: Sequence[_Member], groups: InputGroups | None, dtype: torch.dtype) -> None:
+        first = members[0].adapter
+        self.members, self.groups, self.dtype = members, groups, dtype
+        self.layer, self.device = members[0].layer, members[0].weight.device
+        self.adapters = [member.adapter for member in members]
+        self.routing, self.layout = first.routing, first.layout()
+        self.scaling, self.dropout = first.scaling, first.dropout
+        tensors = [adapter.kernel_tensors() for adapter in self.adapters]
+        weights, biases = [member.weight for member in members], [member.bias for member in members]
+        self.group = JointGroup(tensors, weights, biases, self.layout, self.scaling, dtype)
+        self.all_tensors = [tensor for of_layer in tensors for tensor in of_layer if tensor is not None]
+
+        # Weights that were concatenated for one forward pass, and the versions of their sources at that time.
+        self.downs: torch.Tensor | None = None
+        self.ups: Sequence[torch.Tensor] = ()
+        self.versions: list[int] = []
+
+    @classmethod
+    def of(cls, layer: RLoraLinear, x: torch.Tensor, groups: InputGroups | None) -> JoinedLayers | None:
+        """The group that a layer begins with an input `x`; `None` if its base layer must be called."""
+        first = _member(layer, x)
+        if first is None:
+            return None
+        members = [first]
+        for follower in () if groups is None else groups.followers_of(layer):
+            member = _member(follower, x)
+            if member is not None and _fit(first.adapter, member.adapter):
+                members.append(member)
+        return cls(members, groups, x.dtype)
+
+    def prefetch(self) -> None:
+        """Use the weights that were concatenated ahead, if those of all layers were; see [`WeightPrefetch`]."""
+        ahead: list[Any] = [adapter.prefetched for adapter in self.adapters]
+        if None in ahead or ahead[0].weights.down.dtype is not self.dtype:
+            return
+        downs = [one.weights.down for one in ahead]
+        self.downs = downs[0] if len(downs) == 1 else _side_by_side(downs)
+        self.ups = [one.weights.up for one in ahead]
+        self.versions = [version for one in ahead for version in one.versions if version is not None]
+
+    def release(self) -> None:
+        """Drop the weights of a forward pass."""
+        self.downs, self.ups = None, ()
+
+    def holds_for(self, layer: RLoraLinear, x: torch.Tensor) -> bool:
+        """Whether the group computes what its layers compute for `x` now."""
+        if (
+            self.layer is not layer  # replicas of `DataParallel` share this object
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or self.routing.batch.groups is not self.groups
+            or not self._autocasts(x)
+        ):
+            return False
+        for member in self.members:
+            if not member.is_unchanged(self):
+                return False
+        if self.downs is not None and self.versions != [tensor._version for tensor in self.all_tensors]:
+            self.release()
+        return True
+
+    def _autocasts(self, x: torch.Tensor) -> bool:
+        """Whether products of `x` have its dtype here."""
+        device = x.device.type
+        return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is self.dtype
+
+    def still_holds_for(self, layer: RLoraLinear, x: torch.Tensor) -> bool:
+        """Whether the output of a layer for `x` that came with the first layer's is still that of the layer."""
+        member = next((member for member in self.members if member.layer is layer), None)
+        return member is not None and member.is_unchanged(self) and self._autocasts(x)
+
+    def outputs(self, x: torch.Tensor) -> Outputs:
+        """The outputs of all layers."""
+        routing = self.routing
+        routing.note_forward()
+        batch = routing.batch
+
+        # A dropout mask for each layer, derived from the seed of the batch if it has one.
+        seeds: list[int] = []
+        if self.dropout > 0.0:
+            seeds = [adapter.draw_seed() for adapter in self.adapters]
+        probes: list[LayerProbe] = []
+        if batch.tally is not None:
+            probes = [probe for adapter in self.adapters if (probe := adapter.probe(x)) is not None]
+            probes = probes if len(probes) == len(self.adapters) else []
+        settings = CallSettings(self.dropout, seeds, token_mask=probes[0].token_mask if probes else None)
+
+        # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
+        device_type = x.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return joint_outputs(x, self.group, settings, probes, self.downs, self.ups)
+        torch.set_autocast_enabled(device_type, False)
+        try:
+            return joint_outputs(x, self.group, settings, probes, self.downs, self.ups)
+        finally:
+            torch.set_autocast_enabled(device_type, True)
+
+
+def _member(layer: RLoraLinear, x: torch.Tensor) -> _Member | None:
+    """A layer as a member of a group, if it can be one."""
+    active = layer.adapters_in_use()
+    if len(active) != 1:
+        return None
+    adapter = active[0]
+    product = frozen_product(layer.base_layer, x)
+    if product is None or product.weight.shape[1] != x.shape[-1] or not _joins(adapter):
+        return None
+    adapter.note_dtype(x)
+    names = layer._active_adapter
+    names = names if isinstance(names, str) else list(names)
+    return _Member(layer, adapter, tuple(adapter._parameters.values()), *product, names)
+
+
+def _joins(adapter: MultiHeadAdapter) -> bool:
+    """Whether an adapter is of a kind that groups support, and in memory."""
+    return (
+        adapter.training
+        and adapter.router_kind != "task"
+        and adapter.fixed_logits is None
+        and (adapter.dropout == 0.0 or adapter.dropout_position == "head")
+        and not is_hooked(adapter)
+        and is_whole(adapter)
+    )
+
+
+def _fit(first: MultiHeadAdapter, other: MultiHeadAdapter) -> bool:
+    """Whether two adapters can be computed by one function."""
+    return (
+        other.routing is first.routing
+        and other.scaling == first.scaling
+        and other.dropout == first.dropout
+        and other.layout() == first.layout()
+    )
+
+
+def _side_by_side(downs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matrices `[K, d_in]` below each other, `[M K, d_in]`: a view if they lie so in memory."""
+    first = downs[0]
+    storage, size = first.untyped_storage().data_ptr(), first.numel()
+    offsets = [down.storage_offset() - place * size for place, down in enumerate(downs)]
+    together = len(set(offsets)) == 1 and all(down.untyped_storage().data_ptr() == storage for down in downs)
+    if not together:
+        return torch.cat(list(downs))
+    rows, d_in = first.shape
+    return first.as_strided((len(downs) * rows, d_in), (d_in, 1))
+
+
+class ReadyOutput(NamedTuple):
+    """
+    The output of a layer that the first layer of its group has computed.
+
+    Args:
+        output (`torch.Tensor` of shape `[..., d_out]`): The output.
+        x (`torch.Tensor`), version (`int`), region (`Any`): The input, and the state of autograd at that time.
+        joined ([`JoinedLayers`]): The group.
+    """
+
+    output: torch.Tensor
+    x: torch.Tensor
+    version: int
+    region: Any
+    joined: JoinedLayers
