@@ -1,6 +1,8 @@
 """Shapes of real models, for random weights of their size: speed does not depend on what a model knows."""
 
+import torch
 from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 
 # Hidden size, MLP size, layers, attention heads, key-value heads, vocabulary, tied embeddings.
@@ -26,3 +28,8 @@ def model_config(shape: str, layers: int | None = None) -> Qwen2Config:
         max_position_embeddings=4096,
         use_cache=False,
     )
+
+
+def mlp(hidden: int, intermediate: int, device: str, dtype: torch.dtype) -> Qwen2MLP:
+    """The MLP block of these models: gate and up projection of one input, and the down projection."""
+    return Qwen2MLP(Qwen2Config(hidden_size=hidden, intermediate_size=intermediate)).to(device, dtype)

@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,13 +71,13 @@ def test_each_head_has_its_own_mask(head_dropout, a_once):
 
 
 def test_variants_share_the_weights_of_the_base():
-    from common import baselines, ours, share_weights
+    from common import baselines, ours, ours_as_lora, ours_by_task, share_weights
     from testing_utils import TINY_MODELS
 
     base = TINY_MODELS["qwen2"]()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     pointers = {parameter.data_ptr() for parameter in base.parameters()}
-    for variant in (*baselines(), ours(3, 4)):
+    for variant in (*baselines(), ours(3, 4), ours_by_task(), ours_as_lora()):
         model = variant.wrap(share_weights(base))
         frozen = [parameter for name, parameter in model.named_parameters() if "lora" not in name]
         assert {parameter.data_ptr() for parameter in frozen} == pointers
@@ -87,12 +90,66 @@ def test_numerics_are_checked(monkeypatch):
     import common
     from loop_forms import LoopLinear
 
-    for variant in (*common.baselines(), common.ours(3, 4)):
+    for variant in (*common.baselines(), common.ours(3, 4), common.ours_by_task(), common.ours_as_lora()):
         assert common.check_numerics(variant, torch.float32, "cpu") < 1e-5
     forward = LoopLinear.forward
     monkeypatch.setattr(LoopLinear, "forward", lambda self, x: 1.01 * forward(self, x))
     with pytest.raises(RuntimeError, match="numerics off by"):
         common.check_numerics(common.baselines()[5], torch.float32, "cpu")
+
+
+def test_fused_functions_are_put_into_each_mlp_and_checked(monkeypatch):
+    """With a stand-in for a package: its function is bound to the MLP, and compared with PEFT's LoRA."""
+    import common
+    from shapes import mlp
+
+    def function(self, x):
+        return factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    factor, variant = 1.0, common.fused()[0]
+    package = types.SimpleNamespace(apply_lora_mlp_swiglu=function)
+    monkeypatch.setitem(sys.modules, common.FUSED[variant.family], package)
+    model = nn.ModuleDict({"mlp": mlp(8, 12, "cpu", torch.float32)})
+    wrapped = variant.wrap(model)
+    assert wrapped.base_model.model["mlp"].forward.__func__ is function
+    assert common.check_numerics(variant, torch.float32, "cpu") < 1e-5
+    factor = 1.01
+    with pytest.raises(RuntimeError, match="numerics off by"):
+        common.check_numerics(variant, torch.float32, "cpu")
+
+
+def test_an_object_in_another_process():
+    from common import Elsewhere, FailedElsewhereError, attempt
+
+    numbers = Elsewhere(list, [3, 4])
+    assert numbers.index(4) == 1
+    numbers.append(5)
+    assert numbers.index(5) == 2
+    assert attempt(lambda: numbers.index(6)) == (None, "ValueError: 6 is not in list")
+    with pytest.raises(FailedElsewhereError, match="TypeError: 'int' object is not iterable"):
+        Elsewhere(list, 3)
+
+
+def test_spinning_processes_end():
+    from common import spinning
+
+    def children():
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    before = children()
+    with spinning(False):
+        assert not children() - before
+    with spinning(True):
+        started = children() - before
+        assert len(started) == -(-len(os.sched_getaffinity(0)) // 2)
+    assert not started & children()
+
+
+def test_summary():
+    from common import summary
+
+    assert summary([5.0, 1.0, 4.0, 3.0, 2.0] * 2) == {"median_ms": 3.0, "min_ms": 1.0, "p90_ms": 5.0, "repeats": 10}
+    assert summary([7.0])["p90_ms"] == 7.0
 
 
 def test_a_form_that_fails_loses_its_turn():
@@ -114,7 +171,8 @@ def test_a_form_that_fails_loses_its_turn():
 
 
 SMALLEST = {
-    "train_step": "--settings 6x512 --families floor lora rlora_loop ours --heads 3 --ranks 4 --dtype float32",
+    "train_step": "--settings 6x512 2x512 --families floor lora rlora_loop ours ours_task ours_uniform --heads 3 "
+    "--ranks 4 --dtype float32 --rounds 2 --repeats 1 --busy",
     "layer": "--layers gate_proj --tokens 8 --rounds 1 --repeats 1",
     "decode": "--batches 1 --prompt 4 --repeats 1 --warmup 1",
     "cpu": "--tokens 8 --layers 1 --repeats 1 --steps 0",
@@ -127,6 +185,7 @@ SMALLEST = {
 def test_smallest_run(monkeypatch, tmp_path, name):
     """A row for each form. One form of `train_step` fails: its row says why, and the others have their times."""
     import shapes
+    from common import fused
     from loop_forms import LoopLinear
 
     # Tiny sizes, and one form that fails.
@@ -135,7 +194,8 @@ def test_smallest_run(monkeypatch, tmp_path, name):
     if name in ("layer", "cpu"):
         monkeypatch.setattr(script, "LAYERS", {"gate_proj": (32, 48)})
     if name == "train_step":
-        monkeypatch.setitem(script.SETTINGS, "6x512", (2, 8, False, 2, 1))
+        monkeypatch.setitem(script.SETTINGS, "6x512", (2, 8, False))
+        monkeypatch.setitem(script.SETTINGS, "2x512", (1, 8, True))
         forward = LoopLinear.forward
 
         def broken(self, x):
@@ -150,10 +210,34 @@ def test_smallest_run(monkeypatch, tmp_path, name):
     # A row for each form, with its times or its error.
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     failed = [(row["variant"], row["error"]) for row in rows if row.get("error")]
-    assert failed == ([("R-LoRA loop N=5 r=4", "out of memory")] if name == "train_step" else [])
+    expected = [("R-LoRA loop N=5 r=4", "out of memory")] * 2 if name == "train_step" else []
+    if name == "host":
+        expected = [(v.name, f"ModuleNotFoundError: {v.family} is not installed") for v in fused()]
+    assert failed == expected
     times = [[row[key] for key in row if key.endswith(("_ms", "_us"))] for row in rows if not row.get("error")]
     assert len(times) >= 4 and all(times) and all(row["torch"] for row in rows)
     assert all(time > 0 for values in times for time in values if not isinstance(time, list))
+
+
+def test_liger_is_put_in_as_by_trl(monkeypatch, tmp_path):
+    """Before the adapters, with the loss left as it is; rows say the version."""
+    import shapes
+    import train_step
+
+    calls = []
+    monkeypatch.setitem(shapes._QWEN25, "qwen2.5-3b", (32, 48, 1, 4, 2, 1000, True))
+    monkeypatch.setitem(train_step.SETTINGS, "6x512", (2, 8, False))
+    monkeypatch.setattr(train_step, "apply_liger_kernel", lambda model, options: calls.append((type(model), options)))
+    monkeypatch.setattr(train_step, "version", lambda name: "1.2.3")
+    options = "--settings 6x512 --families floor axolotl --rounds 1 --repeats 1 --liger --out"
+    train_step.main([*options.split(), str(tmp_path / "rows.jsonl")])
+    assert [(kind.__name__, options) for kind, options in calls] == [
+        ("Qwen2ForCausalLM", {"fused_linear_cross_entropy": False})
+    ]
+    floor, axolotl = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert floor["liger"] == axolotl["liger"] == "1.2.3" and floor["p90_ms"] > 0 and not floor["busy"]
+    assert axolotl["error"] == "ModuleNotFoundError: axolotl is not installed"
+    assert axolotl["package"] == "axolotl none"
 
 
 # Tables and bars
