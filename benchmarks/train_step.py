@@ -1,7 +1,7 @@
 """Time and peak memory of one training step (forward, backward, AdamW) of a whole model, variant by variant.
 
     python benchmarks/train_step.py --shape qwen2.5-3b --out benchmarks/results/train_step.jsonl
-    python benchmarks/train_step.py --settings 2x512 1x2048 --families floor lora_16bit ours --heads 3 --ranks 4
+    python benchmarks/train_step.py --settings 2x512 1x2048 --families floor lora_16bit ours --sizes 3x4
 
 All variants of a setting share the frozen weights of one base model and live at the same time, each with its adapter
 and optimizer; they are timed in turn, a few steps each, in several rounds, because short steps follow the speed of the
@@ -19,6 +19,7 @@ each MLP, as these packages do it; nothing else of them runs. Unsloth's runs in 
 """
 
 import argparse
+import itertools
 import time
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -267,8 +268,8 @@ def line(row: dict[str, Any], floor: float | None) -> str:
 
 def chosen_variants(args: argparse.Namespace) -> list[Variant]:
     """What is measured, by the arguments."""
-    variants = [*baselines(), *fused(), *(ours(n, r) for n in args.heads for r in args.ranks)]
-    variants += [ours_by_task(), ours_as_lora()]
+    sizes = args.sizes or itertools.product(args.heads, args.ranks)
+    variants = [*baselines(), *fused(), *itertools.starmap(ours, sizes), ours_by_task(), ours_as_lora()]
     variants = [v for v in variants if not args.families or v.family in args.families]
     if args.dtype == "float32":
         # A 16-bit adapter is the same as `lora` there, and fused functions assume 16 bits.
@@ -279,11 +280,17 @@ def chosen_variants(args: argparse.Namespace) -> list[Variant]:
     return variants
 
 
+def heads_and_rank(text: str) -> tuple[int, int]:
+    """Of `3x4`."""
+    heads, rank = text.split("x")
+    return int(heads), int(rank)
+
+
 # LoRA with dropout says nothing more about compilation.
 _DROPPED = "PEFT LoRA r=10, dropout 0.2"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-3b")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -301,12 +308,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--heads", nargs="+", type=int, default=[1, 3, 5, 10])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument("--sizes", nargs="+", type=heads_and_rank, help="such as 3x4 10x16, in place of the two above")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of a turn")
     parser.add_argument("--warmup", type=int, default=1, help="steps before memory is measured; a turn has one more")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     variants = chosen_variants(args)
     for layers in args.layers:
         free()
