@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -125,6 +126,10 @@ ALONE = "unsloth"
 
 def fuse(model: nn.Module, package: str) -> nn.Module:
     """PEFT's LoRA in each MLP computed by the function of a package, put there as the package itself does."""
+    if package == "unsloth":
+        # It would replace the loss of the model too, by one that never makes the logits, and writes code to a folder.
+        os.environ["UNSLOTH_FUSED_FORWARD"] = "0"
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-"))
     function = importlib.import_module(FUSED[package]).apply_lora_mlp_swiglu
     for module in model.modules():
         if all(hasattr(module, target) for target in TARGETS):
@@ -276,6 +281,7 @@ def _error_of_fused(variant: Variant, device: str, dtype: torch.dtype) -> float:
             nn.init.normal_(parameter, std=0.1)
     reference = copy.deepcopy(wrapped).double().cpu()
     x = torch.randn(1, 500, 256, device=device, dtype=dtype, requires_grad=True)
+    (wide,) = _wide(x)  # before a backward pass, which may overwrite its input
 
     def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return next(module for name, module in model.named_modules() if name.endswith("mlp"))(x)
@@ -284,10 +290,10 @@ def _error_of_fused(variant: Variant, device: str, dtype: torch.dtype) -> float:
         y = outputs(fuse(wrapped, variant.family), x)
     upstream = torch.randn_like(y)
     trained, references = ([p for p in m.parameters() if p.requires_grad] for m in (wrapped, reference))
+    wide_upstream = upstream.double().cpu()
     grads = torch.autograd.grad(y, [x, *trained], upstream)
-    (wide,) = _wide(x)
     expected = outputs(reference, wide)
-    wanted = torch.autograd.grad(expected, [wide, *references], upstream.double().cpu())
+    wanted = torch.autograd.grad(expected, [wide, *references], wide_upstream)
     return _off([(y, expected), *zip(grads, wanted, strict=True)])
 
 
@@ -377,7 +383,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
     except FailedElsewhereError as error:
         why = str(error)
     except Exception as error:
-        lines = str(error).splitlines() or [""]
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         why = f"{type(error).__name__}: {lines[0][:200]}"
     free()
     return None, why
