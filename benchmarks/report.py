@@ -303,7 +303,8 @@ def time_to_loss_table(rows: list[Row]) -> str:
         return ""
     loss = statistics.mean(common.values())
     head = ["form", "learning rate", "lowest loss", f"steps to {loss:.4f}", f"seconds to {loss:.4f}", "ms/step"]
-    note = f"Model: {run[0]['model']}; batch {run[0]['batch']}, {len(run[0]['tasks'])} tasks, {len(seeds)} seeds."
+    amounts = f"batch {run[0]['batch']}, {len(run[0]['tasks'])} tasks, means over {len(seeds)} seed(s)"
+    note = f"Model: {run[0]['model']}; {amounts}."
     return f"{_table(head, lines)}\n\n{note}"
 
 

@@ -85,7 +85,7 @@ class Data:
 
     def batches(self, batch: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of training rows without end, in an order that depends on the seed only."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, batch = torch.Generator().manual_seed(seed), min(batch, len(self.train))
         while True:
             order = torch.randperm(len(self.train), generator=generator).tolist()
             for start in range(0, len(order) - batch + 1, batch):
@@ -135,38 +135,42 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(
-    variant: Variant,
-    base: nn.Module,
-    data: Data,
-    learning_rate: float,
-    seed: int,
-    steps: int,
-    args: argparse.Namespace,
-) -> list[tuple[int, float, float]]:
-    """Train an adapter; steps, seconds of training and held-out loss at the start and every `--every` steps."""
-    torch.manual_seed(seed)
+@dataclass(frozen=True)
+class Training:
+    """What a run depends on beside its form and data."""
+
+    learning_rate: float
+    seed: int
+    steps: int
+    every: int  # steps between two measurements of the held-out loss
+    batch: int
+    test_batch: int
+
+
+def train(variant: Variant, base: nn.Module, data: Data, run: Training) -> list[tuple[int, float, float]]:
+    """Train an adapter; steps, seconds of training and held-out loss at each measurement, the first at the start."""
+    torch.manual_seed(run.seed)
     model = variant.wrap(share_weights(base)).train()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0, fused=DEVICE == "cuda"
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
-    batches = list(itertools.islice(data.batches(args.batch, seed), steps))
-    curve = [(0, 0.0, held_out_loss(model, data, args.test_batch))]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, weight_decay=0.0, fused=DEVICE == "cuda")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, run.steps))
+    batches = list(itertools.islice(data.batches(run.batch, run.seed), run.steps))
+
+    curve = [(0, 0.0, held_out_loss(model, data, run.test_batch))]
     seconds = 0.0
-    for first in range(0, steps, args.every):
-        chosen = batches[first : first + args.every]
+    for first in range(0, run.steps, run.every):
+        chosen = batches[first : first + run.every]
         synchronize()
         started = time.perf_counter()
         for batch in chosen:
             loss_of(model, batch).backward()
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
         synchronize()
         seconds += time.perf_counter() - started
-        curve.append((first + len(chosen), seconds, held_out_loss(model, data, args.test_batch)))
+        curve.append((first + len(chosen), seconds, held_out_loss(model, data, run.test_batch)))
     return curve
 
 
@@ -175,7 +179,7 @@ def pretrained_on_bytes(data: Data, args: argparse.Namespace) -> nn.Module:
     model = small_model(args.layers, vocabulary=END_OF_BYTES + 1).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=DEVICE == "cuda")
     started = time.monotonic()
-    for step, batch in enumerate(data.batches(args.batch, seed=-1)):
+    for step, batch in enumerate(data.batches(4 * args.batch, seed=-1)):
         if time.monotonic() - started > args.pretrain_s:
             break
         for group in optimizer.param_groups:
@@ -197,9 +201,10 @@ def make_base(data: Data, args: argparse.Namespace) -> nn.Module:
 
 def best_learning_rate(variant: Variant, base: nn.Module, data: Data, args: argparse.Namespace) -> float:
     """The one with the lowest held-out loss after a short training."""
-    losses = {}
+    losses, steps = {}, args.search_steps
     for rate in args.learning_rates:
-        losses[rate] = train(variant, base, data, rate, args.seeds[0], args.search_steps, args)[-1][2]
+        run = Training(rate, args.seeds[0], steps, steps, args.batch, args.test_batch)
+        losses[rate] = train(variant, base, data, run)[-1][2]
         print(f"{variant.name:<34} learning rate {rate:g}: {losses[rate]:.4f}", flush=True)
     return min(losses, key=lambda rate: losses[rate])
 
@@ -210,10 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks")
     parser.add_argument("--tasks", nargs="+", help="by default all")
     parser.add_argument("--train_rows", type=int, default=1500, help="of each task")
-    parser.add_argument("--test_rows", type=int, default=40, help="of each task")
-    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--test_rows", type=int, default=30, help="of each task")
+    parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--families", nargs="+", default=["lora", "lora_16bit", "ours"])
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=150)
@@ -221,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between two measurements of the held-out loss")
     parser.add_argument("--test_batch", type=int, default=64)
     parser.add_argument("--layers", type=int, default=30, help="without --model")
-    parser.add_argument("--pretrain_s", type=float, default=40, help="without --model")
+    parser.add_argument("--pretrain_s", type=float, default=30, help="without --model")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     forms = [*(form for form in baselines() if not form.dropout), ours(3, 4), ours_as_lora()]
@@ -232,7 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     rates = {variant: best_learning_rate(variant, base, data, args) for variant in variants}
     rows = []
     for seed, variant in itertools.product(args.seeds, variants):
-        curve = train(variant, base, data, rates[variant], seed, args.steps, args)
+        run = Training(rates[variant], seed, args.steps, args.every, args.batch, args.test_batch)
+        curve = train(variant, base, data, run)
         row = {
             **variant.facts(),
             "model": args.model.name if args.model else f"SmolLM2-135M's shape, {args.pretrain_s:g} s on bytes",

@@ -249,7 +249,7 @@ def test_time_to_loss(monkeypatch, tmp_path, capsys):
         rows = [{"prompt": f"{task} {i}: ", "completion": answer} for i in range(8)]
         for name in ("train", "test"):
             (tmp_path / task / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sizes = "--layers 1 --pretrain_s 0.1 --batch 4 --steps 4 --search_steps 1 --every 2 --test_rows 2 --test_batch 3"
+    sizes = "--layers 1 --pretrain_s 0.1 --batch 5 --steps 4 --search_steps 1 --every 2 --test_rows 2 --test_batch 3"
     options = f"--data {tmp_path} {sizes} --learning_rates 1e-3 1e-2 --seeds 0 --out {tmp_path / 'rows.jsonl'}"
     time_to_loss.main(options.split())
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -258,7 +258,7 @@ def test_time_to_loss(monkeypatch, tmp_path, capsys):
         steps, seconds, losses = zip(*row["curve"], strict=True)
         assert steps == (0, 2, 4) and sorted(seconds) == list(seconds) and seconds[0] == 0.0
         assert losses[0] == pytest.approx(rows[0]["curve"][0][2], rel=1e-3)  # all start at the base
-        assert losses[-1] < losses[0]
+        assert all(0 < loss < 20 for loss in losses) and len(set(losses)) == 3
         assert row["learning_rate"] in (1e-3, 1e-2) and row["tasks"] == ["signs", "sums"]
     assert "| form | learning rate |" in capsys.readouterr().out
 
