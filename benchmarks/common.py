@@ -354,6 +354,7 @@ def free() -> None:
 def time_calls(function: Callable[[], Any], repeats: int, warmup: int = 0) -> list[float]:
     """Milliseconds of each of `repeats` calls after `warmup` calls: by CUDA events, on a CPU by the clock."""
     if isinstance(function, Elsewhere):
+        free()  # which needs the memory
         return function.times(repeats, warmup)
     for _ in range(warmup):
         function()

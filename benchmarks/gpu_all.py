@@ -39,9 +39,9 @@ _GRID = "--families floor ours --heads 1 3 5 10 --ranks 4 8 16"
 _SHORT, _LONG = "train_step.py --settings 2x512 1x2048 6x512", "train_step.py --settings 8x2048"
 # By importance. By default 25 steps of each form are timed.
 JOBS = {
-    "short": Job(240, f"{_SHORT} {_ALL} --sizes 3x4 10x16"),
+    "short": Job(270, f"{_SHORT} {_ALL} --sizes 3x4 10x16"),
     "host": Job(60, "host.py"),
-    "long": Job(310, f"{_LONG} {_ALL} --sizes 3x4 10x16"),
+    "long": Job(340, f"{_LONG} {_ALL} --sizes 3x4 10x16"),
     "four_bit": Job(200, f"{_SHORT} {_LORA} ours ours_task --sizes 3x4 --four_bit"),
     "busy": Job(190, f"{_LONG} 6x512 {_FEW} --busy"),
     "decode": Job(90, "decode.py"),

@@ -196,6 +196,7 @@ def started_step(
     """A variant ready to be timed, in this process or in one of its own."""
     variant.check_installed()
     if variant.family == ALONE:
+        free()  # both processes need it, one after the other
         return Elsewhere(prepare_alone, variant, base.config.num_hidden_layers, setting, args)
     return prepare(variant, base, SETTINGS[setting], getattr(torch, args.dtype), args.warmup)
 
@@ -204,7 +205,9 @@ def prepare_alone(variant: Variant, layers: int | None, setting: str, args: argp
     """The same in a process that has no base yet."""
     dtype = getattr(torch, args.dtype)
     base = build_model(args.shape, dtype, layers, args.four_bit, args.liger)
-    return prepare(variant, base, SETTINGS[setting], dtype, args.warmup)
+    step = prepare(variant, base, SETTINGS[setting], dtype, args.warmup)
+    free()
+    return step
 
 
 def measure(
