@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--test_rows", type=int, default=30, help="of each task")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--families", nargs="+", default=["lora", "lora_16bit", "ours"])
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=150)
