@@ -48,7 +48,7 @@ JOBS = {
     "liger": Job(200, f"{_SHORT} {_ALL} --sizes 3x4 --liger"),
     "small": Job(70, f"{_LONG} 6x512 {_FEW} --shape qwen2.5-0.5b"),
     "zero3": Job(170, "large.py --processes 2 --cases bf16-zero3 nf4-zero3 --total_limit 200", gpus=2),
-    "time_to_loss": Job(200, "time_to_loss.py --data {data}"),
+    "time_to_loss": Job(200, "time_to_loss.py"),
     "four_bit_long": Job(130, f"{_LONG} {_LORA} ours --sizes 3x4 --four_bit --rounds 3 --repeats 3"),
     "liger_long": Job(140, f"{_LONG} {_ALL} --sizes 3x4 --liger --rounds 3 --repeats 3"),
     "loops": Job(140, f"{_LONG} {_LOOPS} --rounds 2 --repeats 2"),
@@ -86,7 +86,9 @@ class Machine:
             self.run(*taken, gpus)
 
     def run(self, name: str, job: Job, gpus: list[str]) -> None:
-        script, *options = shlex.split(job.command.format(data=shlex.quote(str(self.args.data))))
+        script, *options = shlex.split(job.command)
+        if name == "time_to_loss":
+            options += ["--data", str(self.args.data), *(["--model", str(self.args.model)] if self.args.model else [])]
         rows = self.args.out / f"{Path(script).stem}.jsonl"
         command = [sys.executable, str(HERE / script), *options, "--out", str(rows)]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONWARNINGS": "ignore"}
@@ -136,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), help="in this order")
     parser.add_argument("--data", type=Path, help="folder of tasks for time_to_loss, which needs one")
+    parser.add_argument("--model", type=Path, help="folder of a model for time_to_loss; by default it makes one")
     parser.add_argument("--limit", type=float, default=3600, help="seconds")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--list", action="store_true")

@@ -275,14 +275,15 @@ def test_all_benchmarks_share_the_gpus(monkeypatch, tmp_path, capsys):
         "sys.exit(sys.argv[1] == 'fails')\n"
     )
     jobs = {name: gpu_all.Job(1, f"script.py {name}") for name in ("a", "fails", "b")}
+    jobs["time_to_loss"] = gpu_all.Job(1, "script.py time_to_loss")
     jobs |= {"pair": gpu_all.Job(1, "script.py pair", gpus=2), "long": gpu_all.Job(1000, "script.py long")}
     monkeypatch.setattr(gpu_all, "JOBS", jobs)
     monkeypatch.setattr(gpu_all, "HERE", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(SystemExit, match="Failed: fails"):
-        gpu_all.main(["--limit", "100", "--out", str(tmp_path / "out"), "--only", *jobs])
+        gpu_all.main(["--limit", "100", "--data", "folder", "--out", str(tmp_path / "out"), "--only", *jobs])
     ran = dict(line.split() for line in (tmp_path / "out" / "script.jsonl").read_text().splitlines())
-    assert ran.keys() == {"a", "fails", "b", "pair"} and ran.pop("pair") == "4,5"
+    assert ran.keys() == {"a", "fails", "b", "time_to_loss", "pair"} and ran.pop("pair") == "4,5"
     assert set(ran.values()) <= {"4", "5", "6"}
     assert "Not run, for lack of time or GPUs: long" in capsys.readouterr().out
 
