@@ -72,18 +72,9 @@ test-multi-gpu:  ## Tests that need two CUDA devices
 fuzz:  ## Ten minutes of malicious inputs for all readers of foreign files; FUZZ="--help" lists options
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz --output fuzz-failures $(FUZZ)
 
-bench:  ## All benchmarks, on a CUDA device, and the tables made from them
-	cd benchmarks && $(PYTHON) train_step.py --out results/train_step.jsonl
-	cd benchmarks && for shape in qwen2.5-0.5b qwen2.5-7b; do $(PYTHON) train_step.py --shape $$shape --heads 3 5 10 --ranks 4 --out results/train_step.jsonl; done
-	cd benchmarks && $(PYTHON) train_step.py --dtype float32 --settings 6x512 --heads 3 10 --ranks 4 --out results/train_step.jsonl
-	cd benchmarks && $(PYTHON) train_step.py --four_bit --families floor lora lora_16bit ours --heads 3 10 --ranks 4 --out results/train_step.jsonl
-	cd benchmarks && $(PYTHON) train_step.py --layers 9 18 27 36 --settings 8x2048 --families floor lora_16bit ours --heads 3 --ranks 4 --out results/train_step.jsonl
-	cd benchmarks && $(PYTHON) train_step.py --compile --layers 9 --settings 6x512 --heads 3 --ranks 4 --out results/train_step.jsonl
-	cd benchmarks && $(PYTHON) layer.py --out results/layer.jsonl && $(PYTHON) host.py --out results/host.jsonl
-	cd benchmarks && $(PYTHON) decode.py --out results/decode.jsonl && $(PYTHON) decode.py --four_bit --out results/decode.jsonl
-	cd benchmarks && $(PYTHON) cpu.py --out results/cpu.jsonl
-	cd benchmarks && $(PYTHON) trainer_overhead.py --out results/trainer_overhead.jsonl
-	cd benchmarks && $(PYTHON) large.py --out results/large.jsonl && $(PYTHON) large.py --largest --out results/large.jsonl
+bench:  ## All benchmarks, on CUDA devices, the page and its figure; BENCH="--help" lists options
+	$(PYTHON) benchmarks/gpu_all.py $(BENCH)
+	$(PYTHON) benchmarks/cpu.py --out benchmarks/results/cpu.jsonl
 	$(PYTHON) benchmarks/report.py --update
 	$(PYTHON) benchmarks/large.py --report
 

@@ -2,18 +2,26 @@
 
 import copy
 import gc
+import importlib.util
 import json
+import math
+import multiprocessing
 import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +29,19 @@ import peft
 import torch
 from loop_forms import LoopLinear, wrap_in_loops
 from peft import LoraConfig, get_peft_model
+from shapes import mlp
 from torch import nn
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig
 from rlora_trl.kernels import draw_seed, keep_mask
 from rlora_trl.kernels.reference import multihead_delta_reference
+from rlora_trl.tuner import Routing, find_routings
+from rlora_trl.tuner.routing import using_all
 
 
 TARGETS = ("gate_proj", "up_proj", "down_proj")
+# Those of a task router.
+TASKS = ("boolq", "arc", "openbookqa", "piqa", "siqa", "hellaswag", "winogrande", "gsm8k")
 # On a CPU the scripts run too, to try them; only cpu.py measures there.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
@@ -36,13 +49,14 @@ _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of adapter: its family, heads, rank of each head and dropout; and whether the model is compiled."""
+    """One form of adapter: family, heads, rank of each head, dropout and router; and whether the model is compiled."""
 
     name: str
     family: str
     num_heads: int = 1
     r: int = 0
     dropout: float = 0.0
+    router: str = "softmax"
     compiled: bool = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -51,12 +65,17 @@ class Variant:
             return model.requires_grad_(False)
         if self.family in ("lora", "lora_16bit"):
             return self._wrap_in_lora(model)
+        if self.family in FUSED:
+            return fuse(self._wrap_in_lora(model), self.family)
         if self.family in _LOOPS:
             options = {"r": self.r, "num_heads": self.num_heads, "scaling": 32 / self.r, "dropout": self.dropout}
             return wrap_in_loops(model, TARGETS, **options, **_LOOPS[self.family])
-        options = {"r": self.r, "num_heads": self.num_heads, "head_dropout": self.dropout}
+        options = {"r": self.r, "num_heads": self.num_heads, "head_dropout": self.dropout, "router": self.router}
+        if self.router == "task":
+            options["tasks"] = list(TASKS)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="With `num_heads=1`")
+            warnings.filterwarnings("ignore", message="`target_modules` names")
             return get_peft_model(model, RLoraConfig(target_modules=list(TARGETS), **options))
 
     def _wrap_in_lora(self, model: nn.Module) -> nn.Module:
@@ -75,7 +94,18 @@ class Variant:
         """What a row says of its variant. The compiled ones are families of their own."""
         family = f"{self.family}_compiled" if self.compiled else self.family
         sizes = {"num_heads": self.num_heads, "r": self.r, "dropout": self.dropout}
-        return {"variant": self.name, "family": family, **sizes}
+        package = {"package": f"{self.family} {_version(self.family)}"} if self.family in FUSED else {}
+        return {"variant": self.name, "family": family, **sizes, **package}
+
+    def check_installed(self) -> None:
+        """
+        Before anything is built for it.
+
+        Raises:
+            ModuleNotFoundError: If the package of a fused form is missing.
+        """
+        if self.family in FUSED and importlib.util.find_spec(self.family) is None:
+            raise ModuleNotFoundError(f"{self.family} is not installed")
 
     def when_compiled(self) -> "Variant":
         return replace(self, name=f"{self.name}, compiled", compiled=True)
@@ -88,8 +118,43 @@ _LOOPS = {
 }
 
 
+# Packages that compute LoRA in an MLP by one function, and where that function is.
+FUSED = {"axolotl": "axolotl.kernels.lora", "unsloth": "unsloth.kernels.fast_lora"}
+# Importing it changes classes of transformers and PEFT, for all other variants too.
+ALONE = "unsloth"
+
+
+def fuse(model: nn.Module, package: str) -> nn.Module:
+    """PEFT's LoRA in each MLP computed by the function of a package, put there as the package itself does."""
+    if package == "unsloth":
+        # It would replace the loss of the model too, by one that never makes the logits, and writes code to a folder.
+        os.environ["UNSLOTH_FUSED_FORWARD"] = "0"
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-"))
+    function = importlib.import_module(FUSED[package]).apply_lora_mlp_swiglu
+    for module in model.modules():
+        if all(hasattr(module, target) for target in TARGETS):
+            module.forward = types.MethodType(function, module)
+    return model
+
+
 def ours(num_heads: int, r: int, dropout: float = 0.2) -> Variant:
     return Variant(f"rlora_trl N={num_heads} r={r}", "ours", num_heads, r, dropout)
+
+
+def ours_by_task(num_heads: int = 3, r: int = 4, dropout: float = 0.2) -> Variant:
+    return Variant(f"rlora_trl N={num_heads} r={r}, task router", "ours_task", num_heads, r, dropout, "task")
+
+
+def ours_as_lora(r: int = 10) -> Variant:
+    """One head and no router: a plain LoRA, which merges into the base exactly."""
+    return Variant(f"rlora_trl N=1 r={r}, uniform", "ours_uniform", 1, r, router="uniform")
+
+
+def fused() -> list[Variant]:
+    return [
+        Variant("axolotl LoRA r=10, 16-bit adapter", "axolotl", r=10),
+        Variant("Unsloth LoRA r=10, 16-bit adapter", "unsloth", r=10),
+    ]
 
 
 def baselines() -> list[Variant]:
@@ -113,6 +178,22 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
+class RowTasks:
+    """Gives a task router the task of each row, as the trainer does: before the forward pass, dropped after a step."""
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        self.routings = [routing for routing in find_routings(model) if routing.kind == "task"]
+        self.ids = torch.arange(rows, device=DEVICE) % len(TASKS)
+
+    def given(self) -> Any:
+        """A context manager for the forward pass."""
+        return using_all([(routing, {"task_ids": self.ids}) for routing in self.routings])
+
+    def drop(self) -> None:
+        for routing in self.routings:
+            routing.forget_batch()
+
+
 # What is compared with float64
 
 
@@ -125,23 +206,38 @@ def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.detach().double().cpu().requires_grad_(True) for t in tensors]
 
 
-def _error_of_ours(num_heads: int, r: int, device: str, dtype: torch.dtype) -> float:
+def _error_of_ours(variant: Variant, device: str, dtype: torch.dtype) -> float:
     """With dropout, whose masks the reference is given, and away from the initial values."""
-    adapter = MultiHeadAdapter(256, 384, r, num_heads, 2.0, dropout=0.2).to(device).train()
+    tokens, sizes, dropout = 500, (variant.num_heads, variant.r), variant.dropout
+    routing = Routing(TASKS, variant.router)
+    adapter = MultiHeadAdapter(
+        256, 384, variant.r, variant.num_heads, 2.0, router=variant.router, routing=routing, dropout=dropout
+    )
+    adapter = adapter.to(device).train()
     with torch.no_grad():
-        for parameter in (adapter.A, adapter.B, adapter.router):
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    x = torch.randn(500, 256, device=device, dtype=dtype, requires_grad=True)
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    x = torch.randn(tokens, 256, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(384, 256, device=device).mul_(1 / 16).to(dtype)
+    ids = torch.arange(tokens) % len(TASKS)
+
     torch.manual_seed(7)
-    y = adapter(x, weight=weight)
+    with routing.using(task_ids=ids.to(device) if variant.router == "task" else None):
+        y = adapter(x, weight=weight)
     upstream = torch.randn_like(y)
     grads = torch.autograd.grad(y, [x, adapter.A, adapter.B], upstream)
+
     torch.manual_seed(7)
-    mask = keep_mask(draw_seed(), (500, num_heads, r), 0.2)
+    mask = keep_mask(draw_seed(), (tokens, *sizes), dropout) if dropout else None
     wide = _wide(x, adapter.A, adapter.B)
-    fixed = [t.detach().double().cpu() for t in (adapter.router, adapter.A0, adapter.B0)]
-    expected = multihead_delta_reference(*wide, *fixed, scaling=2.0, dropout=0.2, head_masks=mask)
+    router, anchor_A, anchor_B = (
+        None if t is None else t.detach().double().cpu() for t in (adapter.router, adapter.A0, adapter.B0)
+    )
+    routed = {"logits": router[ids]} if variant.router == "task" else {"router": router}
+    expected = multihead_delta_reference(
+        *wide, anchor_A=anchor_A, anchor_B=anchor_B, scaling=2.0, dropout=dropout, head_masks=mask, **routed
+    )
     expected = expected + wide[0] @ weight.double().cpu().T
     wanted = torch.autograd.grad(expected, wide, upstream.double().cpu())
     return _off([(y, expected), *zip(grads, wanted, strict=True)])
@@ -175,6 +271,32 @@ def _error_of_baseline(variant: Variant, device: str, dtype: torch.dtype) -> flo
     return _off([(y, expected), *zip(grads, wanted, strict=True)])
 
 
+def _error_of_fused(variant: Variant, device: str, dtype: torch.dtype) -> float:
+    """Of a whole MLP, against PEFT's own LoRA in float64."""
+    holder = nn.Module()
+    holder.mlp = mlp(256, 384, device, dtype)
+    wrapped = replace(variant, family="lora_16bit").wrap(holder)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    reference = copy.deepcopy(wrapped).double().cpu()
+    x = torch.randn(1, 500, 256, device=device, dtype=dtype, requires_grad=True)
+    (wide,) = _wide(x)  # before a backward pass, which may overwrite its input
+
+    def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return next(module for name, module in model.named_modules() if name.endswith("mlp"))(x)
+
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        y = outputs(fuse(wrapped, variant.family), x)
+    upstream = torch.randn_like(y)
+    trained, references = ([p for p in m.parameters() if p.requires_grad] for m in (wrapped, reference))
+    wide_upstream = upstream.double().cpu()
+    grads = torch.autograd.grad(y, [x, *trained], upstream)
+    expected = outputs(reference, wide)
+    wanted = torch.autograd.grad(expected, [wide, *references], wide_upstream)
+    return _off([(y, expected), *zip(grads, wanted, strict=True)])
+
+
 def check_numerics(variant: Variant, dtype: torch.dtype, device: str = DEVICE) -> float:
     """
     Relative error of a variant's layer against the float64 loop over heads, outputs and gradients.
@@ -187,8 +309,10 @@ def check_numerics(variant: Variant, dtype: torch.dtype, device: str = DEVICE) -
     if variant.family == "floor":
         return 0.0
     torch.manual_seed(0)
-    if variant.family == "ours":
-        error = _error_of_ours(variant.num_heads, variant.r, device, dtype)
+    if variant.family.startswith("ours"):
+        error = _error_of_ours(variant, device, dtype)
+    elif variant.family in FUSED:
+        error = _error_of_fused(variant, device, dtype)
     else:
         error = _error_of_baseline(variant, device, dtype)
     limit = 2e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3  # float32 products may use tf32
@@ -229,6 +353,9 @@ def free() -> None:
 
 def time_calls(function: Callable[[], Any], repeats: int, warmup: int = 0) -> list[float]:
     """Milliseconds of each of `repeats` calls after `warmup` calls: by CUDA events, on a CPU by the clock."""
+    if isinstance(function, Elsewhere):
+        free()  # which needs the memory
+        return function.times(repeats, warmup)
     for _ in range(warmup):
         function()
     if DEVICE == "cpu":
@@ -254,11 +381,96 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
         return function(), None
     except torch.OutOfMemoryError:
         why = "out of memory"
+    except FailedElsewhereError as error:
+        why = str(error)
     except Exception as error:
-        lines = str(error).splitlines() or [""]
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         why = f"{type(error).__name__}: {lines[0][:200]}"
     free()
     return None, why
+
+
+class FailedElsewhereError(Exception):
+    """Why an object in another process failed, as [`attempt`] says it."""
+
+
+class Elsewhere:
+    """
+    An object in a process of its own, whose methods are called from here.
+
+    Args:
+        make (`Callable`): Makes the object there; a function of a module.
+        args: Its arguments.
+
+    Raises:
+        FailedElsewhereError: If the object can't be made, or a method fails.
+    """
+
+    def __init__(self, make: Callable[..., Any], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self._pipe.send((method, args))
+            return self._answer()
+
+        return call
+
+    def _answer(self) -> Any:
+        try:
+            value, why = self._pipe.recv()
+        except EOFError:
+            value, why = None, "its process ended"
+        if why is not None:
+            raise FailedElsewhereError(why)
+        return value
+
+
+def _serve(pipe: Connection, make: Callable[..., Any], args: tuple) -> None:
+    """Make an object and call its methods, until the other side has closed the pipe."""
+    made, why = attempt(lambda: make(*args))
+    pipe.send((None, why))
+    while why is None:
+        try:
+            method, values = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(attempt(lambda method=method, values=values: getattr(made, method)(*values)))
+
+
+@contextmanager
+def spinning(wanted: bool, limit_s: float = 900) -> Generator[None, None, None]:
+    """
+    Keep every second core of this process busy.
+
+    Args:
+        wanted (`bool`): Otherwise nothing happens.
+        limit_s (`float`): Seconds after which the processes end by themselves.
+    """
+    cores = sorted(os.sched_getaffinity(0))[::2] if wanted else []
+    processes = [subprocess.Popen([sys.executable, "-c", _SPIN, str(core), str(limit_s)]) for core in cores]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+# It ends with its parent too.
+_SPIN = """
+import os, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
+parent, end = os.getppid(), time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end and os.getppid() == parent:
+    pass
+"""
 
 
 def take_turns(
@@ -298,8 +510,9 @@ def take_turns(
 
 
 def summary(times: list[float]) -> dict[str, Any]:
-    """Median, smallest and largest time, and how many."""
-    return {"median_ms": median(times), "min_ms": min(times), "max_ms": max(times), "repeats": len(times)}
+    """Median, smallest time and ninth decile, and how many there are."""
+    p90 = sorted(times)[math.ceil(0.9 * len(times)) - 1]
+    return {"median_ms": median(times), "min_ms": min(times), "p90_ms": p90, "repeats": len(times)}
 
 
 def median(values: list[float]) -> float:

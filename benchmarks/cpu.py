@@ -19,28 +19,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 from common import Variant, attempt, baselines, environment, free, ours, processor, summary, take_turns, write_row
 from layer import Layer
+from shapes import small_model
 from train_step import prepare
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 LAYERS = {"gate_proj": (576, 1536), "down_proj": (1536, 576)}
 BATCH, LENGTH = 4, 256
-
-
-def small_model(layers: int) -> torch.nn.Module:
-    """A model of the shape of SmolLM2-135M with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def forms() -> list[Variant]:

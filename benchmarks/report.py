@@ -1,20 +1,25 @@
-"""Tables and plot of the measurements, and their ratios against the bars, from the raw rows in `results/`.
+"""Tables and figure of docs/performance.md, and the ratios against the bars, from the raw rows in `results/`.
 
     python benchmarks/report.py                 # prints the tables
     python benchmarks/report.py --bars          # prints the bars
-    python benchmarks/report.py --update        # writes the tables into the documents, and draws the plot
+    python benchmarks/report.py --update        # writes the tables into the documents, and draws the figure
 
-Ratios are made of rows of one run. Where several runs measured the same thing, the one with the most rows counts, and
-of equals the newest.
+Rows are those of the newest day on which training steps were measured, and of one kind of card. Ratios are made of
+rows of one run. Where several runs of that day measured the same thing, the one with the most rows counts, and of
+equals the newest. What was not measured that day is left out.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Callable
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from large_report import find, latest
 
 
 HERE = Path(__file__).parent
@@ -22,16 +27,21 @@ ROOT = HERE.parent
 BEGIN, END = "<!-- {name}: written by benchmarks/report.py -->", "<!-- end of {name} -->"
 Row = dict[str, Any]
 
-FLOOR, LORA, LORA_DROPOUT, LORA_16 = (
-    "frozen base (floor)",
-    "PEFT LoRA r=10",
-    "PEFT LoRA r=10, dropout 0.2",
-    "PEFT LoRA r=10, 16-bit adapter",
-)
-OURS = "rlora_trl N=3 r=4"
+FLOOR, LORA, LORA_16 = "frozen base (floor)", "PEFT LoRA r=10", "PEFT LoRA r=10, 16-bit adapter"
+OURS, TASK, UNIFORM = "rlora_trl N=3 r=4", "rlora_trl N=3 r=4, task router", "rlora_trl N=1 r=10, uniform"
+AXOLOTL, UNSLOTH = "axolotl LoRA r=10, 16-bit adapter", "Unsloth LoRA r=10, 16-bit adapter"
 MAIN_SHAPE = "qwen2.5-3b"
-# Of ours, what the short table shows.
-SHORT = ((3, 4), (5, 4), (10, 4), (10, 16))
+SHORT, LONG = ("2x512", "1x2048", "6x512"), "8x2048"
+# Families in the order of the tables.
+_LORA = ("floor", "lora", "lora_16bit", "axolotl", "unsloth")
+_LOOPS = ("hydra_loop", "rlora_loop", "rlora_loop_a_once")
+_OURS = ("ours", "ours_task", "ours_uniform")
+_ORDER = (*_LORA, *_LOOPS, *_OURS)
+# Files of `results/` whose rows come from a GPU.
+ON_A_GPU = ("train_step", "decode", "host", "large", "time_to_loss", "trainer_overhead")
+
+
+# Rows
 
 
 def read(name: str) -> list[Row]:
@@ -40,9 +50,18 @@ def read(name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def chosen(rows: list[Row], **wanted: Any) -> list[Row]:
+def chosen(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows with these values."""
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def of_one_day(files: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows of the newest day of training steps, on the card that most of that day's steps ran on."""
+    steps = files["train_step"]
+    newest = max((row["date"] for row in steps), default=None)
+    cards = Counter(row["device"] for row in chosen(steps, date=newest))
+    device = cards.most_common(1)[0][0] if cards else None
+    return {name: chosen(rows, date=newest, device=device) for name, rows in files.items()}
 
 
 def by_run(rows: list[Row]) -> list[list[Row]]:
@@ -54,11 +73,19 @@ def by_run(rows: list[Row]) -> list[list[Row]]:
     return sorted(newest_first, key=len, reverse=True)  # equals stay in order
 
 
-def whole_models(rows: list[Row], shape: str, base: str, setting: str) -> list[Row]:
-    """Training steps of one shape in one setting, at its full depth and not compiled."""
-    found = [r for r in chosen(rows, shape=shape, base=base, setting=setting) if not _compiled(r)]
-    deepest = max((row.get("layers") or 0 for row in found), default=0)
-    return [row for row in found if (row.get("layers") or deepest) == deepest]
+def steps_of(
+    rows: list[Row],
+    setting: str,
+    shape: str = MAIN_SHAPE,
+    base: str = "bfloat16",
+    busy: bool = False,
+    liger: bool = False,
+) -> list[Row]:
+    """Training steps of one setting, at the model's full depth and not compiled."""
+    found = [row for row in chosen(rows, shape=shape, base=base, setting=setting) if not _compiled(row)]
+    found = [row for row in found if bool(row.get("busy")) == busy and bool(row.get("liger")) == liger]
+    deepest = max((row["layers"] for row in found), default=0)
+    return [row for row in found if row["layers"] == deepest]
 
 
 def _compiled(row: Row) -> bool:
@@ -74,38 +101,108 @@ def _ratio(value: float | None, base: float | None) -> str:
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
+    """A table; empty without lines."""
     rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) if lines else ""
 
 
 # Training steps
 
 
-def train_table(rows: list[Row], shape: str, base: str, setting: str, short: bool = False) -> str:
-    """Step time, its ratios to the floor and to LoRA without dropout of the same run, and memory."""
-    lines: dict[str, list[str]] = {}
-    for run in by_run(whole_models(rows, shape, base, setting)):
-        times = {row["variant"]: row.get("median_ms") for row in run}
+class Column(NamedTuple):
+    """A column of a table of steps: its title, and the rows that it may show."""
+
+    title: str
+    rows: list[Row]
+
+
+class Cell(NamedTuple):
+    """What a column shows of a variant: its row, and the floor's time in the same run."""
+
+    row: Row
+    floor: float | None
+
+    def text(self) -> str:
+        """Median, ninth decile, and the median over the floor's."""
+        if self.row.get("median_ms") is None:
+            return "out of memory" if self.row.get("error") == "out of memory" else ""
+        median = self.row["median_ms"]
+        p90 = f" / {self.row['p90_ms']:.0f}" if "p90_ms" in self.row else ""
+        return f"{median:.0f}{p90} ({_ratio(median, self.floor)})" if self.floor else f"{median:.0f}{p90}"
+
+
+def cells_of(rows: list[Row]) -> dict[str, Cell]:
+    """What is shown of each variant: from the first run that has it."""
+    cells: dict[str, Cell] = {}
+    for run in by_run(rows):
+        floor = next((row.get("median_ms") for row in run if row["variant"] == FLOOR), None)
         for row in run:
-            sizes = (row.get("num_heads"), row.get("r"))
-            if row["variant"] in lines or (short and row.get("family") == "ours" and sizes not in SHORT):
-                continue
-            if row.get("median_ms") is None:
-                lines[row["variant"]] = [_bold(row), row.get("error", "out of memory"), "", "", "", "", ""]
-                continue
-            ms = row["median_ms"]
-            activations = f"{row['activation_gib']:.1f}" if "activation_gib" in row else ""
-            lines[row["variant"]] = [
-                _bold(row),
-                f"{ms:.0f}",
-                f"{row['min_ms']:.0f}",
-                _ratio(ms, times.get(FLOOR)),
-                _ratio(ms, times.get(LORA)),
-                f"{row['peak_gib']:.1f}",
-                activations,
-            ]
-    head = ["form", "ms/step", "min ms", "vs. floor", "vs. LoRA", "peak GiB", "activations GiB"]
-    return _table(head, list(lines.values()))
+            cells.setdefault(row["variant"], Cell(row, floor))
+    return cells
+
+
+def steps_table(columns: list[Column], keep: Callable[[Row], bool] = lambda row: True, memory: bool = False) -> str:
+    """
+    Variants by columns, and below what failed for another reason than memory; empty without rows.
+
+    Args:
+        columns (`list[Column]`): Those without rows are left out.
+        keep (`Callable`, *optional*): Which rows are shown.
+        memory (`bool`, *optional*, defaults to `False`): A last column with the peak memory of the last one.
+    """
+    columns = [Column(title, [row for row in rows if keep(row)]) for title, rows in columns]
+    columns = [column for column in columns if any(row.get("median_ms") for row in column.rows)]
+    if not columns:
+        return ""
+    found = [cells_of(column.rows) for column in columns]
+    unsorted = {name: cell.row for cells in found for name, cell in cells.items()}
+    known = dict(sorted(unsorted.items(), key=lambda item: _ORDER.index(item[1]["family"])))
+
+    lines, failures = [], {}
+    for name, row in known.items():
+        shown = [cells[name].text() if name in cells else "" for cells in found]
+        if not any(shown):
+            failures[name] = row["error"]
+            continue
+        if memory:
+            peak = found[-1][name].row.get("peak_gib") if name in found[-1] else None
+            shown.append(f"{peak:.1f}" if peak else "")
+        lines.append([_bold(row), *shown])
+    head = ["form", *(column.title for column in columns), *(["GiB"] if memory else [])]
+    notes = [f"Not measured: {name} ({error})." for name, error in failures.items()]
+    return "\n\n".join([_table(head, lines), *notes])
+
+
+def is_usual(row: Row) -> bool:
+    """Forms of the main tables; of ours, three heads of rank 4 and ten of rank 16."""
+    return row["family"] not in _OURS or (row.get("num_heads"), row.get("r")) in (
+        (3, 4),
+        (10, 16),
+        (1, 10),
+    )
+
+
+def _title(setting: str) -> str:
+    return setting.replace("x", " x ")
+
+
+def settings_table(rows: list[Row], families: tuple[str, ...], needed: str | None = None, **options: Any) -> str:
+    """Some families by settings of one model; empty where `needed`, one of them, was not measured."""
+    columns = [Column(_title(setting), steps_of(rows, setting, **options)) for setting in (*SHORT, LONG)]
+    if needed is not None:
+        columns = [column for column in columns if chosen(column.rows, family=needed)]
+    return steps_table(columns, lambda row: row["family"] in families and is_usual(row))
+
+
+def heads_table(rows: list[Row]) -> str:
+    """Step time by heads and rank, in long steps of the 3B shape; empty where only one of each was measured."""
+    run = next(iter(by_run([row for row in steps_of(rows, LONG) if row.get("median_ms")])), [])
+    times = {(row["num_heads"], row["r"]): row["median_ms"] for row in chosen(run, family="ours")}
+    heads, ranks = (sorted({pair[i] for pair in times}) for i in (0, 1))
+    if len(heads) < 2 or len(ranks) < 2:
+        return ""
+    lines = [[f"{n}", *(f"{times[n, r]:.0f}" if (n, r) in times else "" for r in ranks)] for n in heads]
+    return _table(["heads", *(f"r={r}" for r in ranks)], lines)
 
 
 def compiled_table(rows: list[Row]) -> str:
@@ -113,102 +210,118 @@ def compiled_table(rows: list[Row]) -> str:
     lines = []
     for run in by_run([row for row in rows if row.get("median_ms")]):
         times = {(row["variant"], row["setting"]): row["median_ms"] for row in run}
-        for row in run:
-            if not _compiled(row):
-                continue
+        for row in filter(_compiled, run):
             setting, ms = row["setting"], row["median_ms"]
-            eager = times.get((row["variant"].removesuffix(", compiled"), setting))
             name = row["variant"].removesuffix(", compiled")
-            model = f"{row['shape']}, {row['layers']} layers, {setting}"
-            floor = times.get((f"{FLOOR}, compiled", setting))
+            eager, floor = times.get((name, setting)), times.get((f"{FLOOR}, compiled", setting))
+            model = f"{row['shape']}, {row['layers']} layers, {_title(setting)}"
             cells = [model, name, f"{eager:.0f}" if eager else "", f"{ms:.0f}", _ratio(ms, eager), _ratio(ms, floor)]
             lines.append(cells)
     head = ["model", "form", "ms/step", "compiled ms/step", "compiled vs. eager", "vs. compiled floor"]
-    return _table(head, lines) if lines else ""
+    return _table(head, lines)
 
 
-def runs_table(rows: list[Row], setting: str) -> str:
-    """The same forms in each run of one setting of the 3B shape: host-bound times vary from run to run."""
+# Several GPUs, decoding, the host, the time to a loss, the trainer, a CPU
+
+
+def sharded_table(rows: list[Row]) -> str:
+    """Steps under ZeRO-3 on several GPUs, LoRA beside ours."""
     lines = []
-    runs = by_run(whole_models(rows, MAIN_SHAPE, "bfloat16", setting))
-    for run in sorted(runs, key=lambda run: run[0].get("started") or ""):
-        times = {row["variant"]: row for row in run if row.get("median_ms")}
-        if not {FLOOR, LORA, OURS} <= set(times):
-            continue
-        floor, lora, mine = (times[name]["median_ms"] for name in (FLOOR, LORA, OURS))
-        fastest = _ratio(times[OURS]["min_ms"], times[FLOOR]["min_ms"])
-        cells = [f"{floor:.0f}", f"{lora:.0f}", f"{mine:.0f}", _ratio(mine, floor), fastest, _ratio(mine, lora)]
-        lines.append([str(run[0].get("started")).replace("T", " ")[:16], *cells])
-    head = ["run", "floor ms", "LoRA ms", "rlora_trl ms", "vs. floor", "vs. floor, min", "vs. LoRA"]
-    return _table(head, lines) if len(lines) > 1 else ""
-
-
-def growth_run(rows: list[Row]) -> list[Row]:
-    """The rows of forms that were measured at several depths of one shape, the last of each; times, not ratios."""
-    rows = chosen(rows, shape=MAIN_SHAPE, base="bfloat16", setting="8x2048")
-    timed = [row for row in rows if row.get("median_ms") and row.get("started") and not _compiled(row)]
-    last = {(row["variant"], row["layers"]): row for row in timed}
-    return [row for row in last.values() if sum(name == row["variant"] for name, _ in last) > 1]
-
-
-def growth_table(rows: list[Row]) -> str:
-    """Step time by layers."""
-    run = growth_run(rows)
-    depths = sorted({row["layers"] for row in run})
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in run):
-        times = {row["layers"]: row["median_ms"] for row in run if row["variant"] == variant}
-        lines.append([variant, *(f"{times[depth]:.0f}" if depth in times else "" for depth in depths)])
-    return _table(["form, ms/step", *(f"{depth} layers" for depth in depths)], lines) if lines else ""
-
-
-# One layer, decoding, the host, a CPU
-
-
-def layer_table(rows: list[Row], name: str, value: str = "forward_backward_ms") -> str:
-    """One layer's time (forward and backward) or memory by form and tokens."""
-    known = [row for row in rows if row.get("layer", "gate_proj") == name and row.get(value) is not None]
-    tokens = sorted({row["tokens"] for row in known})
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in known):
-        found = {row["tokens"]: row[value] for run in reversed(by_run(chosen(known, variant=variant))) for row in run}
-        cells = [f"{found[count]:.3g}" if count in found else "" for count in tokens]
-        lines.append([_bold(next(row for row in known if row["variant"] == variant)), *cells])
-    return _table(["form", *(f"{count} tokens" for count in tokens)], lines) if lines else ""
+    rows = [row for row in latest(rows) if row.get("kind") == "step" and row["processes"] > 1]
+    for row in chosen(rows, method="ours"):
+        lora = find(rows, **{key: row[key] for key in ("case", "processes", "shape", "layers")}, method="lora")
+        if "zero3" in row["case"] and row["median_ms"] and lora is not None and lora["median_ms"]:
+            base = "4-bit" if row["case"].startswith("nf4") else "bf16"
+            model = f"{row['shape']}, {row['layers']} layers, {base}, {row['batch']} x {row['length']} per GPU"
+            times = [f"{lora['median_ms']:.0f}", f"{row['median_ms']:.0f}"]
+            lines.append([model, str(row["processes"]), *times, _ratio(row["median_ms"], lora["median_ms"])])
+    return _table(["model", "GPUs", "LoRA ms/step", "rlora_trl ms/step", "ratio"], lines)
 
 
 def decode_table(rows: list[Row]) -> str:
-    """Milliseconds and tokens per second of a decoding step."""
-    lines = []
-    for run in by_run([row for row in rows if row.get("median_ms") and row["family"] != "floor"]):
-        times = {(row["variant"], row["batch"]): row["median_ms"] for row in run}
+    """Milliseconds of a decoding step by base and batch, and ratios to LoRA with a 16-bit adapter of the same run."""
+    timed = [row for row in rows if row.get("median_ms") and row["family"] != "floor"]
+    cases = list(dict.fromkeys((row.get("base", "bfloat16"), row["batch"]) for row in timed))
+    columns = [[row for row in timed if (row.get("base", "bfloat16"), row["batch"]) == case] for case in cases]
+    return _by_column([f"{base}, batch {batch}" for base, batch in cases], columns, LORA_16)
+
+
+def _by_column(titles: list[str], columns: list[list[Row]], beside: str) -> str:
+    """Median times of forms by columns, each with its ratio to the form `beside` of its run."""
+    shown: dict[str, dict[str, str]] = {}
+    for title, rows in zip(titles, columns, strict=True):
+        run = by_run(rows)[0]
+        base = next((row["median_ms"] for row in run if row["variant"] == beside), None)
         for row in run:
-            ms = row["median_ms"]
-            ratio = _ratio(ms, times.get((LORA, row["batch"])))
-            speed = f"{row['tokens_per_second']:.0f}"
-            lines.append([_bold(row), row.get("base", "bfloat16"), str(row["batch"]), f"{ms:.1f}", speed, ratio])
-    return _table(["form", "base", "batch", "ms/token", "tokens/s", "vs. LoRA"], lines)
+            text = f"{row['median_ms']:.1f} ({_ratio(row['median_ms'], base)})" if base else f"{row['median_ms']:.1f}"
+            shown.setdefault(_bold(row), {})[title] = text
+    return _table(["form", *titles], [[name, *(cells.get(t, "") for t in titles)] for name, cells in shown.items()])
 
 
 def host_table(rows: list[Row]) -> str:
-    """Host time to issue a call of one layer."""
+    """Host time of a call of an adapted layer, in an MLP block and alone."""
+    timed = [row for row in rows if row.get("case") and row["forward_us"]]
+    found = {(row["variant"], row["case"]): row for run in reversed(by_run(timed)) for row in run}
     lines = []
-    for row in rows:
-        both = row["forward_us"] + row["backward_us"]
-        lines.append([_bold(row), f"{row['forward_us']:.0f}", f"{row['backward_us']:.0f}", f"{both:.0f}"])
-    return _table(["form", "forward us", "backward us", "total us"], lines) if lines else ""
+    for variant in dict.fromkeys(row["variant"] for row in timed):
+        cells = []
+        for case in ("mlp", "layer"):
+            row = found.get((variant, case))
+            cells += [f"{row['forward_us'] + row['backward_us']:.0f}"] if row else [""]
+            cells += [f"{row['forward_us']:.0f} + {row['backward_us']:.0f}"] if row else [""]
+        lines.append([_bold(chosen(timed, variant=variant)[0]), *cells])
+    return _table(["form", "in an MLP, us", "forward + backward", "alone, us", "forward + backward"], lines)
+
+
+def reached(curve: list[list[float]], loss: float) -> tuple[float, float]:
+    """Step and seconds at which a held-out loss was reached, between two measurements by interpolation."""
+    (step, seconds, value), *rest = curve
+    for next_step, next_seconds, next_value in rest:
+        if value <= loss:
+            break
+        part = min(1.0, (value - loss) / (value - next_value)) if next_value < value else 1.0
+        step, seconds = step + part * (next_step - step), seconds + part * (next_seconds - seconds)
+        value = value + part * (next_value - value)
+    return step, seconds
+
+
+def time_to_loss_table(rows: list[Row]) -> str:
+    """Steps and seconds to the best held-out loss that all forms reach, means over seeds."""
+    run = next(iter(by_run(rows)), [])
+    seeds = sorted({row["seed"] for row in run})
+    best = {(row["variant"], row["seed"]): min(point[2] for point in row["curve"]) for row in run}
+    common = {seed: max(loss for (_, other), loss in best.items() if other == seed) for seed in seeds}
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in run):
+        same = chosen(run, variant=variant)
+        steps, seconds = zip(*(reached(row["curve"], common[row["seed"]]) for row in same), strict=True)
+        lowest = statistics.mean(best[variant, row["seed"]] for row in same)
+        pace = statistics.mean(1e3 * row["curve"][-1][1] / row["curve"][-1][0] for row in same)
+        times = [f"{statistics.mean(steps):.0f}", f"{statistics.mean(seconds):.1f}", f"{pace:.0f}"]
+        lines.append([_bold(same[0]), f"{same[0]['learning_rate']:g}", f"{lowest:.4f}", *times])
+    if not lines:
+        return ""
+    loss = statistics.mean(common.values())
+    head = ["form", "learning rate", "lowest loss", f"steps to {loss:.4f}", f"seconds to {loss:.4f}", "ms/step"]
+    amounts = f"batch {run[0]['batch']}, {len(run[0]['tasks'])} tasks, means over {len(seeds)} seed(s)"
+    note = f"Model: {run[0]['model']}; {amounts}."
+    return f"{_table(head, lines)}\n\n{note}"
+
+
+def trainer_table(rows: list[Row]) -> str:
+    """Mean step times of `RLoraSFTTrainer` with and without statistics."""
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        run = by_run(chosen(rows, setting=setting))[0]
+        lines += [[_title(setting), row["variant"], f"{row['mean_ms']:.1f}", f"{row['ratio']:.3f}"] for row in run]
+    return _table(["setting", "trainer", "ms/step", "ratio"], lines)
 
 
 def cpu_table(rows: list[Row]) -> str:
-    """Milliseconds on a CPU, and ratios to the loop and to LoRA of the same run."""
-    lines = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        run = by_run([row for row in chosen(rows, case=case) if row["median_ms"]])[0]
-        times = {row["variant"]: row["median_ms"] for row in run}
-        for row in run:
-            ms, loop = row["median_ms"], times.get("R-LoRA loop N=3 r=4")
-            lines.append([case, _bold(row), f"{ms:.1f}", _ratio(ms, loop), _ratio(ms, times.get(LORA))])
-    return _table(["case", "form", "ms", "vs. R-LoRA loop", "vs. LoRA"], lines)
+    """Milliseconds on a CPU by case, and ratios to LoRA of the same run."""
+    timed = [row for row in rows if row["median_ms"]]
+    cases = list(dict.fromkeys(row["case"] for row in timed))
+    return _by_column(cases, [chosen(timed, case=case) for case in cases], LORA)
 
 
 def machine(rows: list[Row]) -> str:
@@ -226,208 +339,126 @@ def machine(rows: list[Row]) -> str:
 @dataclass(frozen=True)
 class Bar:
     """
-    A ratio of two rows of one run, and its limit.
+    What was measured, and the most that it may be.
 
     Args:
         name (`str`): What is compared.
-        value (`float`, *optional*): The ratio; `None` where a row is missing.
-        limit (`float`, *optional*): Without one it is there for comparison.
-        at_least (`bool`): The limit is a lower one.
+        value (`float`, *optional*): The ratio, or microseconds; `None` where a row is missing.
+        limit (`float`): The most that it may be.
     """
 
     name: str
     value: float | None
-    limit: float | None
-    at_least: bool = False
+    limit: float
 
     @property
     def met(self) -> bool | None:
-        if self.value is None or self.limit is None:
-            return None
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
+        return None if self.value is None else self.value <= self.limit
 
-    def cells(self) -> list[str]:
-        sign = "at least" if self.at_least else "at most"
-        limit = "" if self.limit is None else f"{sign} {self.limit:.3g}"
-        verdict = {True: "met", False: "**not met**", None: ""}[self.met]
-        return [self.name, "not measured" if self.value is None else f"{self.value:.3f}", limit, verdict]
+    def line(self) -> str:
+        value = "not measured" if self.value is None else f"{self.value:.3f}"
+        verdict = {True: "met", False: "not met", None: ""}[self.met]
+        return f"{self.name:<62} {value:>12}  at most {self.limit:<6.4g} {verdict}"
 
 
-def ratio(rows: list[Row], above: str, below: str, value: str = "median_ms") -> float | None:
-    """`value` of the variant `above` over that of `below`, from the first run that has both."""
+def ratio(rows: list[Row], above: str, below: str) -> float | None:
+    """The median of the variant `above` over that of `below`, from the first run that has both."""
     for run in by_run(rows):
-        found = {row["variant"]: row[value] for row in run if row.get(value)}
+        found = {row["variant"]: row["median_ms"] for row in run if row.get("median_ms")}
         if above in found and below in found:
             return found[above] / found[below]
     return None
 
 
-def bars(train: list[Row], decode: list[Row], cpu: list[Row], show: Callable[[str], None] | None = print) -> list[Bar]:
+def spread(rows: list[Row], variant: str) -> float | None:
+    """The ninth decile over the median, from the first run that has the variant."""
+    row = next((row for run in by_run(rows) for row in run if row["variant"] == variant and row.get("p90_ms")), None)
+    return None if row is None else row["p90_ms"] / row["median_ms"]
+
+
+def bars(files: dict[str, list[Row]]) -> list[Bar]:
     """
-    All bars of the project, for the 3B shape: what was measured, the limit, and whether it is met.
+    All bars of the project's step times.
 
     Args:
-        train, decode, cpu (`list[dict]`): Rows of `train_step.py`, `decode.py` and `cpu.py`.
-        show (`Callable`, *optional*, defaults to `print`): Is given each bar in a line.
+        files (`dict[str, list[dict]]`): Rows of one day and card by name of their file, see [`of_one_day`].
     """
-    long, short = (whole_models(train, MAIN_SHAPE, "bfloat16", setting) for setting in ("8x2048", "6x512"))
-    hydra, loop3, loop5 = "HydraLoRA loop N=3 r=4", "R-LoRA loop N=3 r=4", "R-LoRA loop N=5 r=4"
-    found = [
-        Bar("8x2048: time / floor", ratio(long, OURS, FLOOR), 1.18),
-        Bar("8x2048: time / LoRA with dropout 0.2", ratio(long, OURS, LORA_DROPOUT), 0.90),
-        Bar("8x2048: time / LoRA with a 16-bit adapter", ratio(long, OURS, LORA_16), None),
-        Bar("6x512: time / floor", ratio(short, OURS, FLOOR), 1.40),
-        Bar("6x512: time / LoRA without dropout", ratio(short, OURS, LORA), 1.00),
-        Bar("6x512: time / LoRA with a 16-bit adapter", ratio(short, OURS, LORA_16), None),
-        Bar("8x2048: R-LoRA loop N=3 / ours N=3, time", ratio(long, loop3, OURS), 2.2, True),
-        Bar("8x2048: R-LoRA loop N=5 / ours N=5, time", ratio(long, loop5, "rlora_trl N=5 r=4"), 3.0, True),
-        Bar("8x2048: the same with A x once, N=3", ratio(long, f"{loop3}, A x once", OURS), None),
-        Bar("8x2048: the same with A x once, N=5", ratio(long, f"{loop5}, A x once", "rlora_trl N=5 r=4"), None),
-        Bar("6x512: activations (kept for backward) / HydraLoRA loop", ratio(short, OURS, hydra, "saved_gib"), 1 / 3),
-        Bar("6x512: all that a step allocates / HydraLoRA loop", ratio(short, OURS, hydra, "activation_gib"), None),
-        Bar("6x512: the same above the floor's / HydraLoRA loop's", _added(short, OURS, hydra), None),
-        Bar("6x512: peak memory / LoRA without dropout", ratio(short, OURS, LORA, "peak_gib"), 1.01),
-        Bar("8x2048: peak memory / LoRA without dropout", ratio(long, OURS, LORA, "peak_gib"), 1.01),
-        Bar("8x2048: N=10 / N=3, time", ratio(long, "rlora_trl N=10 r=4", OURS), 1.03),
-    ]
-    for setting in ("8x2048", "6x512"):
-        rows = whole_models(train, MAIN_SHAPE, "nf4", setting)
-        found.append(Bar(f"4-bit base, {setting}: time / LoRA without dropout", ratio(rows, OURS, LORA), 1.00))
-        found.append(Bar(f"4-bit base, {setting}: time / LoRA, 16-bit adapter", ratio(rows, OURS, LORA_16), None))
-    for batch in (1, 16):
-        rows = [row for row in chosen(decode, shape=MAIN_SHAPE, batch=batch) if row.get("base") == "bfloat16"]
-        found.append(Bar(f"decoding, batch {batch}: time / LoRA", ratio(rows, OURS, LORA), 1.00))
-        found.append(Bar(f"decoding, batch {batch}: time / LoRA, 16-bit adapter", ratio(rows, OURS, LORA_16), None))
-    for case in dict.fromkeys(row["case"] for row in cpu):
-        rows = chosen(cpu, case=case)
-        found.append(Bar(f"CPU, {case}: time / R-LoRA loop", ratio(rows, OURS, loop3), 1.00))
-    if show is not None:
-        for bar in found:
-            name, value, limit, verdict = bar.cells()
-            show(f"{name:<62} {value:>12}  {limit:<14} {verdict.strip('*')}")
+    train = files["train_step"]
+    found = []
+    for base, variant in (("bfloat16", OURS), ("nf4", OURS), ("bfloat16", TASK)):
+        rows = steps_of(train, "6x512", base=base)
+        name = f"6x512, {base}{', task router' if variant == TASK else ''}"
+        found.append(Bar(f"{name}: time / floor", ratio(rows, variant, FLOOR), 1.20))
+        found.append(Bar(f"{name}: time / LoRA with a 16-bit adapter", ratio(rows, variant, LORA_16), 0.95))
+        found.append(Bar(f"{name}: ninth decile / median", spread(rows, variant), 1.15))
+    found.append(Bar("6x512: task router / softmax", ratio(steps_of(train, "6x512"), TASK, OURS), 1.05))
+    for setting in ("2x512", "1x2048"):
+        rows = steps_of(train, setting)
+        found.append(Bar(f"{setting}: time / LoRA with a 16-bit adapter", ratio(rows, OURS, LORA_16), 1.00))
+    found.append(Bar("8x2048, busy host: time / floor", ratio(steps_of(train, LONG, busy=True), OURS, FLOOR), 1.15))
+
+    calls = chosen(files["host"], variant=OURS, case="mlp")
+    microseconds = calls[-1]["forward_us"] + calls[-1]["backward_us"] if calls else None
+    found.append(Bar("host time of a call in an MLP, us", microseconds, 200))
+
+    limit = 1.07 if any("H200" in row["device"] for row in train) else 1.08
+    found.append(Bar("8x2048: time / floor", ratio(steps_of(train, LONG), OURS, FLOOR), limit))
+    small = steps_of(train, LONG, shape="qwen2.5-0.5b")
+    found.append(Bar("8x2048, 0.5B shape: time / floor", ratio(small, OURS, FLOOR), 1.12))
+
+    sharded = [row for row in latest(files["large"]) if row.get("kind") == "step" and row["processes"] == 2]
+    for case in ("bf16-zero3", "nf4-zero3"):
+        mine, lora = (find(sharded, case=case, method=method) for method in ("ours", "lora"))
+        both = mine is not None and lora is not None and mine["median_ms"] and lora["median_ms"]
+        value = mine["median_ms"] / lora["median_ms"] if mine is not None and lora is not None and both else None
+        found.append(Bar(f"{case} on two GPUs: time / LoRA", value, 1.00))
+    rows = [row for row in chosen(files["decode"], batch=16) if row.get("base") == "bfloat16"]
+    found.append(Bar("decoding, batch 16: time / LoRA with a 16-bit adapter", ratio(rows, OURS, LORA_16), 1.00))
     return found
 
 
-def _added(rows: list[Row], above: str, below: str) -> float | None:
-    """The ratio of activations beyond the floor's."""
-    for run in by_run(rows):
-        found = {row["variant"]: row["activation_gib"] for row in run if row.get("activation_gib")}
-        if {above, below, FLOOR} <= set(found):
-            return (found[above] - found[FLOOR]) / (found[below] - found[FLOOR])
-    return None
+# The figure
+
+_COLORS = {"ours": "#08519c", "others": "#9a9a9a"}
+_SHOWN = (LORA, LORA_16, AXOLOTL, UNSLOTH, OURS, TASK, UNIFORM)
 
 
-# The plot
-
-_BLUES = ("#9ecae1", "#4292c6", "#08519c", "#041f47")
-_GREY, _ORANGE = "#8c8c8c", "#d9661f"
-
-
-def draw(train: list[Row], layer: list[Row], path: Path) -> None:
-    """How the cost grows with heads, rank and layers (whole models) and tokens (one layer); no panel without rows."""
+def draw(train: list[Row], path: Path) -> None:
+    """Step times over the frozen base's, a panel for each setting that was measured; nothing without rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    long = [r for r in whole_models(train, MAIN_SHAPE, "bfloat16", "8x2048") if r.get("median_ms")]
-    run = next((run for run in by_run(long) if any(r["variant"] == FLOOR for r in run)), [])
-    mine = [r for r in run if r["family"] == "ours"]
-    gate = [r for r in layer if r.get("layer", "gate_proj") == "gate_proj" and r.get("forward_backward_ms")]
-    panels: list[Callable[[Any], None]] = []
-    if len({r["num_heads"] for r in mine}) > 1:
-        panels.append(lambda axis: _draw_ratios(axis, run, "num_heads", "r"))
-    if len({r["r"] for r in mine}) > 1:
-        panels.append(lambda axis: _draw_ratios(axis, run, "r", "num_heads"))
-    if growth_run(train):
-        panels.append(lambda axis: _draw_layers(axis, growth_run(train)))
-    if len({r["tokens"] for r in gate}) > 1:
-        panels.append(lambda axis: _draw_tokens(axis, gate))
+    panels = {}
+    for setting in (*SHORT, LONG):
+        cells = cells_of(steps_of(train, setting))
+        known = {name: cells[name] for name in _SHOWN if name in cells}
+        ratios = {n: c.row["median_ms"] / c.floor for n, c in known.items() if c.floor and c.row.get("median_ms")}
+        if ratios:
+            panels[setting] = ratios
     if not panels:
         return
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.4 * columns, 3.9 * lines), squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        panel(axis)
+    names = [name for name in _SHOWN if any(name in ratios for ratios in panels.values())][::-1]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.0 + 2.4 * len(panels), 0.8 + 0.32 * len(names)), sharey=True
+    )
+    for axis, (setting, ratios) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
+        for place, name in enumerate(names):
+            if name in ratios:
+                color = _COLORS["ours" if name.startswith("rlora_trl") else "others"]
+                axis.barh(place, ratios[name] - 1, left=1, color=color, height=0.62)
+                axis.text(ratios[name] + 0.01, place, f"{ratios[name]:.2f}", va="center", fontsize=8)
+        axis.set_title(f"{_title(setting)} tokens", fontsize=10)
+        axis.set_xlim(1, 1 + 1.25 * max(0.1, max(ratios.values()) - 1))
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.92")
-        axis.set_axisbelow(True)
-        axis.title.set_size(10)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    figure.tight_layout(h_pad=2.0, w_pad=2.0)
+    first = figure.axes[0]
+    first.set_yticks(range(len(names)), names, fontsize=8.5)
+    figure.supxlabel("step time / frozen base", fontsize=9)
+    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _draw_ratios(axis: Any, run: list[Row], across: str, each: str) -> None:
-    """Step time over the floor's against heads or rank, a line for each of the other, with LoRA beside it."""
-    floor = next(r["median_ms"] for r in run if r["variant"] == FLOOR)
-    mine = [r for r in run if r["family"] == "ours"]
-    signs = {"num_heads": "N", "r": "r"}
-    for color, value in zip(_BLUES, sorted({r[each] for r in mine}), strict=False):
-        points = sorted((r[across], r["median_ms"] / floor) for r in mine if r[each] == value)
-        axis.plot(*zip(*points, strict=True), marker="o", ms=4, color=color, label=f"rlora_trl, {signs[each]}={value}")
-    for name, style in ((LORA, "--"), (LORA_16, ":")):
-        for row in chosen(run, variant=name):
-            axis.axhline(row["median_ms"] / floor, color=_GREY, ls=style, lw=1.4, label=name)
-    if across == "num_heads":
-        for family, mark, label in (
-            ("rlora_loop", "s", "R-LoRA loop, r=4"),
-            ("hydra_loop", "D", "HydraLoRA loop, r=4"),
-        ):
-            points = sorted((r["num_heads"], r["median_ms"] / floor) for r in run if r["family"] == family)
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=mark, ms=5, lw=1, color=_ORANGE, label=label)
-    values = sorted({r[across] for r in mine})
-    axis.set(
-        xticks=values,
-        xlabel={"num_heads": "heads N", "r": "rank r of a head"}[across],
-        ylabel="step time / frozen base",
-        title=f"Whole 3B model by {'heads' if across == 'num_heads' else 'rank'}, 8 x 2048 tokens",
-    )
-    # Room for the legend above the lines.
-    axis.set_ylim(1.0, 1.0 + 1.35 * (axis.get_ylim()[1] - 1.0))
-    axis.legend(fontsize=7.5, frameon=False, ncols=2, loc="upper left")
-
-
-def _draw_layers(axis: Any, run: list[Row]) -> None:
-    """Step time against layers."""
-    colors = {FLOOR: "0.2", LORA: _GREY, LORA_16: _GREY, OURS: _BLUES[2]}
-    for variant in dict.fromkeys(row["variant"] for row in run):
-        points = sorted((r["layers"], r["median_ms"]) for r in run if r["variant"] == variant)
-        style = {LORA_16: ":", LORA: "--"}.get(variant, "-")
-        axis.plot(*zip(*points, strict=True), marker="o", ms=4, ls=style, color=colors.get(variant), label=variant)
-    row = run[0]
-    axis.set(
-        xticks=sorted({r["layers"] for r in run}),
-        xlabel="layers",
-        ylabel="ms/step",
-        title=f"Whole model by layers, 3B sizes, {row['setting'].replace('x', ' x ')} tokens",
-    )
-    axis.set_xlim(0, None)
-    axis.set_ylim(0, None)
-    axis.legend(fontsize=7.5, frameon=False)
-
-
-def _draw_tokens(axis: Any, rows: list[Row]) -> None:
-    """One layer's time against tokens."""
-    styles = {FLOOR: ("0.2", "-"), LORA: (_GREY, "--"), LORA_16: (_GREY, ":"), OURS: (_BLUES[2], "-")}
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        same = chosen(rows, variant=variant)
-        points = sorted({row["tokens"]: row["forward_backward_ms"] for row in same}.items())
-        if len(points) > 1:
-            color, style = styles.get(variant, (_ORANGE, "-"))
-            axis.plot(*zip(*points, strict=True), marker="o", ms=4, color=color, ls=style, label=variant)
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward and backward")
-    tokens = sorted({row["tokens"] for row in rows})
-    axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_title(f"One layer, {rows[0]['d_in']} to {rows[0]['d_out']}, by tokens")
-    axis.legend(fontsize=7.5, frameon=False)
 
 
 # The documents
@@ -443,47 +474,95 @@ def replace_block(path: Path, name: str, text: str) -> None:
     path.write_text(pattern.sub(lambda _: f"{begin}\n\n{text}\n\n{end}", old))
 
 
-def sections(train: list[Row], layer: list[Row], decode: list[Row], hosts: list[Row], cpu: list[Row]) -> str:
-    """All tables, each under a heading; what has no rows is left out."""
-    found: list[tuple[str, str]] = []
-    for shape, base, setting in dict.fromkeys((r["shape"], r.get("base"), r["setting"]) for r in train):
-        # A setting of which only compiled rows or other depths are known has no table of its own.
-        if base is not None and any(r["variant"] == FLOOR for r in whole_models(train, shape, base, setting)):
-            found.append((f"{shape}, {base} base, {setting}", train_table(train, shape, base, setting)))
-            if (shape, base, setting) == (MAIN_SHAPE, "bfloat16", "6x512"):
-                found.append((f"{shape}, {base} base, {setting}, by run", runs_table(train, setting)))
-    found.append(("Growth with layers, 3B sizes, 8x2048", growth_table(train)))
-    found.append(("`torch.compile` of the whole model", compiled_table(train)))
-    found.append(("Host time per call of one layer", host_table(hosts)))
-    for name in dict.fromkeys(row.get("layer", "gate_proj") for row in layer):
-        sizes = next(r for r in layer if r.get("layer", "gate_proj") == name)
-        title = f"One layer, {sizes['d_in']} to {sizes['d_out']}, bfloat16"
-        found.append((f"{title}: forward and backward ms", layer_table(layer, name)))
-        found.append((f"{title}: memory beyond inputs and weights, MiB", layer_table(layer, name, "peak_mib")))
-    found.append(("Decoding, qwen2.5-3b", decode_table(decode) if decode else ""))
-    if cpu:
-        found.append((f"On a CPU ({cpu[-1]['processor']}), float32", cpu_table(cpu)))
-    return "\n\n".join(f"### {title}\n\n{text}" for title, text in found if text)
+def sections(files: dict[str, list[Row]], cpu: list[Row]) -> str:
+    """All tables, each under a heading with a sentence; what has no rows is left out."""
+    train = files["train_step"]
+    short = [Column(_title(setting), steps_of(train, setting)) for setting in SHORT]
+    shapes = ("qwen2.5-0.5b", MAIN_SHAPE, "qwen2.5-7b")
+    long = [Column(shape, steps_of(train, LONG, shape=shape)) for shape in shapes]
+    usual = (*_LORA, "ours")
+    found = [
+        (
+            "Short steps",
+            "Batch x tokens, without gradient checkpointing; the memory is that of the last column.",
+            steps_table(short, lambda row: row["family"] in usual and is_usual(row), memory=True),
+        ),
+        ("Long steps", "8 x 2048 tokens with gradient checkpointing, by shape.", steps_table(long, is_long_form)),
+        ("Heads and rank", "ms/step of the 3B shape, 8 x 2048 tokens.", heads_table(train)),
+        ("4-bit bases", "NF4 with double quantization.", settings_table(train, usual, base="nf4")),
+        (
+            "Task router",
+            '`router="task"` beside the softmax router; each row has a task.',
+            settings_table(train, ("floor", "ours", "ours_task"), needed="ours_task"),
+        ),
+        (
+            "One head as plain LoRA",
+            '`num_heads=1, router="uniform"` is a LoRA of the same rank, which merges and exports exactly.',
+            settings_table(train, (*_LORA, "ours_uniform"), needed="ours_uniform"),
+        ),
+        (
+            "With Liger's kernels",
+            "`use_liger_kernel=True`: RMSNorm, SwiGLU and rotary embeddings in the model, under all forms.",
+            settings_table(train, (*_LORA, *_OURS), liger=True),
+        ),
+        (
+            "On a busy host",
+            "With a spinning process on every second core.",
+            settings_table(train, (*_LORA, *_OURS), busy=True),
+        ),
+        ("`torch.compile` of the whole model", "", compiled_table(train)),
+        ("ZeRO-3", "Several GPUs, a batch each.", sharded_table(files["large"])),
+        (
+            "Host time of a call",
+            "To issue a call of an adapted layer: one of the three in an MLP block (activation included), or alone.",
+            host_table(files["host"]),
+        ),
+        (
+            "Time to the same loss",
+            "The lowest held-out loss that all forms reach, on the same batches and with the same choice of learning "
+            "rates.",
+            time_to_loss_table(files["time_to_loss"]),
+        ),
+        (
+            "Decoding",
+            "ms for a token of each row, from a cache (x LoRA with a 16-bit adapter).",
+            decode_table(files["decode"]),
+        ),
+        ("Statistics of the trainer", "Steps of `RLoraSFTTrainer`.", trainer_table(files["trainer_overhead"])),
+        ("On a CPU", f"{cpu[-1]['processor']}, float32: ms (x LoRA)." if cpu else "", cpu_table(cpu)),
+    ]
+    blocks = [(title, [text, table] if text else [table]) for title, text, table in found if table]
+    return "\n\n".join("\n\n".join([f"### {title}", *parts]) for title, parts in blocks)
+
+
+def is_long_form(row: Row) -> bool:
+    """Of the table of long steps, which compares with the published loops too."""
+    return row["family"] in (*_LORA, *_LOOPS, "ours") and is_usual(row)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write into the documents and draw the plot")
-    parser.add_argument("--bars", action="store_true", help="print the ratios and whether they meet the bars")
+    parser.add_argument("--update", action="store_true", help="write into the documents and draw the figure")
+    parser.add_argument("--bars", action="store_true", help="print the bars and whether they are met")
     args = parser.parse_args()
-    train, layer, decode, cpu = (read(name) for name in ("train_step", "layer", "decode", "cpu"))
+    files = of_one_day({name: read(name) for name in ON_A_GPU})
+    train, cpu = files["train_step"], read("cpu")
     if args.bars:
-        bars(train, decode, cpu)
+        print("\n".join(bar.line() for bar in bars(files)))
         return
-    long = whole_models(train, MAIN_SHAPE, "bfloat16", "8x2048")
-    note = f"{machine(long)}; Qwen2.5-3B shape, bfloat16, gate/up/down, 8 x 2048 tokens with checkpointing."
-    short = f"{train_table(train, MAIN_SHAPE, 'bfloat16', '8x2048', short=True)}\n\n{note}"
-    full = f"{machine(train)}\n\n" + sections(train, layer, decode, read("host"), cpu)
+    if not train:
+        parser.error("results/train_step.jsonl has no rows. Run `make bench` first.")
+    full = f"{machine(train)}\n\n{sections(files, chosen(cpu, date=max((row['date'] for row in cpu), default=None)))}"
     print(full)
     if args.update:
+        columns = [Column(_title(setting), steps_of(train, setting)) for setting in ("6x512", LONG)]
+        note = (
+            f"{machine(train)}; Qwen2.5-3B shape, bfloat16, gate/up/down; median / ninth decile in ms (x frozen base)."
+        )
+        short = f"{steps_table(columns, is_long_form, memory=True)}\n\n{note}"
         replace_block(ROOT / "README.md", "step times", short)
         replace_block(ROOT / "docs" / "performance.md", "all tables", full)
-        draw(train, layer, ROOT / "docs" / "figures" / "cost.png")
+        draw(train, ROOT / "docs" / "figures" / "cost.png")
 
 
 if __name__ == "__main__":

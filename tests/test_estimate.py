@@ -288,7 +288,7 @@ def step_rows():
     # Whole models; the cut ones of the growth with layers tell no more.
     known = [row for row in known if row.get("peak_gib") and row["layers"] in (24, 28, 36)]
     # In float32 grouped queries have no fused attention, which the estimate is for (docs/large-models.md).
-    known = [row for row in known if row["dtype"] != "float32"]
+    known = [row for row in known if row["dtype"] != "float32" and not row.get("liger")]
     keys = ("shape", "setting", "family", "dropout", "base", "dtype")
     return list({tuple(row[key] for key in keys): row for row in known}.values())
 

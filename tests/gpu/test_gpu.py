@@ -221,3 +221,91 @@ def test_checkpoints_around_whole_calls_know_their_batch(model_folders, reentran
         cases.whole_call(model, kind)
         grads.append(cases.gradients(model))
     assert largest_error(grads[1], grads[0]) < 1e-4 and largest_error(grads[2], grads[0]) < 1e-4
+
+
+# Liger's kernels in the base model
+
+
+@pytest.fixture
+def liger():
+    """Puts Liger's kernels into a model as `use_liger_kernel=True` does; classes of transformers are restored."""
+    pytest.importorskip("liger_kernel")
+    from transformers.integrations.liger import apply_liger_kernel
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
+
+    before = [(module, dict(vars(module))) for module in (modeling_llama, modeling_qwen2)]
+    yield lambda model: apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
+    for module, names in before:
+        vars(module).update(names)
+
+
+LIGER_ADAPTERS = {
+    "softmax": {},
+    "task": {"router": "task", "tasks": ["a", "b"]},
+    "one head": {"num_heads": 1, "router": "uniform", "head_dropout": 0.0},
+}
+
+
+@pytest.mark.filterwarnings("ignore:With `num_heads=1`")
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("adapter", LIGER_ADAPTERS)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_liger_kernels_change_only_rounding(model_folders, liger, name, adapter, checkpointing):
+    """They write gradients into the tensors that they get, which must not be those that an adapter still needs."""
+    options = {"head_dropout": 0.4, **LIGER_ADAPTERS[adapter]}
+    expected_loss, expected = gradients(adapted(model_folders[name], "cuda", **options), "cuda", checkpointing)
+    model = adapted(model_folders[name], "cuda", **options)
+    liger(model)
+    assert model.get_base_model().model.layers[0].mlp.forward.__func__.__module__.startswith("liger_kernel")
+    loss, actual = gradients(model, "cuda", checkpointing)
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert largest_error(actual, expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_liger_kernels_in_sixteen_bits(model_folders, liger, name):
+    """Against float32 they are at most twice as far off as the model's own operations."""
+    _, expected = gradients(adapted(model_folders[name], "cuda", head_dropout=0.4), "cuda")
+    errors = []
+    for patch in (lambda model: None, liger):
+        model = adapted(model_folders[name], "cuda", torch.bfloat16, head_dropout=0.4)
+        patch(model)
+        _, actual = gradients(model, "cuda", autocast=torch.bfloat16)
+        errors.append(largest_error(actual, expected))
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.filterwarnings("ignore:`use_liger_kernel=True` is deprecated")
+@pytest.mark.parametrize("router", ["softmax", "task"])
+def test_trainer_with_liger_kernels(model_folders, tmp_path, tokenizer, liger, router):
+    """The same losses and statistics."""
+    logs = []
+    for use_liger_kernel in (False, True):
+        args = RLoraSFTConfig(
+            str(tmp_path / str(use_liger_kernel)),
+            use_liger_kernel=use_liger_kernel,
+            max_steps=5,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            logging_steps=1,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = RLoraSFTTrainer(
+            model_folders["llama"],
+            args,
+            train_dataset=task_datasets(),
+            processing_class=tokenizer,
+            peft_config=RLoraConfig(router=router),
+        )
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    forward = trainer.accelerator.unwrap_model(trainer.model).get_base_model().model.layers[0].mlp.forward
+    assert forward.__func__.__module__.startswith("liger_kernel")
+    for plain, patched in zip(*logs, strict=True):
+        assert plain.keys() == patched.keys()
+        assert patched["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+        assert patched["router_entropy"] == pytest.approx(plain["router_entropy"], rel=1e-3)
