@@ -32,10 +32,10 @@ from peft import LoraConfig, get_peft_model
 from shapes import mlp
 from torch import nn
 
-from rlora_trl import MultiHeadAdapter, RLoraConfig
+from rlora_trl import RLoraConfig
 from rlora_trl.kernels import draw_seed, keep_mask
 from rlora_trl.kernels.reference import multihead_delta_reference
-from rlora_trl.tuner import Routing, find_routings
+from rlora_trl.tuner import RLoraLinear, find_routings
 from rlora_trl.tuner.routing import using_all
 
 
@@ -209,22 +209,21 @@ def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _error_of_ours(variant: Variant, device: str, dtype: torch.dtype) -> float:
     """With dropout, whose masks the reference is given, and away from the initial values."""
     tokens, sizes, dropout = 500, (variant.num_heads, variant.r), variant.dropout
-    routing = Routing(TASKS, variant.router)
-    adapter = MultiHeadAdapter(
-        256, 384, variant.r, variant.num_heads, 2.0, router=variant.router, routing=routing, dropout=dropout
-    )
-    adapter = adapter.to(device).train()
+    holder = nn.Module()
+    holder.gate_proj = nn.Linear(256, 384, bias=False, device=device, dtype=dtype)
+    layer = next(m for m in variant.wrap(holder).train().modules() if isinstance(m, RLoraLinear))
+    adapter: Any = layer.rlora_adapters["default"]
+    routing, weight = adapter.routing, layer.base_layer.weight.detach()
     with torch.no_grad():
         for parameter in adapter.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     x = torch.randn(tokens, 256, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(384, 256, device=device).mul_(1 / 16).to(dtype)
     ids = torch.arange(tokens) % len(TASKS)
 
     torch.manual_seed(7)
     with routing.using(task_ids=ids.to(device) if variant.router == "task" else None):
-        y = adapter(x, weight=weight)
+        y = layer(x)
     upstream = torch.randn_like(y)
     grads = torch.autograd.grad(y, [x, adapter.A, adapter.B], upstream)
 
@@ -236,7 +235,13 @@ def _error_of_ours(variant: Variant, device: str, dtype: torch.dtype) -> float:
     )
     routed = {"logits": router[ids]} if variant.router == "task" else {"router": router}
     expected = multihead_delta_reference(
-        *wide, anchor_A=anchor_A, anchor_B=anchor_B, scaling=2.0, dropout=dropout, head_masks=mask, **routed
+        *wide,
+        anchor_A=anchor_A,
+        anchor_B=anchor_B,
+        scaling=adapter.scaling,
+        dropout=dropout,
+        head_masks=mask,
+        **routed,
     )
     expected = expected + wide[0] @ weight.double().cpu().T
     wanted = torch.autograd.grad(expected, wide, upstream.double().cpu())
