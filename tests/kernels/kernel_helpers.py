@@ -40,3 +40,35 @@ def fused_multihead(
         probe,
     )
     return fused.fused_delta(x, A, B, router, anchor_A, anchor_B, logits, base, weight, spec)
+
+
+# Relative RMS error against float64. float32: sums of a few dozen products. 16 bits: one rounding is 2**-9 (bfloat16)
+# or 2**-12 (float16), and a result passes through three of them; the router's gradient is a difference of heads, which
+# doubles it.
+TOLERANCE = {
+    torch.float64: {"": 1e-12},
+    torch.float32: {"": 2e-6, "router": 1e-5, "logits": 1e-5},
+    torch.bfloat16: {"": 1.5e-2, "router": 3e-2, "logits": 3e-2},
+    torch.float16: {"": 1.5e-3, "router": 4e-3, "logits": 4e-3},
+}
+
+
+def make(size, dtype, routed=True, anchored=True, shared=True, task_logits=False):
+    num_heads, r, d_in, d_out, tokens = size
+    scale = {"x": 1.0, "B": r**-0.5, "anchor_B": r**-0.5, "logits": 1.0}
+    heads = () if shared else (num_heads,)
+    shapes = {"x": (tokens, d_in), "A": (*heads, r, d_in), "B": (num_heads, d_out, r)}
+    shapes |= {"router": (num_heads, d_in)} if routed and not task_logits else {}
+    shapes |= {"anchor_A": (*heads, r, d_in), "anchor_B": (*heads, d_out, r)} if anchored else {}
+    shapes |= {"logits": (tokens, num_heads)} if task_logits else {}
+    weight_dtype = dtype if dtype == torch.float64 else torch.float32
+    return {
+        name: (scale.get(name, d_in**-0.5) * torch.randn(shape, dtype=torch.float64))
+        .to(DEVICE, dtype if name == "x" else weight_dtype)
+        .requires_grad_(not name.startswith("anchor"))
+        for name, shape in shapes.items()
+    }
+
+
+def relative_error(a, b):
+    return ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)).item()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.checkpoint
-from kernel_helpers import DEVICE, INTERPRETED, fused_multihead
+from kernel_helpers import DEVICE, INTERPRETED, TOLERANCE, fused_multihead, make, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlora_trl import MultiHeadAdapter
@@ -17,6 +17,7 @@ from rlora_trl.kernels.rank_space import Layout
 from rlora_trl.kernels.reference import multihead_delta_reference
 
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 TRAINED = ("x", "A", "B", "router", "logits")
 # (N, r, d_in, d_out, tokens): one head; odd and prime sizes; a rank that needs no padding; more tokens than a block,
 # and one more or one less than a multiple of it; a single token, as in decoding.
@@ -28,50 +29,6 @@ SIZES = [
     (5, 16, 24, 40, 63),
     (10, 4, 9, 11, 1),
 ]
-# Relative RMS error against float64. float32: sums of a few dozen products. 16 bits: one rounding is 2**-9 (bfloat16)
-# or 2**-12 (float16), and a result passes through three of them; the router's gradient is a difference of heads, which
-# doubles it.
-TOLERANCE = {
-    torch.float64: {"": 1e-12},
-    torch.float32: {"": 2e-6, "router": 1e-5, "logits": 1e-5},
-    torch.bfloat16: {"": 1.5e-2, "router": 3e-2, "logits": 3e-2},
-    torch.float16: {"": 1.5e-3, "router": 4e-3, "logits": 4e-3},
-}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations(monkeypatch):
-    """Memory that is allocated and never written shows as NaN."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-
-        def poisoned(*args, real=real, **kwargs):
-            tensor = real(*args, **kwargs)
-            fits = tensor.is_floating_point() and not tensor.requires_grad  # checkpointing has one that requires it
-            return tensor.fill_(float("nan")) if fits else tensor
-
-        monkeypatch.setattr(torch, name, poisoned)
-
-
-def make(size, dtype, routed=True, anchored=True, shared=True, task_logits=False):
-    num_heads, r, d_in, d_out, tokens = size
-    scale = {"x": 1.0, "B": r**-0.5, "anchor_B": r**-0.5, "logits": 1.0}
-    heads = () if shared else (num_heads,)
-    shapes = {"x": (tokens, d_in), "A": (*heads, r, d_in), "B": (num_heads, d_out, r)}
-    shapes |= {"router": (num_heads, d_in)} if routed and not task_logits else {}
-    shapes |= {"anchor_A": (*heads, r, d_in), "anchor_B": (*heads, d_out, r)} if anchored else {}
-    shapes |= {"logits": (tokens, num_heads)} if task_logits else {}
-    weight_dtype = dtype if dtype == torch.float64 else torch.float32
-    return {
-        name: (scale.get(name, d_in**-0.5) * torch.randn(shape, dtype=torch.float64))
-        .to(DEVICE, dtype if name == "x" else weight_dtype)
-        .requires_grad_(not name.startswith("anchor"))
-        for name, shape in shapes.items()
-    }
-
-
-def relative_error(a, b):
-    return ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
 def compare(tensors, dtype, *, dropout=0.0, seed=None, mode="alone", top_k=0):

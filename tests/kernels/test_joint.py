@@ -1,0 +1,210 @@
+"""Groups of layers with the same input against the fp64 reference, with both back ends."""
+
+import pytest
+import torch
+from kernel_helpers import DEVICE, INTERPRETED, TOLERANCE, make, relative_error
+
+from rlora_trl.kernels import LayerProbe, RoutingStats, RoutingTally, fused, keep_mask, rank_space
+from rlora_trl.kernels.joint import JointGroup, joint_outputs
+from rlora_trl.kernels.joint_space import CallSettings
+from rlora_trl.kernels.reference import multihead_delta_reference
+
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+NAMES = ("A", "B", "router", "anchor_A", "anchor_B")
+SCALING = 1.7
+# (N, r, d_in, tokens): one head; odd sizes; more tokens than a block; rows wider than a tile.
+SIZES = [(1, 10, 8, 5), (3, 4, 37, 67), (2, 5, 31, 64), (10, 4, 24, 130), (4, 16, 24, 40), (10, 16, 24, 33)]
+D_OUTS = (170, 40, 300)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def make_group(size, members, dtype, *, biased=False, dropout=0.0, top_k=0, tables=(), tasks=None, **kinds):
+    """Tensors of each member, the input, the group and its settings."""
+    num_heads, r, d_in, tokens = size
+    layers = [make((num_heads, r, d_in, d_out, tokens), dtype, **kinds) for d_out in D_OUTS[:members]]
+    x = layers[0]["x"]
+    wide = [torch.randn(d_out, d_in, dtype=torch.float64) * d_in**-0.5 for d_out in D_OUTS[:members]]
+    weights = [w.to(DEVICE, dtype) for w in wide]
+    biases = [torch.randn(w.shape[0], device=DEVICE).to(dtype) if biased else None for w in weights]
+    tensors = [tuple(layer.get(name) for name in NAMES) for layer in layers]
+    layout = rank_space.layout_of(
+        *tensors[0][:2], routed=tensors[0][2] is not None or bool(tables), anchor_A=tensors[0][3], top_k=top_k
+    )
+    group = JointGroup(tensors, weights, biases, layout, SCALING, dtype)
+    seeds = [2**61 + 12345 + place for place in range(members)] if dropout else []
+    return layers, x, group, CallSettings(dropout, seeds, tables, tasks)
+
+
+def expected_outputs(layers, x, group, settings, top_k=0):
+    """The outputs in float64, and the tensors that gradients are wanted for."""
+    x = x.detach().double().cpu().requires_grad_(True)
+    outputs, trained = [], [x]
+    for place, layer in enumerate(layers):
+        wide = {name: layer[name].detach().double().cpu() for name in NAMES if name in layer}
+        for name in ("A", "B", "router"):
+            if name in wide:
+                trained.append(wide[name].requires_grad_(True))
+        mask = None
+        if settings.seeds:
+            shape = (x.shape[0], group.sizes.layout.num_heads, group.sizes.layout.r)
+            mask = keep_mask(settings.seeds[place], shape, settings.dropout)
+        if settings.tables:
+            table = settings.tables[place].double().cpu()
+            rows = torch.zeros(x.shape[0], dtype=torch.int64) if settings.tasks is None else settings.tasks.cpu()
+            wide["logits"] = table[torch.where(rows < 0, len(table) - 1, rows)]
+        delta = multihead_delta_reference(
+            x, **wide, scaling=SCALING, dropout=settings.dropout, head_masks=mask, top_k=top_k
+        )
+        bias = group.biases[place]
+        shift = 0.0 if bias is None else bias.double().cpu()
+        outputs.append(x @ group.weights[place].double().cpu().T + shift + delta)
+    return outputs, trained
+
+
+def compare(size, members, dtype, top_k=0, ahead=True, **options):
+    layers, x, group, settings = make_group(size, members, dtype, top_k=top_k, **options)
+    with torch.no_grad():
+        downs, ups = group.concat() if ahead else (None, ())
+    outputs = joint_outputs(x, group, settings, (), downs, ups)
+    upstream = [torch.randn_like(y) for y in outputs]
+    trained = [x, *[p for p in group.parameters if p is not None]]
+    grads = torch.autograd.grad(outputs, trained, upstream)
+
+    wanted, wide = expected_outputs(layers, x, group, settings, top_k)
+    wanted_grads = torch.autograd.grad(wanted, wide, [dy.double().cpu() for dy in upstream])
+    for y, expected in zip(outputs, wanted, strict=True):
+        assert y.dtype == dtype and relative_error(y, expected) < TOLERANCE[dtype][""]
+    routers = {id(tensors[2]) for tensors in group.tensors}
+    for parameter, grad, expected in zip(trained, grads, wanted_grads, strict=True):
+        assert grad.dtype == parameter.dtype and grad.shape == parameter.shape
+        if id(parameter) in routers and size[0] == 1:
+            assert grad.abs().max() < 1e-6
+            continue
+        tolerance = TOLERANCE[dtype]
+        limit = tolerance.get("router", tolerance[""]) if id(parameter) in routers else tolerance[""]
+        assert relative_error(grad, expected) < limit, tuple(parameter.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_against_reference(size, members, dtype):
+    if INTERPRETED and members == 3 and size not in SIZES[:2]:
+        pytest.skip("slow in the interpreter")
+    compare(size, members, dtype, dropout=0.3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_kinds_of_adapters(shared, anchored, routed, dropout):
+    kinds = {"shared": shared, "anchored": anchored, "routed": routed}
+    compare((3, 4, 13, 67), 2, torch.float32, dropout=dropout, biased=True, **kinds)
+
+
+@pytest.mark.parametrize(("num_heads", "top_k"), [(3, 2), (8, 2), (5, 5)])
+def test_top_k(num_heads, top_k):
+    compare((num_heads, 4, 13, 67), 2, torch.float32, top_k=top_k, dropout=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_weights_that_were_not_concatenated_ahead(biased, dtype):
+    compare((3, 4, 37, 67), 2, dtype, dropout=0.3, biased=biased, ahead=False)
+
+
+@pytest.mark.parametrize("by_task", [True, False])
+def test_tables_of_logits(by_task):
+    tables = [torch.randn(4, 3, device=DEVICE) for _ in range(2)]
+    tasks = torch.randint(-1, 3, (67,), device=DEVICE) if by_task else None
+    compare((3, 4, 13, 67), 2, torch.float32, routed=False, tables=tables, tasks=tasks, dropout=0.3)
+
+
+@pytest.mark.parametrize("tokens", [5000, 9000, 20000])
+def test_many_tokens(tokens):
+    if INTERPRETED or DEVICE == "cpu":
+        pytest.skip("other tiles, on a GPU only")
+    compare((3, 4, 256, tokens), 2, torch.float32, dropout=0.3)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 13), (13,), (2, 3, 13)])
+def test_leading_shapes_and_empty_inputs(shape):
+    _, _, group, settings = make_group((3, 4, 13, 1), 2, torch.float32, dropout=0.2)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    outputs = joint_outputs(x, group, settings)
+    assert [y.shape for y in outputs] == [(*shape[:-1], d_out) for d_out in D_OUTS[:2]]
+    sum(y.sum() for y in outputs).backward()
+    assert x.grad.shape == x.shape
+    assert all(torch.isfinite(p.grad).all() for p in group.parameters)
+
+
+def test_strided_inputs_and_gradients():
+    """Gradients of sums are expanded scalars, and inputs may be transposed."""
+    _, _, group, settings = make_group((3, 4, 13, 1), 2, torch.float32)
+    found = []
+    for x in (torch.randn(13, 4, 6, device=DEVICE).permute(1, 2, 0),) * 2:
+        leaf = x.clone(memory_format=torch.contiguous_format) if found else x.detach()
+        leaf.requires_grad_(True)
+        torch.manual_seed(0)
+        outputs = joint_outputs(leaf, group, settings)
+        found.append(torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), [leaf, *group.parameters]))
+        torch.testing.assert_close(found[0], found[-1])
+
+
+def test_only_the_gradients_that_are_needed():
+    _, x, group, settings = make_group((3, 4, 13, 8), 2, torch.float32)
+    for trained in [x, *group.parameters]:
+        for tensor in [x, *group.parameters]:
+            tensor.requires_grad_(tensor is trained)
+            tensor.grad = None
+        sum(y.sum() for y in joint_outputs(x, group, settings)).backward()
+        assert [tensor is trained for tensor in [x, *group.parameters] if tensor.grad is not None] == [True]
+
+
+def test_an_output_that_is_not_used():
+    _, x, group, settings = make_group((3, 4, 13, 8), 2, torch.float32)
+    joint_outputs(x, group, settings)[0].sum().backward()
+    assert group.parameters[1].grad.abs().max() > 0
+    assert group.parameters[4].grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_statistics_and_balance_gradients_are_those_of_single_layers(masked):
+    size, members = (3, 4, 13, 67), 2
+    _, x, group, settings = make_group(size, members, torch.float32, dropout=0.2)
+    mask = (torch.rand(67, device=DEVICE) > 0.4).to(torch.uint8) if masked else None
+    settings.token_mask = mask
+    found = []
+    for joint in (True, False):
+        stats = RoutingStats.zeros(members, 3, DEVICE)
+        tally = RoutingTally(stats, kind="switch", factor=0.3, upstream=torch.tensor(2.0, device=DEVICE))
+        probes = [LayerProbe(tally, place, mask) for place in range(members)]
+        if joint:
+            outputs = joint_outputs(x, group, settings, probes)
+        else:
+            outputs = []
+            for place, probe in enumerate(probes):
+                seed = settings.seeds[place]
+                spec = fused.DeltaSpec(group.sizes.layout, SCALING, 0.2, seed, False, probe)
+                weight = group.weights[place]
+                outputs.append(fused.fused_delta(x, *group.tensors[place], None, x @ weight.T, None, spec))
+        upstream = [torch.ones_like(y) for y in outputs]
+        grads = torch.autograd.grad(outputs, [x, *group.parameters], upstream)
+        found.append([stats.data, *outputs, *grads])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert found[0][0][:, 0].eq(67 if mask is None else mask.sum()).all()
+
+
+def test_saved_for_backward():
+    """x, the projections and the concatenated weights; nothing of the size of the outputs but the frozen weights."""
+    num_heads, r, d_in, tokens = size = (5, 4, 32, 100)
+    _, x, group, settings = make_group(size, 2, torch.bfloat16 if DEVICE == "cuda" else torch.float32, dropout=0.2)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        joint_outputs(x, group, settings)
+    weights = {w.data_ptr() for w in group.weights}
+    elements = sum(t.numel() for t in saved if t.data_ptr() not in weights)
+    sizes = group.sizes
+    assert elements == tokens * (d_in + 2 * sizes.k) + 2 * sizes.k * d_in + sizes.z * sum(D_OUTS[:2])
