@@ -144,6 +144,7 @@ class _Joint(torch.autograd.Function):
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
         ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *group.weights, partials)
         ctx.call, ctx.shape = call, shape
+        ctx.set_materialize_grads(False)
 
         # The base products, now or later.
         if call.write_later:
@@ -155,7 +156,7 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         call, needed = ctx.call, ctx.needs_input_grad
         group = call.group
         sizes, kinds, count = group.sizes, group.kinds, group.sizes.count
@@ -163,22 +164,27 @@ class _Joint(torch.autograd.Function):
         partials = rest[-1]
 
         # dP and dB of all members.
-        rows = [_flat(dy) for dy in dys]
+        if None in dys:
+            dys, needed = _without_unused(dys, needed, ctx.shape, call.group.sizes, P)
+        rows = [_flat(dy) for dy in dys if dy is not None]
         coeffs = None if partials is None else _report(call.probes, partials, sizes)
         dtypes = [kinds[3 * place + 1][1] if needed[3 * place + 3] else None for place in range(count)]
         dP, dBs = group.ops.project_backward(sizes, rows, P, rest[:count], call.settings, coeffs, dtypes)
 
-        # dA and drouter are rows of dP^T x.
+        # dA and drouter are rows of dP^T x; the gradient of a table sums those of the logits by task.
         grads: list[torch.Tensor | None] = [None] * len(needed)
         grads[3::3] = dBs
-        if True in needed[2::3] or True in needed[4::3]:
+        if call.settings.tables:
+            tables = _of_tables(dP, call.settings, sizes)
+            grads[4::3] = [grad if need else None for grad, need in zip(tables, needed[4::3], strict=True)]
+        if True in needed[2::3] or (True in needed[4::3] and not call.settings.tables):
             ddown = mm_wide(dP.t(), tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1]))
             parts = ddown.split_with_sizes(group.columns)
             for place in range(count):
                 first = 3 * place
                 if needed[first + 2]:
                     grads[first + 2] = _like(parts[first], kinds[first])
-                if needed[first + 4]:
+                if needed[first + 4] and not call.settings.tables:
                     grads[first + 4] = _like(parts[first + 1], kinds[first + 2])
 
         # dx = dP down, then dy W accumulates onto it.
@@ -190,10 +196,39 @@ class _Joint(torch.autograd.Function):
         return tuple(grads)
 
 
+def _without_unused(
+    dys: Sequence[torch.Tensor | None],
+    needed: Sequence[bool],
+    shape: torch.Size,
+    sizes: GroupSizes,
+    like: torch.Tensor,
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[bool, ...]]:
+    """Zeros for outputs that were not used, whose parameters then get no gradient, as if their layers had not run."""
+    used = [dy is not None for dy in dys]
+    filled = [
+        like.new_zeros((*shape[:-1], d_out)) if dy is None else dy for dy, d_out in zip(dys, sizes.d_outs, strict=True)
+    ]
+    of_members = [need and used[place // 3] for place, need in enumerate(needed[2:])]
+    return tuple(filled), (*needed[:2], *of_members)
+
+
 def _report(probes: Sequence[LayerProbe], partials: torch.Tensor, sizes: GroupSizes) -> list[torch.Tensor | None]:
     """Report to the probes of a group; returns the coefficients of balance losses."""
     ops = backend(partials.device, sizes.dtype)
     return [probe.finish(ops, sums, sizes.layout) for probe, sums in zip(probes, partials.unbind(), strict=True)]
+
+
+def _of_tables(dP: torch.Tensor, settings: CallSettings, sizes: GroupSizes) -> list[torch.Tensor]:
+    """The gradients of the tables of logits, `[rows, N]` or, where one row holds for all tokens, `[1, N]`."""
+    one_hot = settings.one_hot
+    if one_hot is None:
+        sums = dP.sum(0, keepdim=True, dtype=torch.promote_types(dP.dtype, torch.float32))
+    else:
+        sums = mm_wide(one_hot.t(), dP)  # [rows, M K]
+    return [
+        rank_space.logits_of(part, sizes.layout).to(table.dtype)
+        for part, table in zip(sums.chunk(sizes.count, 1), settings.tables, strict=True)
+    ]
 
 
 def _like(gradient: torch.Tensor, kind: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
@@ -217,7 +252,8 @@ def joint_outputs(
     Args:
         x (`torch.Tensor` of shape `[..., d_in]`): Input, in the dtype of the group.
         group ([`JointGroup`]): The layers.
-        settings ([`CallSettings`]): Masks and logits; its token mask is that of the probes.
+        settings ([`CallSettings`]): Masks and logits; its token mask is that of the probes. Tables of logits get
+            gradients, and have one row without `tasks`.
         probes (`Sequence[LayerProbe]`, *optional*): One for each layer, or none.
         downs (`torch.Tensor`), ups (`Sequence[torch.Tensor]`), *optional*: Results of `group.concat()`, if they were
             computed ahead.
@@ -226,7 +262,11 @@ def joint_outputs(
         `tuple[torch.Tensor, ...]`: `x weight^T + bias + delta` of each, `[..., d_out]`.
     """
     call = _Call(group, settings, probes, downs, ups)
-    outputs: Outputs = _Joint.apply(x, call, *group.parameters)
+    parameters: Sequence[torch.Tensor | None] = group.parameters
+    if settings.tables:
+        parameters = list(parameters)
+        parameters[2::3] = settings.tables
+    outputs: Outputs = _Joint.apply(x, call, *parameters)
     if call.write_later:
         with torch.no_grad():
             for place, output in enumerate(outputs):

@@ -21,8 +21,9 @@ from .triton_ops import Variant, check_device, dropout_numbers, padding, signed
 
 # Layers of a group at most, for which the kernels have parameters: q, k and v.
 MOST_MEMBERS = 3
-# Widest rows of P, Z and dB that a program holds.
-_WIDEST = 64
+# Widest rows of P, Z and dB that a program holds; up to the second number it is fast.
+_WIDEST, _NARROW = 64, 32
+_FEW_TOKENS = 4096
 # Sizes that `tl.dot` needs at least.
 _TILE = 16
 # Tokens per block of `split_gradient_kernel` and `join_gradient_kernel`, and elements of dB per program of the latter.
@@ -65,15 +66,15 @@ class _Plan:
         self.padded_outs = (*d_outs, 0, 0)[:MOST_MEMBERS]
         self.missing = MOST_MEMBERS - len(d_outs)
 
-        # Tiles that hold rows of P, Z and dB.
-        self.k2, self.zd, self.g2 = (max(_power(n), _TILE) for n in (k, z, num_heads * r))
-        self.fits = max(self.k2, self.zd, self.g2) <= _WIDEST
-        self.expands = self.fits and min(d_outs) >= z
+        # Tiles that hold rows of P, and of Z and dB.
+        self.k2, self.zd = max(_power(k), _TILE), max(_power(z), _power(num_heads * r), _TILE)
+        self.fits = max(self.k2, self.zd) <= _WIDEST
+        self.narrow = self.zd <= _NARROW
+        self.long_outs = min(d_outs) >= z
         self.zu = z_columns(layout)
 
         # Columns of dy per program; what all strips and shares of the tokens store.
-        narrow = max(self.zd, self.g2) <= 32
-        self.strip = 256 if min(d_outs) >= 4096 and narrow else 128
+        self.strip = 256 if min(d_outs) >= 4096 and self.narrow else 128
         self.strips = [_ceil(d_out, self.strip) for d_out in d_outs]
         self.all_strips = sum(self.strips)
         self.shapes_of_dB = [(num_heads, d_out, r) for d_out in d_outs]
@@ -81,6 +82,13 @@ class _Plan:
         self.join_programs = sum(_ceil(num_heads * d_out * r, _BLOCK_B) for d_out in d_outs)
 
         self.variants: dict[tuple, Variant] = {}
+
+    def holds_rows(self, tokens: int) -> bool:
+        """
+        Whether a program holds rows of Z. Wide ones take more time than PyTorch's products, which need more launches:
+        that matters if there are few tokens.
+        """
+        return self.fits and (self.narrow or tokens <= _FEW_TOKENS)
 
     def share(self, tokens: int) -> int:
         """Blocks of tokens that one program of `split_gradient_kernel` reads."""
@@ -130,7 +138,7 @@ def project(
     """See `joint_space.project`."""
     plan, tokens = _plan_of(group), x.shape[0]
     P = x.new_empty((tokens, group.count * group.k))
-    expand = outputs is not None and plan.expands
+    expand = outputs is not None and plan.long_outs and plan.holds_rows(tokens)
     if outputs is not None and expand:
         written = outputs
     else:
@@ -196,11 +204,12 @@ def _launch_project(
 def _split_variant(plan: _Plan, share: int, dropped: bool) -> Variant:
     r, _, num_heads, n2 = plan.heads
     routed, _, shared, top_k = plan.kinds
-    widths = (plan.k, plan.z, plan.zu, plan.zd, r, num_heads, n2, plan.g2)
+    widths = (plan.k, plan.z, plan.zu, plan.zd, r, num_heads, n2, plan.zd)
     block = _BLOCK_SPLIT // (2 if plan.wide else 1)
     blocks = (share * (_BLOCK_SPLIT // block), block, plan.strip)
     constants = (*plan.padded_outs, plan.members, *widths, routed, shared, top_k, dropped, *blocks)
-    return Variant(kernels.split_gradient_kernel, constants, num_warps=4 if max(plan.zd, plan.g2) <= 32 else 8)
+    # With 4 warps, Triton 3.6 compiles products of two widths with one operand wrongly.
+    return Variant(kernels.split_gradient_kernel, constants, num_warps=8)
 
 
 def _join_variant(plan: _Plan, flags: tuple[bool, ...]) -> Variant:
@@ -221,7 +230,7 @@ def project_backward(
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
     """See `joint_space.project_backward`."""
     plan, tokens, device = _plan_of(group), P.shape[0], P.device
-    if tokens == 0 or not plan.fits:
+    if tokens == 0 or not plan.holds_rows(tokens):
         return _by_products(group, dys, P, ups, settings, coeffs, dtypes)
 
     share, dropped = plan.share(tokens), bool(settings.seeds)

@@ -51,10 +51,12 @@ class CallSettings:
         tables (`Sequence[torch.Tensor]` of shapes `[rows, N]`, *optional*): Logits in place of the routers'.
         tasks (`torch.Tensor` of shape `[T]`, *optional*): The row of each token in the tables; -1 is the last one.
             Without it the first row holds for all tokens.
+        one_hot (`torch.Tensor` of shape `[T, rows]`, *optional*): The same in the dtype of the products, for the
+            gradients of the tables.
         token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count in statistics.
     """
 
-    __slots__ = ("dropout", "seeds", "tables", "tasks", "token_mask")
+    __slots__ = ("dropout", "one_hot", "seeds", "tables", "tasks", "token_mask")
 
     def __init__(
         self,
@@ -62,10 +64,11 @@ class CallSettings:
         seeds: Sequence[int] = (),
         tables: Sequence[torch.Tensor] = (),
         tasks: torch.Tensor | None = None,
+        one_hot: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> None:
         self.dropout, self.seeds = (dropout, seeds) if seeds else (0.0, ())
-        self.tables, self.tasks, self.token_mask = tables, tasks, token_mask
+        self.tables, self.tasks, self.one_hot, self.token_mask = tables, tasks, one_hot, token_mask
 
 
 def project(

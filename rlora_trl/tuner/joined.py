@@ -155,6 +155,8 @@ class JoinedLayers:
             probes = [probe for adapter in self.adapters if (probe := adapter.probe(x)) is not None]
             probes = probes if len(probes) == len(self.adapters) else []
         settings = CallSettings(self.dropout, seeds, token_mask=probes[0].token_mask if probes else None)
+        if routing.kind == "task":
+            self._set_tables(settings, x)
 
         # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
         device_type = x.device.type
@@ -165,6 +167,23 @@ class JoinedLayers:
             return joint_outputs(x, self.group, settings, probes, self.downs, self.ups)
         finally:
             torch.set_autocast_enabled(device_type, True)
+
+    def _set_tables(self, settings: CallSettings, x: torch.Tensor) -> None:
+        """Logits by the tasks of the tokens, in place of a router on the input."""
+        routing, task = self.routing, self.routing.batch.task
+        tables = [
+            routing.table_of(adapter.layer_number, router)
+            for adapter in self.adapters
+            if (router := adapter._parameters["router"]) is not None
+        ]
+        of_tokens = routing.one_hot_tasks(x.shape[:-1], x.device, self.dtype)
+        if of_tokens is not None:
+            settings.tasks, settings.one_hot = of_tokens
+        else:
+            if task is None:
+                routing.warn_of_mean_weights()
+            tables = [table.narrow(0, len(table) - 1 if task is None else task, 1) for table in tables]
+        settings.tables = tables
 
 
 def _member(layer: RLoraLinear, x: torch.Tensor) -> _Member | None:
@@ -186,7 +205,6 @@ def _joins(adapter: MultiHeadAdapter) -> bool:
     """Whether an adapter is of a kind that groups support, and in memory."""
     return (
         adapter.training
-        and adapter.router_kind != "task"
         and adapter.fixed_logits is None
         and (adapter.dropout == 0.0 or adapter.dropout_position == "head")
         and not is_hooked(adapter)

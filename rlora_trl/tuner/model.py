@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from .layer import RLoraLayer, RLoraLinear
 from .loading import check_adapter_tensors, check_on_first_use, settle_loaded, without_wrappers
 from .offload import refuse_offloaded
 from .patterns import make_portable
-from .prefetch import WeightPrefetch
+from .prefetch import WeightPrefetch, is_whole
 from .routing import Routing, find_routings, set_task, using_all
 from .shared_inputs import SharedInputs
 from .targets import (
@@ -129,6 +129,17 @@ def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
             f"The adapter from {config.source.name} was trained on {trained_on} but is loaded on {name}. Load it on "
             "the former; ignore this if the two are the same model."
         )
+
+
+def _begin_tables(adapters: Sequence[MultiHeadAdapter]) -> None:
+    """Compute the logits of task routers for all layers of a forward pass."""
+    routers: dict[int, dict[int, torch.Tensor]] = {}
+    for adapter in adapters:
+        router = adapter._parameters.get("router")
+        if adapter.router_kind == "task" and router is not None and is_whole(adapter):
+            routers.setdefault(id(adapter.routing), {})[adapter.layer_number] = router
+    for routing in {id(adapter.routing): adapter.routing for adapter in adapters}.values():
+        routing.begin_tables(routers.get(id(routing), {}))
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, RLoraLayer]:
@@ -417,6 +428,7 @@ class RLoraModel(BaseTuner):
         joined = [
             layer.joined for layer in self._adapted if isinstance(layer, RLoraLinear) and layer.joined is not None
         ]
+        _begin_tables(adapters)
         failed = True
         try:
             with self._prefetch.prefetched(adapters):

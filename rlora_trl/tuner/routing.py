@@ -7,11 +7,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..kernels import LayerProbe
 from .batch import BatchContext, TaskIds, resolve_task_ids, task_index
 from .recomputation import ContextHistory, in_backward
+from .task_tables import task_tables
 
 
 logger = logging.get_logger(__name__)
@@ -35,12 +37,20 @@ class Routing:
         self._batch = BatchContext()
         self._history: ContextHistory[BatchContext] = ContextHistory(_REMEMBERED)
         self._layers = 0
+        self._tokens_of: tuple[Any, ...] = ()
+        self._tables: dict[int, torch.Tensor] = {}
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the task that [`set_task`] chose, and nothing else about a batch."""
         batch = BatchContext(task=self._batch.task)
-        return {**self.__dict__, "_batch": batch, "_history": ContextHistory(_REMEMBERED)}
+        return {
+            **self.__dict__,
+            "_batch": batch,
+            "_history": ContextHistory(_REMEMBERED),
+            "_tokens_of": (),
+            "_tables": {},
+        }
 
     @property
     def batch(self) -> BatchContext:
@@ -74,6 +84,7 @@ class Routing:
     def forget_batch(self) -> None:
         """Drop the context of the batch and earlier contexts. Call it after the backward passes."""
         self._history.clear()
+        self._tokens_of, self._tables = (), {}
         self._batch = BatchContext(task=self._batch.task, usage=self._batch.usage, groups=self._batch.groups)
 
     def update(self, **values: Any) -> None:
@@ -158,6 +169,42 @@ class Routing:
         # All tokens of a row have its task. Beam search repeats each row.
         ids = batch.task_ids.to(device, torch.int64).reshape(-1)
         return ids if ids.numel() == tokens else ids.repeat_interleave(tokens // max(ids.numel(), 1))  # [T]
+
+    def one_hot_tasks(
+        self, shape: torch.Size, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        [`token_task_ids`], and the same as rows with a one `[T, K + 1]` in a dtype; kept for the layers of a batch.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`, or `None` if all tokens have the same task or none.
+        """
+        batch = self.batch
+        if batch.task_ids is None:
+            return None
+        key = (batch.task_ids, shape, device, dtype)
+        if not self._tokens_of or self._tokens_of[0][0] is not key[0] or self._tokens_of[0][1:] != key[1:]:
+            ids = self.token_task_ids(shape, device)
+            assert ids is not None
+            rows = torch.where(ids < 0, len(self.tasks), ids)
+            self._tokens_of = (key, ids, nn.functional.one_hot(rows, len(self.tasks) + 1).to(dtype))
+        return self._tokens_of[1], self._tokens_of[2]
+
+    def begin_tables(self, routers: Mapping[int, torch.Tensor]) -> None:
+        """
+        Compute the logits of the tasks for all layers of a forward pass; see [`task_tables`].
+
+        Args:
+            routers (`Mapping[int, torch.Tensor]`): The routers `[K, N]` by number of the layer.
+        """
+        self._tables = dict(zip(routers, task_tables(list(routers.values())), strict=True)) if routers else {}
+
+    def table_of(self, layer: int, router: torch.Tensor) -> torch.Tensor:
+        """The logits `[K + 1, N]` of the tasks in a layer, and last those of the mean over tasks."""
+        table = self._tables.get(layer)
+        if table is None or (torch.is_grad_enabled() and router.requires_grad and not table.requires_grad):
+            return task_tables([router])[0]
+        return table
 
     def mask_for(self, tokens: int) -> torch.Tensor | None:
         """The token mask `[T]` of the batch, if it has one for that number of tokens."""

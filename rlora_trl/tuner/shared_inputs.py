@@ -52,6 +52,7 @@ class InputGroups:
     def __init__(self, groups: dict[int, tuple[weakref.ref[RLoraLinear], ...]] | None = None) -> None:
         self.groups = groups or {}
         self.observes = groups is None
+        self.missed: set[int] = set()  # groups of which a layer got another input, by their first layers
         self._last: tuple[torch.Tensor, int, Any] | None = None
         self._found: list[list[weakref.ref[RLoraLinear]]] = []
 
@@ -85,19 +86,19 @@ class InputGroups:
                 groups[id(first)] = tuple(group[:_LARGEST])
         return InputGroups(groups)
 
-    def without(self, firsts: set[int]) -> InputGroups:
-        """These groups without some."""
-        return InputGroups({key: group for key, group in self.groups.items() if key not in firsts})
+    def holding(self) -> InputGroups:
+        """These groups without those that were missed."""
+        if not self.missed:
+            return self
+        return InputGroups({first: group for first, group in self.groups.items() if first not in self.missed})
 
-    def take_back(self) -> set[int]:
-        """Drop outputs that no layer has asked for; returns the groups that had any, by their first layers."""
-        unused = set()
+    def take_back(self) -> None:
+        """Drop outputs that no layer has asked for."""
         for first, members in self.groups.items():
             for reference in members[1:]:
                 follower = reference()
                 if follower is not None and follower.__dict__.pop("ready", None) is not None:
-                    unused.add(first)
-        return unused
+                    self.missed.add(first)
 
 
 def join(layer: RLoraLinear, x: torch.Tensor, groups: InputGroups | None) -> torch.Tensor | None:
@@ -131,9 +132,13 @@ def join(layer: RLoraLinear, x: torch.Tensor, groups: InputGroups | None) -> tor
 def take_ready(layer: RLoraLinear, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a layer for `x` that the first layer of its group has computed, if it still holds."""
     ready: ReadyOutput = layer.__dict__.pop("ready")
-    if ready.x is not x or ready.version != x._version or ready.region != _region():
-        return None
-    return ready.output if ready.joined.still_holds_for(layer, x) else None
+    joined = ready.joined
+    same = ready.x is x and ready.version == x._version and ready.region == _region()
+    if same and joined.still_holds_for(layer, x):
+        return ready.output
+    if joined.groups is not None:
+        joined.groups.missed.add(id(joined.layer))
+    return None
 
 
 class SharedInputs:
@@ -158,10 +163,8 @@ class SharedInputs:
 
     def finish_pass(self, groups: InputGroups, failed: bool = False) -> None:
         """Learn from a forward pass: groups that were observed, or that did not hold. One that failed says neither."""
-        unused = groups.take_back()
-        if failed or groups is not self.groups:
-            return
-        if groups.observes:
-            self.groups = groups.learned()
-        elif unused:
-            self.groups = groups.without(unused)
+        groups.take_back()
+        if failed:
+            groups.missed.clear()
+        elif groups is self.groups:
+            self.groups = groups.learned() if groups.observes else groups.holding()
