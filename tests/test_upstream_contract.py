@@ -269,12 +269,14 @@ CONTRACT = [Row(*row) for row in (
     ("torch.nn:Module", "_forward_pre_hooks", None, "whose outputs may be written over"),
     ("torch.nn:Module", "_backward_hooks", None, "whose weights may be joined"),
     ("torch:Tensor", "_version", None, "whether packed weights are stale"),
-    ("torch", "_C", None, "the three that follow"),
+    ("torch", "_C", None, "those that follow"),
     ("torch._C", "_current_graph_task_id", None, "whether a forward pass is a recomputation"),
     ("torch._C", "_current_autograd_node", None, "which node asks for a recomputation"),
-    ("torch._C", "_autograd", None, "the one that follows"),
+    ("torch._C", "_autograd", None, "the two that follow"),
     ("torch.autograd:Variable", "_execution_engine", None, "a call when a backward pass ends (`queue_callback`)"),
     ("torch._C._autograd", "_get_sequence_nr", None, "number of the next node, when the context of a batch is set"),
+    # Torch 2.6 lacks the first; layers with the same input are not grouped there.
+    ("torch._C._autograd", "_top_saved_tensors_default_hooks | _push_saved_tensors_default_hooks", None, "checkpointed regions, which groups of layers don't cross"),
     # Torch 2.6 has it in the classes of nodes, not yet in their common class.
     ("torch.autograd.function:BackwardCFunction", "_sequence_nr", None, "number of a node, which says when its pass ran"),
     ("torch.nn:Module", "_non_persistent_buffers_set", None, "buffers that are not saved"),

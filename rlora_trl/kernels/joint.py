@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -42,24 +42,47 @@ def joint_backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return joint_space if backend(device, dtype) is rank_space else _joint_ops()
 
 
+class DequantizedWeight(Protocol):
+    """A weight that is dequantized for each product."""
+
+    shape: torch.Size
+    device: torch.device
+
+    def dense(self) -> torch.Tensor:
+        """The weight, `[d_out, d_in]`."""
+        ...
+
+
 class JointGroup:
     """
     Layers with the same input, whose own products are computed together with their deltas.
 
     Args:
         tensors (`Sequence[AdapterTensors]`): A, B, router, A0 and B0 of each, as in `rank_space.concat`.
-        weights (`Sequence[torch.Tensor]` of shapes `[d_out, d_in]`): Frozen weights. They get no gradient.
+        weights (`Sequence[torch.Tensor | DequantizedWeight]` of shapes `[d_out, d_in]`): Frozen weights. They get no
+            gradient.
         biases (`Sequence[torch.Tensor | None]` of shapes `[d_out]`): Frozen biases.
         layout ([`Layout`]), scaling (`float`): Of all adapters.
         dtype (`torch.dtype`): Of the input, the weights and the products.
     """
 
-    __slots__ = ("biases", "columns", "kinds", "ops", "parameters", "sizes", "tensors", "transposed", "weights")
+    __slots__ = (
+        "biases",
+        "columns",
+        "kinds",
+        "ops",
+        "parameters",
+        "saved",
+        "sizes",
+        "tensors",
+        "transposed",
+        "weights",
+    )
 
     def __init__(
         self,
         tensors: Sequence[AdapterTensors],
-        weights: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor | DequantizedWeight],
         biases: Sequence[torch.Tensor | None],
         layout: Layout,
         scaling: float,
@@ -67,7 +90,8 @@ class JointGroup:
     ) -> None:
         device = weights[0].device
         self.tensors, self.weights, self.biases = tensors, weights, biases
-        self.transposed = [weight.t() for weight in weights]
+        self.saved = [weight if isinstance(weight, torch.Tensor) else None for weight in weights]
+        self.transposed = [None if weight is None else weight.t() for weight in self.saved]
         self.ops = joint_backend(device, dtype)
         k, z = widths(layout, device)
         d_outs = [weight.shape[0] for weight in weights]
@@ -78,6 +102,16 @@ class JointGroup:
         self.kinds = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self.parameters]
         width, routed = rank_space.h_columns(layout), layout.num_heads * layout.routed
         self.columns = [width, routed, k - width - routed] * len(d_outs)
+
+    def add_base(self, place: int, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        """Accumulate `x W^T` of a layer onto its output `[T, d_out]`."""
+        weight = self.transposed[place]
+        output.addmm_(tokens, self.dense(place).t() if weight is None else weight)
+
+    def dense(self, place: int) -> torch.Tensor:
+        """The weight of a layer, dequantized."""
+        weight = self.weights[place]
+        return weight if isinstance(weight, torch.Tensor) else weight.dense()
 
     def concat(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`downs` `[M K, d_in]` and `up` `[d_out, Z]` of each layer."""
@@ -142,7 +176,7 @@ class _Joint(torch.autograd.Function):
 
         # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
-        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *group.weights, partials)
+        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *group.saved, partials)
         ctx.call, ctx.shape = call, shape
         ctx.set_materialize_grads(False)
 
@@ -150,8 +184,8 @@ class _Joint(torch.autograd.Function):
         if call.write_later:
             call.tokens, call.Zs = tokens, Zs
         else:
-            for output, weight in zip(rows, group.transposed, strict=True):
-                output.addmm_(tokens, weight)
+            for place, output in enumerate(rows):
+                group.add_base(place, tokens, output)
         return outputs
 
     @staticmethod
@@ -191,7 +225,8 @@ class _Joint(torch.autograd.Function):
         if needed[0]:
             dx = torch.mm(dP, downs)  # [T, d_in]
             for place in range(count):
-                dx.addmm_(rows[place], rest[count + place])
+                weight = rest[count + place]
+                dx.addmm_(rows[place], group.dense(place) if weight is None else weight)
             grads[0] = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
         return tuple(grads)
 
@@ -272,6 +307,6 @@ def joint_outputs(
             for place, output in enumerate(outputs):
                 rows = output.view(-1, output.shape[-1])
                 joint_space.write_delta(call.Zs[place], call.ups[place], group.biases[place], rows)
-                rows.addmm_(call.tokens, group.transposed[place])
+                group.add_base(place, call.tokens, rows)
         del call.tokens, call.Zs
     return outputs

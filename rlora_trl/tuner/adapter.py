@@ -381,12 +381,13 @@ class MultiHeadAdapter(nn.Module):
         prefetched = self.prefetched
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
             return prefetched.weights
-        self.note_dtype(x)
+        self.note_dtype(x.dtype)
         return None
 
-    def note_dtype(self, x: torch.Tensor) -> None:
-        if self.product_dtype != x.dtype:  # `nn.Module.__setattr__` is slow
-            self.product_dtype = x.dtype
+    def note_dtype(self, dtype: torch.dtype) -> None:
+        """Remember the dtype of products, for [`WeightPrefetch`]."""
+        if self.product_dtype != dtype:  # `nn.Module.__setattr__` is slow
+            self.product_dtype = dtype
 
     def probe(self, x: torch.Tensor) -> LayerProbe | None:
         if not self.training or self.fixed_logits is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,16 +13,38 @@ from transformers.pytorch_utils import Conv1D
 JOINED_DEVICES = {"cuda"}
 
 
+class QuantizedWeight:
+    """
+    A 4-bit weight of bitsandbytes, which is dequantized for each product.
+
+    Args:
+        parameter (`bitsandbytes.nn.Params4bit`): The parameter.
+        dtype (`torch.dtype`): Of the products.
+    """
+
+    def __init__(self, parameter: Any, dtype: torch.dtype) -> None:
+        self.parameter, self.dtype = parameter, dtype
+        self.shape: torch.Size = torch.Size(parameter.quant_state.shape)
+        self.device: torch.device = parameter.device
+
+    def dense(self) -> torch.Tensor:
+        """The weight, `[d_out, d_in]`."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        # Without the class: every operation on a `Params4bit` passes through its `__torch_function__`.
+        return dequantize_4bit(self.parameter.data, self.parameter.quant_state).to(self.dtype)
+
+
 class FrozenProduct(NamedTuple):
     """
     A layer as a product that needs no call of it.
 
     Args:
-        weight (`torch.Tensor` of shape `[d_out, d_in]`): Its weight.
+        weight (`torch.Tensor` or [`QuantizedWeight`] of shape `[d_out, d_in]`): Its weight.
         bias (`torch.Tensor` of shape `[d_out]`, *optional*): Its bias.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | QuantizedWeight
     bias: torch.Tensor | None
 
 
@@ -43,39 +65,66 @@ def joins_products(x: torch.Tensor) -> bool:
     return x.device.type in JOINED_DEVICES and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of products of `x` here: that of autocast, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def frozen_product(layer: nn.Module, x: torch.Tensor) -> FrozenProduct | None:
     """
     The product of a layer, if it may be computed together with the delta.
 
-    The weight must be frozen, whole and in the dtype of the products.
+    The weight must be frozen, whole, and in the dtype of the products or 4-bit.
 
     Args:
         layer (`torch.nn.Module`): The base layer.
         x (`torch.Tensor` of shape `[..., d_in]`): Its input.
 
     Returns:
-        [`FrozenProduct`], or `None` if the layer must be called: it has hooks, is quantized, sharded (DeepSpeed
-        ZeRO-3; FSDP2 has gathered it by now) or trained, or `torch.compile` runs.
+        [`FrozenProduct`], or `None` if the layer must be called: it has hooks, is quantized in another way, sharded
+        (DeepSpeed ZeRO-3; FSDP2 has gathered it by now) or trained, or `torch.compile` runs.
     """
-    if type(layer) is not nn.Linear or not joins_products(x):
+    if not joins_products(x) or is_hooked(layer) or layer._backward_hooks:
         return None
     # From the dictionary, as `nn.Module.__getattr__` is slow, and as it holds parameters only.
-    parameters = layer._parameters
+    parameters, dtype = layer._parameters, product_dtype(x)
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if not _is_frozen(weight, dtype, x) or not (bias is None or _is_frozen(bias, dtype, x)):
+    if weight is None or not (bias is None or (_is_frozen(bias, x) and bias.dtype == dtype)):
         return None
-    if weight is None or weight.ndim != 2 or is_hooked(layer) or layer._backward_hooks:
-        return None
-    return FrozenProduct(weight, bias)
+    if type(layer) is nn.Linear:
+        fits = _is_frozen(weight, x) and weight.dtype == dtype and weight.ndim == 2
+        return FrozenProduct(weight, bias) if fits else None
+    if _is_4bit(layer, x, dtype):
+        quantized = QuantizedWeight(weight, dtype)
+        # A square weight may have been quantized from its transpose, which bitsandbytes treats like this too.
+        return FrozenProduct(quantized, bias) if quantized.shape[-1] == x.shape[-1] else None
+    return None
 
 
-def _is_frozen(parameter: torch.Tensor | None, dtype: torch.dtype, x: torch.Tensor) -> bool:
-    """Whether a parameter is whole, frozen, in a dtype and on the device of `x`."""
+def _is_frozen(parameter: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether a parameter is whole, frozen and on the device of `x`."""
     return (
         type(parameter) is nn.Parameter
         and not parameter.requires_grad
-        and parameter.dtype == dtype
         and parameter.device == x.device
         and "ds_id" not in vars(parameter)
+    )
+
+
+def _is_4bit(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a layer is a frozen `bitsandbytes.nn.Linear4bit` that computes in a dtype on the device of `x`."""
+    kind, weight = type(layer), layer._parameters["weight"]
+    if kind.__name__ != "Linear4bit" or not kind.__module__.startswith("bitsandbytes.") or weight is None:
+        return False
+    state = getattr(weight, "quant_state", None)
+    return (
+        type(weight).__name__ == "Params4bit"
+        and state is not None
+        and not getattr(state, "packing_format_for_cpu", False)
+        and len(state.shape) == 2
+        and layer.compute_dtype in (None, dtype)
+        and not weight.requires_grad
+        and weight.device == x.device
+        and "ds_id" not in vars(weight)
     )

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from ..kernels import LayerProbe
 from ..kernels.joint import JointGroup, Outputs, joint_outputs
 from ..kernels.joint_space import CallSettings
 from .adapter import MultiHeadAdapter
-from .base_product import frozen_product, is_hooked
+from .base_product import QuantizedWeight, frozen_product, is_hooked, product_dtype
 from .prefetch import is_whole
 
 
-if TYPE_CHECKING:
-    from .layer import RLoraLinear
-    from .shared_inputs import InputGroups
+class AdaptedLayer(Protocol):
+    """What groups need of [`RLoraLinear`], which imports this module."""
+
+    base_layer: nn.Module
+    joined: JoinedLayers | None
+    ready: ReadyOutput | None
+    merged_adapters: list[str]
+    _disable_adapters: bool
+    _active_adapter: str | list[str]
+
+    def adapters_in_use(self) -> list[MultiHeadAdapter]:
+        """The adapters that a forward pass runs."""
+        ...
 
 
 class _Member(NamedTuple):
     """A layer of a group, and what it was when the group was made."""
 
-    layer: RLoraLinear
+    layer: AdaptedLayer
     adapter: MultiHeadAdapter
     tensors: tuple[torch.Tensor | None, ...]
-    weight: torch.Tensor
+    parameter: torch.Tensor
+    weight: torch.Tensor | QuantizedWeight
     bias: torch.Tensor | None
     active: str | list[str]
 
     def is_unchanged(self, joined: JoinedLayers) -> bool:
         """Whether the layer still computes the same function, but for the values of its tensors."""
-        layer, adapter, (A, B, router, anchor_A, anchor_B), weight, bias, active = self
+        layer, adapter, (A, B, router, anchor_A, anchor_B), parameter, _, bias, active = self
         of_adapter, base = adapter._parameters, layer.base_layer
         of_base = base._parameters
         return (
@@ -44,9 +56,9 @@ class _Member(NamedTuple):
             and of_adapter.get("router") is router
             and of_adapter.get("A0") is anchor_A
             and of_adapter.get("B0") is anchor_B
-            and of_base.get("weight") is weight
+            and of_base.get("weight") is parameter
             and of_base.get("bias") is bias
-            and not weight.requires_grad
+            and not parameter.requires_grad
             and not base._forward_hooks
             and not base._forward_pre_hooks
             and not adapter._forward_hooks
@@ -65,11 +77,11 @@ class JoinedLayers:
 
     Args:
         members (`Sequence[_Member]`): The layers.
-        groups ([`InputGroups`]): What they were grouped by.
+        groups (`InputGroups`, *optional*): What they were grouped by; it is compared by identity.
         dtype (`torch.dtype`): Of the products.
     """
 
-    def __init__(self, members: Sequence[_Member], groups: InputGroups | None, dtype: torch.dtype) -> None:
+    def __init__(self, members: Sequence[_Member], groups: Any, dtype: torch.dtype) -> None:
         first = members[0].adapter
         self.members, self.groups, self.dtype = members, groups, dtype
         self.layer, self.device = members[0].layer, members[0].weight.device
@@ -87,17 +99,27 @@ class JoinedLayers:
         self.versions: list[int] = []
 
     @classmethod
-    def of(cls, layer: RLoraLinear, x: torch.Tensor, groups: InputGroups | None) -> JoinedLayers | None:
-        """The group that a layer begins with an input `x`; `None` if its base layer must be called."""
+    def of(
+        cls, layer: AdaptedLayer, x: torch.Tensor, followers: Sequence[AdaptedLayer], groups: Any
+    ) -> JoinedLayers | None:
+        """
+        The group that a layer begins with an input `x`.
+
+        Args:
+            layer ([`AdaptedLayer`]): The layer.
+            x (`torch.Tensor` of shape `[..., d_in]`): The input.
+            followers (`Sequence[AdaptedLayer]`): Layers that get it too; those that don't fit are left out.
+            groups (`InputGroups`, *optional*): What they were grouped by.
+
+        Returns:
+            [`JoinedLayers`], or `None` if the base layer must be called.
+        """
         first = _member(layer, x)
         if first is None:
             return None
-        members = [first]
-        for follower in () if groups is None else groups.followers_of(layer):
-            member = _member(follower, x)
-            if member is not None and _fit(first.adapter, member.adapter):
-                members.append(member)
-        return cls(members, groups, x.dtype)
+        others = [_member(follower, x) for follower in followers]
+        fitting = [member for member in others if member is not None and _fit(first.adapter, member.adapter)]
+        return cls([first, *fitting], groups, product_dtype(x))
 
     def prefetch(self) -> None:
         """Use the weights that were concatenated ahead, if those of all layers were; see [`WeightPrefetch`]."""
@@ -113,14 +135,13 @@ class JoinedLayers:
         """Drop the weights of a forward pass."""
         self.downs, self.ups = None, ()
 
-    def holds_for(self, layer: RLoraLinear, x: torch.Tensor) -> bool:
+    def holds_for(self, layer: AdaptedLayer, x: torch.Tensor) -> bool:
         """Whether the group computes what its layers compute for `x` now."""
         if (
             self.layer is not layer  # replicas of `DataParallel` share this object
-            or x.dtype is not self.dtype
+            or product_dtype(x) is not self.dtype
             or x.device != self.device
             or self.routing.batch.groups is not self.groups
-            or not self._autocasts(x)
         ):
             return False
         for member in self.members:
@@ -130,15 +151,10 @@ class JoinedLayers:
             self.release()
         return True
 
-    def _autocasts(self, x: torch.Tensor) -> bool:
-        """Whether products of `x` have its dtype here."""
-        device = x.device.type
-        return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is self.dtype
-
-    def still_holds_for(self, layer: RLoraLinear, x: torch.Tensor) -> bool:
+    def still_holds_for(self, layer: AdaptedLayer, x: torch.Tensor) -> bool:
         """Whether the output of a layer for `x` that came with the first layer's is still that of the layer."""
         member = next((member for member in self.members if member.layer is layer), None)
-        return member is not None and member.is_unchanged(self) and self._autocasts(x)
+        return member is not None and member.is_unchanged(self) and product_dtype(x) is self.dtype
 
     def outputs(self, x: torch.Tensor) -> Outputs:
         """The outputs of all layers."""
@@ -160,6 +176,8 @@ class JoinedLayers:
 
         # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
         device_type = x.device.type
+        if x.dtype is not self.dtype:
+            x = x.to(self.dtype)
         if not torch.is_autocast_enabled(device_type):
             return joint_outputs(x, self.group, settings, probes, self.downs, self.ups)
         torch.set_autocast_enabled(device_type, False)
@@ -186,7 +204,7 @@ class JoinedLayers:
         settings.tables = tables
 
 
-def _member(layer: RLoraLinear, x: torch.Tensor) -> _Member | None:
+def _member(layer: AdaptedLayer, x: torch.Tensor) -> _Member | None:
     """A layer as a member of a group, if it can be one."""
     active = layer.adapters_in_use()
     if len(active) != 1:
@@ -195,10 +213,11 @@ def _member(layer: RLoraLinear, x: torch.Tensor) -> _Member | None:
     product = frozen_product(layer.base_layer, x)
     if product is None or product.weight.shape[1] != x.shape[-1] or not _joins(adapter):
         return None
-    adapter.note_dtype(x)
+    adapter.note_dtype(product_dtype(x))
     names = layer._active_adapter
     names = names if isinstance(names, str) else list(names)
-    return _Member(layer, adapter, tuple(adapter._parameters.values()), *product, names)
+    parameter: Any = layer.base_layer._parameters["weight"]
+    return _Member(layer, adapter, tuple(adapter._parameters.values()), parameter, *product, names)
 
 
 def _joins(adapter: MultiHeadAdapter) -> bool:

@@ -16,22 +16,18 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .adapter import MultiHeadAdapter
-from .joined import JoinedLayers, ReadyOutput
+from .joined import AdaptedLayer, JoinedLayers, ReadyOutput
 from .recomputation import in_backward
-
-
-if TYPE_CHECKING:
-    from .layer import RLoraLinear
 
 
 # Layers of a group at most: q, k and v.
 _LARGEST = 3
-# Not public (no upstream issue as of torch 2.13); without it nothing is grouped.
+# Not public (no upstream issue as of torch 2.13); without it, as in torch 2.6, nothing is grouped.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -49,21 +45,21 @@ class InputGroups:
             that get its input after it. Without it the pass is observed.
     """
 
-    def __init__(self, groups: dict[int, tuple[weakref.ref[RLoraLinear], ...]] | None = None) -> None:
+    def __init__(self, groups: dict[int, tuple[weakref.ref[AdaptedLayer], ...]] | None = None) -> None:
         self.groups = groups or {}
         self.observes = groups is None
         self.missed: set[int] = set()  # groups of which a layer got another input, by their first layers
         self._last: tuple[torch.Tensor, int, Any] | None = None
-        self._found: list[list[weakref.ref[RLoraLinear]]] = []
+        self._found: list[list[weakref.ref[AdaptedLayer]]] = []
 
-    def followers_of(self, layer: RLoraLinear) -> list[RLoraLinear]:
+    def followers_of(self, layer: AdaptedLayer) -> list[AdaptedLayer]:
         """The layers that get the input of a layer after it."""
         members = self.groups.get(id(layer), ())
         if not members or members[0]() is not layer:  # the id of a deleted one
             return []
         return [follower for reference in members[1:] if (follower := reference()) is not None]
 
-    def observe(self, layer: RLoraLinear, x: torch.Tensor) -> None:
+    def observe(self, layer: AdaptedLayer, x: torch.Tensor) -> None:
         """Note that a layer is called in a forward pass."""
         if in_backward() or torch.compiler.is_compiling():
             return
@@ -101,12 +97,12 @@ class InputGroups:
                     self.missed.add(first)
 
 
-def join(layer: RLoraLinear, x: torch.Tensor, groups: InputGroups | None) -> torch.Tensor | None:
+def join(layer: AdaptedLayer, x: torch.Tensor, groups: InputGroups | None) -> torch.Tensor | None:
     """
     The output of a layer computed together with its delta, and those of the layers that get the same input after it.
 
     Args:
-        layer ([`RLoraLinear`]): The layer, with one adapter in use.
+        layer ([`AdaptedLayer`]): The layer, with one adapter in use.
         x (`torch.Tensor` of shape `[..., d_in]`): Its input.
         groups ([`InputGroups`], *optional*): The groups of the pass.
 
@@ -115,7 +111,8 @@ def join(layer: RLoraLinear, x: torch.Tensor, groups: InputGroups | None) -> tor
     """
     joined = layer.joined
     if joined is None or not joined.holds_for(layer, x):
-        joined = JoinedLayers.of(layer, x, groups)
+        followers = [] if groups is None else groups.followers_of(layer)
+        joined = JoinedLayers.of(layer, x, followers, groups)
         if joined is None:
             return None
         # `nn.Module.__setattr__` is slow.
@@ -129,7 +126,7 @@ def join(layer: RLoraLinear, x: torch.Tensor, groups: InputGroups | None) -> tor
     return outputs[0]
 
 
-def take_ready(layer: RLoraLinear, x: torch.Tensor) -> torch.Tensor | None:
+def take_ready(layer: AdaptedLayer, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a layer for `x` that the first layer of its group has computed, if it still holds."""
     ready: ReadyOutput = layer.__dict__.pop("ready")
     joined = ready.joined
