@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from . import rank_space
 from .balance import LayerProbe
@@ -120,7 +119,6 @@ def compiled_multihead(
     anchor_B: torch.Tensor | None = None,
     *,
     base: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
     scaling: float = 1.0,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
@@ -138,15 +136,13 @@ def compiled_multihead(
             As in `multihead.multihead_delta`.
         base (`torch.Tensor` of shape `[..., d_out]`, *optional*):
             Output of the layer, in any dtype.
-        weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*):
-            Frozen weight of the layer, in the dtype of `x`, to compute that output here instead of `base`.
         seed (scalar int64 `torch.Tensor`, *optional*):
             Seed of the masks, see `dropout.draw_seed_tensor`; a number would be a constant of the graph. Without it
             nothing is dropped.
 
     Returns:
-        `torch.Tensor` of shape `[..., d_out]`: `base + delta`, `x weight^T + delta`, or the delta. In the dtype of
-        `base` where it is given.
+        `torch.Tensor` of shape `[..., d_out]`: `base + delta`, or the delta. In the dtype of `base` where it is
+        given.
     """
     delta = _CompiledDelta.apply(
         *(x.reshape(-1, x.shape[-1]), A, B, router, anchor_A, anchor_B, logits, seed),
@@ -156,7 +152,5 @@ def compiled_multihead(
         *(scaling, dropout if seed is not None else 0.0, top_k),
     )
     delta = delta.view(*x.shape[:-1], B.shape[1])
-    if weight is not None:
-        base = F.linear(x, weight)
     # Not `addmm`: the compiler can fuse a sum with what follows it.
     return delta if base is None else base + delta.to(base.dtype)

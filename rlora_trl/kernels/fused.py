@@ -7,9 +7,7 @@ Over T tokens, with the rank-space functions `mix` and `mix_backward` between th
 
 Saved for backward: x, P, the concatenated weights and a seed. README.md has the derivation.
 
-If the layer is a plain `torch.nn.Linear`, its own product joins in: y = Z up^T is written first, and x W^T is
-accumulated onto it (backward likewise: dP down first, then dy W). A compute-bound product hides the read of what it
-accumulates onto, while adding the delta to a finished output would read and write that output once more.
+Here the layer has been called, or is not known. `joint.py` computes plain layers together with their deltas.
 """
 
 from __future__ import annotations
@@ -229,31 +227,26 @@ def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:
 class _Call:
     """The arguments of [`_MultiHeadDelta`] without gradients, and the tensors for writing the output later."""
 
-    __slots__ = ("Z", "anchors", "concat", "spec", "tokens", "weight", "write_later")
+    __slots__ = ("Z", "anchors", "concat", "spec", "write_later")
 
     Z: torch.Tensor
-    tokens: torch.Tensor
 
     def __init__(
         self,
         spec: DeltaSpec,
-        weight: torch.Tensor | None,
         anchors: tuple[torch.Tensor | None, torch.Tensor | None],
         concat: ConcatWeights | None,
     ) -> None:
-        self.spec, self.weight, self.anchors, self.concat = spec, weight, anchors, concat
+        self.spec, self.anchors, self.concat = spec, anchors, concat
         self.write_later = concat is None
 
     def write(self, y: torch.Tensor, base: torch.Tensor | None) -> None:
         """Write the output `[..., d_out]`; the delta is added to `base`, which is `y` itself if that is in place."""
         assert self.concat is not None  # set by the forward pass
-        Z, up_t, weight = self.Z, self.concat.up_t, self.weight
+        Z, up_t = self.Z, self.concat.up_t
         d_out = y.shape[-1]
         rows = y.view(-1, d_out)  # [T, d_out]
-        if weight is not None:
-            torch.mm(Z, up_t, out=rows)
-            rows.addmm_(self.tokens, weight.T)
-        elif base is None:
+        if base is None:
             torch.mm(Z, up_t, out=rows)
         elif self.spec.inplace:
             rows.addmm_(Z, up_t)
@@ -263,11 +256,11 @@ class _Call:
 
 class _MultiHeadDelta(torch.autograd.Function):
     """
-    `y = base + delta(x)`, or `y = x weight^T + delta(x)`.
+    `y = base + delta(x)`, or the delta alone.
 
     Non-reentrant checkpointing stops a recomputation when the last tensor is saved, and the tensors of a function are
     saved when its forward pass ends. If weights were not concatenated ahead, as in a recomputation, [`fused_delta`]
-    writes y afterwards. The last product of a block, which only y needs, is then skipped, as it is for a plain layer.
+    writes y afterwards. The last product of a block, which only y needs, is then skipped.
     (Not if a whole model is one checkpoint, whose recomputation concatenates ahead too.)
 
     Short steps wait for the host, so each operation matters: a view takes a fifth of the host time of a product.
@@ -291,7 +284,7 @@ class _MultiHeadDelta(torch.autograd.Function):
         up, ops, layout, probe, shape = concat.up, concat.ops, concat.layout, spec.probe, x.shape
 
         # P = x down^T, Z = mix(P)
-        call.tokens = tokens = x.reshape(-1, shape[-1])  # [T, d_in]
+        tokens = x.reshape(-1, shape[-1])  # [T, d_in]
         P = concat.project(tokens, logits)  # [T, K]
         partials, token_mask = None, None
         if probe is not None:
@@ -310,7 +303,7 @@ class _MultiHeadDelta(torch.autograd.Function):
         # not compute them again, nor use parameters that DeepSpeed or FSDP may have released by then.
         # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
-        ctx.save_for_backward(saved_x, P, call.weight, concat.down, up, partials)
+        ctx.save_for_backward(saved_x, P, concat.down, up, partials)
         ctx.spec, ctx.ops, ctx.heads_width = spec, ops, concat.heads_width
         ctx.has_base, ctx.shapes = base is not None, (shape, A.shape, B.shape)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (A, B, router, logits)]
@@ -328,7 +321,7 @@ class _MultiHeadDelta(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens, P, weight, down, up, partials = ctx.saved_tensors
+        tokens, P, down, up, partials = ctx.saved_tensors
         spec: DeltaSpec = ctx.spec
         need_base, need_x, need_A, need_B, need_router, need_logits, _ = ctx.needs_input_grad
         ops, layout, probe = ctx.ops, spec.layout, spec.probe
@@ -368,12 +361,8 @@ class _MultiHeadDelta(torch.autograd.Function):
             if need_logits:
                 dlogits = _cast(rank_space.logits_of(dP, layout), dtype_logits)
 
-            # dx = dP down, then dy W accumulates onto it.
             if need_x:
-                dx = torch.mm(dP, down)  # [T, d_in]
-                if weight is not None:
-                    dx.addmm_(dy2, weight)
-                dx = dx.view(shape_x)
+                dx = torch.mm(dP, down).view(shape_x)
 
         dbase = dy if ctx.has_base and need_base else None
         return dbase, dx, dA, dB, drouter, dlogits, None
@@ -393,7 +382,6 @@ def fused_delta(
     anchor_B: torch.Tensor | None,
     logits: torch.Tensor | None,
     base: torch.Tensor | None,
-    weight: torch.Tensor | None,
     spec: DeltaSpec,
     concat: ConcatWeights | None = None,
 ) -> torch.Tensor:
@@ -407,18 +395,15 @@ def fused_delta(
             As in `multihead.multihead_delta`.
         base (`torch.Tensor` of shape `[..., d_out]`, *optional*):
             Output of the layer, in the dtype of `x`; contiguous if `spec.inplace` is set.
-        weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*):
-            Frozen weight of the layer, in the dtype of `x`, to compute that output here instead of `base`. It gets no
-            gradient.
         spec ([`DeltaSpec`]):
             The other arguments.
         concat ([`ConcatWeights`], *optional*):
             Result of [`concat_weights`] for these parameters, if it was computed ahead.
 
     Returns:
-        `torch.Tensor` of shape `[..., d_out]`: `base + delta`, `x weight^T + delta`, or the delta.
+        `torch.Tensor` of shape `[..., d_out]`: `base + delta`, or the delta.
     """
-    call = _Call(spec, weight, (anchor_A, anchor_B), concat)
+    call = _Call(spec, (anchor_A, anchor_B), concat)
     y = _MultiHeadDelta.apply(base, x, A, B, router, logits, call)
     if call.write_later:
         with torch.no_grad():

@@ -84,6 +84,11 @@ def _is_stream(node: ast.Assign) -> bool:
     return [ast.unparse(target) for target in node.targets] == ["stream"]
 
 
+@lru_cache(maxsize=1)
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 class Variant:
     """
     A kernel with its constants.
@@ -118,7 +123,7 @@ class Variant:
                 Triton specializes on.
         """
         device = tensors[0].get_device()  # -1 for the CPU
-        if device >= 0 and device != torch.cuda.current_device():
+        if device >= 0 and _several_devices() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.launch(programs, tensors, numbers, aligned)
 

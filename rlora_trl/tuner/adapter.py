@@ -281,7 +281,6 @@ class MultiHeadAdapter(nn.Module):
         self,
         x: torch.Tensor,
         base: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
         inplace: bool = False,
     ) -> torch.Tensor:
         """
@@ -290,7 +289,6 @@ class MultiHeadAdapter(nn.Module):
         Args:
             x (`torch.Tensor` of shape `[..., d_in]`): Input of the layer.
             base (`torch.Tensor` of shape `[..., d_out]`, *optional*): Output of the layer.
-            weight (`torch.Tensor` of shape `[d_out, d_in]`, *optional*): Frozen weight, to compute that output here.
             inplace (`bool`, *optional*, defaults to `False`): The result may overwrite `base`.
 
         Returns:
@@ -313,27 +311,25 @@ class MultiHeadAdapter(nn.Module):
         masked = training and self.dropout > 0.0
         on_input = masked and self.dropout_position == "input"
         if torch.compiler.is_compiling() and not on_input:
-            return self._compiled(x, base, weight, masked)
+            return self._compiled(x, base, masked)
         if on_input or (base is not None and base.dtype != x.dtype):
-            return self._composed(x, base, weight, masked)
+            return self._composed(x, base, masked)
 
         # Inference keeps its concatenated weights from call to call.
-        if not training and not torch.is_grad_enabled() and weight is None:
+        if not training and not torch.is_grad_enabled():
             logits = self._replacing_logits(x)
             return self._inference_delta(x).apply(x, base, logits=logits, inplace=inplace)
 
         if not autocast:
-            return self._fused(x, base, weight, inplace, masked)
+            return self._fused(x, base, inplace, masked)
         # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
         torch.set_autocast_enabled(device_type, False)
         try:
-            return self._fused(x, base, weight, inplace, masked)
+            return self._fused(x, base, inplace, masked)
         finally:
             torch.set_autocast_enabled(device_type, True)
 
-    def _fused(
-        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, inplace: bool, masked: bool
-    ) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, base: torch.Tensor | None, inplace: bool, masked: bool) -> torch.Tensor:
         """`forward` as one autograd function, for training."""
         logits = self._replacing_logits(x)
         tensors, layout = self.kernel_tensors(), self.layout()
@@ -346,7 +342,7 @@ class MultiHeadAdapter(nn.Module):
             inplace and base is not None and base.is_contiguous(),
             self.probe(x),
         )
-        return fused_delta(x, *tensors, logits, base, weight, spec, weights)
+        return fused_delta(x, *tensors, logits, base, spec, weights)
 
     def draw_seed(self) -> int:
         """The seed of a dropout mask, derived from the seed of the batch if it has one."""
@@ -395,9 +391,7 @@ class MultiHeadAdapter(nn.Module):
         # With reentrant checkpointing the first pass has no backward pass; the recomputation reports.
         return self.routing.probe(self.routing_row, x.shape[:-1].numel()) if torch.is_grad_enabled() else None
 
-    def _composed(
-        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
-    ) -> torch.Tensor:
+    def _composed(self, x: torch.Tensor, base: torch.Tensor | None, masked: bool) -> torch.Tensor:
         """`forward` in PyTorch's own operations."""
         seed: int | torch.Tensor | None = None
         if masked:
@@ -413,19 +407,14 @@ class MultiHeadAdapter(nn.Module):
             top_k=self.layout().top_k,
             probe=self.probe(x),
         )
-        if weight is not None:
-            base = nn.functional.linear(x, weight)
         return delta if base is None else base + delta.to(base.dtype)
 
-    def _compiled(
-        self, x: torch.Tensor, base: torch.Tensor | None, weight: torch.Tensor | None, masked: bool
-    ) -> torch.Tensor:
+    def _compiled(self, x: torch.Tensor, base: torch.Tensor | None, masked: bool) -> torch.Tensor:
         """`forward` for `torch.compile`: matrix products, and operators that it does not trace."""
         return compiled_multihead(
             x,
             *self.kernel_tensors(),
             base=base,
-            weight=weight,
             scaling=self.scaling,
             dropout=self.dropout,
             seed=self._draw_seed_tensor(x.device) if masked else None,

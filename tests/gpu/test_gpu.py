@@ -9,10 +9,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from testing_utils import perturb, random_ids, task_datasets
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
-from rlora_trl.tuner.layer import joinable_weight
+from rlora_trl.kernels import joint
+from rlora_trl.tuner import base_product
+from rlora_trl.tuner.base_product import frozen_product
 
 
 pytestmark = [
@@ -68,15 +71,90 @@ def test_the_base_product_joins_in(model_folders):
     model = adapted(model_folders["llama"], "cuda", torch.bfloat16)
     layer = model.base_model.model.model.layers[0].mlp.gate_proj
     x = torch.randn(2, 3, 32, device="cuda", dtype=torch.bfloat16)
-    assert joinable_weight(layer.base_layer, x) is layer.base_layer.weight
-    assert joinable_weight(layer.base_layer, x.float()) is None
+    base = layer.base_layer
+    assert frozen_product(base, x) == (base.weight, None)
+    assert frozen_product(base, x.float()) is None
     with torch.no_grad():
-        assert joinable_weight(layer.base_layer, x) is None
-    handle = layer.base_layer.register_forward_hook(lambda *args: None)
-    assert joinable_weight(layer.base_layer, x) is None
+        assert frozen_product(base, x) is None
+    handle = base.register_forward_hook(lambda *args: None)
+    assert frozen_product(base, x) is None
     handle.remove()
-    layer.base_layer.weight.requires_grad_(True)
-    assert joinable_weight(layer.base_layer, x) is None
+    base.weight.requires_grad_(True)
+    assert frozen_product(base, x) is None
+
+
+def joined_and_alone(model, monkeypatch, **kwargs):
+    """Gradients of grouped layers, and where each base layer is called; and the sizes of the groups."""
+    sizes, real = [], joint._Joint.apply
+
+    def apply(x, call, *parameters):
+        sizes.append(call.group.sizes.count)
+        return real(x, call, *parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(joint._Joint, "apply", apply)
+        for _ in range(2):  # the first is observed
+            sizes.clear()
+            model.zero_grad()
+            _, joined = gradients(model, "cuda", **kwargs)
+        patch.setattr(base_product, "JOINED_DEVICES", set())
+        model.zero_grad()
+        _, alone = gradients(model, "cuda", **kwargs)
+    return joined, alone, set(sizes)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("options", [{}, {"num_heads": 1, "router": "uniform"}, {"num_heads": 10, "r": 16}], ids=str)
+def test_layers_with_the_same_input_are_computed_together(model_folders, options, checkpointing, monkeypatch):
+    model = adapted(model_folders["llama"], "cuda", head_dropout=0.3, target_modules="all-linear", **options)
+    joined, alone, sizes = joined_and_alone(model, monkeypatch, checkpointing=checkpointing)
+    assert sizes == {1, 2, 3}
+    assert largest_error(joined, alone) < 1e-3
+
+
+FOUR_BIT = {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bit_layers_are_computed_together(model_folders, double, monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({name: nn.Linear(*size, bias=name == "up") for name, size in FOUR_BIT.items()})
+    for name, linear in list(layers.items()):
+        quantized = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=torch.float32,
+            quant_type="nf4",
+            compress_statistics=double,
+        )
+        quantized.load_state_dict(linear.state_dict())
+        layers[name] = quantized
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return self.layers["down"](torch.tanh(self.layers["gate"](x)) * self.layers["up"](x))
+
+    options = {"r": 4, "num_heads": 3, "target_modules": list(FOUR_BIT), "init_weights": False, "head_dropout": 0.0}
+    model = get_peft_model(Mlp().cuda(), RLoraConfig(**options)).train()
+    x = torch.randn(4, 40, 64, device="cuda", requires_grad=True)
+    found = []
+    for devices in ({"cuda"}, {"cuda"}, set()):
+        monkeypatch.setattr(base_product, "JOINED_DEVICES", devices)
+        model.zero_grad()
+        x.grad = None
+        model(x).square().mean().backward()
+        found.append([x.grad.clone(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]])
+    joined = model.base_model.model.layers["gate"].joined
+    assert joined is not None and len(joined.members) == 2
+    assert all(isinstance(member.weight, base_product.QuantizedWeight) for member in joined.members)
+    for a, b in zip(found[1], found[2], strict=True):
+        assert ((a - b).norm() / b.norm()).item() < 1e-4
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

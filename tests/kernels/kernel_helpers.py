@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlora_trl.kernels import fused, rank_space
 
@@ -20,7 +21,6 @@ def fused_multihead(
     anchor_B=None,
     *,
     base=None,
-    weight=None,
     scaling=1.0,
     dropout=0.0,
     seed=None,
@@ -39,7 +39,7 @@ def fused_multihead(
         inplace,
         probe,
     )
-    return fused.fused_delta(x, A, B, router, anchor_A, anchor_B, logits, base, weight, spec)
+    return fused.fused_delta(x, A, B, router, anchor_A, anchor_B, logits, base, spec)
 
 
 # Relative RMS error against float64. float32: sums of a few dozen products. 16 bits: one rounding is 2**-9 (bfloat16)
@@ -72,3 +72,17 @@ def make(size, dtype, routed=True, anchored=True, shared=True, task_logits=False
 
 def relative_error(a, b):
     return ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts the matrix products with as many output columns as a layer has."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.count = columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.count += func.overloadpacket in products and result.shape[-1] == self.columns
+        return result

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_helpers import DEVICE, INTERPRETED, TOLERANCE, make, relative_error
+import torch.utils.checkpoint
+from kernel_helpers import DEVICE, INTERPRETED, TOLERANCE, CountedProducts, make, relative_error
 
 from rlora_trl.kernels import LayerProbe, RoutingStats, RoutingTally, fused, keep_mask, rank_space
 from rlora_trl.kernels.joint import JointGroup, joint_outputs
@@ -202,7 +203,7 @@ def test_statistics_and_balance_gradients_are_those_of_single_layers(masked):
                 seed = settings.seeds[place]
                 spec = fused.DeltaSpec(group.sizes.layout, SCALING, 0.2, seed, False, probe)
                 weight = group.weights[place]
-                outputs.append(fused.fused_delta(x, *group.tensors[place], None, x @ weight.T, None, spec))
+                outputs.append(fused.fused_delta(x, *group.tensors[place], None, x @ weight.T, spec))
         upstream = [torch.ones_like(y) for y in outputs]
         grads = torch.autograd.grad(outputs, [x, *group.parameters], upstream)
         found.append([stats.data, *outputs, *grads])
@@ -221,3 +222,38 @@ def test_saved_for_backward():
     elements = sum(t.numel() for t in saved if t.data_ptr() not in weights)
     sizes = group.sizes
     assert elements == tokens * (d_in + 2 * sizes.k) + 2 * sizes.k * d_in + sizes.z * sum(D_OUTS[:2])
+
+
+def test_a_recomputation_skips_the_unused_outputs():
+    """As for plain frozen layers at the end of a checkpointed block, whose products are not run a second time."""
+    _, x, group, settings = make_group((3, 4, 13, 67), 1, torch.float32)
+    trained = [x, *group.parameters]
+    (y,) = torch.utils.checkpoint.checkpoint(lambda: joint_outputs(x, group, settings), use_reentrant=False)
+    expected = torch.autograd.grad(joint_outputs(x, group, settings)[0].square().sum(), trained)
+    with CountedProducts(columns=D_OUTS[0]) as counted:
+        actual = torch.autograd.grad(y.square().sum(), trained)
+    assert counted.count == 0
+    torch.testing.assert_close(actual, expected)
+
+
+class Doubled:
+    """A weight that is stored as its half."""
+
+    def __init__(self, weight):
+        self.half, self.shape, self.device, self.calls = weight / 2, weight.shape, weight.device, 0
+
+    def dense(self):
+        self.calls += 1
+        return 2 * self.half
+
+
+def test_weights_that_are_dequantized():
+    _, x, group, settings = make_group((3, 4, 13, 67), 2, torch.float32, biased=True)
+    weights = [Doubled(weight) for weight in group.weights]
+    other = JointGroup(group.tensors, weights, group.biases, group.sizes.layout, SCALING, x.dtype)
+    found = []
+    for one in (group, other):
+        outputs = joint_outputs(x, one, settings)
+        found.append([*outputs, *torch.autograd.grad([y.sum() for y in outputs], [x, *group.parameters])])
+    torch.testing.assert_close(*found)
+    assert [weight.calls for weight in weights] == [2, 2]  # forward and backward, and not kept between
