@@ -62,7 +62,7 @@ def is_hooked(layer: nn.Module) -> bool:
 
 def joins_products(x: torch.Tensor) -> bool:
     """Whether products of `x` run together with deltas: in training on a GPU."""
-    return x.device.type in JOINED_DEVICES and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.device.type in JOINED_DEVICES and torch.is_grad_enabled()
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -83,7 +83,7 @@ def frozen_product(layer: nn.Module, x: torch.Tensor) -> FrozenProduct | None:
 
     Returns:
         [`FrozenProduct`], or `None` if the layer must be called: it has hooks, is quantized in another way, sharded
-        (DeepSpeed ZeRO-3; FSDP2 has gathered it by now) or trained, or `torch.compile` runs.
+        (DeepSpeed ZeRO-3; FSDP2 has gathered it by now) or trained.
     """
     if not joins_products(x) or is_hooked(layer) or layer._backward_hooks:
         return None

@@ -215,6 +215,8 @@ class RLoraLinear(nn.Module, RLoraLayer):
 
     def _join(self, x: torch.Tensor, adapter: MultiHeadAdapter) -> torch.Tensor | None:
         """The output together with the delta; `None` if the base layer must be called."""
+        if torch.compiler.is_compiling():
+            return None  # a graph would depend on groups, and the compiler plans products itself
         groups = adapter.routing.batch.groups
         if groups is not None and groups.observes:
             groups.observe(self, x)

@@ -61,7 +61,7 @@ class InputGroups:
 
     def observe(self, layer: AdaptedLayer, x: torch.Tensor) -> None:
         """Note that a layer is called in a forward pass."""
-        if in_backward() or torch.compiler.is_compiling():
+        if in_backward():
             return
         region = _region()
         last, version, region_of_last = self._last or (None, 0, None)
