@@ -346,7 +346,10 @@ class MultiHeadAdapter(nn.Module):
 
     def draw_seed(self) -> int:
         """The seed of a dropout mask, derived from the seed of the batch if it has one."""
-        seed = self.routing.batch.seed
+        return self.derive_seed(self.routing.batch.seed)
+
+    def derive_seed(self, seed: int | None) -> int:
+        """The seed of a dropout mask from that of the batch, or a new one."""
         return draw_seed() if seed is None else (seed ^ (self.layer_number * _SPREAD)) & (2**63 - 1)
 
     def _draw_seed_tensor(self, device: torch.device) -> torch.Tensor:

@@ -165,7 +165,7 @@ class JoinedLayers:
         # A dropout mask for each layer, derived from the seed of the batch if it has one.
         seeds: list[int] = []
         if self.dropout > 0.0:
-            seeds = [adapter.draw_seed() for adapter in self.adapters]
+            seeds = [adapter.derive_seed(batch.seed) for adapter in self.adapters]
         probes: list[LayerProbe] = []
         if batch.tally is not None:
             probes = [probe for adapter in self.adapters if (probe := adapter.probe(x)) is not None]
