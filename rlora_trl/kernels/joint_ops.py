@@ -57,7 +57,16 @@ def stats_rows(tokens: int) -> int:
 class _Plan:
     """What follows from the sizes of a group, and the kernels that were made for it."""
 
-    def __init__(self, d_in: int, d_outs: tuple[int, ...], k: int, z: int, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_outs: tuple[int, ...],
+        k: int,
+        z: int,
+        layout: Layout,
+        dtype: torch.dtype,
+        small_memory: bool = False,
+    ) -> None:
         num_heads, r, top_k = layout.num_heads, layout.r, layout.top_k
         self.d_in, self.members, self.layout = d_in, len(d_outs), layout
         self.k, self.z, self.dtype, self.wide = k, z, dtype, dtype.itemsize > 2
@@ -74,7 +83,8 @@ class _Plan:
         self.zu = z_columns(layout)
 
         # Columns of dy per program; what all strips and shares of the tokens store.
-        self.strip = 256 if min(d_outs) >= 4096 and self.narrow else 128
+        roomy = self.narrow and not self.wide and not small_memory
+        self.strip = 256 if min(d_outs) >= 4096 and roomy else 128
         self.strips = [_ceil(d_out, self.strip) for d_out in d_outs]
         self.all_strips = sum(self.strips)
         self.shapes_of_dB = [(num_heads, d_out, r) for d_out in d_outs]
@@ -99,11 +109,17 @@ class _Plan:
 _make_plan = lru_cache(maxsize=1024)(_Plan)
 
 
-def _plan_of(group: GroupSizes) -> _Plan:
+@lru_cache(maxsize=64)
+def _has_small_memory(device: torch.device) -> bool:
+    """Whether programs of a GPU share less than 96 KiB, as on those before Ampere."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _plan_of(group: GroupSizes, device: torch.device) -> _Plan:
     plan: _Plan = group.plan
     if plan is None:
-        plan = _make_plan(group.d_in, group.d_outs, group.k, group.z, group.layout, group.dtype)
-        group.plan = plan
+        sizes = (group.d_in, group.d_outs, group.k, group.z, group.layout, group.dtype)
+        plan = group.plan = _make_plan(*sizes, _has_small_memory(device))
     return plan
 
 
@@ -120,7 +136,7 @@ def _mask_numbers(plan: _Plan, settings: CallSettings) -> tuple[Any, ...]:
 
 def _project_variant(plan: _Plan, block: int, biases: tuple, flags: tuple) -> Variant:
     widths = (plan.k, plan.k2, plan.z, padding(plan.z, plan.zu), plan.zd)
-    columns = (256 if block <= 16 else 128) // (2 if plan.wide else 1)
+    columns = (256 if block <= 16 else 128) // (2 if plan.wide else 1) // (2 if plan.k2 > _NARROW else 1)
     sizes = (plan.d_in, *plan.padded_outs, plan.members, *biases)
     return Variant(kernels.project_kernel, (*sizes, *widths, *plan.heads, *plan.kinds, *flags, block, columns, 128))
 
@@ -136,7 +152,7 @@ def project(
     partials: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """See `joint_space.project`."""
-    plan, tokens = _plan_of(group), x.shape[0]
+    plan, tokens = _plan_of(group, x.device), x.shape[0]
     P = x.new_empty((tokens, group.count * group.k))
     expand = outputs is not None and plan.long_outs and plan.holds_rows(tokens)
     if outputs is not None and expand:
@@ -229,7 +245,7 @@ def project_backward(
     dtypes: Sequence[torch.dtype | None],
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
     """See `joint_space.project_backward`."""
-    plan, tokens, device = _plan_of(group), P.shape[0], P.device
+    plan, tokens, device = _plan_of(group, P.device), P.shape[0], P.device
     if tokens == 0 or not plan.holds_rows(tokens):
         return _by_products(group, dys, P, ups, settings, coeffs, dtypes)
 

@@ -131,15 +131,14 @@ def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
         )
 
 
-def _begin_tables(adapters: Sequence[MultiHeadAdapter]) -> None:
-    """Compute the logits of task routers for all layers of a forward pass."""
-    routers: dict[int, dict[int, torch.Tensor]] = {}
+def _task_routers(adapters: Sequence[MultiHeadAdapter], routing: Routing) -> dict[int, torch.Tensor]:
+    """The routers of a state that layers share, by number of the layer, where they are in memory."""
+    routers = {}
     for adapter in adapters:
         router = adapter._parameters.get("router")
-        if adapter.router_kind == "task" and router is not None and is_whole(adapter):
-            routers.setdefault(id(adapter.routing), {})[adapter.layer_number] = router
-    for routing in {id(adapter.routing): adapter.routing for adapter in adapters}.values():
-        routing.begin_tables(routers.get(id(routing), {}))
+        if adapter.routing is routing and router is not None and is_whole(adapter):
+            routers[adapter.layer_number] = router
+    return routers
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, RLoraLayer]:
@@ -424,11 +423,14 @@ class RLoraModel(BaseTuner):
             yield
             return
         adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
-        groups = self._shared_inputs.begin_pass(adapters)
+        routings = list({id(adapter.routing): adapter.routing for adapter in adapters}.values())
+        groups = self._shared_inputs.begin_pass(adapters, routings)
         joined = [
             layer.joined for layer in self._adapted if isinstance(layer, RLoraLinear) and layer.joined is not None
         ]
-        _begin_tables(adapters)
+        for routing in routings:
+            if routing.kind == "task":
+                routing.begin_tables(_task_routers(adapters, routing))
         failed = True
         try:
             with self._prefetch.prefetched(adapters):

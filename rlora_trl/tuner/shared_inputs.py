@@ -23,6 +23,7 @@ import torch
 from .adapter import MultiHeadAdapter
 from .joined import AdaptedLayer, JoinedLayers, ReadyOutput
 from .recomputation import in_backward
+from .routing import Routing
 
 
 # Layers of a group at most: q, k and v.
@@ -149,11 +150,11 @@ class SharedInputs:
         """Copies and pickles observe their own layers."""
         return {"_adapters": [], "groups": InputGroups()}
 
-    def begin_pass(self, adapters: Sequence[MultiHeadAdapter]) -> InputGroups:
-        """The groups of a forward pass with these adapters."""
+    def begin_pass(self, adapters: Sequence[MultiHeadAdapter], routings: Sequence[Routing]) -> InputGroups:
+        """The groups of a forward pass with these adapters, which share these states."""
         if len(adapters) != len(self._adapters) or not all(map(is_, adapters, self._adapters)):
             self._adapters, self.groups = list(adapters), InputGroups()
-        for routing in {id(adapter.routing): adapter.routing for adapter in adapters}.values():
+        for routing in routings:
             if routing.batch.groups is not self.groups:
                 routing.update(groups=self.groups)
         return self.groups
