@@ -133,7 +133,7 @@ def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
 
 def _task_routers(adapters: Sequence[MultiHeadAdapter], routing: Routing) -> dict[int, torch.Tensor]:
     """The routers of a state that layers share, by number of the layer, where they are in memory."""
-    routers = {}
+    routers: dict[int, torch.Tensor] = {}
     for adapter in adapters:
         router = adapter._parameters.get("router")
         if adapter.routing is routing and router is not None and is_whole(adapter):

@@ -117,6 +117,8 @@ def join(layer: AdaptedLayer, x: torch.Tensor, groups: InputGroups | None) -> to
         if joined is None:
             return None
         # `nn.Module.__setattr__` is slow.
+        for member in joined.members:
+            member.layer.__dict__.pop("joined", None)
         layer.__dict__["joined"] = joined
 
     outputs = joined.outputs(x)
