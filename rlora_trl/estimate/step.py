@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..tuner import MultiHeadAdapter, RLoraLayer, find_routings
+from ..tuner import MultiHeadAdapter, base_product, find_routings
 from .settings import TrainingSettings
 
 
@@ -257,7 +257,9 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 def _as_on_gpu(model: nn.Module, *, joins: bool, autocast: torch.dtype | None) -> Iterator[None]:
     """Run layers as they run on a GPU: base products that R-LoRA computes, and masks of dropout."""
     adapters = [module for module in model.modules() if isinstance(module, MultiHeadAdapter)]
-    layers = [module for module in model.modules() if isinstance(module, RLoraLayer)]
+    if joins:
+        base_product.JOINED_DEVICES.add("cpu")
+        base_product.JOINED_TYPES.add(FakeTensor)
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     probabilities = [adapter.dropout for adapter in adapters]
 
@@ -265,11 +267,6 @@ def _as_on_gpu(model: nn.Module, *, joins: bool, autocast: torch.dtype | None) -
     for adapter in adapters:
         if adapter.dropout_position == "head":
             adapter.dropout = 0.0
-    for layer in layers:
-        weight: Any = getattr(layer.base_layer, "weight", None)
-        plain = type(layer.base_layer) is nn.Linear and layer.base_layer.bias is None
-        if joins and plain and not weight.requires_grad and weight.dtype == (autocast or weight.dtype):
-            layer.forward = partial(_joined, layer)
     for dropout in dropouts:
         dropout.forward = partial(_dropout, dropout)  # type: ignore[method-assign]
 
@@ -278,14 +275,10 @@ def _as_on_gpu(model: nn.Module, *, joins: bool, autocast: torch.dtype | None) -
     finally:
         for adapter, probability in zip(adapters, probabilities, strict=True):
             adapter.dropout = probability
-        for module in (*layers, *dropouts):
+        for module in dropouts:
             module.__dict__.pop("forward", None)
-
-
-def _joined(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    (adapter,) = layer.adapters_in_use()
-    joined: torch.Tensor = adapter(x, weight=layer.base_layer.weight)
-    return joined
+        base_product.JOINED_DEVICES.discard("cpu")
+        base_product.JOINED_TYPES.discard(FakeTensor)
 
 
 def _dropout(module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:

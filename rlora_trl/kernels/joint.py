@@ -64,6 +64,8 @@ class JointGroup:
         biases (`Sequence[torch.Tensor | None]` of shapes `[d_out]`): Frozen biases.
         layout ([`Layout`]), scaling (`float`): Of all adapters.
         dtype (`torch.dtype`): Of the input, the weights and the products.
+        task_routers (`Sequence[torch.Tensor]` of shapes `[K, N]`, *optional*): Parameters behind the tables of logits
+            of each call, which get their gradients.
     """
 
     __slots__ = (
@@ -75,7 +77,6 @@ class JointGroup:
         "saved",
         "sizes",
         "tensors",
-        "transposed",
         "weights",
     )
 
@@ -87,11 +88,11 @@ class JointGroup:
         layout: Layout,
         scaling: float,
         dtype: torch.dtype,
+        task_routers: Sequence[torch.Tensor] = (),
     ) -> None:
         device = weights[0].device
         self.tensors, self.weights, self.biases = tensors, weights, biases
         self.saved = [weight if isinstance(weight, torch.Tensor) else None for weight in weights]
-        self.transposed = [None if weight is None else weight.t() for weight in self.saved]
         self.ops = joint_backend(device, dtype)
         k, z = widths(layout, device)
         d_outs = [weight.shape[0] for weight in weights]
@@ -99,14 +100,15 @@ class JointGroup:
 
         # The trained tensors, their shapes and dtypes, and where their gradients lie in ddown `[M K, d_in]`.
         self.parameters = [tensor for of_layer in tensors for tensor in of_layer[:3]]
+        if task_routers:
+            self.parameters[2::3] = task_routers
         self.kinds = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self.parameters]
         width, routed = rank_space.h_columns(layout), layout.num_heads * layout.routed
         self.columns = [width, routed, k - width - routed] * len(d_outs)
 
     def add_base(self, place: int, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Accumulate `x W^T` of a layer onto its output `[T, d_out]`."""
-        weight = self.transposed[place]
-        output.addmm_(tokens, self.dense(place).t() if weight is None else weight)
+        output.addmm_(tokens, self.dense(place).t())
 
     def dense(self, place: int) -> torch.Tensor:
         """The weight of a layer, dequantized."""
@@ -176,7 +178,8 @@ class _Joint(torch.autograd.Function):
 
         # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
-        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *group.saved, partials)
+        weights = group.saved if ctx.needs_input_grad[0] else [None] * sizes.count
+        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *weights, partials)
         ctx.call, ctx.shape = call, shape
         ctx.set_materialize_grads(False)
 
@@ -186,6 +189,7 @@ class _Joint(torch.autograd.Function):
         else:
             for place, output in enumerate(rows):
                 group.add_base(place, tokens, output)
+            call.downs, call.ups = None, ()  # saved, and freed with what is saved
         return outputs
 
     @staticmethod
@@ -198,19 +202,20 @@ class _Joint(torch.autograd.Function):
         partials = rest[-1]
 
         # dP and dB of all members.
-        if None in dys:
+        used = [dy is not None for dy in dys]
+        if False in used:
             dys, needed = _without_unused(dys, needed, ctx.shape, call.group.sizes, P)
         rows = [_flat(dy) for dy in dys if dy is not None]
-        coeffs = None if partials is None else _report(call.probes, partials, sizes)
+        coeffs = None if partials is None else _report(call.probes, partials, sizes, used)
         dtypes = [kinds[3 * place + 1][1] if needed[3 * place + 3] else None for place in range(count)]
         dP, dBs = group.ops.project_backward(sizes, rows, P, rest[:count], call.settings, coeffs, dtypes)
 
-        # dA and drouter are rows of dP^T x; the gradient of a table sums those of the logits by task.
+        # dA and drouter are rows of dP^T x; a task router sums the gradients of the logits by task.
         grads: list[torch.Tensor | None] = [None] * len(needed)
         grads[3::3] = dBs
         if call.settings.tables:
-            tables = _of_tables(dP, call.settings, sizes)
-            grads[4::3] = [grad if need else None for grad, need in zip(tables, needed[4::3], strict=True)]
+            routers = _of_task_routers(dP, call.settings, group)
+            grads[4::3] = [grad if need else None for grad, need in zip(routers, needed[4::3], strict=True)]
         if True in needed[2::3] or (True in needed[4::3] and not call.settings.tables):
             ddown = mm_wide(dP.t(), tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1]))
             parts = ddown.split_with_sizes(group.columns)
@@ -247,23 +252,43 @@ def _without_unused(
     return tuple(filled), (*needed[:2], *of_members)
 
 
-def _report(probes: Sequence[LayerProbe], partials: torch.Tensor, sizes: GroupSizes) -> list[torch.Tensor | None]:
-    """Report to the probes of a group; returns the coefficients of balance losses."""
+def _report(
+    probes: Sequence[LayerProbe], partials: torch.Tensor, sizes: GroupSizes, used: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Report to the probes of a group whose outputs were used; returns the coefficients of balance losses."""
     ops = backend(partials.device, sizes.dtype)
-    return [probe.finish(ops, sums, sizes.layout) for probe, sums in zip(probes, partials.unbind(), strict=True)]
+    coeffs = [
+        probe.finish(ops, sums, sizes.layout) if is_used else None
+        for probe, sums, is_used in zip(probes, partials.unbind(), used, strict=True)
+    ]
+    if any(one is not None for one in coeffs):
+        none = partials.new_zeros(sizes.layout.num_heads + 2)
+        return [none if one is None else one for one in coeffs]
+    return coeffs
 
 
-def _of_tables(dP: torch.Tensor, settings: CallSettings, sizes: GroupSizes) -> list[torch.Tensor]:
-    """The gradients of the tables of logits, `[rows, N]` or, where one row holds for all tokens, `[1, N]`."""
-    one_hot = settings.one_hot
+def _of_task_routers(dP: torch.Tensor, settings: CallSettings, group: JointGroup) -> list[torch.Tensor]:
+    """The gradients of task routers `[K, N]`, from those of the logits."""
+    one_hot, sizes = settings.one_hot, group.sizes
     if one_hot is None:
         sums = dP.sum(0, keepdim=True, dtype=torch.promote_types(dP.dtype, torch.float32))
     else:
-        sums = mm_wide(one_hot.t(), dP)  # [rows, M K]
-    return [
-        rank_space.logits_of(part, sizes.layout).to(table.dtype)
-        for part, table in zip(sums.chunk(sizes.count, 1), settings.tables, strict=True)
-    ]
+        sums = mm_wide(one_hot.t(), dP)  # [K + 1, M K]
+
+    gradients = []
+    for part, of_mean, kind in zip(sums.chunk(sizes.count, 1), settings.of_mean, group.kinds[2::3], strict=True):
+        assert kind is not None
+        shape, dtype = kind
+        of_tasks = rank_space.logits_of(part, sizes.layout).to(of_mean.dtype)  # [K + 1, N] or [1, N]
+        if one_hot is not None:
+            flat = torch.addmv(of_tasks[:-1].reshape(-1), of_mean, of_tasks[-1])
+        elif settings.row < 0:
+            flat = torch.mv(of_mean, of_tasks[0])
+        else:
+            flat = of_mean.new_zeros(shape)
+            flat[settings.row] = of_tasks[0]
+        gradients.append(flat.view(shape).to(dtype))
+    return gradients
 
 
 def _like(gradient: torch.Tensor, kind: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
@@ -287,8 +312,8 @@ def joint_outputs(
     Args:
         x (`torch.Tensor` of shape `[..., d_in]`): Input, in the dtype of the group.
         group ([`JointGroup`]): The layers.
-        settings ([`CallSettings`]): Masks and logits; its token mask is that of the probes. Tables of logits get
-            gradients, and have one row without `tasks`.
+        settings ([`CallSettings`]): Masks and logits; its token mask is that of the probes. Tables of logits
+            need `task_routers` in the group, and have one row without `tasks`.
         probes (`Sequence[LayerProbe]`, *optional*): One for each layer, or none.
         downs (`torch.Tensor`), ups (`Sequence[torch.Tensor]`), *optional*: Results of `group.concat()`, if they were
             computed ahead.
@@ -297,11 +322,7 @@ def joint_outputs(
         `tuple[torch.Tensor, ...]`: `x weight^T + bias + delta` of each, `[..., d_out]`.
     """
     call = _Call(group, settings, probes, downs, ups)
-    parameters: Sequence[torch.Tensor | None] = group.parameters
-    if settings.tables:
-        parameters = list(parameters)
-        parameters[2::3] = settings.tables
-    outputs: Outputs = _Joint.apply(x, call, *parameters)
+    outputs: Outputs = _Joint.apply(x, call, *group.parameters)
     if call.write_later:
         with torch.no_grad():
             for place, output in enumerate(outputs):
@@ -309,4 +330,5 @@ def joint_outputs(
                 joint_space.write_delta(call.Zs[place], call.ups[place], group.biases[place], rows)
                 group.add_base(place, call.tokens, rows)
         del call.tokens, call.Zs
+        call.downs, call.ups = None, ()
     return outputs

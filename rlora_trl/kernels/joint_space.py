@@ -52,11 +52,14 @@ class CallSettings:
         tasks (`torch.Tensor` of shape `[T]`, *optional*): The row of each token in the tables; -1 is the last one.
             Without it the first row holds for all tokens.
         one_hot (`torch.Tensor` of shape `[T, rows]`, *optional*): The same in the dtype of the products, for the
-            gradients of the tables.
+            gradients of the tables. Without it all tokens have the task `row`.
+        row (`int`, *optional*, defaults to `-1`): That task; -1 for the mean over tasks.
+        of_mean (`Sequence[torch.Tensor]` of shapes `[K N, N]`, *optional*): The derivatives of the last row of each
+            table, the mean over tasks, for the router `[K, N]`.
         token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count in statistics.
     """
 
-    __slots__ = ("dropout", "one_hot", "seeds", "tables", "tasks", "token_mask")
+    __slots__ = ("dropout", "of_mean", "one_hot", "row", "seeds", "tables", "tasks", "token_mask")
 
     def __init__(
         self,
@@ -65,10 +68,13 @@ class CallSettings:
         tables: Sequence[torch.Tensor] = (),
         tasks: torch.Tensor | None = None,
         one_hot: torch.Tensor | None = None,
+        row: int = -1,
+        of_mean: Sequence[torch.Tensor] = (),
         token_mask: torch.Tensor | None = None,
     ) -> None:
         self.dropout, self.seeds = (dropout, seeds) if seeds else (0.0, ())
-        self.tables, self.tasks, self.one_hot, self.token_mask = tables, tasks, one_hot, token_mask
+        self.tables, self.tasks, self.token_mask = tables, tasks, token_mask
+        self.one_hot, self.row, self.of_mean = one_hot, row, of_mean
 
 
 def project(

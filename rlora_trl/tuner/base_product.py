@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 
 # Where it saves memory traffic. (On a CPU, the tests.)
 JOINED_DEVICES = {"cuda"}
+# A subclass may do anything with the operations of the function.
+JOINED_TYPES: set[type] = {torch.Tensor, nn.Parameter}
 
 
 class QuantizedWeight:
@@ -57,12 +60,23 @@ def owns_output(layer: nn.Module) -> bool:
 
 def is_hooked(layer: nn.Module) -> bool:
     """Whether a call of a module runs more than its class says."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
 
 
 def joins_products(x: torch.Tensor) -> bool:
     """Whether products of `x` run together with deltas: in training on a GPU."""
-    return x.device.type in JOINED_DEVICES and torch.is_grad_enabled()
+    return (
+        type(x) in JOINED_TYPES
+        and x.device.type in JOINED_DEVICES
+        and torch.is_grad_enabled()
+        and not _has_any_global_hook()  # which calls of the layers would run
+    )
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -85,7 +99,7 @@ def frozen_product(layer: nn.Module, x: torch.Tensor) -> FrozenProduct | None:
         [`FrozenProduct`], or `None` if the layer must be called: it has hooks, is quantized in another way, sharded
         (DeepSpeed ZeRO-3; FSDP2 has gathered it by now) or trained.
     """
-    if not joins_products(x) or is_hooked(layer) or layer._backward_hooks:
+    if not joins_products(x) or is_hooked(layer):
         return None
     # From the dictionary, as `nn.Module.__getattr__` is slow, and as it holds parameters only.
     parameters, dtype = layer._parameters, product_dtype(x)
@@ -124,6 +138,7 @@ def _is_4bit(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
         and not getattr(state, "packing_format_for_cpu", False)
         and len(state.shape) == 2
         and layer.compute_dtype in (None, dtype)
+        and x.dtype == dtype  # the dtype of its output
         and not weight.requires_grad
         and weight.device == x.device
         and "ds_id" not in vars(weight)

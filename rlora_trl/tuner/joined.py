@@ -22,9 +22,6 @@ class AdaptedLayer(Protocol):
     base_layer: nn.Module
     joined: JoinedLayers | None
     ready: ReadyOutput | None
-    merged_adapters: list[str]
-    _disable_adapters: bool
-    _active_adapter: str | list[str]
 
     def adapters_in_use(self) -> list[MultiHeadAdapter]:
         """The adapters that a forward pass runs."""
@@ -40,17 +37,16 @@ class _Member(NamedTuple):
     parameter: torch.Tensor
     weight: torch.Tensor | QuantizedWeight
     bias: torch.Tensor | None
-    active: str | list[str]
+    memory: tuple[Any, ...]
 
     def is_unchanged(self, joined: JoinedLayers) -> bool:
         """Whether the layer still computes the same function, but for the values of its tensors."""
-        layer, adapter, (A, B, router, anchor_A, anchor_B), parameter, _, bias, active = self
-        of_adapter, base = adapter._parameters, layer.base_layer
+        layer, adapter, (A, B, router, anchor_A, anchor_B), parameter, _, bias, memory = self
+        of_adapter, base, active = adapter._parameters, layer.base_layer, layer.adapters_in_use()
         of_base = base._parameters
         return (
-            not layer._disable_adapters
-            and not layer.merged_adapters
-            and layer._active_adapter == active
+            len(active) == 1
+            and active[0] is adapter
             and of_adapter.get("A") is A
             and of_adapter.get("B") is B
             and of_adapter.get("router") is router
@@ -58,17 +54,26 @@ class _Member(NamedTuple):
             and of_adapter.get("B0") is anchor_B
             and of_base.get("weight") is parameter
             and of_base.get("bias") is bias
-            and not parameter.requires_grad
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not adapter._forward_hooks
-            and not adapter._forward_pre_hooks
-            and adapter.fixed_logits is None
-            and adapter.training
-            and adapter.scaling == joined.scaling
-            and adapter.dropout == joined.dropout
-            and adapter.top_k == joined.layout.top_k
+            and _memory_of(parameter, bias) == memory
+            and not is_hooked(base)
+            and not is_hooked(adapter)
+            and joined.settings == _settings_of(adapter)
         )
+
+
+def _memory_of(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """Where frozen parameters are; `.data` replaces it without another sign, as DeepSpeed and `to` do."""
+    if bias is None:
+        return weight.data_ptr(), weight.dtype, weight.requires_grad
+    return weight.data_ptr(), weight.dtype, weight.requires_grad, bias.data_ptr(), bias.dtype, bias.requires_grad
+
+
+def _settings_of(adapter: MultiHeadAdapter) -> tuple[Any, ...]:
+    """What the adapters of a group have in common, besides the sizes that never change."""
+    return (
+        *(adapter.training, adapter.scaling, adapter.dropout, adapter.dropout_position, adapter.top_k),
+        *(adapter.fixed_logits is None, adapter.routing_row is None),
+    )
 
 
 class JoinedLayers:
@@ -84,13 +89,14 @@ class JoinedLayers:
     def __init__(self, members: Sequence[_Member], groups: Any, dtype: torch.dtype) -> None:
         first = members[0].adapter
         self.members, self.groups, self.dtype = members, groups, dtype
-        self.layer, self.device = members[0].layer, members[0].weight.device
+        self.layer, self.device, self.settings = members[0].layer, members[0].weight.device, _settings_of(first)
         self.adapters = [member.adapter for member in members]
         self.routing, self.layout = first.routing, first.layout()
         self.scaling, self.dropout = first.scaling, first.dropout
         tensors = [adapter.kernel_tensors() for adapter in self.adapters]
         weights, biases = [member.weight for member in members], [member.bias for member in members]
-        self.group = JointGroup(tensors, weights, biases, self.layout, self.scaling, dtype)
+        routers: Any = [adapter.router for adapter in self.adapters] if first.router_kind == "task" else []
+        self.group = JointGroup(tensors, weights, biases, self.layout, self.scaling, dtype, routers)
         self.all_tensors = [tensor for of_layer in tensors for tensor in of_layer if tensor is not None]
 
         # Weights that were concatenated for one forward pass, and the versions of their sources at that time.
@@ -135,13 +141,13 @@ class JoinedLayers:
         """Drop the weights of a forward pass."""
         self.downs, self.ups = None, ()
 
-    def holds_for(self, layer: AdaptedLayer, x: torch.Tensor) -> bool:
-        """Whether the group computes what its layers compute for `x` now."""
+    def holds_for(self, layer: AdaptedLayer, x: torch.Tensor, groups: Any) -> bool:
+        """Whether the group computes what its layers compute for `x` now, grouped by `groups`."""
         if (
             self.layer is not layer  # replicas of `DataParallel` share this object
             or product_dtype(x) is not self.dtype
             or x.device != self.device
-            or self.routing.batch.groups is not self.groups
+            or self.groups is not groups
         ):
             return False
         for member in self.members:
@@ -149,12 +155,17 @@ class JoinedLayers:
                 return False
         if self.downs is not None and self.versions != [tensor._version for tensor in self.all_tensors]:
             self.release()
-        return True
+        # Weights that are concatenated in the call may have been sharded since.
+        return self.downs is not None or all(map(is_whole, self.adapters))
 
     def still_holds_for(self, layer: AdaptedLayer, x: torch.Tensor) -> bool:
         """Whether the output of a layer for `x` that came with the first layer's is still that of the layer."""
         member = next((member for member in self.members if member.layer is layer), None)
         return member is not None and member.is_unchanged(self) and product_dtype(x) is self.dtype
+
+    def layer_trains(self) -> bool:
+        """Whether the adapters are in training mode, as all or none are."""
+        return self.adapters[0].training
 
     def outputs(self, x: torch.Tensor) -> Outputs:
         """The outputs of all layers."""
@@ -164,12 +175,11 @@ class JoinedLayers:
 
         # A dropout mask for each layer, derived from the seed of the batch if it has one.
         seeds: list[int] = []
-        if self.dropout > 0.0:
+        if self.dropout > 0.0 and self.layer_trains():
             seeds = [adapter.derive_seed(batch.seed) for adapter in self.adapters]
         probes: list[LayerProbe] = []
         if batch.tally is not None:
             probes = [probe for adapter in self.adapters if (probe := adapter.probe(x)) is not None]
-            probes = probes if len(probes) == len(self.adapters) else []
         settings = CallSettings(self.dropout, seeds, token_mask=probes[0].token_mask if probes else None)
         if routing.kind == "task":
             self._set_tables(settings, x)
@@ -189,19 +199,23 @@ class JoinedLayers:
     def _set_tables(self, settings: CallSettings, x: torch.Tensor) -> None:
         """Logits by the tasks of the tokens, in place of a router on the input."""
         routing, task = self.routing, self.routing.batch.task
+        routers = [adapter._parameters["router"] for adapter in self.adapters]
         tables = [
             routing.table_of(adapter.layer_number, router)
-            for adapter in self.adapters
-            if (router := adapter._parameters["router"]) is not None
+            for adapter, router in zip(self.adapters, routers, strict=True)
+            if router is not None
         ]
+        settings.tables = [table.logits for table in tables]
+        settings.of_mean = [table.of_mean for table in tables]
         of_tokens = routing.one_hot_tasks(x.shape[:-1], x.device, self.dtype)
         if of_tokens is not None:
             settings.tasks, settings.one_hot = of_tokens
-        else:
-            if task is None:
-                routing.warn_of_mean_weights()
-            tables = [table.narrow(0, len(table) - 1 if task is None else task, 1) for table in tables]
-        settings.tables = tables
+            return
+
+        if task is None:
+            routing.warn_of_mean_weights()
+        settings.row = -1 if task is None else task
+        settings.tables = [logits[settings.row :][:1].clone() for logits in settings.tables]
 
 
 def _member(layer: AdaptedLayer, x: torch.Tensor) -> _Member | None:
@@ -214,17 +228,15 @@ def _member(layer: AdaptedLayer, x: torch.Tensor) -> _Member | None:
     if product is None or product.weight.shape[1] != x.shape[-1] or not _joins(adapter):
         return None
     adapter.note_dtype(product_dtype(x))
-    names = layer._active_adapter
-    names = names if isinstance(names, str) else list(names)
     parameter: Any = layer.base_layer._parameters["weight"]
-    return _Member(layer, adapter, tuple(adapter._parameters.values()), parameter, *product, names)
+    memory = _memory_of(parameter, product.bias)
+    return _Member(layer, adapter, tuple(adapter._parameters.values()), parameter, *product, memory)
 
 
 def _joins(adapter: MultiHeadAdapter) -> bool:
     """Whether an adapter is of a kind that groups support, and in memory."""
     return (
-        adapter.training
-        and adapter.fixed_logits is None
+        adapter.fixed_logits is None
         and (adapter.dropout == 0.0 or adapter.dropout_position == "head")
         and not is_hooked(adapter)
         and is_whole(adapter)
@@ -235,8 +247,7 @@ def _fit(first: MultiHeadAdapter, other: MultiHeadAdapter) -> bool:
     """Whether two adapters can be computed by one function."""
     return (
         other.routing is first.routing
-        and other.scaling == first.scaling
-        and other.dropout == first.dropout
+        and _settings_of(other) == _settings_of(first)
         and other.layout() == first.layout()
     )
 

@@ -198,7 +198,7 @@ class RLoraLinear(nn.Module, RLoraLayer):
 
         # One adapter on a plain layer computes both products, here or in an earlier layer with the same input.
         active = self.adapters_in_use()
-        if self.training and len(active) == 1 and adapter_names is None and not (args or kwargs):
+        if len(active) == 1 and adapter_names is None and not (args or kwargs):
             output = self._join(x, active[0])
             if output is not None:
                 return output
@@ -217,11 +217,14 @@ class RLoraLinear(nn.Module, RLoraLayer):
         """The output together with the delta; `None` if the base layer must be called."""
         if torch.compiler.is_compiling():
             return None  # a graph would depend on groups, and the compiler plans products itself
-        groups = adapter.routing.batch.groups
+        if not torch.is_grad_enabled():
+            return None
+        batch = adapter.routing.batch
+        groups = batch.groups
         if groups is not None and groups.observes:
             groups.observe(self, x)
-        if not joins_products(x):
-            return None
+        if not joins_products(x) or (batch.usage is not None and not adapter.training):
+            return None  # the adapter counts the use of its heads
         output = take_ready(self, x) if self.ready is not None else None
         return join(self, x, groups) if output is None else output
 

@@ -29,6 +29,7 @@ from .loading import check_adapter_tensors, check_on_first_use, settle_loaded, w
 from .offload import refuse_offloaded
 from .patterns import make_portable
 from .prefetch import WeightPrefetch, is_whole
+from .recomputation import in_backward
 from .routing import Routing, find_routings, set_task, using_all
 from .shared_inputs import SharedInputs
 from .targets import (
@@ -423,6 +424,12 @@ class RLoraModel(BaseTuner):
             yield
             return
         adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
+        if in_backward():
+            # A recomputation of the whole model has the groups of the pass that it repeats.
+            with self._prefetch.prefetched(adapters):
+                yield
+            return
+
         routings = list({id(adapter.routing): adapter.routing for adapter in adapters}.values())
         groups = self._shared_inputs.begin_pass(adapters, routings)
         joined = [
@@ -441,6 +448,8 @@ class RLoraModel(BaseTuner):
         finally:
             for group in joined:
                 group.release()
+            for routing in routings:
+                routing.begin_tables({})
             self._shared_inputs.finish_pass(groups, failed)
 
     def _forget_layers(self) -> None:

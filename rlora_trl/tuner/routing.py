@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..kernels import LayerProbe
 from .batch import BatchContext, TaskIds, resolve_task_ids, task_index
 from .recomputation import ContextHistory, in_backward
-from .task_tables import task_tables
+from .task_tables import TaskTable, task_tables
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +38,7 @@ class Routing:
         self._history: ContextHistory[BatchContext] = ContextHistory(_REMEMBERED)
         self._layers = 0
         self._tokens_of: tuple[Any, ...] = ()
-        self._tables: dict[int, torch.Tensor] = {}
+        self._tables: dict[int, TaskTable] = {}
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,29 +182,32 @@ class Routing:
         batch = self.batch
         if batch.task_ids is None:
             return None
-        key = (batch.task_ids, shape, device, dtype)
-        if not self._tokens_of or self._tokens_of[0][0] is not key[0] or self._tokens_of[0][1:] != key[1:]:
+        given, key = batch.task_ids, (batch.task_ids._version, shape, device, dtype)
+        if not self._tokens_of or self._tokens_of[0] is not given or self._tokens_of[1] != key:
             ids = self.token_task_ids(shape, device)
             assert ids is not None
             rows = torch.where(ids < 0, len(self.tasks), ids)
-            self._tokens_of = (key, ids, nn.functional.one_hot(rows, len(self.tasks) + 1).to(dtype))
-        return self._tokens_of[1], self._tokens_of[2]
+            self._tokens_of = (given, key, ids, nn.functional.one_hot(rows, len(self.tasks) + 1).to(dtype))
+        return self._tokens_of[2], self._tokens_of[3]
 
     def begin_tables(self, routers: Mapping[int, torch.Tensor]) -> None:
         """
         Compute the logits of the tasks for all layers of a forward pass; see [`task_tables`].
 
         Args:
-            routers (`Mapping[int, torch.Tensor]`): The routers `[K, N]` by number of the layer.
+            routers (`Mapping[int, torch.Tensor]`): The routers `[K, N]` by number of the layer; none drops the tables.
         """
-        self._tables = dict(zip(routers, task_tables(list(routers.values())), strict=True)) if routers else {}
+        self._tables = {}
+        alike: dict[tuple[Any, ...], dict[int, torch.Tensor]] = {}
+        for layer, router in routers.items():
+            alike.setdefault((router.device, router.dtype, router.shape), {})[layer] = router
+        for group in alike.values():
+            self._tables.update(zip(group, task_tables(list(group.values())), strict=True))
 
-    def table_of(self, layer: int, router: torch.Tensor) -> torch.Tensor:
-        """The logits `[K + 1, N]` of the tasks in a layer, and last those of the mean over tasks."""
+    def table_of(self, layer: int, router: torch.Tensor) -> TaskTable:
+        """The logits of the tasks in a layer."""
         table = self._tables.get(layer)
-        if table is None or (torch.is_grad_enabled() and router.requires_grad and not table.requires_grad):
-            return task_tables([router])[0]
-        return table
+        return table if table is not None and table.holds_for(router) else task_tables([router])[0]
 
     def mask_for(self, tokens: int) -> torch.Tensor | None:
         """The token mask `[T]` of the batch, if it has one for that number of tokens."""

@@ -28,6 +28,8 @@ from .routing import Routing
 
 # Layers of a group at most: q, k and v.
 _LARGEST = 3
+# Passes to observe if layers are called several times in each.
+_PASSES = 3
 # Not public (no upstream issue as of torch 2.13); without it, as in torch 2.6, nothing is grouped.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -50,6 +52,8 @@ class InputGroups:
         self.groups = groups or {}
         self.observes = groups is None
         self.missed: set[int] = set()  # groups of which a layer got another input, by their first layers
+        self.in_pass = False
+        self._passes = 0
         self._last: tuple[torch.Tensor, int, Any] | None = None
         self._found: list[list[weakref.ref[AdaptedLayer]]] = []
 
@@ -62,7 +66,8 @@ class InputGroups:
 
     def observe(self, layer: AdaptedLayer, x: torch.Tensor) -> None:
         """Note that a layer is called in a forward pass."""
-        if in_backward():
+        # In a pass without gradients a reentrant checkpoint may run, and nothing tells its region from another's.
+        if in_backward() or not self.in_pass or not torch.is_grad_enabled():
             return
         region = _region()
         last, version, region_of_last = self._last or (None, 0, None)
@@ -71,9 +76,13 @@ class InputGroups:
             self._found.append([])
         self._found[-1].append(weakref.ref(layer))
 
+    def forget(self) -> None:
+        """Forget what was observed."""
+        self._last, self._found = None, []
+
     def learned(self) -> InputGroups:
-        """The groups of later passes, after a pass was observed."""
-        self._last = None
+        """The groups of later passes, after a pass was observed; these if it was a pass of many, as in `generate`."""
+        self._passes += 1
         calls = Counter(layer for group in self._found for layer in group)
         groups = {}
         for group in self._found:
@@ -81,6 +90,10 @@ class InputGroups:
             first = group[0]()
             if first is not None and len(group) > 1 and all(calls[layer] == 1 for layer in group):
                 groups[id(first)] = tuple(group[:_LARGEST])
+        several = any(count > 1 for count in calls.values())
+        self.forget()
+        if several and self._passes < _PASSES:
+            return self
         return InputGroups(groups)
 
     def holding(self) -> InputGroups:
@@ -110,8 +123,10 @@ def join(layer: AdaptedLayer, x: torch.Tensor, groups: InputGroups | None) -> to
     Returns:
         `torch.Tensor` of shape `[..., d_out]`, or `None` if the base layer must be called.
     """
+    if in_backward() and _region() is None:
+        groups = None  # a reentrant checkpoint: layers of other regions may get the same input
     joined = layer.joined
-    if joined is None or not joined.holds_for(layer, x):
+    if joined is None or not joined.holds_for(layer, x, groups):
         followers = [] if groups is None else groups.followers_of(layer)
         joined = JoinedLayers.of(layer, x, followers, groups)
         if joined is None:
@@ -131,7 +146,9 @@ def join(layer: AdaptedLayer, x: torch.Tensor, groups: InputGroups | None) -> to
 
 def take_ready(layer: AdaptedLayer, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a layer for `x` that the first layer of its group has computed, if it still holds."""
-    ready: ReadyOutput = layer.__dict__.pop("ready")
+    ready: ReadyOutput | None = layer.__dict__.pop("ready", None)
+    if ready is None:  # taken in another thread
+        return None
     joined = ready.joined
     same = ready.x is x and ready.version == x._version and ready.region == _region()
     if same and joined.still_holds_for(layer, x):
@@ -159,12 +176,15 @@ class SharedInputs:
         for routing in routings:
             if routing.batch.groups is not self.groups:
                 routing.update(groups=self.groups)
+        self.groups.in_pass = True
         return self.groups
 
     def finish_pass(self, groups: InputGroups, failed: bool = False) -> None:
         """Learn from a forward pass: groups that were observed, or that did not hold. One that failed says neither."""
         groups.take_back()
+        groups.in_pass = False
         if failed:
             groups.missed.clear()
+            groups.forget()
         elif groups is self.groups:
             self.groups = groups.learned() if groups.observes else groups.holding()

@@ -1,60 +1,62 @@
-"""The logits of task routers for all layers at once, as short steps wait for the host."""
+"""What task routers need for all layers at once, as short steps wait for the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
-class _TaskTables(torch.autograd.Function):
+# Elements of float32 to which a table is padded: kernels start at multiples of 16 bytes.
+_ALIGNED = 4
+
+
+class TaskTable(NamedTuple):
     """
-    For each router `[K, N]` its rows, and last the logits of the mean head weights over tasks, `[K + 1, N]`.
+    The logits that a task router `[K, N]` gives to tasks.
 
-    Nothing is saved for backward that autograd would free: with reentrant checkpointing, and with several backward
-    passes after one forward pass, the gradients of some layers arrive at a time.
+    Args:
+        logits (`torch.Tensor` of shape `[K + 1, N]`): Its rows, and last the logits of the mean head weights.
+        of_mean (`torch.Tensor` of shape `[K N, N]`): The derivatives of that last row for the router.
+        router (`torch.Tensor`), version (`int`): The source, and its version at that time.
     """
 
-    @staticmethod
-    def forward(ctx: Any, *routers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        stack = torch.stack(routers)
-        stack = stack.to(torch.promote_types(stack.dtype, torch.float32))  # [L, K, N]
-        ctx.stack, ctx.dtype = stack, routers[0].dtype
-        ctx.set_materialize_grads(False)
-        mean = stack.softmax(-1).mean(1, keepdim=True).log()  # [L, 1, N]
-        return torch.cat([stack, mean], 1).unbind()
+    logits: torch.Tensor
+    of_mean: torch.Tensor
+    router: torch.Tensor
+    version: int
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        present = [place for place, grad in enumerate(grads) if grad is not None]
-        if not present:
-            return grads
-        stack = ctx.stack if len(present) == len(grads) else ctx.stack[present]
-        of_tables = torch.stack([grad.to(stack.dtype) for grad in grads if grad is not None])  # [l, K + 1, N]
-
-        # Through the logarithm and the mean of the softmax.
-        p = stack.softmax(-1)
-        of_p = of_tables[:, -1:] / (p.mean(1, keepdim=True) * p.shape[1])  # [l, 1, N]
-        of_routers = of_tables[:, :-1] + p * (of_p - (p * of_p).sum(-1, keepdim=True))
-
-        result: list[torch.Tensor | None] = [None] * len(grads)
-        for place, grad in zip(present, of_routers.to(ctx.dtype).unbind(), strict=True):
-            result[place] = grad
-        return tuple(result)
+    def holds_for(self, router: torch.Tensor) -> bool:
+        """Whether this is the table of a router, unchanged."""
+        return self.router is router and self.version == router._version
 
 
-def task_tables(routers: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+@torch.no_grad()
+def task_tables(routers: Sequence[torch.Tensor]) -> list[TaskTable]:
     """
-    Logits of the heads for each of the K tasks of task routers, and last those of the mean over tasks.
+    The tables of task routers of one shape, dtype and device.
 
     Args:
         routers (`Sequence[torch.Tensor]` of shapes `[K, N]`): Parameters of the layers.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: One for each router, `[K + 1, N]`, in float32 or wider.
+        `list[TaskTable]`: One for each, in float32 or wider. Gradients are up to the caller.
     """
-    tables: tuple[torch.Tensor, ...] = _TaskTables.apply(*routers)
-    return tables
+    stack = torch.stack([router.detach() for router in routers])
+    stack = stack.to(torch.promote_types(stack.dtype, torch.float32))  # [L, K, N]
+    layers, tasks, heads = stack.shape
+    p = stack.softmax(-1)
+    mean = p.mean(1)  # [L, N]
+
+    width = (tasks + 1) * heads
+    padded = stack.new_empty(layers, width + -width % _ALIGNED)
+    padded[:, : tasks * heads] = stack.flatten(1)
+    padded[:, tasks * heads : width] = mean.log()
+    logits = padded[:, :width].unflatten(1, (tasks + 1, heads))
+
+    # d log(mean_k p_k)_i / d router_kj = p_kj (delta_ij - p_ki) / (K mean_i)
+    eye = torch.eye(heads, dtype=p.dtype, device=p.device)
+    of_mean = p.unsqueeze(-1) * (eye - p.unsqueeze(-2)) / (tasks * mean).view(layers, 1, 1, heads)
+    parts = zip(logits.unbind(), of_mean.flatten(1, 2).unbind(), routers, strict=True)
+    return [TaskTable(rows, derivatives, router, router._version) for rows, derivatives, router in parts]

@@ -9,6 +9,7 @@ from rlora_trl.kernels import LayerProbe, RoutingStats, RoutingTally, fused, kee
 from rlora_trl.kernels.joint import JointGroup, joint_outputs
 from rlora_trl.kernels.joint_space import CallSettings
 from rlora_trl.kernels.reference import multihead_delta_reference
+from rlora_trl.tuner.task_tables import task_tables
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
@@ -20,7 +21,7 @@ D_OUTS = (170, 40, 300)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def make_group(size, members, dtype, *, biased=False, dropout=0.0, top_k=0, tables=(), tasks=None, **kinds):
+def make_group(size, members, dtype, *, biased=False, dropout=0.0, top_k=0, routers=(), tasks=None, row=-1, **kinds):
     """Tensors of each member, the input, the group and its settings."""
     num_heads, r, d_in, tokens = size
     layers = [make((num_heads, r, d_in, d_out, tokens), dtype, **kinds) for d_out in D_OUTS[:members]]
@@ -30,15 +31,20 @@ def make_group(size, members, dtype, *, biased=False, dropout=0.0, top_k=0, tabl
     biases = [torch.randn(w.shape[0], device=DEVICE).to(dtype) if biased else None for w in weights]
     tensors = [tuple(layer.get(name) for name in NAMES) for layer in layers]
     layout = rank_space.layout_of(
-        *tensors[0][:2], routed=tensors[0][2] is not None or bool(tables), anchor_A=tensors[0][3], top_k=top_k
+        *tensors[0][:2], routed=tensors[0][2] is not None or bool(routers), anchor_A=tensors[0][3], top_k=top_k
     )
-    group = JointGroup(tensors, weights, biases, layout, SCALING, dtype)
+    group = JointGroup(tensors, weights, biases, layout, SCALING, dtype, routers)
     seeds = [2**61 + 12345 + place for place in range(members)] if dropout else []
-    one_hot = None
-    if tasks is not None:
-        rows = torch.where(tasks < 0, len(tables[0]) - 1, tasks)
-        one_hot = torch.nn.functional.one_hot(rows, len(tables[0])).to(dtype)
-    return layers, x, group, CallSettings(dropout, seeds, tables, tasks, one_hot)
+    settings = CallSettings(dropout, seeds)
+    if routers:
+        tables = task_tables(routers)
+        settings.tables, settings.of_mean = [t.logits for t in tables], [t.of_mean for t in tables]
+        if tasks is None:
+            settings.row, settings.tables = row, [t.logits[row:][:1].clone() for t in tables]
+        else:
+            rows = torch.where(tasks < 0, len(routers[0]), tasks)
+            settings.tasks, settings.one_hot = tasks, torch.nn.functional.one_hot(rows, len(routers[0]) + 1).to(dtype)
+    return layers, x, group, settings
 
 
 def expected_outputs(layers, x, group, settings, top_k=0):
@@ -55,10 +61,11 @@ def expected_outputs(layers, x, group, settings, top_k=0):
             shape = (x.shape[0], group.sizes.layout.num_heads, group.sizes.layout.r)
             mask = keep_mask(settings.seeds[place], shape, settings.dropout)
         if settings.tables:
-            table = settings.tables[place].double().cpu()
-            rows = torch.zeros(x.shape[0], dtype=torch.int64) if settings.tasks is None else settings.tasks.cpu()
-            trained.append(table.detach().requires_grad_(True))
-            wide["logits"] = trained[-1][torch.where(rows < 0, len(table) - 1, rows)]
+            router = group.parameters[3 * place + 2].detach().double().cpu().requires_grad_(True)
+            trained.append(router)
+            table = torch.cat([router, router.softmax(-1).mean(0, keepdim=True).log()])
+            rows = torch.full((x.shape[0],), settings.row) if settings.tasks is None else settings.tasks.cpu()
+            wide["logits"] = table[rows]
         delta = multihead_delta_reference(
             x, **wide, scaling=SCALING, dropout=settings.dropout, head_masks=mask, top_k=top_k
         )
@@ -75,17 +82,13 @@ def compare(size, members, dtype, top_k=0, ahead=True, **options):
     outputs = joint_outputs(x, group, settings, (), downs, ups)
     upstream = [torch.randn_like(y) for y in outputs]
     trained = [x, *[p for p in group.parameters if p is not None]]
-    if settings.tables:
-        trained = [x]
-        for place, table in enumerate(settings.tables):
-            trained += [*group.parameters[3 * place : 3 * place + 2], table]
     grads = torch.autograd.grad(outputs, trained, upstream)
 
     wanted, wide = expected_outputs(layers, x, group, settings, top_k)
     wanted_grads = torch.autograd.grad(wanted, wide, [dy.double().cpu() for dy in upstream])
     for y, expected in zip(outputs, wanted, strict=True):
         assert y.dtype == dtype and relative_error(y, expected) < TOLERANCE[dtype][""]
-    routers = {id(tensors[2]) for tensors in group.tensors} | {id(table) for table in settings.tables}
+    routers = {id(parameter) for parameter in group.parameters[2::3]}
     for parameter, grad, expected in zip(trained, grads, wanted_grads, strict=True):
         assert grad.dtype == parameter.dtype and grad.shape == parameter.shape
         if id(parameter) in routers and size[0] == 1:
@@ -125,11 +128,12 @@ def test_weights_that_were_not_concatenated_ahead(biased, dtype):
     compare((3, 4, 37, 67), 2, dtype, dropout=0.3, biased=biased, ahead=False)
 
 
-@pytest.mark.parametrize("by_task", [True, False])
-def test_tables_of_logits(by_task):
-    tables = [torch.randn(4 if by_task else 1, 3, device=DEVICE, requires_grad=True) for _ in range(2)]
-    tasks = torch.randint(-1, 3, (67,), device=DEVICE) if by_task else None
-    compare((3, 4, 13, 67), 2, torch.float32, routed=False, tables=tables, tasks=tasks, dropout=0.3)
+@pytest.mark.parametrize("given", ["tasks", "one", "mean"])
+def test_task_routers(given):
+    routers = [torch.randn(4, 3, device=DEVICE, requires_grad=True) for _ in range(2)]
+    tasks = torch.randint(-1, 4, (67,), device=DEVICE) if given == "tasks" else None
+    row = 2 if given == "one" else -1
+    compare((3, 4, 13, 67), 2, torch.float32, routed=False, routers=routers, tasks=tasks, row=row, dropout=0.3)
 
 
 @pytest.mark.parametrize("tokens", [5000, 9000, 20000])
@@ -154,13 +158,12 @@ def test_strided_inputs_and_gradients():
     """Gradients of sums are expanded scalars, and inputs may be transposed."""
     _, _, group, settings = make_group((3, 4, 13, 1), 2, torch.float32)
     found = []
-    for x in (torch.randn(13, 4, 6, device=DEVICE).permute(1, 2, 0),) * 2:
-        leaf = x.clone(memory_format=torch.contiguous_format) if found else x.detach()
-        leaf.requires_grad_(True)
-        torch.manual_seed(0)
+    x = torch.randn(13, 4, 6, device=DEVICE).permute(1, 2, 0)
+    for value in (x, x.contiguous()):
+        leaf = value.detach().requires_grad_(True)
         outputs = joint_outputs(leaf, group, settings)
         found.append(torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), [leaf, *group.parameters]))
-        torch.testing.assert_close(found[0], found[-1])
+    torch.testing.assert_close(*found)
 
 
 def test_only_the_gradients_that_are_needed():
