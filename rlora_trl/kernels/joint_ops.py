@@ -14,8 +14,8 @@ import torch
 from . import triton_joint as kernels
 from . import triton_ops
 from .fused import mm_wide, padded
-from .joint_space import CallSettings, GroupSizes, write_delta
-from .rank_space import Layout, p_columns, split_heads, z_columns
+from .joint_space import CallSettings, GroupSizes, select_logits, write_delta
+from .rank_space import Layout, logits_of, p_columns, split_heads, z_columns
 from .triton_ops import Variant, check_device, dropout_numbers, padding, signed
 
 
@@ -154,12 +154,15 @@ def project(
     """See `joint_space.project`."""
     plan, tokens = _plan_of(group, x.device), x.shape[0]
     P = x.new_empty((tokens, group.count * group.k))
+    written: Sequence[torch.Tensor]
     expand = outputs is not None and plan.long_outs and plan.holds_rows(tokens)
     if outputs is not None and expand:
         written = outputs
     else:
         written = [x.new_empty((tokens, group.z)) for _ in ups]
-    if tokens:
+    if not plan.fits:
+        P, written = _project_by_products(group, x, downs, settings, partials)
+    elif tokens:
         _launch_project(plan, x, downs, ups, biases, P, written, settings, partials, expand)
 
     if outputs is None:
@@ -168,6 +171,32 @@ def project(
         for Z, up, bias, output in zip(written, ups, biases, outputs, strict=True):
             write_delta(Z, up, bias, output)
     return P, ()
+
+
+def _project_by_products(
+    group: GroupSizes,
+    x: torch.Tensor,
+    downs: torch.Tensor,
+    settings: CallSettings,
+    partials: torch.Tensor | None,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """P and Z of all members, by PyTorch's product and the kernel for Z."""
+    P, Zs = torch.mm(x, downs.t()), []
+    rows = triton_ops.stats_rows(x.shape[0])
+    for place, of_member in enumerate(P.chunk(group.count, 1)):
+        if settings.tables:
+            logits_of(of_member, group.layout).copy_(select_logits(settings.tables[place], settings.tasks))
+        if partials is not None:
+            partials[place, rows:] = 0.0  # this kernel has larger blocks
+        Z = triton_ops.mix(
+            *(of_member.contiguous(), group.z, group.layout),
+            dropout=settings.dropout,
+            seed=settings.seeds[place] if settings.seeds else None,
+            partials=None if partials is None else partials[place],
+            token_mask=settings.token_mask,
+        )
+        Zs.append(Z)
+    return P, Zs
 
 
 def _launch_project(

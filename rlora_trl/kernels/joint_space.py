@@ -109,7 +109,7 @@ def project(
         if rank_space.has_initial_A(down, layout):
             rank_space.repeat_h(of_member, layout)
         if settings.tables:
-            rank_space.logits_of(of_member, layout).copy_(_logits(settings.tables[place], settings.tasks))
+            rank_space.logits_of(of_member, layout).copy_(select_logits(settings.tables[place], settings.tasks))
         Z = rank_space.mix(
             *(of_member, group.z, layout),
             dropout=settings.dropout,
@@ -176,7 +176,8 @@ def stats_rows(tokens: int) -> int:
     return 1
 
 
-def _logits(table: torch.Tensor, tasks: torch.Tensor | None) -> torch.Tensor:
+def select_logits(table: torch.Tensor, tasks: torch.Tensor | None) -> torch.Tensor:
+    """The logits `[T, N]` or `[1, N]` from a table of [`CallSettings`]."""
     if tasks is None:
         return table[:1]
     return table[torch.where(tasks < 0, len(table) - 1, tasks)]  # [T, N]

@@ -2,7 +2,7 @@
 
 The layers of a group get the same input. Member j of M has columns j K to (j + 1) K of P and dP `[T, M K]`. KP and ZP
 cover the padding of rows of P and Z, K2 and ZD whole rows, and ZU is Z without padding.
-`triton_ops.py` launches them; README.md has the derivation.
+`joint_ops.py` launches them; README.md has the derivation.
 """
 
 import os

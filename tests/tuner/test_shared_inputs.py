@@ -375,7 +375,7 @@ def test_task_ids_in_a_buffer_that_is_reused(monkeypatch):
     step(model, x, task_ids=ids)
     step(model, x, task_ids=ids)
     ids.copy_(torch.tensor([1, 1, 2, 2, 0]))
-    assert_same(step(model, x, task_ids=ids), alone(model, x, monkeypatch, task_ids=ids), rtol=1e-5)
+    assert_same(step(model, x, task_ids=ids), alone(model, x, monkeypatch, task_ids=ids), rtol=1e-4)
 
 
 def test_routers_that_change_between_passes(monkeypatch):
