@@ -13,7 +13,8 @@ Here the layer has been called, or is not known. `joint.py` computes plain layer
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -157,6 +158,50 @@ class ConcatWeights(NamedTuple):
         return P
 
 
+class ConcatLayers:
+    """
+    The weights of many adapters side by side, of which views are made when they are needed.
+
+    Args:
+        downs (`torch.Tensor` of shape `[L, K, d_in]`), ups (`torch.Tensor` of shape `[L, d_out, Z]`): The weights.
+        ops (`ModuleType`), heads_width (`int`), layout ([`Layout`]): See [`ConcatWeights`].
+    """
+
+    def __init__(
+        self, downs: torch.Tensor, ups: torch.Tensor, ops: ModuleType, heads_width: int, layout: Layout
+    ) -> None:
+        self.downs, self.ups, self.ops, self.heads_width, self.layout = downs, ups, ops, heads_width, layout
+        self.dtype, self.device = downs.dtype, downs.device
+
+    def __len__(self) -> int:
+        return self.downs.shape[0]
+
+    def __getitem__(self, place: int) -> ConcatWeights:
+        down, up = self.each_down[place], self.each_up[place]
+        initial_A = rank_space.has_initial_A(down, self.layout)
+        return ConcatWeights(down, up, down.t(), up.t(), self.ops, self.heads_width, self.layout, initial_A)
+
+    @cached_property
+    def each_down(self) -> tuple[torch.Tensor, ...]:
+        """Views `[K, d_in]` of all layers; one call takes less host time than one for each."""
+        return self.downs.unbind()
+
+    @cached_property
+    def each_up(self) -> tuple[torch.Tensor, ...]:
+        """Views `[d_out, Z]` of all layers."""
+        return self.ups.unbind()
+
+    def below_each_other(self, places: Sequence[int]) -> torch.Tensor:
+        """The matrices `down` of some layers, `[M K, d_in]`: a view if they follow each other."""
+        first, count = places[0], len(places)
+        if count == 1:
+            return self.each_down[first]
+        if list(places) != list(range(first, first + count)):
+            return torch.cat([self.each_down[place] for place in places])
+        _, rows, d_in = self.downs.shape
+        return self.downs.as_strided((count * rows, d_in), (d_in, 1), first * rows * d_in)
+
+
 def concat_weights(
     A: torch.Tensor,
     B: torch.Tensor,
@@ -192,7 +237,7 @@ def concat_weights(
 
 def concat_layers(
     layers: list[AdapterTensors], addresses: torch.Tensor | None, spec: DeltaSpec, dtype: torch.dtype
-) -> list[ConcatWeights]:
+) -> ConcatLayers:
     """
     [`concat_weights`] for many adapters by one launch.
 
@@ -203,7 +248,7 @@ def concat_layers(
         dtype (`torch.dtype`): Dtype of the products.
 
     Returns:
-        `list[ConcatWeights]`: One for each adapter.
+        [`ConcatLayers`]: One for each adapter.
     """
     layout, device = spec.layout, layers[0][0].device
     ops = backend(device, dtype)
@@ -211,10 +256,7 @@ def concat_layers(
     downs, ups = ops.concat_many(
         *(layers, addresses, layout), scaling=spec.scaling, dtype=dtype, down_rows=k, up_columns=z
     )  # [L, K, d_in], [L, d_out, Z]
-    # One call for all views of a kind takes less host time than one call per view.
-    views = zip(downs.unbind(), ups.unbind(), downs.mT.unbind(), ups.mT.unbind(), strict=True)
-    width = padded(layout.num_heads * layout.r, device)
-    return [ConcatWeights(*four, ops, width, layout, rank_space.has_initial_A(four[0], layout)) for four in views]
+    return ConcatLayers(downs, ups, ops, padded(layout.num_heads * layout.r, device), layout)
 
 
 def new_partials(P: torch.Tensor, layout: Layout) -> torch.Tensor:

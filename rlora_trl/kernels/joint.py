@@ -74,9 +74,9 @@ class JointGroup:
         "kinds",
         "ops",
         "parameters",
-        "saved",
         "sizes",
         "tensors",
+        "transposed",
         "weights",
     )
 
@@ -92,7 +92,7 @@ class JointGroup:
     ) -> None:
         device = weights[0].device
         self.tensors, self.weights, self.biases = tensors, weights, biases
-        self.saved = [weight if isinstance(weight, torch.Tensor) else None for weight in weights]
+        self.transposed = [weight.t() if isinstance(weight, torch.Tensor) else None for weight in weights]
         self.ops = joint_backend(device, dtype)
         k, z = widths(layout, device)
         d_outs = [weight.shape[0] for weight in weights]
@@ -108,12 +108,17 @@ class JointGroup:
 
     def add_base(self, place: int, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Accumulate `x W^T` of a layer onto its output `[T, d_out]`."""
-        output.addmm_(tokens, self.dense(place).t())
+        transposed = self.transposed[place]
+        output.addmm_(tokens, self.dense(place).t() if transposed is None else transposed)
 
     def dense(self, place: int) -> torch.Tensor:
         """The weight of a layer, dequantized."""
         weight = self.weights[place]
         return weight if isinstance(weight, torch.Tensor) else weight.dense()
+
+    def versions(self) -> list[int]:
+        """The version counters of the weights that are tensors."""
+        return [weight._version for weight in self.weights if isinstance(weight, torch.Tensor)]
 
     def concat(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`downs` `[M K, d_in]` and `up` `[d_out, Z]` of each layer."""
@@ -126,10 +131,11 @@ class JointGroup:
 class _Call:
     """The arguments of [`_Joint`] without gradients, and what writing the outputs later takes."""
 
-    __slots__ = ("Zs", "downs", "group", "probes", "settings", "tokens", "ups", "write_later")
+    __slots__ = ("Zs", "downs", "group", "probes", "settings", "tokens", "ups", "versions", "write_later")
 
     Zs: Sequence[torch.Tensor]
     tokens: torch.Tensor
+    versions: list[int]
 
     def __init__(
         self,
@@ -176,10 +182,10 @@ class _Joint(torch.autograd.Function):
         written = None if call.write_later else rows
         P, Zs = ops.project(sizes, tokens, call.downs, call.ups, group.biases, written, call.settings, partials)
 
-        # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
+        # If `tokens` is a copy, x itself is saved, so that the copy can be freed. The group holds the weights anyway.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
-        weights = group.saved if ctx.needs_input_grad[0] else [None] * sizes.count
-        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *weights, partials)
+        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, partials)
+        call.versions = group.versions()
         ctx.call, ctx.shape = call, shape
         ctx.set_materialize_grads(False)
 
@@ -193,47 +199,66 @@ class _Joint(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        call, needed = ctx.call, ctx.needs_input_grad
-        group = call.group
-        sizes, kinds, count = group.sizes, group.kinds, group.sizes.count
-        tokens, P, downs, *rest = ctx.saved_tensors
-        partials = rest[-1]
+        # Only gradients of gradients need the decorator, which takes host time.
+        return _gradients_once(ctx, *dys) if torch.is_grad_enabled() else _gradients(ctx, *dys)
 
-        # dP and dB of all members.
-        used = [dy is not None for dy in dys]
-        if False in used:
-            dys, needed = _without_unused(dys, needed, ctx.shape, call.group.sizes, P)
-        rows = [_flat(dy) for dy in dys if dy is not None]
-        coeffs = None if partials is None else _report(call.probes, partials, sizes, used)
-        dtypes = [kinds[3 * place + 1][1] if needed[3 * place + 3] else None for place in range(count)]
-        dP, dBs = group.ops.project_backward(sizes, rows, P, rest[:count], call.settings, coeffs, dtypes)
 
-        # dA and drouter are rows of dP^T x; a task router sums the gradients of the logits by task.
-        grads: list[torch.Tensor | None] = [None] * len(needed)
-        grads[3::3] = dBs
-        if call.settings.tables:
-            routers = _of_task_routers(dP, call.settings, group)
-            grads[4::3] = [grad if need else None for grad, need in zip(routers, needed[4::3], strict=True)]
-        if True in needed[2::3] or (True in needed[4::3] and not call.settings.tables):
-            ddown = mm_wide(dP.t(), tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1]))
-            parts = ddown.split_with_sizes(group.columns)
-            for place in range(count):
-                first = 3 * place
-                if needed[first + 2]:
-                    grads[first + 2] = _like(parts[first], kinds[first])
-                if needed[first + 4] and not call.settings.tables:
-                    grads[first + 4] = _like(parts[first + 1], kinds[first + 2])
+def _gradients(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The backward pass of [`_Joint`]."""
+    call, needed = ctx.call, ctx.needs_input_grad
+    group = call.group
+    sizes, kinds, count = group.sizes, group.kinds, group.sizes.count
+    tokens, P, downs, *rest = ctx.saved_tensors
+    partials = rest[-1]
 
-        # dx = dP down, then dy W accumulates onto it.
-        if needed[0]:
-            dx = torch.mm(dP, downs)  # [T, d_in]
-            for place in range(count):
-                weight = rest[count + place]
-                dx.addmm_(rows[place], group.dense(place) if weight is None else weight)
-            grads[0] = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
-        return tuple(grads)
+    # dP and dB of all members, and dP down.
+    used = [dy is not None for dy in dys]
+    if False in used:
+        dys, needed = _without_unused(dys, needed, ctx.shape, call.group.sizes, P)
+    rows = [_flat(dy) for dy in dys if dy is not None]
+    coeffs = None if partials is None else _report(call.probes, partials, sizes, used)
+    dtypes = [kinds[3 * place + 1][1] if needed[3 * place + 3] else None for place in range(count)]
+    of_x = downs if needed[0] else None
+    dP, dBs, dx = group.ops.project_backward(sizes, rows, P, rest[:count], call.settings, coeffs, dtypes, of_x)
+
+    # dA and drouter are rows of dP^T x; a task router sums the gradients of the logits by task.
+    grads: list[torch.Tensor | None] = [None] * len(needed)
+    grads[3::3] = dBs
+    if call.settings.tables:
+        routers = _of_task_routers(dP, call.settings, group)
+        grads[4::3] = [grad if need else None for grad, need in zip(routers, needed[4::3], strict=True)]
+    if True in needed[2::3] or (True in needed[4::3] and not call.settings.tables):
+        ddown = mm_wide(dP.t(), tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1]))
+        parts = ddown.split_with_sizes(group.columns)
+        for place in range(count):
+            first = 3 * place
+            if needed[first + 2]:
+                grads[first + 2] = _like(parts[first], kinds[first])
+            if needed[first + 4] and not call.settings.tables:
+                grads[first + 4] = _like(parts[first + 1], kinds[first + 2])
+
+    # dy W accumulates onto dx = dP down.
+    if dx is not None:
+        _check_unchanged(group, call.versions)
+        for place in range(count):
+            dx.addmm_(rows[place], group.dense(place))
+        grads[0] = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
+    return tuple(grads)
+
+
+_gradients_once = once_differentiable(_gradients)
+_apply = super(torch.autograd.Function, _Joint).apply
+
+
+def _check_unchanged(group: JointGroup, versions: list[int]) -> None:
+    """Raise if a weight was changed since the forward pass, as autograd does for tensors that it saved."""
+    if group.versions() != versions:
+        shapes = ", ".join(str(list(weight.shape)) for weight in group.weights)
+        raise RuntimeError(
+            f"A frozen weight (one of shapes {shapes}) was changed in place between the forward and backward pass, "
+            "so the gradient would be wrong. Change weights, as merging and loading do, after the backward pass."
+        )
 
 
 def _without_unused(
@@ -322,7 +347,9 @@ def joint_outputs(
         `tuple[torch.Tensor, ...]`: `x weight^T + bias + delta` of each, `[..., d_out]`.
     """
     call = _Call(group, settings, probes, downs, ups)
-    outputs: Outputs = _Joint.apply(x, call, *group.parameters)
+    # `Function.apply` looks at every argument for `torch.func`, which takes a quarter of its host time.
+    apply = _Joint.apply if torch._C._are_functorch_transforms_active() else _apply
+    outputs: Outputs = apply(x, call, *group.parameters)
     if call.write_later:
         with torch.no_grad():
             for place, output in enumerate(outputs):

@@ -24,6 +24,8 @@ MOST_MEMBERS = 3
 # Widest rows of P, Z and dB that a program holds; up to the second number it is fast.
 _WIDEST, _NARROW = 64, 32
 _FEW_TOKENS = 4096
+# Rows of all dP of a group that a program holds to compute dx too.
+_WIDEST_DX = 128
 # Sizes that `tl.dot` needs at least.
 _TILE = 16
 # Tokens per block of `split_gradient_kernel` and `join_gradient_kernel`, and elements of dB per program of the latter.
@@ -77,6 +79,7 @@ class _Plan:
 
         # Tiles that hold rows of P, and of Z and dB.
         self.k2, self.zd = max(_power(k), _TILE), max(_power(z), _power(num_heads * r), _TILE)
+        self.mk2 = max(_power(k * len(d_outs)), _TILE)
         self.fits = max(self.k2, self.zd) <= _WIDEST
         self.narrow = self.zd <= _NARROW
         self.long_outs = min(d_outs) >= z
@@ -99,6 +102,10 @@ class _Plan:
         that matters if there are few tokens.
         """
         return self.fits and (self.narrow or tokens <= _FEW_TOKENS)
+
+    def parts_start(self, tokens: int) -> int:
+        """Where the parts of dB begin in the buffer, after those of dZ; at a multiple of 64 bytes."""
+        return _ceil(self.all_strips * tokens * self.zu, _TILE) * _TILE
 
     def share(self, tokens: int) -> int:
         """Blocks of tokens that one program of `split_gradient_kernel` reads."""
@@ -125,13 +132,18 @@ def _plan_of(group: GroupSizes, device: torch.device) -> _Plan:
 
 def _mask_numbers(plan: _Plan, settings: CallSettings) -> tuple[Any, ...]:
     """Two halves of the seed of each member, then threshold and scale."""
-    seeds = settings.seeds
-    if not seeds:
-        return (0, 0, 0, 0, 0, 0, 0, 1.0)
-    halves: list[int] = []
-    for seed in seeds:
-        halves += (signed(seed), signed(seed >> 32))
-    return (*halves, *(0, 0) * plan.missing, *dropout_numbers(settings.dropout))
+    seeds, numbers = settings.seeds, settings.mask_numbers
+    if numbers is not None:
+        return numbers
+    if seeds:
+        halves: list[int] = []
+        for seed in seeds:
+            halves += (signed(seed), signed(seed >> 32))
+        numbers = (*halves, *(0, 0) * plan.missing, *dropout_numbers(settings.dropout))
+    else:
+        numbers = (0, 0, 0, 0, 0, 0, 0, 1.0)
+    settings.mask_numbers = numbers
+    return numbers
 
 
 def _project_variant(plan: _Plan, block: int, biases: tuple, flags: tuple) -> Variant:
@@ -243,7 +255,7 @@ def _launch_project(
     tokens = x.shape[0]
     tensors = (x, downs, tasks, P, P if partials is None else partials, mask, *pointers)
     numbers = (tokens, tables[0].shape[0] - 1 if tables else 0, *_mask_numbers(plan, settings))
-    variant.launch(-(-tokens // block) * plan.members, tensors, numbers, not start % 16)
+    variant.launch(-(-tokens // block) * plan.members, tensors, numbers, not start % 16, P)
 
 
 def _split_variant(plan: _Plan, share: int, dropped: bool) -> Variant:
@@ -259,9 +271,10 @@ def _split_variant(plan: _Plan, share: int, dropped: bool) -> Variant:
 
 def _join_variant(plan: _Plan, flags: tuple[bool, ...]) -> Variant:
     strips = (*plan.strips, 0, 0)[:MOST_MEMBERS]
-    widths = (plan.k, padding(plan.k, p_columns(plan.layout)), plan.zu, _power(plan.zu))
-    sizes = (*plan.padded_outs, *strips, plan.members, *widths, *plan.heads)
-    return Variant(kernels.join_gradient_kernel, (*sizes, *plan.kinds, *flags, _BLOCK_JOIN, _BLOCK_B))
+    widths = (plan.k, padding(plan.k, p_columns(plan.layout)), plan.mk2, plan.zu, _power(plan.zu))
+    sizes = (plan.d_in, *plan.padded_outs, *strips, plan.members, *widths, *plan.heads)
+    blocks = (_BLOCK_JOIN, _BLOCK_B, 8192 // plan.mk2 // (2 if plan.wide else 1))
+    return Variant(kernels.join_gradient_kernel, (*sizes, *plan.kinds, *flags, *blocks))
 
 
 def project_backward(
@@ -272,21 +285,22 @@ def project_backward(
     settings: CallSettings,
     coeffs: Sequence[torch.Tensor | None] | None,
     dtypes: Sequence[torch.dtype | None],
-) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+    downs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor | None], torch.Tensor | None]:
     """See `joint_space.project_backward`."""
-    plan, tokens, device = _plan_of(group, P.device), P.shape[0], P.device
+    plan, tokens = _plan_of(group, P.device), P.shape[0]
     if tokens == 0 or not plan.holds_rows(tokens):
-        return _by_products(group, dys, P, ups, settings, coeffs, dtypes)
+        dP, dBs = _by_products(group, dys, P, ups, settings, coeffs, dtypes)
+        return dP, dBs, None if downs is None else torch.mm(dP, downs)
 
+    # One buffer for the parts of dZ and dB.
     share, dropped = plan.share(tokens), bool(settings.seeds)
     shares = -(-tokens // (_BLOCK_SPLIT * share))
-    dz = torch.empty(plan.all_strips * tokens * plan.zu, dtype=torch.float32, device=device)
-    parts = torch.empty(shares * plan.elements, dtype=torch.float32, device=device)
-    dP = torch.empty_like(P)
+    size = plan.parts_start(tokens) + shares * plan.elements
+    parts = P.new_empty(size, dtype=torch.float32)
     numbers = (tokens, shares, *_mask_numbers(plan, settings), group.scaling)
     others = (P, P) * plan.missing  # the kernels do not touch them
 
-    # The parts of dZ and dB.
     pointers: list[torch.Tensor] = []
     start = 0
     for dy, up in zip(dys, ups, strict=True):
@@ -296,26 +310,53 @@ def project_backward(
     variant = plan.variants.get(key)
     if variant is None:
         variant = plan.variants[key] = _split_variant(plan, share, dropped)
-    variant.launch(plan.all_strips * shares, (P, dz, parts, *pointers, *others), numbers, not start % 16)
+    variant.launch(plan.all_strips * shares, (P, parts, *pointers, *others), numbers, not start % 16, P)
 
-    # Their sums, and dP.
-    dBs, pointers = [], []
-    for place, shape in enumerate(plan.shapes_of_dB):
-        dB = torch.empty(shape, dtype=dtypes[place] or torch.float32, device=device)
-        dBs.append(dB)
+    # Their sums, dP, and dx if it takes no longer than PyTorch's product.
+    dP = torch.empty_like(P)
+    sums: list[torch.Tensor] = []
+    for shape, dtype in zip(plan.shapes_of_dB, dtypes, strict=True):
+        sums.append(P.new_empty(shape, dtype=dtype or torch.float32))
+    adds_dx = downs is not None and plan.mk2 <= _WIDEST_DX and tokens <= _FEW_TOKENS
+    dx = P.new_empty((tokens, plan.d_in)) if adds_dx else None
+    _launch_join(plan, P, parts, dP, sums, settings, coeffs, numbers, downs, dx)
+    if downs is not None and dx is None:
+        dx = torch.mm(dP, downs)
+    return dP, [None if dtype is None else dB for dB, dtype in zip(sums, dtypes, strict=True)], dx
+
+
+def _launch_join(
+    plan: _Plan,
+    P: torch.Tensor,
+    parts: torch.Tensor,
+    dP: torch.Tensor,
+    dBs: Sequence[torch.Tensor],
+    settings: CallSettings,
+    coeffs: Sequence[torch.Tensor | None] | None,
+    numbers: tuple[Any, ...],
+    downs: torch.Tensor | None,
+    dx: torch.Tensor | None,
+) -> None:
+    # P stands in for missing tensors, which the kernel does not touch.
+    pointers: list[torch.Tensor] = []
+    for place, dB in enumerate(dBs):
         of_member = None if coeffs is None else coeffs[place]
         pointers += (P if of_member is None else of_member, dB)
     balanced = coeffs is not None and coeffs[0] is not None
     mask = settings.token_mask
     if mask is None or not balanced:
         mask = P
-    key = ("join", dropped, balanced, mask is not P, mask.dtype, *dtypes)
+    of_dx = (P, P) if downs is None or dx is None else (downs, dx)
+
+    flags = (bool(settings.seeds), balanced, mask is not P, dx is not None)
+    key = ("join", *flags, mask.dtype, *[dB.dtype for dB in dBs])
     variant = plan.variants.get(key)
     if variant is None:
-        variant = plan.variants[key] = _join_variant(plan, (dropped, balanced, mask is not P))
-    programs = -(-tokens // _BLOCK_JOIN) * plan.members + plan.join_programs
-    variant.launch(programs, (P, dz, parts, dP, mask, *pointers, *others), numbers, not mask.data_ptr() % 16)
-    return dP, dBs if None not in dtypes else [None if d is None else dB for dB, d in zip(dBs, dtypes, strict=True)]
+        variant = plan.variants[key] = _join_variant(plan, flags)
+    blocks = -(-P.shape[0] // _BLOCK_JOIN)
+    programs = (blocks if dx is not None else blocks * plan.members) + plan.join_programs
+    tensors = (P, parts, dP, *of_dx, mask, *pointers, *(P, P) * plan.missing)
+    variant.launch(programs, tensors, numbers, not mask.data_ptr() % 16, P)
 
 
 def _by_products(

@@ -57,9 +57,12 @@ class CallSettings:
         of_mean (`Sequence[torch.Tensor]` of shapes `[K N, N]`, *optional*): The derivatives of the last row of each
             table, the mean over tasks, for the router `[K, N]`.
         token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count in statistics.
+
+    Attributes:
+        mask_numbers (`Any`): For a back end to keep what it derives from the dropout and the seeds.
     """
 
-    __slots__ = ("dropout", "of_mean", "one_hot", "row", "seeds", "tables", "tasks", "token_mask")
+    __slots__ = ("dropout", "mask_numbers", "of_mean", "one_hot", "row", "seeds", "tables", "tasks", "token_mask")
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class CallSettings:
         self.dropout, self.seeds = (dropout, seeds) if seeds else (0.0, ())
         self.tables, self.tasks, self.token_mask = tables, tasks, token_mask
         self.one_hot, self.row, self.of_mean = one_hot, row, of_mean
+        self.mask_numbers: Any = None
 
 
 def project(
@@ -141,9 +145,10 @@ def project_backward(
     settings: CallSettings,
     coeffs: Sequence[torch.Tensor | None] | None,
     dtypes: Sequence[torch.dtype | None],
-) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+    downs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor | None], torch.Tensor | None]:
     """
-    The gradients of P and of all heads.
+    The gradients of P and of all heads, and what they add to that of x.
 
     Args:
         group ([`GroupSizes`]), ups (`Sequence[torch.Tensor]`), settings ([`CallSettings`]): As in [`project`].
@@ -151,9 +156,10 @@ def project_backward(
         P (`torch.Tensor` of shape `[T, M K]`): Projections.
         coeffs (`Sequence[torch.Tensor | None]` of shapes `[N + 2]`, *optional*): See `rank_space.mix_backward`.
         dtypes (`Sequence[torch.dtype | None]`): Of the gradients of B; `None` for one that is not needed.
+        downs (`torch.Tensor` of shape `[M K, d_in]`, *optional*): As in [`project`], if x needs a gradient.
 
     Returns:
-        `tuple`: dP `[T, M K]`, and dB `[N, d_out, r]` of each member.
+        `tuple`: dP `[T, M K]`, dB `[N, d_out, r]` of each member, and `dP downs` `[T, d_in]` with `downs`.
     """
     layout, dPs, dBs = group.layout, [], []
     for place, (dy, of_member) in enumerate(zip(dys, P.chunk(group.count, 1), strict=True)):
@@ -168,7 +174,8 @@ def project_backward(
         dPs.append(dP)
         dtype = dtypes[place]
         dBs.append(None if dtype is None else rank_space.split_heads(_wide(dy.T, heads), layout).to(dtype))
-    return torch.cat(dPs, 1), dBs
+    dP = torch.cat(dPs, 1)
+    return dP, dBs, None if downs is None else torch.mm(dP, downs)
 
 
 def stats_rows(tokens: int) -> int:

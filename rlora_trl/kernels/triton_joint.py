@@ -440,6 +440,12 @@ def project_kernel(
 
 
 @triton.jit
+def _parts_start(tokens, WIDTH: tl.constexpr):
+    """Where the parts of dB begin in the buffer, after those of dZ `[strips, T, ZU]`: see `_Plan.parts_start`."""
+    return (tokens.to(tl.int64) * WIDTH + 15) // 16 * 16
+
+
+@triton.jit
 def _head_factors(
     p_row,
     rows,
@@ -588,8 +594,7 @@ def _split_member(
 )
 def split_gradient_kernel(
     p_ptr,
-    dz_ptr,
-    db_ptr,
+    parts_ptr,
     dy0_ptr,
     up0_ptr,
     dy1_ptr,
@@ -630,8 +635,11 @@ def split_gradient_kernel(
     program = tl.program_id(0)
     STRIPS0: tl.constexpr = (D_OUT0 + BLOCK_D - 1) // BLOCK_D
     STRIPS1: tl.constexpr = STRIPS0 + (D_OUT1 + BLOCK_D - 1) // BLOCK_D
+    STRIPS: tl.constexpr = STRIPS1 + (D_OUT2 + BLOCK_D - 1) // BLOCK_D
     end0 = STRIPS0 * shares
     end1 = STRIPS1 * shares
+    dz_ptr = parts_ptr
+    db_ptr = parts_ptr + _parts_start(tokens, STRIPS * ZU)
     # Written out for each member, as in `project_kernel`.
     if program < end0:
         _split_member(
@@ -845,10 +853,40 @@ def _join_heads(
     tl.store(db_ptr + index, total.to(db_ptr.dtype.element_ty), mask=used)
 
 
+@triton.jit
+def _input_gradient_rows(
+    block,
+    dp_ptr,
+    down_ptr,
+    dx_ptr,
+    tokens,
+    D_IN: tl.constexpr,
+    MK: tl.constexpr,
+    MK2: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """`dP downs` for a block of tokens."""
+    rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_mask = rows < tokens
+    ks = tl.arange(0, MK2)
+    used = ks < MK
+    dp = tl.load(dp_ptr + rows[:, None] * MK + ks[None, :], mask=row_mask[:, None] & used[None, :], other=0.0)
+    for start in range(0, D_IN, BLOCK_X):
+        columns = start + tl.arange(0, BLOCK_X)
+        inside = columns < D_IN
+        of_down = used[:, None] & inside[None, :]  # [MK2, BLOCK_X]
+        down = tl.load(down_ptr + ks[:, None] * D_IN + columns[None, :], mask=of_down, other=0.0)
+        dx = _dot(dp, down, tl.zeros([BLOCK_T, BLOCK_X], dtype=tl.float32))
+        stored = row_mask[:, None] & inside[None, :]
+        tl.store(dx_ptr + rows[:, None] * D_IN + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=stored)
+
+
 # For one member after another, one program per block of BLOCK_T tokens; then one per block of BLOCK_B elements of dB.
+# With DX, one program per block of tokens does those of all members.
 #
-# Loads the parts of dZ and dB that `split_gradient_kernel` stores, and P. Stores dP (see `_mix_backward_rows`) and
-# dB [N, d_out, R] of each member.
+# Loads the parts of dZ and dB that `split_gradient_kernel` stores, and P. Stores dP (see `_mix_backward_rows`),
+# dB [N, d_out, R] of each member, and with DX dx = dP downs [T, d_in].
 @triton.jit(
     do_not_specialize=[
         "tokens",
@@ -867,8 +905,9 @@ def _join_heads(
 def join_gradient_kernel(
     p_ptr,
     dz_ptr,
-    parts_ptr,
     dp_ptr,
+    down_ptr,
+    dx_ptr,
     mask_ptr,
     coeffs0_ptr,
     db0_ptr,
@@ -887,6 +926,7 @@ def join_gradient_kernel(
     threshold,
     keep_scale,
     scaling,
+    D_IN: tl.constexpr,
     D_OUT0: tl.constexpr,
     D_OUT1: tl.constexpr,
     D_OUT2: tl.constexpr,
@@ -896,6 +936,7 @@ def join_gradient_kernel(
     MEMBERS: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
+    MK2: tl.constexpr,
     ZU: tl.constexpr,
     ZD: tl.constexpr,
     R: tl.constexpr,
@@ -909,13 +950,20 @@ def join_gradient_kernel(
     DROPOUT: tl.constexpr,
     BALANCED: tl.constexpr,
     MASKED: tl.constexpr,
+    DX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):
     program = tl.program_id(0)
     blocks = (tokens + BLOCK_T - 1) // BLOCK_T
     before1 = tokens.to(tl.int64) * (STRIPS0 * ZU)
     before2 = tokens.to(tl.int64) * ((STRIPS0 + STRIPS1) * ZU)
+    parts_ptr = dz_ptr + _parts_start(tokens, (STRIPS0 + STRIPS1 + STRIPS2) * ZU)
+    # The programs of the next member.
+    begin1 = 0 if DX else blocks
+    begin2 = 0 if DX else 2 * blocks
+    rows_end = blocks if DX else MEMBERS * blocks
     # Written out for each member, as in `project_kernel`.
     if program < blocks:
         _join_rows(
@@ -952,9 +1000,9 @@ def join_gradient_kernel(
             BLOCK_T,
         )
     if MEMBERS > 1:
-        if (program >= blocks) & (program < 2 * blocks):
+        if (program >= begin1) & (program < begin1 + blocks):
             _join_rows(
-                program - blocks,
+                program - begin1,
                 p_ptr,
                 dz_ptr + before1,
                 dp_ptr,
@@ -987,9 +1035,9 @@ def join_gradient_kernel(
                 BLOCK_T,
             )
     if MEMBERS > 2:
-        if (program >= 2 * blocks) & (program < 3 * blocks):
+        if (program >= begin2) & (program < begin2 + blocks):
             _join_rows(
-                program - 2 * blocks,
+                program - begin2,
                 p_ptr,
                 dz_ptr + before2,
                 dp_ptr,
@@ -1022,10 +1070,15 @@ def join_gradient_kernel(
                 BLOCK_T,
             )
 
+    if DX:
+        if program < blocks:
+            tl.debug_barrier()
+            _input_gradient_rows(program, dp_ptr, down_ptr, dx_ptr, tokens, D_IN, MEMBERS * K, MK2, BLOCK_T, BLOCK_X)
+
     # dB of each member.
     PROGRAMS0: tl.constexpr = (N * D_OUT0 * R + BLOCK_B - 1) // BLOCK_B
     PROGRAMS1: tl.constexpr = PROGRAMS0 + (N * D_OUT1 * R + BLOCK_B - 1) // BLOCK_B
-    left = program - MEMBERS * blocks
+    left = program - rows_end
     if (left >= 0) & (left < PROGRAMS0):
         _join_heads(left, parts_ptr, db0_ptr, shares, D_OUT0, R, N, BLOCK_B)
     if MEMBERS > 1:

@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 # constants that the kernel was compiled for.
 _LAUNCHED_WITH = ("grid_0", "grid_1", "grid_2", "stream", "kernel.function", "kernel.packed_metadata")
 _HOOKS = ("launch_metadata", "launch_enter_hook", "launch_exit_hook")
+_NO_HOOKS = (None, None, None)
+# The arguments that `CudaLauncher.__call__` passes on.
+_LAUNCHER_CALLS = (
+    *("gridX", "gridY", "gridZ", "stream", "function", "self.launch_cooperative_grid", "self.launch_pdl"),
+    *("global_scratch", "profile_scratch", "*args"),
+)
 _TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 _KERNEL_ARGUMENTS = "*bound_args.values()" if _TAKES_CONSTANTS else "*non_constexpr_vals"
 # Tokens per program of `mix_kernel` and `mix_backward_kernel`. Tiles are a few registers wide, so this only sets the
@@ -110,7 +116,12 @@ class Variant:
         self.passed = constants if _TAKES_CONSTANTS else ()
 
     def launch(
-        self, programs: int, tensors: tuple[torch.Tensor, ...], numbers: tuple = (), aligned: bool = True
+        self,
+        programs: int,
+        tensors: tuple[torch.Tensor, ...],
+        numbers: tuple = (),
+        aligned: bool = True,
+        stand_in: torch.Tensor | None = None,
     ) -> None:
         """
         Launch a one-dimensional grid.
@@ -121,19 +132,20 @@ class Variant:
             numbers (`tuple`, *optional*, defaults to `()`): Number arguments in order.
             aligned (`bool`, *optional*, defaults to `True`): Whether all tensors start at multiples of 16 bytes, which
                 Triton specializes on.
+            stand_in (`torch.Tensor`, *optional*): One of the tensors, which takes the place of many missing ones.
         """
         device = tensors[0].get_device()  # -1 for the CPU
         if device >= 0 and _several_devices() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.launch(programs, tensors, numbers, aligned)
+                return self.launch(programs, tensors, numbers, aligned, stand_in)
 
         # A compiled kernel is called through its launcher.
         cached = self.compiled.get(device) if aligned else None
         if cached is not None:
-            run, function, metadata, stream_of = cached
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            no_hooks = (None, None, None)
-            run(programs, 1, 1, stream_of(device), function, metadata, *no_hooks, *addresses, *numbers, *self.passed)
+            run, function, added, stream_of = cached
+            missing = 0 if stand_in is None else stand_in.data_ptr()
+            addresses = [missing if tensor is stand_in else tensor.data_ptr() for tensor in tensors]
+            run(programs, 1, 1, stream_of(device), function, *added, *addresses, *numbers, *self.passed)
             return None
 
         # The first launch goes through Triton, which compiles the kernel.
@@ -141,8 +153,33 @@ class Variant:
         # Triton's interpreter does not compile.
         if aligned and compiled is not None and has_known_launcher():
             stream_of = triton.runtime.driver.active.get_current_stream
-            self.compiled[device] = (compiled.run, compiled.function, compiled.packed_metadata, stream_of)
+            run, added = _launcher(compiled.run)
+            self.compiled[device] = (run, compiled.function, (*added, compiled.packed_metadata, *_NO_HOOKS), stream_of)
         return None
+
+
+def _launcher(run: Any) -> tuple[Any, tuple[Any, ...]]:
+    """
+    The function behind Triton's launcher, and the arguments that the launcher adds after the stream and the function.
+
+    The launcher itself only allocates memory for kernels that need some, which takes a fifth of the host time of a
+    launch. It is used as it is where it does more, or another version of it is installed.
+    """
+    sizes = (getattr(run, "global_scratch_size", None), getattr(run, "profile_scratch_size", None))
+    if sizes != (0, 0) or not _adds_as_known(type(run).__call__):
+        return run, ()
+    return run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None)
+
+
+@lru_cache(maxsize=8)
+def _adds_as_known(call: Callable[..., Any]) -> bool:
+    """Whether the source of `CudaLauncher.__call__` has the call that [`_launcher`] makes, as in Triton 3.6."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(call)))
+    except (OSError, TypeError, SyntaxError):  # no source to read
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.launch"]
+    return [[ast.unparse(arg) for arg in one.args] for one in calls] == [list(_LAUNCHER_CALLS)]
 
 
 def padding(width: int, used: int) -> int:

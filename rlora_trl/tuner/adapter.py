@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
-from ..kernels.fused import ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
+from ..kernels.fused import ConcatLayers, ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
 from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
 from .routing import Routing
@@ -27,33 +27,32 @@ class PrefetchedWeights(NamedTuple):
     Weights of an adapter that were concatenated before its forward pass; see [`WeightPrefetch`].
 
     Args:
-        weights ([`ConcatWeights`]): The concatenated weights.
-        layout ([`Layout`]), scaling (`float`): How they were concatenated.
+        layers ([`ConcatLayers`]), place (`int`): The concatenated weights of many adapters, and which are this one's.
+        scaling (`float`): How they were concatenated.
         tensors (`AdapterTensors`): The source tensors.
         versions (`list[int | None]`): Version counter of each source tensor at that time.
     """
 
-    weights: ConcatWeights
-    layout: Layout
+    layers: ConcatLayers
+    place: int
     scaling: float
     tensors: AdapterTensors
     versions: list[int | None]
 
     @classmethod
-    def of(cls, weights: ConcatWeights, spec: DeltaSpec, tensors: AdapterTensors) -> PrefetchedWeights:
+    def of(cls, layers: ConcatLayers, place: int, scaling: float, tensors: AdapterTensors) -> PrefetchedWeights:
         """Weights that were just computed from `tensors`."""
-        return cls(weights, spec.layout, spec.scaling, tensors, _versions(tensors))
+        return cls(layers, place, scaling, tensors, _versions(tensors))
 
     def holds_for(self, tensors: AdapterTensors, layout: Layout, scaling: float, x: torch.Tensor) -> bool:
         """Whether the weights fit the input `x`, and the tensors have not changed since."""
-        down = self.weights.down
         return (
             # `torch.func.functional_call` passes other tensors, and offloaded layers change their device.
             all(map(is_, tensors, self.tensors))
-            and down.dtype == x.dtype
-            and down.device == x.device
+            and self.layers.dtype == x.dtype
+            and self.layers.device == x.device
             and scaling == self.scaling
-            and layout == self.layout
+            and layout == self.layers.layout
             and _versions(tensors) == self.versions
         )
 
@@ -379,7 +378,7 @@ class MultiHeadAdapter(nn.Module):
         """The prefetched weights, if they are valid for this call."""
         prefetched = self.prefetched
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
-            return prefetched.weights
+            return prefetched.layers[prefetched.place]
         self.note_dtype(x.dtype)
         return None
 

@@ -69,14 +69,9 @@ def is_hooked(layer: nn.Module) -> bool:
     )
 
 
-def joins_products(x: torch.Tensor) -> bool:
-    """Whether products of `x` run together with deltas: in training on a GPU."""
-    return (
-        type(x) in JOINED_TYPES
-        and x.device.type in JOINED_DEVICES
-        and torch.is_grad_enabled()
-        and not _has_any_global_hook()  # which calls of the layers would run
-    )
+def may_join(x: torch.Tensor) -> bool:
+    """Whether nothing but the device keeps products of `x` from running together with deltas in training."""
+    return type(x) in JOINED_TYPES and not _has_any_global_hook()  # which calls of the layers would run
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -99,7 +94,7 @@ def frozen_product(layer: nn.Module, x: torch.Tensor) -> FrozenProduct | None:
         [`FrozenProduct`], or `None` if the layer must be called: it has hooks, is quantized in another way, sharded
         (DeepSpeed ZeRO-3; FSDP2 has gathered it by now) or trained.
     """
-    if not joins_products(x) or is_hooked(layer):
+    if x.device.type not in JOINED_DEVICES or not (torch.is_grad_enabled() and may_join(x)) or is_hooked(layer):
         return None
     # From the dictionary, as `nn.Module.__getattr__` is slow, and as it holds parameters only.
     parameters, dtype = layer._parameters, product_dtype(x)

@@ -11,8 +11,10 @@ from torch import nn
 from ..kernels import LayerProbe
 from ..kernels.joint import JointGroup, Outputs, joint_outputs
 from ..kernels.joint_space import CallSettings
+from . import base_product
 from .adapter import MultiHeadAdapter
 from .base_product import QuantizedWeight, frozen_product, is_hooked, product_dtype
+from .batch import BatchContext
 from .prefetch import is_whole
 
 
@@ -39,15 +41,18 @@ class _Member(NamedTuple):
     bias: torch.Tensor | None
     memory: tuple[Any, ...]
 
-    def is_unchanged(self, joined: JoinedLayers) -> bool:
-        """Whether the layer still computes the same function, but for the values of its tensors."""
+    def is_unchanged(self, settings: tuple[Any, ...]) -> bool:
+        """
+        Whether the layer, if it runs this adapter, still computes the same function but for the values of its tensors.
+
+        Args:
+            settings (`tuple`): [`_settings_of`] the adapters of the group.
+        """
         layer, adapter, (A, B, router, anchor_A, anchor_B), parameter, _, bias, memory = self
-        of_adapter, base, active = adapter._parameters, layer.base_layer, layer.adapters_in_use()
+        of_adapter, base = adapter._parameters, layer.base_layer
         of_base = base._parameters
         return (
-            len(active) == 1
-            and active[0] is adapter
-            and of_adapter.get("A") is A
+            of_adapter.get("A") is A
             and of_adapter.get("B") is B
             and of_adapter.get("router") is router
             and of_adapter.get("A0") is anchor_A
@@ -57,7 +62,7 @@ class _Member(NamedTuple):
             and _memory_of(parameter, bias) == memory
             and not is_hooked(base)
             and not is_hooked(adapter)
-            and joined.settings == _settings_of(adapter)
+            and settings == _settings_of(adapter)
         )
 
 
@@ -91,8 +96,10 @@ class JoinedLayers:
         self.members, self.groups, self.dtype = members, groups, dtype
         self.layer, self.device, self.settings = members[0].layer, members[0].weight.device, _settings_of(first)
         self.adapters = [member.adapter for member in members]
+        self.device_type = self.device.type
         self.routing, self.layout = first.routing, first.layout()
-        self.scaling, self.dropout = first.scaling, first.dropout
+        self.scaling = first.scaling
+        self.dropout = first.dropout if first.training else 0.0
         tensors = [adapter.kernel_tensors() for adapter in self.adapters]
         weights, biases = [member.weight for member in members], [member.bias for member in members]
         routers: Any = [adapter.router for adapter in self.adapters] if first.router_kind == "task" else []
@@ -129,63 +136,62 @@ class JoinedLayers:
 
     def prefetch(self) -> None:
         """Use the weights that were concatenated ahead, if those of all layers were; see [`WeightPrefetch`]."""
-        ahead: list[Any] = [adapter.prefetched for adapter in self.adapters]
-        if None in ahead or ahead[0].weights.down.dtype is not self.dtype:
+        ahead = [one for adapter in self.adapters if (one := adapter.prefetched) is not None]
+        if len(ahead) < len(self.adapters) or ahead[0].layers.dtype is not self.dtype:
             return
-        downs = [one.weights.down for one in ahead]
-        self.downs = downs[0] if len(downs) == 1 else _side_by_side(downs)
-        self.ups = [one.weights.up for one in ahead]
+        layers = ahead[0].layers
+        if all(one.layers is layers for one in ahead):
+            self.downs = layers.below_each_other([one.place for one in ahead])
+        else:
+            self.downs = torch.cat([one.layers.each_down[one.place] for one in ahead])
+        self.ups = [one.layers.each_up[one.place] for one in ahead]
         self.versions = [version for one in ahead for version in one.versions if version is not None]
 
     def release(self) -> None:
         """Drop the weights of a forward pass."""
         self.downs, self.ups = None, ()
 
-    def holds_for(self, layer: AdaptedLayer, x: torch.Tensor, groups: Any) -> bool:
-        """Whether the group computes what its layers compute for `x` now, grouped by `groups`."""
+    def runs_in(self, x: torch.Tensor) -> bool:
+        """Whether products of `x` have the dtype and the device of the group here."""
+        if x.device != self.device or self.device_type not in base_product.JOINED_DEVICES:
+            return False
+        autocast = torch.is_autocast_enabled(self.device_type)
+        return (torch.get_autocast_dtype(self.device_type) if autocast else x.dtype) is self.dtype
+
+    def holds_for(self, layer: AdaptedLayer, adapter: MultiHeadAdapter, x: torch.Tensor, groups: Any) -> bool:
+        """Whether the group computes what a layer with an adapter, and its followers in `groups`, compute for `x`."""
         if (
             self.layer is not layer  # replicas of `DataParallel` share this object
-            or product_dtype(x) is not self.dtype
-            or x.device != self.device
+            or self.adapters[0] is not adapter
             or self.groups is not groups
+            or not self.runs_in(x)
         ):
             return False
         for member in self.members:
-            if not member.is_unchanged(self):
+            if not member.is_unchanged(self.settings):
                 return False
         if self.downs is not None and self.versions != [tensor._version for tensor in self.all_tensors]:
             self.release()
         # Weights that are concatenated in the call may have been sharded since.
         return self.downs is not None or all(map(is_whole, self.adapters))
 
-    def still_holds_for(self, layer: AdaptedLayer, x: torch.Tensor) -> bool:
-        """Whether the output of a layer for `x` that came with the first layer's is still that of the layer."""
-        member = next((member for member in self.members if member.layer is layer), None)
-        return member is not None and member.is_unchanged(self) and product_dtype(x) is self.dtype
-
-    def layer_trains(self) -> bool:
-        """Whether the adapters are in training mode, as all or none are."""
-        return self.adapters[0].training
-
-    def outputs(self, x: torch.Tensor) -> Outputs:
+    def outputs(self, x: torch.Tensor, batch: BatchContext) -> Outputs:
         """The outputs of all layers."""
-        routing = self.routing
-        routing.note_forward()
-        batch = routing.batch
+        self.routing.note_forward()
 
         # A dropout mask for each layer, derived from the seed of the batch if it has one.
         seeds: list[int] = []
-        if self.dropout > 0.0 and self.layer_trains():
+        if self.dropout > 0.0:
             seeds = [adapter.derive_seed(batch.seed) for adapter in self.adapters]
         probes: list[LayerProbe] = []
         if batch.tally is not None:
             probes = [probe for adapter in self.adapters if (probe := adapter.probe(x)) is not None]
         settings = CallSettings(self.dropout, seeds, token_mask=probes[0].token_mask if probes else None)
-        if routing.kind == "task":
-            self._set_tables(settings, x)
+        if self.routing.kind == "task":
+            self._set_tables(settings, x, batch)
 
         # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
-        device_type = x.device.type
+        device_type = self.device_type
         if x.dtype is not self.dtype:
             x = x.to(self.dtype)
         if not torch.is_autocast_enabled(device_type):
@@ -196,9 +202,9 @@ class JoinedLayers:
         finally:
             torch.set_autocast_enabled(device_type, True)
 
-    def _set_tables(self, settings: CallSettings, x: torch.Tensor) -> None:
+    def _set_tables(self, settings: CallSettings, x: torch.Tensor, batch: BatchContext) -> None:
         """Logits by the tasks of the tokens, in place of a router on the input."""
-        routing, task = self.routing, self.routing.batch.task
+        routing, task = self.routing, batch.task
         routers = [adapter._parameters["router"] for adapter in self.adapters]
         tables = [
             routing.table_of(adapter.layer_number, router)
@@ -252,18 +258,6 @@ def _fit(first: MultiHeadAdapter, other: MultiHeadAdapter) -> bool:
     )
 
 
-def _side_by_side(downs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Matrices `[K, d_in]` below each other, `[M K, d_in]`: a view if they lie so in memory."""
-    first = downs[0]
-    storage, size = first.untyped_storage().data_ptr(), first.numel()
-    offsets = [down.storage_offset() - place * size for place, down in enumerate(downs)]
-    together = len(set(offsets)) == 1 and all(down.untyped_storage().data_ptr() == storage for down in downs)
-    if not together:
-        return torch.cat(list(downs))
-    rows, d_in = first.shape
-    return first.as_strided((len(downs) * rows, d_in), (d_in, 1))
-
-
 class ReadyOutput(NamedTuple):
     """
     The output of a layer that the first layer of its group has computed.
@@ -271,6 +265,7 @@ class ReadyOutput(NamedTuple):
     Args:
         output (`torch.Tensor` of shape `[..., d_out]`): The output.
         x (`torch.Tensor`), version (`int`), region (`Any`): The input, and the state of autograd at that time.
+        member (`_Member`): The layer as it was then.
         joined ([`JoinedLayers`]): The group.
     """
 
@@ -278,4 +273,5 @@ class ReadyOutput(NamedTuple):
     x: torch.Tensor
     version: int
     region: Any
+    member: _Member
     joined: JoinedLayers

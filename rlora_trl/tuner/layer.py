@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import MultiHeadAdapter
-from .base_product import joins_products, owns_output
+from .base_product import may_join, owns_output
 from .bnb_cpu import undo_cpu_order
 from .config import RLoraConfig
 from .joined import JoinedLayers, ReadyOutput
@@ -199,7 +199,7 @@ class RLoraLinear(nn.Module, RLoraLayer):
         # One adapter on a plain layer computes both products, here or in an earlier layer with the same input.
         active = self.adapters_in_use()
         if len(active) == 1 and adapter_names is None and not (args or kwargs):
-            output = self._join(x, active[0])
+            output = self._join(active[0], x)
             if output is not None:
                 return output
 
@@ -213,7 +213,7 @@ class RLoraLinear(nn.Module, RLoraLayer):
             result = adapter(x, base=result, inplace=owns_output(self.base_layer))
         return result
 
-    def _join(self, x: torch.Tensor, adapter: MultiHeadAdapter) -> torch.Tensor | None:
+    def _join(self, adapter: MultiHeadAdapter, x: torch.Tensor) -> torch.Tensor | None:
         """The output together with the delta; `None` if the base layer must be called."""
         if torch.compiler.is_compiling():
             return None  # a graph would depend on groups, and the compiler plans products itself
@@ -223,10 +223,10 @@ class RLoraLinear(nn.Module, RLoraLayer):
         groups = batch.groups
         if groups is not None and groups.observes:
             groups.observe(self, x)
-        if not joins_products(x) or (batch.usage is not None and not adapter.training):
+        if not may_join(x) or (batch.usage is not None and not adapter.training):
             return None  # the adapter counts the use of its heads
-        output = take_ready(self, x) if self.ready is not None else None
-        return join(self, x, groups) if output is None else output
+        output = take_ready(self, adapter, x) if self.ready is not None else None
+        return join(self, adapter, x, batch) if output is None else output
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out groups, which belong to the layers of one model."""

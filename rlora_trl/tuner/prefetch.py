@@ -72,9 +72,9 @@ class WeightPrefetch:
 
         for (spec, dtype, _), members, layers, addresses in self._groups:
             concatenated = concat_layers(layers, addresses, spec, dtype)
-            for adapter, tensors, weights in zip(members, layers, concatenated, strict=True):
+            for place, (adapter, tensors) in enumerate(zip(members, layers, strict=True)):
                 # `nn.Module.__setattr__` is slow.
-                adapter.__dict__["prefetched"] = PrefetchedWeights.of(weights, spec, tensors)
+                adapter.__dict__["prefetched"] = PrefetchedWeights.of(concatenated, place, spec.scaling, tensors)
 
 
 def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:

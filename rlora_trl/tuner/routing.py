@@ -92,7 +92,10 @@ class Routing:
         if "seed" in values:
             seed = values["seed"]
             values["seed_tensor"] = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
-        self._set(self.batch._replace(**values))
+        # Not by `_replace`, from which `torch.compile` makes an empty tuple (torch 2.11).
+        before = self.batch
+        fields = [values.get(name, value) for name, value in zip(before._fields, before, strict=True)]
+        self._set(BatchContext(*fields))
 
     @contextmanager
     def using(self, **values: Any) -> Generator[None, None, None]:

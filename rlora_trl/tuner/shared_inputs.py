@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .adapter import MultiHeadAdapter
+from .batch import BatchContext
 from .joined import AdaptedLayer, JoinedLayers, ReadyOutput
 from .recomputation import in_backward
 from .routing import Routing
@@ -111,22 +112,24 @@ class InputGroups:
                     self.missed.add(first)
 
 
-def join(layer: AdaptedLayer, x: torch.Tensor, groups: InputGroups | None) -> torch.Tensor | None:
+def join(layer: AdaptedLayer, adapter: MultiHeadAdapter, x: torch.Tensor, batch: BatchContext) -> torch.Tensor | None:
     """
     The output of a layer computed together with its delta, and those of the layers that get the same input after it.
 
     Args:
-        layer ([`AdaptedLayer`]): The layer, with one adapter in use.
+        layer ([`AdaptedLayer`]): The layer.
+        adapter ([`MultiHeadAdapter`]): The one adapter that it runs.
         x (`torch.Tensor` of shape `[..., d_in]`): Its input.
-        groups ([`InputGroups`], *optional*): The groups of the pass.
+        batch ([`BatchContext`]): The context of the pass, with its groups.
 
     Returns:
         `torch.Tensor` of shape `[..., d_out]`, or `None` if the base layer must be called.
     """
-    if in_backward() and _region() is None:
+    groups, region = batch.groups, _region()
+    if region is None and in_backward():
         groups = None  # a reentrant checkpoint: layers of other regions may get the same input
     joined = layer.joined
-    if joined is None or not joined.holds_for(layer, x, groups):
+    if joined is None or not joined.holds_for(layer, adapter, x, groups):
         followers = [] if groups is None else groups.followers_of(layer)
         joined = JoinedLayers.of(layer, x, followers, groups)
         if joined is None:
@@ -136,23 +139,30 @@ def join(layer: AdaptedLayer, x: torch.Tensor, groups: InputGroups | None) -> to
             member.layer.__dict__.pop("joined", None)
         layer.__dict__["joined"] = joined
 
-    outputs = joined.outputs(x)
+    outputs = joined.outputs(x, batch)
     if len(outputs) > 1:
-        version, region = x._version, _region()
+        version = x._version
         for member, output in zip(joined.members[1:], outputs[1:], strict=True):
-            member.layer.__dict__["ready"] = ReadyOutput(output, x, version, region, joined)
+            member.layer.__dict__["ready"] = ReadyOutput(output, x, version, region, member, joined)
     return outputs[0]
 
 
-def take_ready(layer: AdaptedLayer, x: torch.Tensor) -> torch.Tensor | None:
+def take_ready(layer: AdaptedLayer, adapter: MultiHeadAdapter, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a layer for `x` that the first layer of its group has computed, if it still holds."""
     ready: ReadyOutput | None = layer.__dict__.pop("ready", None)
     if ready is None:  # taken in another thread
         return None
-    joined = ready.joined
-    same = ready.x is x and ready.version == x._version and ready.region == _region()
-    if same and joined.still_holds_for(layer, x):
-        return ready.output
+    output, of_x, version, region, member, joined = ready
+    if (
+        of_x is x
+        and version == x._version
+        and region == _region()
+        and member.layer is layer
+        and member.adapter is adapter
+        and joined.runs_in(x)
+        and member.is_unchanged(joined.settings)
+    ):
+        return output
     if joined.groups is not None:
         joined.groups.missed.add(id(joined.layer))
     return None

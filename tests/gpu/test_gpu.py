@@ -85,14 +85,14 @@ def test_the_base_product_joins_in(model_folders):
 
 def joined_and_alone(model, monkeypatch, **kwargs):
     """Gradients of grouped layers, and where each base layer is called; and the sizes of the groups."""
-    sizes, real = [], joint._Joint.apply
+    sizes, real = [], joint._apply
 
     def apply(x, call, *parameters):
         sizes.append(call.group.sizes.count)
         return real(x, call, *parameters)
 
     with monkeypatch.context() as patch:
-        patch.setattr(joint._Joint, "apply", apply)
+        patch.setattr(joint, "_apply", apply)
         for _ in range(2):  # the first is observed
             sizes.clear()
             model.zero_grad()

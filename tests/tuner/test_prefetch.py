@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig
-from rlora_trl.kernels.fused import concat_weights
+from rlora_trl.kernels.fused import concat_layers
 from rlora_trl.tuner.adapter import PrefetchedWeights
 from rlora_trl.tuner.prefetch import WeightPrefetch
 
@@ -308,7 +308,8 @@ def test_packed_weights_hold_for_one_kind_of_product():
     adapter, x = adapters_of(adapted())[0], torch.randn(5, 12)
     spec, tensors = adapter.delta_spec(), adapter.kernel_tensors()
     with torch.no_grad():
-        ahead = PrefetchedWeights.of(concat_weights(*tensors, spec, torch.float32), spec, tensors)
+        layers = concat_layers([tensors], None, spec, torch.float32)
+        ahead = PrefetchedWeights.of(layers, 0, spec.scaling, tensors)
     assert ahead.holds_for(tensors, spec.layout, spec.scaling, x)
     # Layers may be brought to the device of the input after weights were packed where they rest.
     assert not ahead.holds_for(tensors, spec.layout, spec.scaling, x.to("meta"))

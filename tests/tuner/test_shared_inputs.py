@@ -27,13 +27,13 @@ def joined_on_the_cpu(monkeypatch):
 @pytest.fixture
 def sizes(monkeypatch):
     """The number of layers in each call of the function."""
-    found, real = [], joint._Joint.apply
+    found, real = [], joint._apply
 
     def apply(x, call, *parameters):
         found.append(call.group.sizes.count)
         return real(x, call, *parameters)
 
-    monkeypatch.setattr(joint._Joint, "apply", apply)
+    monkeypatch.setattr(joint, "_apply", apply)
     return found
 
 
