@@ -47,9 +47,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
 
 
+# How a model is compiled: by `torch.compile`, or in its mode "reduce-overhead"; and the ends of their families.
+COMPILED = {"compiled": "compiled", "CUDA graphs": "graphs"}
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One form of adapter: family, heads, rank of each head, dropout and router; and whether the model is compiled."""
+    """One form of adapter: family, heads, rank of each head, dropout and router; and how the model is compiled."""
 
     name: str
     family: str
@@ -57,7 +61,7 @@ class Variant:
     r: int = 0
     dropout: float = 0.0
     router: str = "softmax"
-    compiled: bool = False
+    compiled: str = ""  # "compiled", or "CUDA graphs" too
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with this adapter; `floor` trains nothing, but gradients flow to its input."""
@@ -92,7 +96,7 @@ class Variant:
 
     def facts(self) -> dict[str, Any]:
         """What a row says of its variant. The compiled ones are families of their own."""
-        family = f"{self.family}_compiled" if self.compiled else self.family
+        family = f"{self.family}_{COMPILED[self.compiled]}" if self.compiled else self.family
         sizes = {"num_heads": self.num_heads, "r": self.r, "dropout": self.dropout}
         package = {"package": f"{self.family} {_version(self.family)}"} if self.family in FUSED else {}
         return {"variant": self.name, "family": family, **sizes, **package}
@@ -107,8 +111,9 @@ class Variant:
         if self.family in FUSED and importlib.util.find_spec(self.family) is None:
             raise ModuleNotFoundError(f"{self.family} is not installed")
 
-    def when_compiled(self) -> "Variant":
-        return replace(self, name=f"{self.name}, compiled", compiled=True)
+    def when_compiled(self, how: str) -> "Variant":
+        """The same compiled; `how` is a key of `COMPILED`."""
+        return replace(self, name=f"{self.name}, {how}", compiled=how)
 
 
 _LOOPS = {

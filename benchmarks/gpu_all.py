@@ -52,7 +52,7 @@ JOBS = {
     "four_bit_long": Job(130, f"{_LONG} {_LORA} ours --sizes 3x4 --four_bit --rounds 3 --repeats 3"),
     "liger_long": Job(140, f"{_LONG} {_ALL} --sizes 3x4 --liger --rounds 3 --repeats 3"),
     "loops": Job(140, f"{_LONG} {_LOOPS} --rounds 2 --repeats 2"),
-    "compile": Job(100, f"train_step.py --settings 6x512 {_FEW} --compile --layers 9"),
+    "compile": Job(300, f"train_step.py --settings 2x512 6x512 {_FEW} --compile --layers 9"),
     "seven_b": Job(110, f"{_LONG} {_FEW} --shape qwen2.5-7b --rounds 3 --repeats 3"),
     "heads": Job(130, f"{_LONG} {_GRID} --rounds 2 --repeats 2"),
     "decode_four_bit": Job(90, "decode.py --four_bit"),

@@ -89,7 +89,7 @@ def steps_of(
 
 
 def _compiled(row: Row) -> bool:
-    return row.get("family", "").endswith("_compiled")
+    return row.get("family", "").endswith(("_compiled", "_graphs"))
 
 
 def _bold(row: Row) -> str:
@@ -206,18 +206,20 @@ def heads_table(rows: list[Row]) -> str:
 
 
 def compiled_table(rows: list[Row]) -> str:
-    """Steps of the whole model under `torch.compile`, beside the same without it."""
+    """Steps of the whole model under `torch.compile`, without and with CUDA graphs, beside the same without it."""
     lines = []
     for run in by_run([row for row in rows if row.get("median_ms")]):
         times = {(row["variant"], row["setting"]): row["median_ms"] for row in run}
-        for row in filter(_compiled, run):
-            setting, ms = row["setting"], row["median_ms"]
-            name = row["variant"].removesuffix(", compiled")
-            eager, floor = times.get((name, setting)), times.get((f"{FLOOR}, compiled", setting))
+        for row in run:
+            setting, name = row["setting"], row["variant"]
+            compiled, graphs = (times.get((f"{name}, {how}", setting)) for how in ("compiled", "CUDA graphs"))
+            if _compiled(row) or not (compiled or graphs):
+                continue
             model = f"{row['shape']}, {row['layers']} layers, {_title(setting)}"
-            cells = [model, name, f"{eager:.0f}" if eager else "", f"{ms:.0f}", _ratio(ms, eager), _ratio(ms, floor)]
-            lines.append(cells)
-    head = ["model", "form", "ms/step", "compiled ms/step", "compiled vs. eager", "vs. compiled floor"]
+            both = [f"{ms:.0f}" if ms else "" for ms in (compiled, graphs)]
+            floor = times.get((f"{FLOOR}, CUDA graphs", setting))
+            lines.append([model, _bold(row), f"{row['median_ms']:.0f}", *both, _ratio(graphs, floor)])
+    head = ["model", "form", "ms/step", "compiled", "with CUDA graphs", "vs. floor with CUDA graphs"]
     return _table(head, lines)
 
 
@@ -510,7 +512,11 @@ def sections(files: dict[str, list[Row]], cpu: list[Row]) -> str:
             "With a spinning process on every second core.",
             settings_table(train, (*_LORA, *_OURS), busy=True),
         ),
-        ("`torch.compile` of the whole model", "", compiled_table(train)),
+        (
+            "`torch.compile` of the whole model",
+            'With CUDA graphs: `mode="reduce-overhead"`.',
+            compiled_table(train),
+        ),
         ("ZeRO-3", "Several GPUs, a batch each.", sharded_table(files["large"])),
         (
             "Host time of a call",

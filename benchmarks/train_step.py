@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from common import (
     ALONE,
+    COMPILED,
     DEVICE,
     Elsewhere,
     RowTasks,
@@ -130,7 +131,10 @@ class TrainStep:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=DEVICE == "cuda") if trained else None
-        self.model = torch.compile(model) if variant.compiled else model
+        self.model = model
+        if variant.compiled:
+            mode = "reduce-overhead" if variant.compiled == "CUDA graphs" else None
+            self.model = torch.compile(model, dynamic=False, mode=mode)
         self.tasks = RowTasks(model, batch)
         self.ids = torch.randint(0, base.config.vocab_size, (batch, length), device=DEVICE)
         # As TRL runs it by default: 16-bit autocast, which leaves a 16-bit base as it is.
@@ -141,6 +145,8 @@ class TrainStep:
 
     def forward(self) -> torch.Tensor:
         """The loss."""
+        if self.variant.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         with self.autocast, self.tasks.given():
             return self.model(input_ids=self.ids, labels=self.ids).loss
 
@@ -279,7 +285,7 @@ def chosen_variants(args: argparse.Namespace) -> list[Variant]:
         variants = [v for v in variants if v.family not in ("lora_16bit", "axolotl", "unsloth")]
     if args.compile:
         kept = [v for v in variants if v.family in ("floor", "lora", "lora_16bit", "ours") and v.name != _DROPPED]
-        variants = [*kept, *(v.when_compiled() for v in kept)]
+        variants = [*kept, *(v.when_compiled(how) for how in COMPILED for v in kept)]
     return variants
 
 
@@ -300,7 +306,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", type=int, default=[None], help="cut the model short; one run for each")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--four_bit", action="store_true", help="an NF4 base")
-    parser.add_argument("--compile", action="store_true", help="the floor, LoRA and ours, also by `torch.compile`")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="the floor, LoRA and ours, also by `torch.compile`, without and with CUDA graphs",
+    )
     parser.add_argument("--liger", action="store_true", help="Liger's kernels in the model, as TRL puts them there")
     parser.add_argument("--busy", action="store_true", help="a spinning process on every second core")
     parser.add_argument(

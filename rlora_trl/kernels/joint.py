@@ -222,21 +222,9 @@ def _gradients(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None
     of_x = downs if needed[0] else None
     dP, dBs, dx = group.ops.project_backward(sizes, rows, P, rest[:count], call.settings, coeffs, dtypes, of_x)
 
-    # dA and drouter are rows of dP^T x; a task router sums the gradients of the logits by task.
     grads: list[torch.Tensor | None] = [None] * len(needed)
     grads[3::3] = dBs
-    if call.settings.tables:
-        routers = _of_task_routers(dP, call.settings, group)
-        grads[4::3] = [grad if need else None for grad, need in zip(routers, needed[4::3], strict=True)]
-    if True in needed[2::3] or (True in needed[4::3] and not call.settings.tables):
-        ddown = mm_wide(dP.t(), tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1]))
-        parts = ddown.split_with_sizes(group.columns)
-        for place in range(count):
-            first = 3 * place
-            if needed[first + 2]:
-                grads[first + 2] = _like(parts[first], kinds[first])
-            if needed[first + 4] and not call.settings.tables:
-                grads[first + 4] = _like(parts[first + 1], kinds[first + 2])
+    _add_down_gradients(grads, needed, dP, tokens, call)
 
     # dy W accumulates onto dx = dP down.
     if dx is not None:
@@ -249,6 +237,31 @@ def _gradients(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None
 
 _gradients_once = once_differentiable(_gradients)
 _apply = super(torch.autograd.Function, _Joint).apply
+
+
+def _add_down_gradients(
+    grads: list[torch.Tensor | None],
+    needed: Sequence[bool],
+    dP: torch.Tensor,
+    tokens: torch.Tensor,
+    call: _Call,
+) -> None:
+    """dA and drouter are rows of dP^T x; a task router sums the gradients of the logits by task."""
+    group, of_tasks = call.group, bool(call.settings.tables)
+    if of_tasks:
+        routers = _of_task_routers(dP, call.settings, group)
+        grads[4::3] = [grad if need else None for grad, need in zip(routers, needed[4::3], strict=True)]
+    if not (True in needed[2::3] or (True in needed[4::3] and not of_tasks)):
+        return
+
+    ddown = mm_wide(dP.t(), tokens if tokens.ndim == 2 else tokens.reshape(-1, tokens.shape[-1]))
+    parts = ddown.split_with_sizes(group.columns)
+    for place in range(group.sizes.count):
+        first = 3 * place
+        if needed[first + 2]:
+            grads[first + 2] = _like(parts[first], group.kinds[first])
+        if needed[first + 4] and not of_tasks:
+            grads[first + 4] = _like(parts[first + 1], group.kinds[first + 2])
 
 
 def _check_unchanged(group: JointGroup, versions: list[int]) -> None:
@@ -293,31 +306,37 @@ def _report(
 
 
 def _of_task_routers(dP: torch.Tensor, settings: CallSettings, group: JointGroup) -> list[torch.Tensor]:
-    """The gradients of task routers `[K, N]`, from those of the logits."""
-    one_hot, sizes = settings.one_hot, group.sizes
+    """The gradients of task routers `[K, N]`, from those of the logits; for all layers at once, to save host time."""
+    one_hot, of_mean, sizes = settings.one_hot, settings.of_mean, group.sizes
+    assert of_mean is not None
+    (count, _, heads), width = of_mean.shape, dP.shape[1]
     if one_hot is None:
         sums = dP.sum(0, keepdim=True, dtype=torch.promote_types(dP.dtype, torch.float32))
     else:
         sums = mm_wide(one_hot.t(), dP)  # [K + 1, M K]
+    sums = sums if sums.dtype == of_mean.dtype else sums.to(of_mean.dtype)
 
-    gradients = []
-    for part, of_mean, kind in zip(sums.chunk(sizes.count, 1), settings.of_mean, group.kinds[2::3], strict=True):
-        assert kind is not None
-        shape, dtype = kind
-        of_tasks = rank_space.logits_of(part, sizes.layout).to(of_mean.dtype)  # [K + 1, N] or [1, N]
-        if one_hot is not None:
-            flat = torch.addmv(of_tasks[:-1].reshape(-1), of_mean, of_tasks[-1])
-        elif settings.row < 0:
-            flat = torch.mv(of_mean, of_tasks[0])
-        else:
-            flat = of_mean.new_zeros(shape)
-            flat[settings.row] = of_tasks[0]
-        gradients.append(flat.view(shape).to(dtype))
-    return gradients
+    # The logits of member j begin at column `first + j * k`.
+    kind = group.kinds[2]
+    assert kind is not None
+    shape, dtype = kind
+    tasks, first = shape[0], rank_space.h_columns(sizes.layout)
+    last = sums.as_strided((count, heads, 1), (sizes.k, 1, 1), first + (len(sums) - 1) * width)
+    if one_hot is not None:
+        rows = sums.as_strided((count, tasks, heads), (sizes.k, width, 1), first).reshape(count, -1, 1)
+        gradients = torch.baddbmm(rows, of_mean, last).view(count, *shape)
+    elif settings.row < 0:
+        gradients = torch.bmm(of_mean, last).view(count, *shape)
+    else:
+        gradients = of_mean.new_zeros((count, *shape))
+        gradients[:, settings.row] = last.squeeze(-1)
+    gradients = gradients if gradients.dtype == dtype else gradients.to(dtype)
+    return list(gradients.unbind())
 
 
-def _like(gradient: torch.Tensor, kind: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+def _like(gradient: torch.Tensor, kind: tuple[torch.Size, torch.dtype] | None) -> torch.Tensor:
     """A gradient in the shape and dtype of its parameter; calls that change nothing are left out."""
+    assert kind is not None
     shape, dtype = kind
     gradient = gradient if len(shape) == 2 else gradient.view(shape)
     return gradient if gradient.dtype == dtype else gradient.to(dtype)

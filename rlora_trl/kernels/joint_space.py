@@ -54,8 +54,8 @@ class CallSettings:
         one_hot (`torch.Tensor` of shape `[T, rows]`, *optional*): The same in the dtype of the products, for the
             gradients of the tables. Without it all tokens have the task `row`.
         row (`int`, *optional*, defaults to `-1`): That task; -1 for the mean over tasks.
-        of_mean (`Sequence[torch.Tensor]` of shapes `[K N, N]`, *optional*): The derivatives of the last row of each
-            table, the mean over tasks, for the router `[K, N]`.
+        of_mean (`torch.Tensor` of shape `[M, K N, N]`, *optional*): The derivatives of the last row of each table, the
+            mean over tasks, for the router `[K, N]`.
         token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count in statistics.
 
     Attributes:
@@ -72,7 +72,7 @@ class CallSettings:
         tasks: torch.Tensor | None = None,
         one_hot: torch.Tensor | None = None,
         row: int = -1,
-        of_mean: Sequence[torch.Tensor] = (),
+        of_mean: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> None:
         self.dropout, self.seeds = (dropout, seeds) if seeds else (0.0, ())

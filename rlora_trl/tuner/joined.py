@@ -16,6 +16,7 @@ from .adapter import MultiHeadAdapter
 from .base_product import QuantizedWeight, frozen_product, is_hooked, product_dtype
 from .batch import BatchContext
 from .prefetch import is_whole
+from .task_tables import derivatives_of
 
 
 class AdaptedLayer(Protocol):
@@ -212,7 +213,7 @@ class JoinedLayers:
             if router is not None
         ]
         settings.tables = [table.logits for table in tables]
-        settings.of_mean = [table.of_mean for table in tables]
+        settings.of_mean = derivatives_of(tables)
         of_tokens = routing.one_hot_tasks(x.shape[:-1], x.device, self.dtype)
         if of_tokens is not None:
             settings.tasks, settings.one_hot = of_tokens

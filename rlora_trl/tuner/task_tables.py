@@ -18,12 +18,14 @@ class TaskTable(NamedTuple):
 
     Args:
         logits (`torch.Tensor` of shape `[K + 1, N]`): Its rows, and last the logits of the mean head weights.
-        of_mean (`torch.Tensor` of shape `[K N, N]`): The derivatives of that last row for the router.
+        of_mean (`torch.Tensor` of shape `[L, K N, N]`), place (`int`): The derivatives of the last rows of many tables
+            for their routers, and which are this one's.
         router (`torch.Tensor`), version (`int`): The source, and its version at that time.
     """
 
     logits: torch.Tensor
     of_mean: torch.Tensor
+    place: int
     router: torch.Tensor
     version: int
 
@@ -58,5 +60,14 @@ def task_tables(routers: Sequence[torch.Tensor]) -> list[TaskTable]:
     # d log(mean_k p_k)_i / d router_kj = p_kj (delta_ij - p_ki) / (K mean_i)
     eye = torch.eye(heads, dtype=p.dtype, device=p.device)
     of_mean = p.unsqueeze(-1) * (eye - p.unsqueeze(-2)) / (tasks * mean).view(layers, 1, 1, heads)
-    parts = zip(logits.unbind(), of_mean.flatten(1, 2).unbind(), routers, strict=True)
-    return [TaskTable(rows, derivatives, router, router._version) for rows, derivatives, router in parts]
+    of_mean = of_mean.flatten(1, 2)
+    parts = enumerate(zip(logits.unbind(), routers, strict=True))
+    return [TaskTable(rows, of_mean, place, router, router._version) for place, (rows, router) in parts]
+
+
+def derivatives_of(tables: Sequence[TaskTable]) -> torch.Tensor:
+    """The derivatives `[M, K N, N]` of the last rows of some tables: a view if they follow each other."""
+    first = tables[0]
+    if all(table.of_mean is first.of_mean and table.place == first.place + i for i, table in enumerate(tables)):
+        return first.of_mean[first.place : first.place + len(tables)]
+    return torch.stack([table.of_mean[table.place] for table in tables])

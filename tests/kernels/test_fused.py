@@ -237,6 +237,18 @@ def test_layers_concatenated_together_are_those_concatenated_one_by_one(routed, 
                 assert torch.equal(tensor, one_by_one) and tensor.stride() == one_by_one.stride()
 
 
+def test_matrices_below_each_other():
+    names = ("A", "B", "router", "anchor_A", "anchor_B")
+    layers = [tuple(make((3, 4, 13, 17, 1), torch.float32).get(name) for name in names) for _ in range(4)]
+    with torch.no_grad():
+        together = fused.concat_layers(layers, None, fused.DeltaSpec(Layout(3, 4), 1.7), torch.float32)
+    for places in ([1], [1, 2], [0, 1, 2], [2, 1], [0, 3]):
+        below = together.below_each_other(places)
+        assert torch.equal(below, torch.cat([together[place].down for place in places]))
+        in_order = places == list(range(places[0], places[-1] + 1))
+        assert (below.untyped_storage().data_ptr() == together.downs.untyped_storage().data_ptr()) == in_order
+
+
 def test_an_input_that_must_be_copied_is_saved_once():
     """An input with strided rows is saved itself, not as a copy beside it."""
     tensors = make((3, 4, 13, 17, 20), torch.float32)

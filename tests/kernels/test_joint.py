@@ -6,10 +6,11 @@ import torch.utils.checkpoint
 from kernel_helpers import DEVICE, INTERPRETED, TOLERANCE, CountedProducts, make, relative_error
 
 from rlora_trl.kernels import LayerProbe, RoutingStats, RoutingTally, fused, keep_mask, rank_space
+from rlora_trl.kernels import joint as joint_module
 from rlora_trl.kernels.joint import JointGroup, joint_outputs
 from rlora_trl.kernels.joint_space import CallSettings
 from rlora_trl.kernels.reference import multihead_delta_reference
-from rlora_trl.tuner.task_tables import task_tables
+from rlora_trl.tuner.task_tables import derivatives_of, task_tables
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
@@ -38,7 +39,7 @@ def make_group(size, members, dtype, *, biased=False, dropout=0.0, top_k=0, rout
     settings = CallSettings(dropout, seeds)
     if routers:
         tables = task_tables(routers)
-        settings.tables, settings.of_mean = [t.logits for t in tables], [t.of_mean for t in tables]
+        settings.tables, settings.of_mean = [t.logits for t in tables], derivatives_of(tables)
         if tasks is None:
             settings.row, settings.tables = row, [t.logits[row:][:1].clone() for t in tables]
         else:
@@ -225,6 +226,37 @@ def test_saved_for_backward():
     elements = sum(t.numel() for t in saved if t.data_ptr() not in weights)
     sizes = group.sizes
     assert elements == tokens * (d_in + 2 * sizes.k) + 2 * sizes.k * d_in + sizes.z * sum(D_OUTS[:2])
+
+
+def test_a_weight_that_was_changed_before_the_backward_pass_is_refused():
+    """As autograd refuses tensors that it saved; the group holds the weights itself."""
+    _, x, group, settings = make_group((3, 4, 13, 67), 2, torch.float32)
+    outputs = joint_outputs(x, group, settings)
+    group.weights[1].add_(0.0)
+    with pytest.raises(RuntimeError, match=r"changed in place between the forward and backward pass"):
+        torch.autograd.grad(outputs, x, [torch.ones_like(y) for y in outputs])
+
+
+def test_gradients_have_no_gradients():
+    _, x, group, settings = make_group((3, 4, 13, 67), 1, torch.float32)
+    (output,) = joint_outputs(x, group, settings)
+    upstream = torch.ones_like(output).requires_grad_(True)
+    (dx,) = torch.autograd.grad(output, x, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_torch_func_goes_through_its_own_call(monkeypatch):
+    """Which looks at every argument; without it the call is shorter."""
+    _, x, group, settings = make_group((3, 4, 13, 67), 1, torch.float32)
+    monkeypatch.setattr(joint_module, "_apply", lambda *args: pytest.fail("not for torch.func"))
+    monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+    called = []
+    monkeypatch.setattr(joint_module._Joint, "apply", lambda *args: called.append(args) or (x, x))
+    with torch.no_grad():
+        ahead = group.concat()
+    joint_outputs(x, group, settings, (), *ahead)
+    assert len(called) == 1
 
 
 def test_a_recomputation_skips_the_unused_outputs():

@@ -123,6 +123,33 @@ def test_known_launcher_is_called(monkeypatch):
     assert kernel.launched == [(3, 1, 1, ("stream", -1), 7, (4, 1), *none, tensor.data_ptr(), 0.5, 16, True)]
 
 
+class Launcher:
+    """Triton's launcher, with and without memory that it must allocate."""
+
+    launch_cooperative_grid, launch_pdl = False, True
+
+    def __init__(self, scratch=0):
+        self.global_scratch_size, self.profile_scratch_size = scratch, 0
+        self.launch = object()
+
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args):  # noqa: N803
+        global_scratch = profile_scratch = None
+        self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl,
+                    global_scratch, profile_scratch, *args)  # fmt: skip
+
+
+class OlderLauncher(Launcher):
+    def __call__(self, *args):
+        self.launch(*args)
+
+
+def test_the_function_behind_a_launcher():
+    launcher = Launcher()
+    assert triton_ops._launcher(launcher) == (launcher.launch, (False, True, None, None))
+    for other in (Launcher(scratch=64), OlderLauncher(), len):
+        assert triton_ops._launcher(other) == (other, ())
+
+
 def test_unknown_launcher_is_not_called(monkeypatch, caplog):
     monkeypatch.setattr(triton_ops, "_LAUNCHED_WITH", ("grid", "function"))
     with caplog.at_level(logging.WARNING):
