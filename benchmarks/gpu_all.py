@@ -45,17 +45,17 @@ JOBS = {
     "four_bit": Job(200, f"{_SHORT} {_LORA} ours ours_task --sizes 3x4 --four_bit"),
     "busy": Job(190, f"{_LONG} 6x512 {_FEW} --busy"),
     "decode": Job(90, "decode.py"),
-    "liger": Job(200, f"{_SHORT} {_ALL} --sizes 3x4 --liger"),
     "small": Job(70, f"{_LONG} 6x512 {_FEW} --shape qwen2.5-0.5b"),
     "zero3": Job(170, "large.py --processes 2 --cases bf16-zero3 nf4-zero3 --total_limit 200", gpus=2),
-    "time_to_loss": Job(200, "time_to_loss.py"),
-    "four_bit_long": Job(130, f"{_LONG} {_LORA} ours --sizes 3x4 --four_bit --rounds 3 --repeats 3"),
-    "liger_long": Job(140, f"{_LONG} {_ALL} --sizes 3x4 --liger --rounds 3 --repeats 3"),
-    "loops": Job(140, f"{_LONG} {_LOOPS} --rounds 2 --repeats 2"),
     "compile": Job(300, f"train_step.py --settings 2x512 6x512 {_FEW} --compile --layers 9"),
+    "liger": Job(200, f"{_SHORT} {_ALL} --sizes 3x4 --liger"),
+    "time_to_loss": Job(200, "time_to_loss.py"),
+    "loops": Job(140, f"{_LONG} {_LOOPS} --rounds 2 --repeats 2"),
     "seven_b": Job(110, f"{_LONG} {_FEW} --shape qwen2.5-7b --rounds 3 --repeats 3"),
     "heads": Job(130, f"{_LONG} {_GRID} --rounds 2 --repeats 2"),
+    "four_bit_long": Job(130, f"{_LONG} {_LORA} ours --sizes 3x4 --four_bit --rounds 3 --repeats 3"),
     "decode_four_bit": Job(90, "decode.py --four_bit"),
+    "liger_long": Job(140, f"{_LONG} {_ALL} --sizes 3x4 --liger --rounds 3 --repeats 3"),
     "trainer_overhead": Job(170, "trainer_overhead.py"),
 }
 
@@ -113,8 +113,10 @@ class Machine:
 
     def run_all(self) -> None:
         def first_two() -> None:
-            self.lane(self.gpus[:2])
-            lanes[1].start()
+            try:
+                self.lane(self.gpus[:2])
+            finally:
+                lanes[1].start()  # which is waited for
             self.lane(self.gpus[:1])
 
         lanes = [threading.Thread(target=self.lane, args=([gpu],)) for gpu in self.gpus]

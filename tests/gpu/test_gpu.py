@@ -184,6 +184,26 @@ def test_compiled_model(model_folders):
     assert len(set(losses)) == 3  # a new mask in each step
 
 
+def test_cuda_graphs(model_folders):
+    """`mode="reduce-overhead"`, in which steps are replayed from the third on."""
+    _, expected = gradients(adapted(model_folders["llama"], "cuda", head_dropout=0.0), "cuda")
+    compiled = torch.compile(adapted(model_folders["llama"], "cuda", head_dropout=0.0), mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled.zero_grad()
+        _, actual = gradients(compiled, "cuda")
+        assert largest_error({key.removeprefix("_orig_mod."): v for key, v in actual.items()}, expected) < 1e-3
+
+    dropped = torch.compile(adapted(model_folders["llama"], "cuda", head_dropout=0.4), mode="reduce-overhead").train()
+    losses, ids = [], random_ids().cuda()
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = dropped(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert len(set(losses)) == 6  # a new mask in each step, although each repeats the same launches
+
+
 def test_generation(model_folders):
     model = adapted(model_folders["llama"], "cuda").eval()
     ids = random_ids(2, 5).cuda()
