@@ -89,7 +89,7 @@ def draw_seed() -> int:
     if buffer is None:
         with torch.inference_mode(False):
             buffer = _buffers.seed = torch.empty((), dtype=torch.int64, device="cpu")
-    seed = int(buffer.random_().item())
+    seed = int(buffer.random_(0, 2**63 - 1).item())
     if _DISTRIBUTED and torch.distributed.is_initialized():
         seed ^= (torch.distributed.get_rank() * _GOLDEN) & (2**63 - 1)
     return seed

@@ -198,6 +198,7 @@ def test_cuda_graphs(model_folders):
     losses, ids = [], random_ids().cuda()
     for _ in range(6):
         torch.compiler.cudagraph_mark_step_begin()
+        dropped.zero_grad()  # gradients are overwritten in the next step
         loss = dropped(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())
