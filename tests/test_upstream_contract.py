@@ -284,7 +284,7 @@ CONTRACT = [Row(*row) for row in (
     ("torch.autograd.function:BackwardCFunction", "_sequence_nr", None, "number of a node, which says when its pass ran"),
     ("torch.nn:Module", "_non_persistent_buffers_set", None, "buffers that are not saved"),
     ("accelerate/hooks.py", "_hf_hook", None, "device of layers that are offloaded"),
-    ("collections/__init__.py", "_fields", None, "named tuples with other values"),
+    ("collections/__init__.py", "_fields | _replace", None, "named tuples with other values"),
     ("torch:UntypedStorage", "_cdata", None, "storages by identity"),
     ("torch._subclasses.fake_tensor", "FakeTensor", None, "memory of a step"),
     ("torch._subclasses.fake_tensor", "FakeTensorMode", None, "memory of a step"),
