@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,12 +24,12 @@ from .adapter import MultiHeadAdapter
 from .batch import BatchShape, TaskIds, check_task_ids, describe_batch
 from .bnb_cpu import guard_cpu_order
 from .config import RLoraConfig
+from .forward_pass import ForwardPass, outside_graphs
 from .layer import RLoraLayer, RLoraLinear
 from .loading import check_adapter_tensors, check_on_first_use, settle_loaded, without_wrappers
 from .offload import refuse_offloaded
 from .patterns import make_portable
-from .prefetch import WeightPrefetch, is_whole
-from .recomputation import in_backward
+from .prefetch import WeightPrefetch
 from .routing import Routing, find_routings, set_task, using_all
 from .shared_inputs import SharedInputs
 from .targets import (
@@ -130,16 +130,6 @@ def _warn_of_another_base(config: RLoraConfig, model: nn.Module) -> None:
             f"The adapter from {config.source.name} was trained on {trained_on} but is loaded on {name}. Load it on "
             "the former; ignore this if the two are the same model."
         )
-
-
-def _task_routers(adapters: Sequence[MultiHeadAdapter], routing: Routing) -> dict[int, torch.Tensor]:
-    """The routers of a state that layers share, by number of the layer, where they are in memory."""
-    routers: dict[int, torch.Tensor] = {}
-    for adapter in adapters:
-        router = adapter._parameters.get("router")
-        if adapter.routing is routing and router is not None and is_whole(adapter):
-            routers[adapter.layer_number] = router
-    return routers
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, RLoraLayer]:
@@ -423,34 +413,13 @@ class RLoraModel(BaseTuner):
         if torch.compiler.is_compiling() or capturing or not (self.training and torch.is_grad_enabled()):
             yield
             return
-        adapters = [adapter for layer in self._adapted for adapter in layer.adapters_in_use()]
-        if in_backward():
-            # A recomputation of the whole model has the groups of the pass that it repeats.
-            with self._prefetch.prefetched(adapters):
-                yield
-            return
-
-        routings = list({id(adapter.routing): adapter.routing for adapter in adapters}.values())
-        groups = self._shared_inputs.begin_pass(adapters, routings)
-        joined = [
-            layer.joined for layer in self._adapted if isinstance(layer, RLoraLinear) and layer.joined is not None
-        ]
-        for routing in routings:
-            if routing.kind == "task":
-                routing.begin_tables(_task_routers(adapters, routing))
-        failed = True
+        forward_pass, failed = ForwardPass(self._adapted, self._prefetch, self._shared_inputs), True
         try:
-            with self._prefetch.prefetched(adapters):
-                for group in joined:
-                    group.prefetch()
-                yield
+            outside_graphs(ForwardPass.begin)(forward_pass)
+            yield
             failed = False
         finally:
-            for group in joined:
-                group.release()
-            for routing in routings:
-                routing.begin_tables({})
-            self._shared_inputs.finish_pass(groups, failed)
+            outside_graphs(ForwardPass.finish)(forward_pass, failed)
 
     def _forget_layers(self) -> None:
         """Drop what holds layers and tensors."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,19 +49,9 @@ class WeightPrefetch:
         """Copies and pickles leave out the plan, which belongs to the tensors of one model."""
         return {"_key": [], "_groups": []}
 
-    @contextmanager
-    def prefetched(self, adapters: Sequence[MultiHeadAdapter]) -> Generator[None, None, None]:
-        """Set `prefetched` of each adapter that allows it, for the duration of a `with` block."""
-        try:
-            self.concat(adapters)
-            yield
-        finally:
-            for adapter in adapters:
-                adapter.__dict__.pop("prefetched", None)
-
     @torch.no_grad()
     def concat(self, adapters: Sequence[MultiHeadAdapter]) -> None:
-        """Set `prefetched` of each adapter that allows it; see [`prefetched`]."""
+        """Set `prefetched` of each adapter that allows it."""
         # A plan depends on where all parameters are, on which are whole, and on how they are concatenated.
         parameters = [parameter for adapter in adapters for parameter in adapter._parameters.values()]
         key: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]

@@ -339,6 +339,21 @@ def test_packing_is_no_part_of_a_graph(monkeypatch):
     assert not any(tensor.requires_grad for packed in found for tensor in packed[:4])
 
 
+def test_nothing_is_prepared_in_graphs_where_the_whole_call_is_none(monkeypatch):
+    """Then functions are compiled one by one; in CUDA graphs, these would be recorded and not run again."""
+    real, compiled = WeightPrefetch.concat, []
+
+    def concat(self, adapters):
+        compiled.append(torch.compiler.is_compiling())
+        real(self, adapters)
+
+    monkeypatch.setattr(WeightPrefetch, "concat", concat)
+    model, x = adapted(), torch.randn(5, 12)
+    model.forward = torch.compiler.disable(model.forward, recursive=False)
+    step(torch.compile(model, backend="eager"), x)
+    assert compiled == [False]
+
+
 def test_two_adapters_at_a_time(packed_alone, monkeypatch):
     model, x = adapted(), torch.randn(5, 12)
     config = RLoraConfig(r=3, num_heads=2, target_modules=["up", "down"], init_weights=False, head_dropout=0.0)
