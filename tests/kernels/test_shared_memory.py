@@ -54,7 +54,7 @@ def test_kernels_fit(capability, dtype, layout):
         variants = [
             joint_ops._project_variant(plan, joint_ops._project_block(tokens), (False,) * 3, flags),
             joint_ops._split_variant(plan, plan.share(tokens), True),
-            joint_ops._join_variant(plan, (True, True, True)),
+            joint_ops._join_variant(plan, (True, True, True, tokens <= joint_ops._FEW_TOKENS)),
         ]
         for variant in variants:
             assert shared_memory(variant, dtype, capability) <= LIMITS[capability], variant.kernel.__name__
