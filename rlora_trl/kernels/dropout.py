@@ -6,8 +6,6 @@ counter-based hash rather than a `torch.Generator` computes any element independ
 this module give the same bits, whatever the tiling.
 """
 
-import threading
-
 import torch
 
 
@@ -20,7 +18,6 @@ _MIX_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Odd constant from the golden ratio; it spreads the seeds of ranks, which differ by one, over all 64 bits.
 _GOLDEN = 0x9E3779B97F4A7C15
-_buffers = threading.local()
 
 
 def _mix32(value: torch.Tensor) -> torch.Tensor:
@@ -84,12 +81,7 @@ def draw_seed() -> int:
     Returns:
         `int`: A seed in `[0, 2**63)`.
     """
-    # A buffer for each thread, as `torch.randint` takes twice the time and short steps wait for the host.
-    buffer = getattr(_buffers, "seed", None)
-    if buffer is None:
-        with torch.inference_mode(False):
-            buffer = _buffers.seed = torch.empty((), dtype=torch.int64, device="cpu")
-    seed = int(buffer.random_(0, 2**63 - 1).item())
+    seed = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
     if _DISTRIBUTED and torch.distributed.is_initialized():
         seed ^= (torch.distributed.get_rank() * _GOLDEN) & (2**63 - 1)
     return seed

@@ -173,9 +173,6 @@ class ConcatLayers:
         self.downs, self.ups, self.ops, self.heads_width, self.layout = downs, ups, ops, heads_width, layout
         self.dtype, self.device = downs.dtype, downs.device
 
-    def __len__(self) -> int:
-        return self.downs.shape[0]
-
     def __getitem__(self, place: int) -> ConcatWeights:
         down, up = self.each_down[place], self.each_up[place]
         initial_A = rank_space.has_initial_A(down, self.layout)

@@ -74,9 +74,9 @@ class JointGroup:
         "kinds",
         "ops",
         "parameters",
+        "saved",
         "sizes",
         "tensors",
-        "transposed",
         "weights",
     )
 
@@ -92,7 +92,7 @@ class JointGroup:
     ) -> None:
         device = weights[0].device
         self.tensors, self.weights, self.biases = tensors, weights, biases
-        self.transposed = [weight.t() if isinstance(weight, torch.Tensor) else None for weight in weights]
+        self.saved = [weight if isinstance(weight, torch.Tensor) else None for weight in weights]
         self.ops = joint_backend(device, dtype)
         k, z = widths(layout, device)
         d_outs = [weight.shape[0] for weight in weights]
@@ -108,17 +108,12 @@ class JointGroup:
 
     def add_base(self, place: int, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Accumulate `x W^T` of a layer onto its output `[T, d_out]`."""
-        transposed = self.transposed[place]
-        output.addmm_(tokens, self.dense(place).t() if transposed is None else transposed)
+        output.addmm_(tokens, self.dense(place).t())
 
     def dense(self, place: int) -> torch.Tensor:
         """The weight of a layer, dequantized."""
         weight = self.weights[place]
         return weight if isinstance(weight, torch.Tensor) else weight.dense()
-
-    def versions(self) -> list[int]:
-        """The version counters of the weights that are tensors."""
-        return [weight._version for weight in self.weights if isinstance(weight, torch.Tensor)]
 
     def concat(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`downs` `[M K, d_in]` and `up` `[d_out, Z]` of each layer."""
@@ -131,11 +126,10 @@ class JointGroup:
 class _Call:
     """The arguments of [`_Joint`] without gradients, and what writing the outputs later takes."""
 
-    __slots__ = ("Zs", "downs", "group", "probes", "settings", "tokens", "ups", "versions", "write_later")
+    __slots__ = ("Zs", "downs", "group", "probes", "settings", "tokens", "ups", "write_later")
 
     Zs: Sequence[torch.Tensor]
     tokens: torch.Tensor
-    versions: list[int]
 
     def __init__(
         self,
@@ -182,10 +176,10 @@ class _Joint(torch.autograd.Function):
         written = None if call.write_later else rows
         P, Zs = ops.project(sizes, tokens, call.downs, call.ups, group.biases, written, call.settings, partials)
 
-        # If `tokens` is a copy, x itself is saved, so that the copy can be freed. The group holds the weights anyway.
+        # If `tokens` is a copy, x itself is saved, so that the copy can be freed.
         saved_x = tokens if tokens.data_ptr() == x.data_ptr() else x
-        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, partials)
-        call.versions = group.versions()
+        weights = group.saved if ctx.needs_input_grad[0] else [None] * sizes.count
+        ctx.save_for_backward(saved_x, P, call.downs, *call.ups, *weights, partials)
         ctx.call, ctx.shape = call, shape
         ctx.set_materialize_grads(False)
 
@@ -228,9 +222,9 @@ def _gradients(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None
 
     # dy W accumulates onto dx = dP down.
     if dx is not None:
-        _check_unchanged(group, call.versions)
         for place in range(count):
-            dx.addmm_(rows[place], group.dense(place))
+            weight = rest[count + place]
+            dx.addmm_(rows[place], group.dense(place) if weight is None else weight)
         grads[0] = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
     return tuple(grads)
 
@@ -262,16 +256,6 @@ def _add_down_gradients(
             grads[first + 2] = _like(parts[first], group.kinds[first])
         if needed[first + 4] and not of_tasks:
             grads[first + 4] = _like(parts[first + 1], group.kinds[first + 2])
-
-
-def _check_unchanged(group: JointGroup, versions: list[int]) -> None:
-    """Raise if a weight was changed since the forward pass, as autograd does for tensors that it saved."""
-    if group.versions() != versions:
-        shapes = ", ".join(str(list(weight.shape)) for weight in group.weights)
-        raise RuntimeError(
-            f"A frozen weight (one of shapes {shapes}) was changed in place between the forward and backward pass, "
-            "so the gradient would be wrong. Change weights, as merging and loading do, after the backward pass."
-        )
 
 
 def _without_unused(

@@ -575,8 +575,8 @@ def _split_member(
 #
 #     dZ = dy up        dB = dy^T heads,  with the factor `heads` computed here from P
 #
-# Loads dy [T, d_out] and up [d_out, Z] of all members, and P. Stores the part of dZ from each strip, [strips, T, Z],
-# and the part of dB from each share, [shares, d_out, N R], one member after another.
+# Loads dy [T, d_out] and up [d_out, Z] of all members, and P. Stores in one buffer the part of dZ from each strip,
+# [strips, T, ZU], and the part of dB from each share, [shares, d_out, N R], one member after another in both.
 @triton.jit(
     do_not_specialize=[
         "tokens",
@@ -904,7 +904,7 @@ def _input_gradient_rows(
 )
 def join_gradient_kernel(
     p_ptr,
-    dz_ptr,
+    parts_ptr,
     dp_ptr,
     down_ptr,
     dx_ptr,
@@ -959,7 +959,8 @@ def join_gradient_kernel(
     blocks = (tokens + BLOCK_T - 1) // BLOCK_T
     before1 = tokens.to(tl.int64) * (STRIPS0 * ZU)
     before2 = tokens.to(tl.int64) * ((STRIPS0 + STRIPS1) * ZU)
-    parts_ptr = dz_ptr + _parts_start(tokens, (STRIPS0 + STRIPS1 + STRIPS2) * ZU)
+    dz_ptr = parts_ptr
+    db_ptr = parts_ptr + _parts_start(tokens, (STRIPS0 + STRIPS1 + STRIPS2) * ZU)
     # The programs of the next member.
     begin1 = 0 if DX else blocks
     begin2 = 0 if DX else 2 * blocks
@@ -1080,12 +1081,12 @@ def join_gradient_kernel(
     PROGRAMS1: tl.constexpr = PROGRAMS0 + (N * D_OUT1 * R + BLOCK_B - 1) // BLOCK_B
     left = program - rows_end
     if (left >= 0) & (left < PROGRAMS0):
-        _join_heads(left, parts_ptr, db0_ptr, shares, D_OUT0, R, N, BLOCK_B)
+        _join_heads(left, db_ptr, db0_ptr, shares, D_OUT0, R, N, BLOCK_B)
     if MEMBERS > 1:
         if (left >= PROGRAMS0) & (left < PROGRAMS1):
-            parts1 = parts_ptr + shares.to(tl.int64) * (D_OUT0 * N * R)
+            parts1 = db_ptr + shares.to(tl.int64) * (D_OUT0 * N * R)
             _join_heads(left - PROGRAMS0, parts1, db1_ptr, shares, D_OUT1, R, N, BLOCK_B)
     if MEMBERS > 2:
         if left >= PROGRAMS1:
-            parts2 = parts_ptr + shares.to(tl.int64) * ((D_OUT0 + D_OUT1) * N * R)
+            parts2 = db_ptr + shares.to(tl.int64) * ((D_OUT0 + D_OUT1) * N * R)
             _join_heads(left - PROGRAMS1, parts2, db2_ptr, shares, D_OUT2, R, N, BLOCK_B)

@@ -74,10 +74,10 @@ def may_join(x: torch.Tensor) -> bool:
     return type(x) in JOINED_TYPES and not _has_any_global_hook()  # which calls of the layers would run
 
 
-def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of products of `x` here: that of autocast, or its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+def product_dtype(x: torch.Tensor, device_type: str | None = None) -> torch.dtype:
+    """The dtype of products of `x` here: that of autocast, or its own. To ask `x` for its device takes time."""
+    device_type = device_type or x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def frozen_product(layer: nn.Module, x: torch.Tensor) -> FrozenProduct | None:
@@ -94,7 +94,7 @@ def frozen_product(layer: nn.Module, x: torch.Tensor) -> FrozenProduct | None:
         [`FrozenProduct`], or `None` if the layer must be called: it has hooks, is quantized in another way, sharded
         (DeepSpeed ZeRO-3; FSDP2 has gathered it by now) or trained.
     """
-    if x.device.type not in JOINED_DEVICES or not (torch.is_grad_enabled() and may_join(x)) or is_hooked(layer):
+    if x.device.type not in JOINED_DEVICES or not may_join(x) or is_hooked(layer):
         return None
     # From the dictionary, as `nn.Module.__getattr__` is slow, and as it holds parameters only.
     parameters, dtype = layer._parameters, product_dtype(x)

@@ -82,6 +82,23 @@ def _settings_of(adapter: MultiHeadAdapter) -> tuple[Any, ...]:
     )
 
 
+class _Ahead(NamedTuple):
+    """
+    Weights that were concatenated for one forward pass; one object, as other threads may drop it at any time.
+
+    Args:
+        downs (`torch.Tensor`), ups (`Sequence[torch.Tensor]`): As `JointGroup.concat` gives them.
+        versions (`list[int]`): The versions of their sources at that time.
+    """
+
+    downs: torch.Tensor | None
+    ups: Sequence[torch.Tensor]
+    versions: list[int]
+
+
+_NOTHING_AHEAD = _Ahead(None, (), [])
+
+
 class JoinedLayers:
     """
     Layers that get the same input, computed with their deltas by one function.
@@ -98,19 +115,15 @@ class JoinedLayers:
         self.layer, self.device, self.settings = members[0].layer, members[0].weight.device, _settings_of(first)
         self.adapters = [member.adapter for member in members]
         self.device_type = self.device.type
-        self.routing, self.layout = first.routing, first.layout()
-        self.scaling = first.scaling
+        self.routing, self.scaling = first.routing, first.scaling
         self.dropout = first.dropout if first.training else 0.0
         tensors = [adapter.kernel_tensors() for adapter in self.adapters]
         weights, biases = [member.weight for member in members], [member.bias for member in members]
         routers: Any = [adapter.router for adapter in self.adapters] if first.router_kind == "task" else []
-        self.group = JointGroup(tensors, weights, biases, self.layout, self.scaling, dtype, routers)
+        self.group = JointGroup(tensors, weights, biases, first.layout(), self.scaling, dtype, routers)
         self.all_tensors = [tensor for of_layer in tensors for tensor in of_layer if tensor is not None]
 
-        # Weights that were concatenated for one forward pass, and the versions of their sources at that time.
-        self.downs: torch.Tensor | None = None
-        self.ups: Sequence[torch.Tensor] = ()
-        self.versions: list[int] = []
+        self.ahead: _Ahead | None = None
 
     @classmethod
     def of(
@@ -137,27 +150,29 @@ class JoinedLayers:
 
     def prefetch(self) -> None:
         """Use the weights that were concatenated ahead, if those of all layers were; see [`WeightPrefetch`]."""
-        ahead = [one for adapter in self.adapters if (one := adapter.prefetched) is not None]
-        if len(ahead) < len(self.adapters) or ahead[0].layers.dtype is not self.dtype:
+        found = [one for adapter in self.adapters if (one := adapter.prefetched) is not None]
+        if len(found) < len(self.adapters) or found[0].layers.dtype is not self.dtype:
             return
-        layers = ahead[0].layers
-        if all(one.layers is layers for one in ahead):
-            self.downs = layers.below_each_other([one.place for one in ahead])
+        if any(one.scaling != self.scaling for one in found):
+            return
+
+        layers = found[0].layers
+        if all(one.layers is layers for one in found):
+            downs = layers.below_each_other([one.place for one in found])
         else:
-            self.downs = torch.cat([one.layers.each_down[one.place] for one in ahead])
-        self.ups = [one.layers.each_up[one.place] for one in ahead]
-        self.versions = [version for one in ahead for version in one.versions if version is not None]
+            downs = torch.cat([one.layers.each_down[one.place] for one in found])
+        ups = [one.layers.each_up[one.place] for one in found]
+        self.ahead = _Ahead(downs, ups, [version for one in found for version in one.versions if version is not None])
 
     def release(self) -> None:
         """Drop the weights of a forward pass."""
-        self.downs, self.ups = None, ()
+        self.ahead = None
 
     def runs_in(self, x: torch.Tensor) -> bool:
         """Whether products of `x` have the dtype and the device of the group here."""
         if x.device != self.device or self.device_type not in base_product.JOINED_DEVICES:
             return False
-        autocast = torch.is_autocast_enabled(self.device_type)
-        return (torch.get_autocast_dtype(self.device_type) if autocast else x.dtype) is self.dtype
+        return product_dtype(x, self.device_type) is self.dtype
 
     def holds_for(self, layer: AdaptedLayer, adapter: MultiHeadAdapter, x: torch.Tensor, groups: Any) -> bool:
         """Whether the group computes what a layer with an adapter, and its followers in `groups`, compute for `x`."""
@@ -171,10 +186,11 @@ class JoinedLayers:
         for member in self.members:
             if not member.is_unchanged(self.settings):
                 return False
-        if self.downs is not None and self.versions != [tensor._version for tensor in self.all_tensors]:
-            self.release()
+        ahead = self.ahead
+        if ahead is not None and ahead.versions != [tensor._version for tensor in self.all_tensors]:
+            ahead = self.ahead = None
         # Weights that are concatenated in the call may have been sharded since.
-        return self.downs is not None or all(map(is_whole, self.adapters))
+        return ahead is not None or all(map(is_whole, self.adapters))
 
     def outputs(self, x: torch.Tensor, batch: BatchContext) -> Outputs:
         """The outputs of all layers."""
@@ -193,13 +209,14 @@ class JoinedLayers:
 
         # Everything has its dtype already, and in a short step autocast adds a third to the host time of each product.
         device_type = self.device_type
+        downs, ups, _ = self.ahead or _NOTHING_AHEAD
         if x.dtype is not self.dtype:
             x = x.to(self.dtype)
         if not torch.is_autocast_enabled(device_type):
-            return joint_outputs(x, self.group, settings, probes, self.downs, self.ups)
+            return joint_outputs(x, self.group, settings, probes, downs, ups)
         torch.set_autocast_enabled(device_type, False)
         try:
-            return joint_outputs(x, self.group, settings, probes, self.downs, self.ups)
+            return joint_outputs(x, self.group, settings, probes, downs, ups)
         finally:
             torch.set_autocast_enabled(device_type, True)
 

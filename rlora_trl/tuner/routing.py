@@ -94,6 +94,9 @@ class Routing:
             values["seed_tensor"] = None if seed is None else torch.tensor(seed, dtype=torch.int64, device="cpu")
         # Not by `_replace`, from which `torch.compile` makes an empty tuple (torch 2.11).
         before = self.batch
+        unknown = [name for name in values if name not in before._fields]
+        if unknown:
+            raise TypeError(f"A batch has no {', '.join(unknown)}; it has {', '.join(before._fields)}.")
         fields = [values.get(name, value) for name, value in zip(before._fields, before, strict=True)]
         self._set(BatchContext(*fields))
 
