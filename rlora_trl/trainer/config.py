@@ -15,6 +15,10 @@ from .nan_policy import NAN_POLICIES
 from .secrets import mask_secrets, without_secrets
 
 
+# Modes of `torch.compile` that use CUDA graphs.
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
 @dataclass
 class RLoraSFTConfig(SFTConfig):
     """
@@ -145,6 +149,13 @@ class RLoraSFTConfig(SFTConfig):
             if getattr(self, name) not in accepted:
                 listed = ", ".join(map(repr, accepted))
                 raise ValueError(f"`{name}` must be one of {listed}, got {getattr(self, name)!r}. Choose one.")
+
+        if self.torch_compile_mode in _CUDA_GRAPHS:
+            raise ValueError(
+                f"`torch_compile_mode={self.torch_compile_mode!r}` records steps as CUDA graphs, and those of this "
+                "trainer can't be recorded: their layers report statistics of the router from Python. Set "
+                "`torch_compile=True` without a mode. A training loop of your own may compile the model in that mode."
+            )
 
         # Numbers
         if not (_is_number(self.balance_coef) and 0 <= self.balance_coef < math.inf):

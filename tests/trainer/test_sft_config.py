@@ -14,3 +14,10 @@ def test_no_warning_of_names_that_the_user_did_not_set(tmp_path, checkpointing):
         warnings.simplefilter("error", FutureWarning)
         args = RLoraSFTConfig(str(tmp_path), bf16=False, **chosen)
     assert args.gradient_checkpointing is (checkpointing is None)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_with_cuda_graphs_are_refused(tmp_path, mode):
+    with pytest.raises(ValueError, match=f"`torch_compile_mode='{mode}'` records steps as CUDA graphs"):
+        RLoraSFTConfig(str(tmp_path), bf16=False, torch_compile_mode=mode)
+    RLoraSFTConfig(str(tmp_path), bf16=False, torch_compile_mode="default")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig, set_task
 from rlora_trl.tuner import find_routings
+from rlora_trl.tuner.routing import Routing
 
 
 TASKS = ["first", "colour", "same"]
@@ -174,3 +175,9 @@ def test_errors(task_model, model_folders):
         set_task(base_model(model_folders), "first")
     with pytest.raises(ValueError, match="needs the names of the tasks"):
         get_peft_model(base_model(model_folders), RLoraConfig(router="task", task_type="CAUSAL_LM"))
+
+
+def test_a_batch_has_no_other_values():
+    routing = Routing(("a", "b"), "softmax")
+    with pytest.raises(TypeError, match="A batch has no sead; it has task_ids"):
+        routing.update(sead=3)

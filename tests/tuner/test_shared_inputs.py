@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from rlora_trl import RLoraConfig
@@ -515,3 +516,32 @@ def test_outputs_may_be_changed_in_place():
     model, x = adapted(InPlace(), target_modules=["gate", "up", "down"]), batch()
     wanted = step(model, x)
     assert_same(step(model, x), wanted)
+
+
+@pytest.mark.parametrize("how", ["another dtype", "data", "merge"])
+def test_groups_keep_no_weights_that_were_replaced(how):
+    model, x = adapted(router="uniform"), batch()
+    for _ in range(2):
+        step(model, x)
+    weights = [p for name, p in model.named_parameters() if name.endswith("base_layer.weight")]
+    storages = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
+    if how == "another dtype":
+        model.float()
+    elif how == "merge":
+        model.merge_adapter()
+    else:
+        for weight in weights:
+            weight.data = weight.data.clone()
+    gc.collect()
+    assert all(storage.expired() for storage in storages)
+
+
+def test_a_scaling_that_changes_within_a_pass(monkeypatch):
+    """The weights that were concatenated when the pass began have another one."""
+    model, x = adapted(), batch()
+    block = model.base_model.model.blocks[0]
+    block.gate.register_forward_pre_hook(lambda *args: block.down.set_scale("default", 2.0))
+    block.down.register_forward_hook(lambda *args: block.down.set_scale("default", 1.0) and None)
+    wanted = alone(model, x, monkeypatch)
+    for _ in range(4):
+        assert_same(step(model, x), wanted)
