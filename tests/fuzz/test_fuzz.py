@@ -20,7 +20,7 @@ TOYS = {
     "stuck": "(slow|stuck)",  # by its processor time, or on a busy machine by the clock
     "asleep": "stuck",
     "slow": "slow",
-    "large": "memory",
+    "large": "(memory|slow)",  # a busy machine takes longer than the limit to hand out the memory
     "huge": "memory toys.py",
     "crash": "crash",
 }
