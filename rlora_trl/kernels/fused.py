@@ -188,15 +188,16 @@ class ConcatLayers:
         """Views `[d_out, Z]` of all layers."""
         return self.ups.unbind()
 
-    def below_each_other(self, places: Sequence[int]) -> torch.Tensor:
-        """The matrices `down` of some layers, `[M K, d_in]`: a view if they follow each other."""
-        first, count = places[0], len(places)
-        if count == 1:
-            return self.each_down[first]
-        if list(places) != list(range(first, first + count)):
-            return torch.cat([self.each_down[place] for place in places])
-        _, rows, d_in = self.downs.shape
-        return self.downs.as_strided((count * rows, d_in), (d_in, 1), first * rows * d_in)
+
+def below_each_other(parts: Sequence[tuple[ConcatLayers, int]]) -> torch.Tensor:
+    """The matrices `down` of some layers, `[M K, d_in]`: a view if they follow each other in memory."""
+    (layers, first), count = parts[0], len(parts)
+    if count == 1:
+        return layers.each_down[first]
+    if any(other is not layers or place != first + i for i, (other, place) in enumerate(parts)):
+        return torch.cat([other.each_down[place] for other, place in parts])
+    _, rows, d_in = layers.downs.shape
+    return layers.downs.as_strided((count * rows, d_in), (d_in, 1), first * rows * d_in)
 
 
 def concat_weights(

@@ -26,6 +26,8 @@ _WIDEST, _NARROW = 64, 32
 _FEW_TOKENS = 4096
 # Rows of all dP of a group that a program holds to compute dx too.
 _WIDEST_DX = 128
+# Elements of `downs` in 16 bits that a program multiplies dP with at a time.
+_TILE_OF_DOWNS = 8192
 # Sizes that `tl.dot` needs at least.
 _TILE = 16
 # Tokens per block of `split_gradient_kernel` and `join_gradient_kernel`, and elements of dB per program of the latter.
@@ -165,17 +167,16 @@ def project(
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """See `joint_space.project`."""
     plan, tokens = _plan_of(group, x.device), x.shape[0]
-    P = x.new_empty((tokens, group.count * group.k))
+    P: torch.Tensor
     written: Sequence[torch.Tensor]
     expand = outputs is not None and plan.long_outs and plan.holds_rows(tokens)
-    if outputs is not None and expand:
-        written = outputs
-    else:
-        written = [x.new_empty((tokens, group.z)) for _ in ups]
     if not plan.fits:
         P, written = _project_by_products(group, x, downs, settings, partials)
-    elif tokens:
-        _launch_project(plan, x, downs, ups, biases, P, written, settings, partials, expand)
+    else:
+        P = x.new_empty((tokens, group.count * group.k))
+        written = outputs if outputs is not None and expand else [x.new_empty((tokens, group.z)) for _ in ups]
+        if tokens:
+            _launch_project(plan, x, downs, ups, biases, P, written, settings, partials, expand)
 
     if outputs is None:
         return P, written
@@ -273,7 +274,7 @@ def _join_variant(plan: _Plan, flags: tuple[bool, ...]) -> Variant:
     strips = (*plan.strips, 0, 0)[:MOST_MEMBERS]
     widths = (plan.k, padding(plan.k, p_columns(plan.layout)), plan.mk2, plan.zu, _power(plan.zu))
     sizes = (plan.d_in, *plan.padded_outs, *strips, plan.members, *widths, *plan.heads)
-    blocks = (_BLOCK_JOIN, _BLOCK_B, 8192 // plan.mk2 // (2 if plan.wide else 1))
+    blocks = (_BLOCK_JOIN, _BLOCK_B, _TILE_OF_DOWNS // plan.mk2 // (2 if plan.wide else 1))
     return Variant(kernels.join_gradient_kernel, (*sizes, *plan.kinds, *flags, *blocks))
 
 

@@ -63,15 +63,18 @@ def has_known_launcher() -> bool:
     return False
 
 
+def _nodes_of(function: Callable[..., Any]) -> list[ast.AST]:
+    """All nodes of the source of a function; none if there is no source to read."""
+    try:
+        return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    except (OSError, TypeError, SyntaxError):
+        return []
+
+
 def _launches_as_known(run: Callable[..., Any]) -> bool:
     """Whether the source of `JITFunction.run` has exactly one launcher call, with the expected arguments."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(run)))
-    except (OSError, TypeError, SyntaxError):  # no source to read
-        return False
-
     # One call by position, on the stream of the current device.
-    nodes = list(ast.walk(tree))
+    nodes = _nodes_of(run)
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "kernel.run"]
     streams = [ast.unparse(node.value) for node in nodes if isinstance(node, ast.Assign) and _is_stream(node)]
     if len(calls) != 1 or calls[0].keywords or streams != ["driver.active.get_current_stream(device)"]:
@@ -174,11 +177,9 @@ def _launcher(run: Any) -> tuple[Any, tuple[Any, ...]]:
 @lru_cache(maxsize=8)
 def _adds_as_known(call: Callable[..., Any]) -> bool:
     """Whether the source of `CudaLauncher.__call__` has the call that [`_launcher`] makes, as in Triton 3.6."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(call)))
-    except (OSError, TypeError, SyntaxError):  # no source to read
-        return False
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.launch"]
+    calls = [
+        node for node in _nodes_of(call) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.launch"
+    ]
     return [[ast.unparse(arg) for arg in one.args] for one in calls] == [list(_LAUNCHER_CALLS)]
 
 

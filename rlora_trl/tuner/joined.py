@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels import LayerProbe
+from ..kernels.fused import below_each_other
 from ..kernels.joint import JointGroup, Outputs, joint_outputs
 from ..kernels.joint_space import CallSettings
 from . import base_product
@@ -156,11 +157,7 @@ class JoinedLayers:
         if any(one.scaling != self.scaling for one in found):
             return
 
-        layers = found[0].layers
-        if all(one.layers is layers for one in found):
-            downs = layers.below_each_other([one.place for one in found])
-        else:
-            downs = torch.cat([one.layers.each_down[one.place] for one in found])
+        downs = below_each_other([(one.layers, one.place) for one in found])
         ups = [one.layers.each_up[one.place] for one in found]
         self.ahead = _Ahead(downs, ups, [version for one in found for version in one.versions if version is not None])
 

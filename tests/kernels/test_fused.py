@@ -243,7 +243,7 @@ def test_matrices_below_each_other():
     with torch.no_grad():
         together = fused.concat_layers(layers, None, fused.DeltaSpec(Layout(3, 4), 1.7), torch.float32)
     for places in ([1], [1, 2], [0, 1, 2], [2, 1], [0, 3]):
-        below = together.below_each_other(places)
+        below = fused.below_each_other([(together, place) for place in places])
         assert torch.equal(below, torch.cat([together[place].down for place in places]))
         in_order = places == list(range(places[0], places[-1] + 1))
         assert (below.untyped_storage().data_ptr() == together.downs.untyped_storage().data_ptr()) == in_order
