@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.four_bit import dequantize
+
 
 # Where it saves memory traffic. (On a CPU, the tests.)
 JOINED_DEVICES = {"cuda"}
@@ -32,10 +34,8 @@ class QuantizedWeight:
 
     def dense(self) -> torch.Tensor:
         """The weight, `[d_out, d_in]`."""
-        from bitsandbytes.functional import dequantize_4bit
-
         # Without the class: every operation on a `Params4bit` passes through its `__torch_function__`.
-        return dequantize_4bit(self.parameter.data, self.parameter.quant_state).to(self.dtype)
+        return dequantize(self.parameter.data, self.parameter.quant_state, self.dtype)
 
 
 class FrozenProduct(NamedTuple):

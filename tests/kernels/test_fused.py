@@ -331,7 +331,12 @@ def test_triton_in_its_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
     tests = Path(__file__).parents[1]
     names = ["kernels/test_fused.py", "kernels/test_balance.py", "kernels/test_rank_space.py"]
-    names += ["kernels/test_triton_ops.py", "kernels/test_joint.py", "tuner/test_prefetch.py"]
+    names += [
+        "kernels/test_triton_ops.py",
+        "kernels/test_joint.py",
+        "kernels/test_four_bit.py",
+        "tuner/test_prefetch.py",
+    ]
     files = [str(tests / name) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
