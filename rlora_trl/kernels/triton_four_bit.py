@@ -12,7 +12,7 @@ from .triton_ops import Variant
 
 
 # Bytes per program.
-_BLOCK = 1024
+_BLOCK = 2048
 # Kernels index with 32 bits.
 _MOST_VALUES = 2**31
 
