@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -461,19 +462,21 @@ class StagedCheckpoints(SFTTrainer):
         """
         Load anchors from the adapter's file if the state of the strategy lacks them.
 
-        transformers has DeepSpeed leave out frozen parameters (since transformers#27825), and anchors are frozen.
+        transformers has DeepSpeed leave out frozen parameters (since transformers#27825), as anchors are under ZeRO-1
+        and 2. Checkpoints of ZeRO-3 have them only if they were buffers.
         """
         if not self.is_deepspeed_enabled:
             return
         import deepspeed
 
         saved = load_file(self._adapter_folder(checkpoint) / WEIGHTS_NAME)
-        parameters = dict(self._peft_model().named_parameters())
+        model = self._peft_model()
+        tensors: dict[str, torch.Tensor] = dict(chain(model.named_parameters(), model.named_buffers()))
         for file_name, entry in self._tensors_to_save().files[self.model.active_adapter].items():
             if entry.name is None or entry.name.rsplit(".", 1)[-1] not in MultiHeadAdapter.anchor_names:
                 continue
-            parameter = parameters[entry.name]
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
-                if parameter.numel():
+            anchor = tensors[entry.name]
+            with deepspeed.zero.GatheredParameters([anchor], modifier_rank=0, enabled=hasattr(anchor, "ds_id")):
+                if anchor.numel():
                     with torch.no_grad():
-                        parameter.copy_(saved[file_name])
+                        anchor.copy_(saved[file_name])

@@ -77,7 +77,8 @@ class MultiHeadAdapter(nn.Module):
     The head weights w are the softmax of logits, which are `router x` ("softmax"), its `router_top_k` largest entries
     ("top_k"), or parameters of the token's task ("task"). With "uniform" all heads weigh the same.
 
-    All parameters are direct members: DeepSpeed ZeRO-3 gathers those when the module is called.
+    All parameters are direct members: DeepSpeed ZeRO-3 gathers those when the module is called. The anchor is made of
+    frozen parameters, or under ZeRO-3 of buffers; see `hold_anchor_in_buffers`.
 
     Args:
         in_features (`int`), out_features (`int`):
@@ -110,7 +111,7 @@ class MultiHeadAdapter(nn.Module):
             Dtype of the parameters.
     """
 
-    # Parameters that hold the initial value: saved with the adapter, never trained.
+    # Tensors that hold the initial value: saved with the adapter, never trained.
     anchor_names = ("A0", "B0")
     # What a state dict of this module may contain.
     tensor_names = ("A", "B", "router", "A0", "B0")
@@ -122,8 +123,8 @@ class MultiHeadAdapter(nn.Module):
     A: nn.Parameter
     B: nn.Parameter
     router: nn.Parameter | None
-    A0: nn.Parameter | None
-    B0: nn.Parameter | None
+    A0: torch.Tensor | None
+    B0: torch.Tensor | None
 
     @classmethod
     def expected_tensors(
@@ -264,6 +265,20 @@ class MultiHeadAdapter(nn.Module):
             parameter = getattr(self, name)
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+    def hold_anchor_in_buffers(self) -> None:
+        """
+        Make the anchor persistent buffers of the same names.
+
+        DeepSpeed ZeRO-3 shards all parameters, looks at them in each call of their module, and gathers small ones anew
+        after each step, whether they have changed or not. It leaves buffers alone. An anchor that is sharded already
+        remains so.
+        """
+        for name in self.anchor_names:
+            parameter = self._parameters.get(name)
+            if parameter is not None and "ds_id" not in vars(parameter):
+                delattr(self, name)
+                self.register_buffer(name, parameter.detach())
 
     @property
     def trains(self) -> bool:
@@ -427,9 +442,10 @@ class MultiHeadAdapter(nn.Module):
 
     def _inference_delta(self, x: torch.Tensor) -> InferenceDelta:
         """The weights, concatenated in the dtype of `x`; kept for inference until one of them changes."""
-        parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
+        stored = [*self._parameters.values(), *self._buffers.values()]
+        tensors = [tensor for tensor in stored if tensor is not None]
         key = [x.dtype, torch.is_inference_mode_enabled(), self.fixed_logits is None, self.scaling]
-        key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
+        key += [tensor._version for tensor in tensors] + [tensor.data_ptr() for tensor in tensors]
         if self._cache is None or self._cache[0] != key:
             weights = concat_weights(*self.kernel_tensors(), self.delta_spec(), x.dtype)
             self._cache = (key, InferenceDelta(weights))
