@@ -13,6 +13,7 @@ from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tenso
 from ..kernels.fused import ConcatLayers, ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
 from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
+from .recomputation import in_backward
 from .routing import Routing
 
 
@@ -117,6 +118,8 @@ class MultiHeadAdapter(nn.Module):
     tensor_names = ("A", "B", "router", "A0", "B0")
     # Set by `WeightPrefetch` for one forward pass.
     prefetched: PrefetchedWeights | None = None
+    # The same weights for a recomputation of that pass, under ZeRO-3; until they are used, or another pass begins.
+    kept: PrefetchedWeights | None = None
     # Called when the mode is set after a loading that the tuner does not see; see `check_on_first_use`.
     first_use: Callable[[], None] | None = None
 
@@ -392,7 +395,13 @@ class MultiHeadAdapter(nn.Module):
     def _prefetched(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> ConcatWeights | None:
         """The prefetched weights, if they are valid for this call."""
         prefetched = self.prefetched
+        if prefetched is None and self.kept is not None and in_backward():
+            prefetched = self.__dict__.pop("kept")
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
+            # Steps of ZeRO-3 are limited by the host, and its layers join no products, so recomputations use these
+            # weights too. Those of one pass are all small, as others are not gathered when it begins.
+            if "ds_id" in vars(tensors[0]) and not in_backward():
+                self.__dict__["kept"] = prefetched
             return prefetched.layers[prefetched.place]
         self.note_dtype(x.dtype)
         return None
@@ -494,13 +503,15 @@ class MultiHeadAdapter(nn.Module):
         """Switch between training and inference, and drop the weights that inference keeps."""
         # Some optimizers write through `.data`, which `_inference_delta` can't notice; but none does in eval mode.
         self._cache = None
+        self.__dict__.pop("kept", None)
         if self.first_use is not None:
             self.first_use()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the weights that inference keeps, and temporary state."""
-        return {**self.__dict__, "_cache": None, "fixed_logits": None, "prefetched": None, "first_use": None}
+        temporary = ("_cache", "fixed_logits", "prefetched", "kept", "first_use")
+        return {**self.__dict__, **dict.fromkeys(temporary)}
 
     def fix_head_weights(self, weights: torch.Tensor | None) -> None:
         """
