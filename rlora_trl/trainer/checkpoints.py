@@ -53,6 +53,7 @@ from .saving import (
 from .secrets import without_secrets
 from .sharding import keep_adapters_wide
 from .state_files import STATE_FILE, read_state
+from .zero3 import gather_together
 
 
 logger = get_logger(__name__)
@@ -84,6 +85,7 @@ class _OnTrainBegin(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         keep_adapters_wide(self.trainer.model)
+        gather_together(self.trainer.model_wrapped)
         self.trainer._begin_attempt()
         self.trainer._check_resumed()
 
