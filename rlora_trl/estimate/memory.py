@@ -13,7 +13,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..tuner import RLoraConfig
+from ..tuner import MultiHeadAdapter, RLoraConfig
 from .settings import TrainingSettings, check_choice
 from .shapes import QuantizedLinear, build_model, load_config, quantized_bytes, stored_bits
 from .step import StepMemory, decoder_layers, trace_step
@@ -217,6 +217,8 @@ class _SizedModel:
             self.model = get_peft_model(model, config or RLoraConfig(task_type="CAUSAL_LM"))
         parameters = list(self.model.parameters())
         self.added = [p for p in parameters if id(p) not in self.weights]
+        adapters = [module for module in self.model.modules() if isinstance(module, MultiHeadAdapter)]
+        self.anchors = [p for adapter in adapters for p in (adapter.A0, adapter.B0) if p is not None]
         self.trained = [p for p in parameters if p.requires_grad]
         self.trainable = sum(p.numel() for p in self.trained)
 
@@ -226,6 +228,9 @@ class _SizedModel:
     def parts(self, strategy: str, run: TrainingSettings) -> dict[str, int]:
         """All parts of an estimate but those of the step, in bytes."""
         whole, host = self._whole(strategy, run), 0
+        # With ZeRO-3 the trainer holds anchors in buffers, which are neither divided nor offloaded.
+        kept = sum(p.numel() for p in self.anchors) * self.itemsize if strategy.startswith("zero3") else 0
+        whole["adapter"] -= kept
         parts = {
             name: size // run.num_gpus if name in _DIVIDED[strategy] else size  # of each GPU
             for name, size in whole.items()
@@ -233,6 +238,7 @@ class _SizedModel:
         if strategy == "zero3-offload":
             parts, host = dict.fromkeys(whole, 0), sum(whole.values())
         parts["base"] += self.scales
+        parts["adapter"] += kept
         return {**parts, "buffers": self._buffers(strategy, run.num_gpus), "host": host}
 
     def _whole(self, strategy: str, run: TrainingSettings) -> dict[str, int]:
@@ -270,7 +276,8 @@ class _SizedModel:
         """Bytes of weights that ZeRO-3 holds whole at the peak: small ones, those reused soon, and prefetched ones."""
         item = self.itemsize
         small = sum(weight.size for weight in self.weights.values() if weight.numel <= ZERO3_PERSISTENT)
-        small += sum(p.numel() * item for p in self.added if p.numel() <= ZERO3_PERSISTENT)
+        anchors = {id(p) for p in self.anchors}
+        small += sum(p.numel() * item for p in self.added if p.numel() <= ZERO3_PERSISTENT and id(p) not in anchors)
         # A weight stays for its backward pass if what comes between, forward and backward, is below the limit.
         reused = min(int(ZERO3_REUSE / 2) * item, self.layer_bytes * self.num_layers)
         current = max(self.head_bytes, self.layer_bytes + int(_PREFETCH_SQUARES * self.hidden**2 * item))

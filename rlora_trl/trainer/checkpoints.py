@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ from .saving import (
 from .secrets import without_secrets
 from .sharding import keep_adapters_wide
 from .state_files import STATE_FILE, read_state
+from .zero3 import gather_together
 
 
 logger = get_logger(__name__)
@@ -83,6 +85,7 @@ class _OnTrainBegin(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         keep_adapters_wide(self.trainer.model)
+        gather_together(self.trainer.model_wrapped)
         self.trainer._begin_attempt()
         self.trainer._check_resumed()
 
@@ -461,19 +464,21 @@ class StagedCheckpoints(SFTTrainer):
         """
         Load anchors from the adapter's file if the state of the strategy lacks them.
 
-        transformers has DeepSpeed leave out frozen parameters (since transformers#27825), and anchors are frozen.
+        transformers has DeepSpeed leave out frozen parameters (since transformers#27825), as anchors are under ZeRO-1
+        and 2. Checkpoints of ZeRO-3 have them only if they were buffers.
         """
         if not self.is_deepspeed_enabled:
             return
         import deepspeed
 
         saved = load_file(self._adapter_folder(checkpoint) / WEIGHTS_NAME)
-        parameters = dict(self._peft_model().named_parameters())
+        model = self._peft_model()
+        tensors: dict[str, torch.Tensor] = dict(chain(model.named_parameters(), model.named_buffers()))
         for file_name, entry in self._tensors_to_save().files[self.model.active_adapter].items():
             if entry.name is None or entry.name.rsplit(".", 1)[-1] not in MultiHeadAdapter.anchor_names:
                 continue
-            parameter = parameters[entry.name]
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
-                if parameter.numel():
+            anchor = tensors[entry.name]
+            with deepspeed.zero.GatheredParameters([anchor], modifier_rank=0, enabled=hasattr(anchor, "ds_id")):
+                if anchor.numel():
                     with torch.no_grad():
-                        parameter.copy_(saved[file_name])
+                        anchor.copy_(saved[file_name])

@@ -13,6 +13,7 @@ from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tenso
 from ..kernels.fused import ConcatLayers, ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
 from ..kernels.rank_space import AdapterTensors, Layout
 from .initialization import init_heads_, init_router_
+from .recomputation import in_backward
 from .routing import Routing
 
 
@@ -77,7 +78,8 @@ class MultiHeadAdapter(nn.Module):
     The head weights w are the softmax of logits, which are `router x` ("softmax"), its `router_top_k` largest entries
     ("top_k"), or parameters of the token's task ("task"). With "uniform" all heads weigh the same.
 
-    All parameters are direct members: DeepSpeed ZeRO-3 gathers those when the module is called.
+    All parameters are direct members: DeepSpeed ZeRO-3 gathers those when the module is called. The anchor is made of
+    frozen parameters, or under ZeRO-3 of buffers; see `hold_anchor_in_buffers`.
 
     Args:
         in_features (`int`), out_features (`int`):
@@ -110,20 +112,22 @@ class MultiHeadAdapter(nn.Module):
             Dtype of the parameters.
     """
 
-    # Parameters that hold the initial value: saved with the adapter, never trained.
+    # Tensors that hold the initial value: saved with the adapter, never trained.
     anchor_names = ("A0", "B0")
     # What a state dict of this module may contain.
     tensor_names = ("A", "B", "router", "A0", "B0")
     # Set by `WeightPrefetch` for one forward pass.
     prefetched: PrefetchedWeights | None = None
+    # The same weights for a recomputation of that pass, under ZeRO-3; until they are used, or another pass begins.
+    kept: PrefetchedWeights | None = None
     # Called when the mode is set after a loading that the tuner does not see; see `check_on_first_use`.
     first_use: Callable[[], None] | None = None
 
     A: nn.Parameter
     B: nn.Parameter
     router: nn.Parameter | None
-    A0: nn.Parameter | None
-    B0: nn.Parameter | None
+    A0: torch.Tensor | None
+    B0: torch.Tensor | None
 
     @classmethod
     def expected_tensors(
@@ -265,6 +269,20 @@ class MultiHeadAdapter(nn.Module):
             if parameter is not None:
                 parameter.requires_grad_(False)
 
+    def hold_anchor_in_buffers(self) -> None:
+        """
+        Make the anchor persistent buffers of the same names.
+
+        DeepSpeed ZeRO-3 shards all parameters, looks at them in each call of their module, and gathers small ones anew
+        after each step, whether they have changed or not. It leaves buffers alone. An anchor that is sharded already
+        remains so.
+        """
+        for name in self.anchor_names:
+            parameter = self._parameters.get(name)
+            if parameter is not None and "ds_id" not in vars(parameter):
+                delattr(self, name)
+                self.register_buffer(name, parameter.detach())
+
     @property
     def trains(self) -> bool:
         """Whether any parameter requires a gradient."""
@@ -377,7 +395,13 @@ class MultiHeadAdapter(nn.Module):
     def _prefetched(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> ConcatWeights | None:
         """The prefetched weights, if they are valid for this call."""
         prefetched = self.prefetched
+        if prefetched is None and self.kept is not None and in_backward():
+            prefetched = self.__dict__.pop("kept")
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
+            # Steps of ZeRO-3 are limited by the host, and its layers join no products, so recomputations use these
+            # weights too. Those of one pass are all small, as others are not gathered when it begins.
+            if "ds_id" in vars(tensors[0]) and not in_backward():
+                self.__dict__["kept"] = prefetched
             return prefetched.layers[prefetched.place]
         self.note_dtype(x.dtype)
         return None
@@ -427,9 +451,10 @@ class MultiHeadAdapter(nn.Module):
 
     def _inference_delta(self, x: torch.Tensor) -> InferenceDelta:
         """The weights, concatenated in the dtype of `x`; kept for inference until one of them changes."""
-        parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
+        stored = [*self._parameters.values(), *self._buffers.values()]
+        tensors = [tensor for tensor in stored if tensor is not None]
         key = [x.dtype, torch.is_inference_mode_enabled(), self.fixed_logits is None, self.scaling]
-        key += [parameter._version for parameter in parameters] + [parameter.data_ptr() for parameter in parameters]
+        key += [tensor._version for tensor in tensors] + [tensor.data_ptr() for tensor in tensors]
         if self._cache is None or self._cache[0] != key:
             weights = concat_weights(*self.kernel_tensors(), self.delta_spec(), x.dtype)
             self._cache = (key, InferenceDelta(weights))
@@ -478,13 +503,15 @@ class MultiHeadAdapter(nn.Module):
         """Switch between training and inference, and drop the weights that inference keeps."""
         # Some optimizers write through `.data`, which `_inference_delta` can't notice; but none does in eval mode.
         self._cache = None
+        self.__dict__.pop("kept", None)
         if self.first_use is not None:
             self.first_use()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the weights that inference keeps, and temporary state."""
-        return {**self.__dict__, "_cache": None, "fixed_logits": None, "prefetched": None, "first_use": None}
+        temporary = ("_cache", "fixed_logits", "prefetched", "kept", "first_use")
+        return {**self.__dict__, **dict.fromkeys(temporary)}
 
     def fix_head_weights(self, weights: torch.Tensor | None) -> None:
         """

@@ -38,6 +38,8 @@ class ForwardPass:
         self.adapters = [adapter for layer in self.layers for adapter in layer.adapters_in_use()]
         # A recomputation of the whole model has the groups of the pass that it repeats.
         if not in_backward():
+            for adapter in self.adapters:
+                adapter.__dict__.pop("kept", None)
             self.routings = list({id(adapter.routing): adapter.routing for adapter in self.adapters}.values())
             self.groups = self.shared_inputs.begin_pass(self.adapters, self.routings)
             for routing in self.routings:

@@ -260,6 +260,7 @@ def _joins(adapter: MultiHeadAdapter) -> bool:
         adapter.fixed_logits is None
         and (adapter.dropout == 0.0 or adapter.dropout_position == "head")
         and not is_hooked(adapter)
+        and not adapter._buffers  # an anchor in buffers: the base is sharded
         and is_whole(adapter)
     )
 

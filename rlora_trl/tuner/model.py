@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -506,7 +507,8 @@ class RLoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        wrapped = {plain: name for name, _ in model.named_parameters() if (plain := without_wrappers(name)) != name}
+        names = [name for name, _ in chain(model.named_parameters(), model.named_buffers())]
+        wrapped = {plain: name for name in names if (plain := without_wrappers(name)) != name}
         remapped = {wrapped.get(name, name): tensor for name, tensor in remapped.items()}
         check_adapter_tensors(model, config, adapter_name, remapped)
         return remapped

@@ -37,8 +37,8 @@ class WeightPrefetch:
     Short steps are limited by the host (docs/performance.md), and this takes a tenth off the host time of a layer. The
     weights are valid for one forward pass, as long as the tensors are the same and unchanged (writes through `.data`
     are not detected). Otherwise an adapter concatenates its own weights: in its first forward pass, which fixes the
-    dtype of its products; if they are sharded (DeepSpeed ZeRO-3, FSDP); and in recomputations of gradient
-    checkpointing.
+    dtype of its products; if they are sharded (FSDP, and DeepSpeed ZeRO-3 unless it has gathered them for the whole
+    step); and in recomputations of gradient checkpointing, except under ZeRO-3.
     """
 
     def __init__(self) -> None:
@@ -56,6 +56,12 @@ class WeightPrefetch:
         parameters = [parameter for adapter in adapters for parameter in adapter._parameters.values()]
         key: list = [p.data_ptr() if type(p) is nn.Parameter else type(p) for p in parameters]
         key += [(a.product_dtype, a.scaling, a.top_k, a.fixed_logits is None) for a in adapters]
+        # DeepSpeed shards all parameters or none, and then anchors are buffers. Memory that was known before may wait
+        # for its values.
+        for adapter in adapters:
+            if adapter._buffers or is_sharded(adapter):
+                key += [None if buffer is None else buffer.data_ptr() for buffer in adapter._buffers.values()]
+                key += [_is_gathered(parameter) for parameter in adapter._parameters.values()]
         if key != self._key:
             self._key, self._groups = key, _plan(adapters)
 
@@ -81,22 +87,44 @@ def _plan(adapters: Sequence[MultiHeadAdapter]) -> list[_Group]:
     return groups
 
 
-def is_whole(adapter: MultiHeadAdapter) -> bool:
-    """Whether the parameters of an adapter are in memory as the kernels read them."""
+def is_sharded(adapter: MultiHeadAdapter) -> bool:
+    """Whether the parameters of an adapter belong to DeepSpeed ZeRO-3."""
+    A = adapter._parameters.get("A")
+    return A is not None and "ds_id" in vars(A)
+
+
+def _is_gathered(parameter: torch.Tensor | None) -> bool:
+    """Whether DeepSpeed ZeRO-3 has all values of a parameter in memory now."""
+    status: Any = getattr(parameter, "ds_status", None)
+    return getattr(status, "name", None) == "AVAILABLE"
+
+
+def is_whole(adapter: MultiHeadAdapter, *, now: bool = False) -> bool:
+    """
+    Whether the tensors of an adapter are in memory as the kernels read them.
+
+    Args:
+        adapter ([`MultiHeadAdapter`]): The adapter.
+        now (`bool`, *optional*, defaults to `False`): Accept parameters that DeepSpeed ZeRO-3 has gathered for now.
+    """
     for name, shape in adapter.shapes.items():
+        # What replaces a parameter (FSDP, parametrizations, `functional_call`) may be another tensor each time.
         parameter = adapter._parameters.get(name)
-        # Shards are gathered only when the adapter is called. What replaces a parameter (FSDP, parametrizations,
-        # `functional_call`) may be another tensor each time.
-        if type(parameter) is not nn.Parameter or "ds_id" in vars(parameter) or parameter.shape != shape:
+        tensor = adapter._buffers.get(name) if parameter is None else parameter
+        if type(tensor) is not (torch.Tensor if parameter is None else nn.Parameter) or tensor.shape != shape:
             return False
-        if parameter.device.type == "meta" or not parameter.is_contiguous() or parameter.is_inference():
+        # Most shards are gathered only when the adapter is called.
+        if "ds_id" in vars(tensor) and not (now and _is_gathered(tensor)):
+            return False
+        if tensor.device.type == "meta" or not tensor.is_contiguous() or tensor.is_inference():
             return False
     return True
 
 
 def _kind_of(adapter: MultiHeadAdapter) -> _Kind | None:
     """The kind of an adapter; `None` if its tensors are not in memory or the dtype of its products is unknown yet."""
-    if adapter.product_dtype is None or not is_whole(adapter):
+    # The weights are copied when the pass begins: shards may go before it ends.
+    if adapter.product_dtype is None or not is_whole(adapter, now=True):
         return None
 
     sizes = tuple(

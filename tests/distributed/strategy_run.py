@@ -3,27 +3,33 @@ Train, save and evaluate small cases one after another, as one process or as a r
 
 A case has a `name`, a `strategy` ("plain": one process or DDP; "zero1" .. "zero3", "zero3-offload", "fsdp2"), a `base`
 ("float32", "bfloat16" or "4bit"), and may have `arguments` of `RLoraSFTConfig`, `config` of `RLoraConfig`, `fsdp` for
-`fsdp_config` and `batch_seed`, see [`BatchSeed`]. The trained adapter lies in `out-<name>`; `<name>.<rank>.pt` has the
-adapter's initial values, the losses of all steps, the logits of `random_ids()` that the trained model gives under its
-strategy, and the dtypes of what takes part in training.
+`fsdp_config`, `zero` for `zero_optimization` of DeepSpeed, `batch_seed`, see [`BatchSeed`], and `given`, with which
+each rank passes a model whose adapter has values of its own. The trained adapter lies in `out-<name>`;
+`<name>.<rank>.pt` has the adapter's initial values, the losses of all steps, the logits of `random_ids()` that the
+trained model gives under its strategy, the dtypes of what takes part in training, and the work of the last step of
+ZeRO-3.
 """
 
 import logging
 import os
+from functools import partial
 from hashlib import sha256
+from importlib import import_module
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from cases import BACKEND, DEEPSPEED, ON_GPU, SMALL, rank, run_each, start_deepspeed
 from datasets import Dataset
+from peft import get_peft_model
 from testing_utils import build_tokenizer, random_ids, task_rows
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import rlora_trl.tuner.adapter as adapter_module
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.files.checks import check_adapter
+from rlora_trl.kernels import fused
 from rlora_trl.tuner import MultiHeadAdapter
 
 
@@ -44,8 +50,8 @@ def training_rows(steps):
     return [{**row, "task": task} for rows in turns for task, row in zip(tasks, rows, strict=True)]
 
 
-def deepspeed_config(strategy):
-    zero = {"stage": int(strategy[4])}
+def deepspeed_config(strategy, **options):
+    zero = {"stage": int(strategy[4]), **options}
     if strategy.endswith("offload"):
         zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     return {**DEEPSPEED, "zero_optimization": zero}
@@ -73,7 +79,7 @@ def build_arguments(case, output):
     unset_hf_deepspeed_config()
 
     if case["strategy"].startswith("zero"):
-        values["deepspeed"] = deepspeed_config(case["strategy"])
+        values["deepspeed"] = deepspeed_config(case["strategy"], **case.get("zero", {}))
     if case["strategy"] == "fsdp2":
         values |= {"fsdp": True, "fsdp_config": {"version": 2, **case.get("fsdp", {})}}
     arguments = RLoraSFTConfig(str(output), **{**values, **case.get("arguments", {})})
@@ -133,6 +139,47 @@ class Dtypes(TrainerCallback):
         self.outcome["parameters"] = {tensor.dtype for tensor in adapter_tensors(model).values()}
 
 
+class Zero3Work(TrainerCallback):
+    """
+    Notes what is done for small tensors in the last step of ZeRO-3: the names of adapters' parameters that stay whole,
+    the collectives that gather such parameters after the step, and the adapters that concatenate weights on their own.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.outcome = trainer, {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.backend, self.optimizer = import_module("deepspeed.comm.comm").cdb, self.trainer.model_wrapped.optimizer
+        kept = {id(parameter) for parameter in self.optimizer.persistent_parameters}
+        names = [name for name, p in model.named_parameters() if id(p) in kept and ".rlora_adapters." in name]
+        self.outcome["kept"] = sorted(name.rpartition(".")[2] for name in names)
+        self.originals = (
+            (self.optimizer, "_post_step", self.optimizer._post_step),
+            (self.backend, "all_gather_into_tensor", self.backend.all_gather_into_tensor),
+            (fused, "concat_weights", fused.concat_weights),
+        )
+        for owner, name, function in self.originals:
+            setattr(owner, name, partial(self.count, name, function))
+
+    def count(self, name, function, *args, **kwargs):
+        # Gathering in passes depends on what else is small.
+        if name != "all_gather_into_tensor" or self.in_post_step:
+            self.outcome[name] += 1
+        self.in_post_step |= name == "_post_step"
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.in_post_step &= name != "_post_step"
+
+    def on_step_begin(self, *args, **kwargs):
+        self.in_post_step = False
+        self.outcome |= {name: 0 for _, name, _ in self.originals}
+
+    def on_train_end(self, *args, **kwargs):
+        for owner, name, function in self.originals:
+            setattr(owner, name, function)
+
+
 def adapter_tensors(model):
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAdapter)}
     return {f"{name}.{key}": p for name, module in adapters.items() for key, p in module.named_parameters()}
@@ -158,13 +205,18 @@ def run(case, folder, models):
     output = folder / f"out-{case['name']}"
     arguments = build_arguments(case, output)
     torch.manual_seed(7)
+    model, config = models[case["base"]], RLoraConfig(**{"head_dropout": 0.0, **case.get("config", {})})
+    if case.get("given"):
+        torch.manual_seed(rank())
+        config.task_type = "CAUSAL_LM"
+        model, config = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config), None
     trainer = RLoraSFTTrainer(
-        models[case["base"]],
+        model,
         arguments,
         train_dataset=Dataset.from_list(training_rows(arguments.max_steps)),
         processing_class=build_tokenizer(),
         # Each rank draws its own masks: losses are those of one process only without dropout.
-        peft_config=RLoraConfig(**{"head_dropout": 0.0, **case.get("config", {})}),
+        peft_config=config,
         quantization_config=four_bit() if case["base"] == "4bit" else None,
     )
 
@@ -172,6 +224,9 @@ def run(case, folder, models):
     initial = {name: tensor.detach().cpu().clone() for name, tensor in adapter_tensors(trainer.model).items()}
     dtypes, warnings = Dtypes(), Warnings()
     trainer.add_callback(dtypes)
+    work = Zero3Work(trainer)
+    if case["strategy"].startswith("zero3"):
+        trainer.add_callback(work)
     if case["strategy"] == "fsdp2" and not ON_GPU:
         for module in trainer.model.modules():
             # Some CPUs would reorder 4-bit weights for inference, in place, which FSDP2 does not expect.
@@ -190,6 +245,7 @@ def run(case, folder, models):
     outcome = {"dtypes": dtypes.outcome, "losses": [entry["loss"] for entry in logs], "initial": initial}
     outcome["norms"] = [[entry[key] for key in NORMS if key in entry] for entry in logs]
     outcome["warnings"] = warnings.texts
+    outcome["work"] = work.outcome
     outcome["processes"] = trainer.accelerator.num_processes
     outcome["type"] = trainer.accelerator.distributed_type.value
     outcome["base_is_unchanged"] = divided or before == digests_of(trainer.model)

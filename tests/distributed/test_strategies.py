@@ -50,7 +50,12 @@ def case(strategy, base, name=None, **kwargs):
 
 SPLIT = case("plain", "4bit", "split-4bit", arguments={**SOME_STEPS["arguments"], **SPLIT_ROWS})
 SAVED_HEAD = {"config": {"head_dropout": 0.0, "modules_to_save": ["lm_head"]}}
+CHECKPOINTED = {"max_steps": 4, "gradient_checkpointing": True}
 EXTRAS = [
+    case("zero3", "float32", "zero3-checkpointed", arguments=CHECKPOINTED),
+    # A and the router stay whole; B, and the weights of the base, are gathered when they are used.
+    case("zero3", "float32", "zero3-parts", arguments=CHECKPOINTED, zero={"stage3_param_persistence_threshold": 200}),
+    case("zero3", "float32", "zero3-given", **SOME_STEPS, given=True),
     case("zero3", "bfloat16", "zero3-lm_head", **SOME_STEPS, **SAVED_HEAD),
     case("fsdp2", "bfloat16", "fsdp2-lm_head", **SOME_STEPS, **SAVED_HEAD),
     case("ddp", "float32", "ddp-dropout", **SOME_STEPS, **DROPOUT),
@@ -231,6 +236,36 @@ def test_gradient_norms_are_logged(alone, ranks, base):
                 assert len(norms) == 3 and norms == pytest.approx(of_one, rel=30 * LOSS_TOLERANCE[base]), strategy
     for outcome in (alone[0], ranks[0]):
         assert all(rank["warnings"] == [] for case_ranks in outcome.values() for rank in case_ranks)
+
+
+@pytest.mark.parametrize("name", ["zero3-float32", "zero3-checkpointed", "zero3-parts"])
+def test_zero_3_does_little_for_small_tensors(alone, ranks, name):
+    """Anchors are not gathered, other small tensors all at once, and weights are concatenated for all layers."""
+    outcome, folder = ranks
+    whole = ("A", "router") if name == "zero3-parts" else ("A", "B", "router")
+    expected = alone[0]["plain-float32"][0]["losses"]
+    for rank in outcome[name]:
+        work, losses = rank["work"], rank["losses"]
+        assert work["kept"] == sorted(6 * whole)  # three projections in each of two layers
+        assert (work["_post_step"], work["all_gather_into_tensor"]) == (1, 1)
+        # In the forward pass and in the recomputation, if they are not there when the pass begins.
+        assert work["concat_weights"] == (12 if name == "zero3-parts" else 0)
+        assert losses == pytest.approx(expected[: len(losses)], rel=LOSS_TOLERANCE["float32"])
+    assert_saved_adapter_is_the_trained_one(folder, name, "float32", outcome[name])
+
+
+def test_zero_3_takes_anchors_of_the_first_rank(ranks):
+    outcome, folder = ranks
+    first, second = (rank["initial"] for rank in outcome["zero3-given"])
+    assert first.keys() == second.keys() and not any(
+        torch.equal(first[name], second[name]) for name in first if name.endswith(".A")
+    )
+    # Logits of both ranks are those of the file.
+    assert_saved_adapter_is_the_trained_one(folder, "zero3-given", "float32", outcome["zero3-given"])
+    saved = load_file(folder / "out-zero3-given" / "adapter_model.safetensors")
+    anchors = {name.removesuffix("0"): value for name, value in saved.items() if name.endswith(".A0")}
+    initial = {name.replace(".default", ""): value for name, value in first.items()}
+    assert len(anchors) == 6 and all(torch.equal(value, initial[name]) for name, value in anchors.items())
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])

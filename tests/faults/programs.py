@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -303,6 +304,18 @@ def digest_of(tensors):
     return state.hexdigest()
 
 
+def load_without_anchors():
+    """Have DeepSpeed load checkpoints as if their anchors had been parameters, which it leaves out when it saves."""
+    load = deepspeed.DeepSpeedEngine.load_module_state_dict
+
+    def load_rest(engine, checkpoint, *args, **kwargs):
+        rest = {name: value for name, value in checkpoint["module"].items() if not name.endswith((".A0", ".B0"))}
+        assert len(rest) < len(checkpoint["module"])
+        return load(engine, {**checkpoint, "module": rest}, *args, **kwargs)
+
+    deepspeed.DeepSpeedEngine.load_module_state_dict = load_rest
+
+
 class Weights(TrainerCallback):
     """A digest of the weights after each step, and whether they are finite."""
 
@@ -385,8 +398,8 @@ def train_ranks(folder, settings):
     Train under a strategy; returns the weights after each step, the logs, the error, and the error of saving.
 
     `settings` may have `faults` (see `poison`), `die` (a rank, the step in which it dies, and by what), `resume`,
-    `save`, `spoil` (begin with other values than were drawn), the first `scale` of a gradient scaler, and
-    `group_timeout`, the seconds that collectives wait.
+    `save`, `spoil` (begin with other values than were drawn), `lost_anchors` (see `load_without_anchors`), the first
+    `scale` of a gradient scaler, and `group_timeout`, the seconds that collectives wait.
     """
     strategy = settings.get("strategy", "single")
     if "group_timeout" in settings:
@@ -396,9 +409,11 @@ def train_ranks(folder, settings):
 
     # What the test wants of this run.
     if settings.get("spoil"):
-        for name, parameter in trainer.model.named_parameters():
+        for name, tensor in chain(trainer.model.named_parameters(), trainer.model.named_buffers()):
             if ".rlora_adapters." in name:
-                parameter.data += 0.1
+                tensor.data += 0.1
+    if settings.get("lost_anchors"):
+        load_without_anchors()
     weights = Weights(trainer, strategy)
     trainer.add_callback(weights)
     if settings.get("faults"):

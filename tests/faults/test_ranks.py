@@ -93,13 +93,15 @@ def test_resumes_with_as_many(server, lost, tmp_path):
 
 def test_all_stop_when_one_receives_a_signal(server, lost, tmp_path):
     """After the same step, with its checkpoint."""
-    _, settings, _, whole = lost
+    strategy, settings, _, whole = lost
     settings = {**settings, "output": str(tmp_path / "out")}
     first = {**settings, "stop": {"rank": 1, "step": 3}}
     stopped = run(server, "stop_ranks", tmp_path / "first", first, ranks=2)
     assert stopped == [{"code": 143, "step": 3}] * 2
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
-    for outcome in run(server, "train_ranks", tmp_path, {**settings, **RESUME}, ranks=2):
+    # The state of ZeRO-3 as earlier versions wrote it.
+    resume = {**RESUME, "lost_anchors": strategy == "zero3"}
+    for outcome in run(server, "train_ranks", tmp_path, {**settings, **resume}, ranks=2):
         assert outcome["error"] is None
         assert losses_by_step(outcome) == pytest.approx(losses_by_step(whole), rel=1e-6)
         assert outcome["weights"] == {step: whole["weights"][step] for step in ("3", "4")}

@@ -81,6 +81,41 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_anchor_in_buffers(kind):
+    """The same adapter and the same names in files, with no more parameters than are trained."""
+    options, others = KINDS[kind]
+    adapter = MultiHeadAdapter(8, 6, 2, 3, 1.0, **options)
+    with torch.no_grad():
+        adapter.B.add_(0.1)
+    other, x = copy.deepcopy(adapter), torch.randn(5, 8)
+    adapter.hold_anchor_in_buffers()
+    adapter.hold_anchor_in_buffers()
+    assert set(dict(adapter.named_parameters())) == {"A", "B"} | (others & {"router"})
+    assert list(adapter.state_dict()) == list(other.state_dict())
+    adapter.freeze_anchor()
+    assert all(parameter.requires_grad for parameter in adapter.requires_grad_(True).parameters())
+
+    for each in (adapter, pickle.loads(pickle.dumps(adapter))):
+        each.train()(x).sum().backward()
+        other.train()(x).sum().backward()
+        assert torch.equal(each(x), other(x))
+        assert all(torch.equal(each.get_parameter(name).grad, other.get_parameter(name).grad) for name in ("A", "B"))
+        other.zero_grad()
+
+    # What inference keeps follows the anchor too.
+    anchor = {name: 2 * tensor for name, tensor in adapter.state_dict().items() if name in adapter.anchor_names}
+    with torch.no_grad():
+        before = adapter.eval()(x)
+        for each in (adapter, other.eval()):
+            each.load_state_dict(anchor, strict=False)
+        assert torch.equal(adapter(x), other(x)) and torch.equal(adapter(x), before) == (not anchor)
+    adapter.reset_anchor()
+    adapter.cast(torch.bfloat16)
+    assert {tensor.dtype for tensor in adapter.state_dict().values()} == {torch.bfloat16}
+    assert adapter.is_at_anchor() == ("A0" in others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_expected_tensors_are_those_of_the_state_dict(kind):
     options, others = KINDS[kind]
     adapter = MultiHeadAdapter(8, 6, 2, 3, 1.0, **options)

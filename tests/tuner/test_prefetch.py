@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,52 @@ def test_sharded_weights_are_left_to_the_layer(how, packed_alone, monkeypatch):
     packed_alone.clear()
     assert_same(step(model, x), wanted)
     assert len(packed_alone) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
+def test_weights_that_deepspeed_has_gathered(checkpointing, packed_alone, monkeypatch):
+    """They are packed when a pass begins, and recomputations use them too."""
+    model, x = adapted(checkpointing), torch.randn(5, 12, requires_grad=True)
+    adapters = adapters_of(model)
+    for adapter in adapters:
+        adapter.hold_anchor_in_buffers()
+        for number, p in enumerate(adapter.parameters()):
+            p.ds_id, p.ds_status = number, SimpleNamespace(name="AVAILABLE")
+    step(model, x)
+
+    # DeepSpeed's optimizer writes to other memory, which no counter notices.
+    for _ in range(2):
+        for p in model.parameters():
+            p.data = p.data + 0.5
+        packed_alone.clear()
+        found = step(model, x)
+        assert not packed_alone
+        assert not any(adapter.kept and checkpointing for adapter in adapters)
+        assert_same(found, without_packing(model, x, monkeypatch))
+
+    # The backward passes of two forward passes.
+    twice = lambda x: model(x) + model(2 * x)  # noqa: E731
+    found = step(twice, x, of=model)
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightPrefetch, "concat", lambda self, adapters: None)
+        assert_same(found, step(twice, x, of=model))
+
+    # Weights that change after the pass: a recomputation has the new ones.
+    y = model(x)
+    with torch.no_grad():
+        adapters[0].B.mul_(2)
+    packed_alone.clear()
+    y.sum().backward()
+    assert len(packed_alone) == (0 if checkpointing is None else 1)
+
+    # On the way, at an address that was known before, the values are not there yet.
+    adapters[0].B.ds_status = SimpleNamespace(name="INFLIGHT")
+    packed_alone.clear()
+    found = step(model, x)
+    assert len(packed_alone) == (1 if checkpointing is None else 2)
+    assert_same(found, without_packing(model, x, monkeypatch))
+    model.eval()
+    assert not any(adapter.kept for adapter in adapters)
 
 
 class Doubled(nn.Module):
