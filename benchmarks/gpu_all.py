@@ -41,24 +41,24 @@ _SHORT = "train_step.py --rounds 8 --repeats 6 --settings 2x512 1x2048 6x512"
 _LONG = "train_step.py --settings 8x2048"
 # By importance.
 JOBS = {
+    "zero3": Job(100, "large.py --processes 2 --cases bf16-zero3 nf4-zero3 --total_limit 170", gpus=2),
     "short": Job(300, f"{_SHORT} {_ALL} --sizes 3x4 10x16"),
-    "host": Job(80, "host.py"),
     "long": Job(330, f"{_LONG} {_ALL} --sizes 3x4 10x16"),
-    "four_bit": Job(150, f"{_SHORT} {_LORA} ours ours_task --sizes 3x4 --four_bit"),
+    "four_bit": Job(140, f"{_SHORT} {_LORA} ours ours_task --sizes 3x4 --four_bit"),
     "busy": Job(190, f"{_LONG} 6x512 {_FEW} --busy"),
+    "host": Job(80, "host.py"),
     "decode": Job(65, "decode.py"),
+    "compile": Job(170, f"train_step.py --settings 2x512 {_FEW} --compile --layers 9"),
     "small": Job(70, f"{_LONG} 6x512 {_FEW} --shape qwen2.5-0.5b"),
-    "zero3": Job(110, "large.py --processes 2 --cases bf16-zero3 nf4-zero3 --total_limit 200", gpus=2),
-    "compile": Job(300, f"train_step.py --settings 2x512 6x512 {_FEW} --compile --layers 9"),
-    "liger": Job(110, f"{_SHORT} {_ALL} --sizes 3x4 --liger"),
-    "time_to_loss": Job(200, "time_to_loss.py"),
-    "loops": Job(140, f"{_LONG} {_LOOPS} --rounds 2 --repeats 2"),
-    "seven_b": Job(110, f"{_LONG} {_FEW} --shape qwen2.5-7b --rounds 3 --repeats 3"),
-    "heads": Job(130, f"{_LONG} {_GRID} --rounds 2 --repeats 2"),
-    "four_bit_long": Job(130, f"{_LONG} {_LORA} ours --sizes 3x4 --four_bit --rounds 3 --repeats 3"),
-    "decode_four_bit": Job(90, "decode.py --four_bit"),
-    "liger_long": Job(140, f"{_LONG} {_ALL} --sizes 3x4 --liger --rounds 3 --repeats 3"),
-    "trainer_overhead": Job(170, "trainer_overhead.py"),
+    "four_bit_long": Job(110, f"{_LONG} {_LORA} ours --sizes 3x4 --four_bit --rounds 3 --repeats 3"),
+    "heads": Job(110, f"{_LONG} {_GRID} --rounds 2 --repeats 2"),
+    "liger": Job(70, f"{_SHORT} {_ALL} --sizes 3x4 --liger"),
+    "seven_b": Job(90, f"{_LONG} {_FEW} --shape qwen2.5-7b --rounds 3 --repeats 3"),
+    "time_to_loss": Job(150, "time_to_loss.py"),
+    "trainer_overhead": Job(150, "trainer_overhead.py"),
+    "loops": Job(120, f"{_LONG} {_LOOPS} --rounds 2 --repeats 2"),
+    "decode_four_bit": Job(70, "decode.py --four_bit"),
+    "liger_long": Job(120, f"{_LONG} {_ALL} --sizes 3x4 --liger --rounds 3 --repeats 3"),
 }
 
 
