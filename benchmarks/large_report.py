@@ -135,12 +135,14 @@ def largest_table(rows: list[dict]) -> str:
 
 
 def machine(rows: list[dict]) -> str:
-    """Versions and date, in one line, of the last row that tells them."""
+    """Versions of the last row that tells them, and the days of all rows, in one line."""
     row = next((row for row in reversed(rows) if "torch" in row), None)
     if row is None:
         return ""
     names = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
-    return ", ".join(f"{name} {row[name]}" for name in names if name in row) + f", {row['date']}."
+    days = sorted({row["date"] for row in rows if "date" in row})
+    date = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return ", ".join(f"{name} {row[name]}" for name in names if name in row) + f", {date}."
 
 
 def tables(rows: list[dict]) -> str:

@@ -191,15 +191,23 @@ def settings_table(rows: list[Row], families: tuple[str, ...], needed: str | Non
     columns = [Column(_title(setting), steps_of(rows, setting, **options)) for setting in (*SHORT, LONG)]
     if needed is not None:
         columns = [column for column in columns if chosen(column.rows, family=needed)]
-    return steps_table(columns, lambda row: row["family"] in families and is_usual(row))
+    sizes = {row.get("num_heads") for column in columns for row in column.rows if row["family"] == needed}
+    return steps_table(
+        columns,
+        lambda row: (
+            row["family"] in families
+            and is_usual(row)
+            and (row["family"] != "ours" or needed is None or row.get("num_heads") in sizes)
+        ),
+    )
 
 
 def heads_table(rows: list[Row]) -> str:
-    """Step time by heads and rank, in long steps of the 3B shape; empty where only one of each was measured."""
+    """Step time by heads and rank, in long steps of the 3B shape; empty unless all of a grid were measured."""
     run = next(iter(by_run([row for row in steps_of(rows, LONG) if row.get("median_ms")])), [])
     times = {(row["num_heads"], row["r"]): row["median_ms"] for row in chosen(run, family="ours")}
     heads, ranks = (sorted({pair[i] for pair in times}) for i in (0, 1))
-    if len(heads) < 2 or len(ranks) < 2:
+    if len(heads) < 2 or len(ranks) < 2 or len(times) < len(heads) * len(ranks):
         return ""
     lines = [[f"{n}", *(f"{times[n, r]:.0f}" if (n, r) in times else "" for r in ranks)] for n in heads]
     return _table(["heads", *(f"r={r}" for r in ranks)], lines)
@@ -306,7 +314,7 @@ def time_to_loss_table(rows: list[Row]) -> str:
     loss = statistics.mean(common.values())
     head = ["form", "learning rate", "lowest loss", f"steps to {loss:.4f}", f"seconds to {loss:.4f}", "ms/step"]
     amounts = f"batch {run[0]['batch']}, {len(run[0]['tasks'])} tasks, means over {len(seeds)} seed(s)"
-    note = f"Model: {run[0]['model']}; {amounts}."
+    note = f"Model: {run[0]['model']}; {amounts}; {run[0]['device']}."
     return f"{_table(head, lines)}\n\n{note}"
 
 
@@ -527,7 +535,8 @@ def sections(files: dict[str, list[Row]], cpu: list[Row]) -> str:
             "Time to the same loss",
             "The lowest held-out loss that all forms reach, on the same batches and with the same choice of learning "
             "rates.",
-            time_to_loss_table(files["time_to_loss"]),
+            # Of any machine: losses don't depend on it.
+            time_to_loss_table(files["time_to_loss"] or read("time_to_loss")),
         ),
         (
             "Decoding",
