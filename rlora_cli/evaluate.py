@@ -1,16 +1,17 @@
-"""`rlora eval`: accuracy by task."""
+"""`rlora eval`: scores by task."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
 from .loading import LoadedAdapter, by_task_setting, find_adapter, load_adapter, load_rows, local_record, note_saved
-from .output import note, percent, print_json, print_table, results_only
+from .output import note, print_json, results_only
+from .scores import CONFIDENCE, Scores
 from .terminal import shown
 
 
@@ -26,6 +27,23 @@ def evaluate(
     split: options.Split = None,
     task_column: options.TaskColumn = None,
     limit: options.Limit = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="METRIC",
+            help="accuracy, exact_match, f1 or number for all tasks without options, or TASK=METRIC for one task. "
+            "May be repeated.",
+            show_default="accuracy",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of tokens of an answer.")
+    ] = 256,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help=r"Text that ends an answer, such as \n. May be repeated."),
+    ] = None,
     batch_size: options.BatchSize = 32,
     base: options.Base = None,
     compare_base: Annotated[
@@ -45,7 +63,8 @@ def evaluate(
     """Score an adapter by task.
 
     A row with options is correct if its completion is the most likely option; a row without, if greedy decoding
-    reproduces the completion.
+    reproduces the completion. The metrics exact_match, f1 (both after SQuAD's normalization) and number (GSM8K's)
+    compare the text of a generated answer with the completion instead.
     """
     with results_only():
         from rlora_trl.evaluation.rows import text_rows
@@ -54,34 +73,83 @@ def evaluate(
         checked = find_adapter(adapter, revision)
         record = local_record(checked, adapter) if save else None
         tasks = load_rows(checked, data, split, task_column, limit, answers=True)
+        settings = _Settings(_read_metrics(metric or [], tasks), max_new_tokens, _read_stop(stop or []), batch_size)
         if record is not None and not overwrite:
             _refuse_fewer_rows(record, tasks)
 
         loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
         tasks = text_rows(tasks, loaded.tokenizer)
-        scores = _score(loaded, tasks, batch_size, "Scoring the adapter")
-        base_scores = None
+        scores = Scores(_score(loaded, tasks, settings, "Scoring the adapter"))
         if compare_base:
             with loaded.model.disable_adapter():
-                base_scores = _score(loaded, tasks, batch_size, "Scoring the base model")
+                scores.base = _score(loaded, tasks, settings, "Scoring the base model")
         if record is not None:
-            note_saved(_with_scores(record, scores, base_scores, checked).save(checked.folder))
+            note_saved(_with_scores(record, scores, checked).save(checked.folder))
 
-    rows = [_row(task, score, base_scores) for task, score in scores.items()]
-    means = {"accuracy": _mean(scores), **({"base_accuracy": _mean(base_scores)} if base_scores else {})}
     if as_json:
-        print_json({"adapter": adapter, "data": data, "tasks": rows, "mean": means})
+        facts = {"tasks": scores.rows(), "mean": scores.mean(), "confidence": CONFIDENCE}
+        print_json({"adapter": adapter, "data": data, **facts})
     else:
-        _show(rows, means)
+        scores.show()
 
 
-def _score(loaded: LoadedAdapter, tasks: dict[str, Any], batch_size: int, description: str) -> dict[str, TaskScore]:
+@dataclass
+class _Settings:
+    """How to score; `metrics` by task, with "" for all others."""
+
+    metrics: dict[str, str]
+    max_new_tokens: int
+    stop: list[str]
+    batch_size: int
+
+
+def _read_metrics(words: list[str], tasks: dict[str, Any]) -> dict[str, str]:
+    """
+    The metrics on the command line by task; "" stands for all others.
+
+    Raises:
+        ValueError: If there is no such metric or task, or two for one task.
+    """
+    from rlora_trl.evaluation.scoring import choose_metric
+
+    metrics: dict[str, str] = {}
+    for word in words:
+        task, _, name = word.rpartition("=")
+        choose_metric(name, [])  # refuses unknown names
+        if task and task not in tasks:
+            raise ValueError(f"`--metric {word}` names no task of the data, which has {', '.join(tasks)}.")
+        if task in metrics:
+            raise ValueError(f"`--metric` has two metrics for {task or 'all tasks'}: {metrics[task]} and {name}.")
+        metrics[task] = name
+    return metrics
+
+
+def _read_stop(words: list[str]) -> list[str]:
+    if "" in words:
+        raise ValueError("`--stop` is empty, and would end each answer before it begins. Give it a text.")
+    return [word.replace("\\n", "\n") for word in words]
+
+
+def _score(
+    loaded: LoadedAdapter, tasks: dict[str, Any], settings: _Settings, description: str
+) -> dict[str, TaskScore]:
     from rlora_trl.evaluation import score_tasks
+    from rlora_trl.evaluation.scoring import choose_metric
 
+    default = settings.metrics.get("", "auto")
+    metrics = {task: settings.metrics.get(task) or choose_metric(default, rows) for task, rows in tasks.items()}
     scores: dict[str, TaskScore] = {}
-    visible = description if sys.stderr.isatty() else None
     for portion in by_task_setting(loaded, tasks):
-        scores |= score_tasks(loaded.model, loaded.tokenizer, portion, batch_size=batch_size, description=visible)
+        scores |= score_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            portion,
+            batch_size=settings.batch_size,
+            description=description if sys.stderr.isatty() else None,
+            metric={task: metrics[task] for task in portion},
+            max_new_tokens=settings.max_new_tokens,
+            stop=settings.stop,
+        )
     return scores
 
 
@@ -98,49 +166,23 @@ def _refuse_fewer_rows(record: AdapterRecord, tasks: dict[str, Any]) -> None:
         )
 
 
-def _with_scores(
-    record: AdapterRecord,
-    scores: dict[str, TaskScore],
-    base_scores: dict[str, TaskScore] | None,
-    checked: CheckedAdapter,
-) -> AdapterRecord:
+def _with_scores(record: AdapterRecord, scores: Scores, checked: CheckedAdapter) -> AdapterRecord:
     """The record with the scores of the tasks that the adapter was trained on."""
     from rlora_trl.files.record import TaskRecord
 
-    tasks = {name: TaskRecord(name) for name in checked.config.tasks or scores}
+    tasks = {name: TaskRecord(name) for name in checked.config.tasks or scores.adapter}
     tasks |= {task.name: task for task in record.tasks}
-    others = [name for name in scores if name not in tasks]
+    others = [name for name in scores.adapter if name not in tasks]
     if others:
         note(f"Not recorded, as the adapter was not trained on them: {', '.join(map(shown, others))}")
 
-    for name, score in scores.items():
+    for name, score in scores.adapter.items():
         if name not in tasks:
             continue
-        metrics = {**tasks[name].metrics, "accuracy": score.accuracy}
-        if base_scores is not None:
-            metrics["base_accuracy"] = base_scores[name].accuracy
+        metrics = {**tasks[name].metrics, score.metric: score.score}
+        if scores.base is not None:
+            metrics[f"base_{score.metric}"] = scores.base[name].score
         elif score.total != tasks[name].metric_rows:  # the base was scored on other rows
-            metrics.pop("base_accuracy", None)
+            metrics.pop(f"base_{score.metric}", None)
         tasks[name] = replace(tasks[name], metrics=metrics, metric_rows=score.total)
     return replace(record, tasks=list(tasks.values()))
-
-
-def _row(task: str, score: TaskScore, base_scores: dict[str, TaskScore] | None) -> dict[str, Any]:
-    row = {"task": task, "rows": score.total, "correct": score.correct, "accuracy": score.accuracy}
-    return row | ({"base_accuracy": base_scores[task].accuracy} if base_scores else {})
-
-
-def _mean(scores: dict[str, TaskScore]) -> float:
-    return sum(score.accuracy for score in scores.values()) / len(scores)
-
-
-def _show(rows: list[dict[str, Any]], means: dict[str, float]) -> None:
-    if len(rows) > 1:
-        rows = [*rows, {"task": "mean of tasks", "rows": sum(row["rows"] for row in rows), **means}]
-    columns = ["task", "rows", "accuracy, %"]
-    cells = [[row["task"], row["rows"], percent(row["accuracy"])] for row in rows]
-    if "base_accuracy" in means:
-        columns += ["base, %", "gain"]
-        for line, row in zip(cells, rows, strict=True):
-            line += [percent(row["base_accuracy"]), f"{100 * (row['accuracy'] - row['base_accuracy']):+.1f}"]
-    print_table(columns, cells)

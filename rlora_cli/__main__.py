@@ -1,0 +1,6 @@
+"""`python -m rlora_cli`, which is the command `rlora`: for launchers of several processes."""
+
+from . import main
+
+
+main()
