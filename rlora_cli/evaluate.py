@@ -11,6 +11,7 @@ import typer
 from . import options
 from .loading import LoadedAdapter, by_task_setting, find_adapter, load_adapter, load_rows, local_record, note_saved
 from .output import note, print_json, results_only
+from .ranks import Ranks
 from .scores import CONFIDENCE, Scores
 from .terminal import shown
 
@@ -66,23 +67,28 @@ def evaluate(
     reproduces the completion. The metrics exact_match, f1 (both after SQuAD's normalization) and number (GSM8K's)
     compare the text of a generated answer with the completion instead.
     """
-    with results_only():
+    with Ranks() as ranks, results_only(), ranks.quiet():
         from rlora_trl.evaluation.rows import text_rows
 
-        # Checks that need no model come first.
-        checked = find_adapter(adapter, revision)
-        record = local_record(checked, adapter) if save else None
-        tasks = load_rows(checked, data, split, task_column, limit, answers=True)
-        settings = _Settings(_read_metrics(metric or [], tasks), max_new_tokens, _read_stop(stop or []), batch_size)
-        if record is not None and not overwrite:
-            _refuse_fewer_rows(record, tasks)
+        with ranks.together():
+            # Checks that need no model come first.
+            checked = find_adapter(adapter, revision)
+            record = local_record(checked, adapter) if save else None
+            tasks = load_rows(checked, data, split, task_column, limit, answers=True)
+            metrics, stop = _read_metrics(metric or [], tasks), _read_stop(stop or [])
+            if record is not None and not overwrite:
+                _refuse_fewer_rows(record, tasks)
 
-        loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
-        tasks = text_rows(tasks, loaded.tokenizer)
-        scores = Scores(_score(loaded, tasks, settings, "Scoring the adapter"))
+            loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit, device=ranks.device)
+            tasks = text_rows(tasks, loaded.tokenizer)
+            settings = _Settings(_choose_metrics(metrics, tasks), max_new_tokens, stop, batch_size)
+
+        scores = Scores(_score(loaded, tasks, settings, ranks, "Scoring the adapter"))
         if compare_base:
             with loaded.model.disable_adapter():
-                scores.base = _score(loaded, tasks, settings, "Scoring the base model")
+                scores.base = _score(loaded, tasks, settings, ranks, "Scoring the base model")
+        if not ranks.is_main:
+            return
         if record is not None:
             note_saved(_with_scores(record, scores, checked).save(checked.folder))
 
@@ -95,7 +101,7 @@ def evaluate(
 
 @dataclass
 class _Settings:
-    """How to score; `metrics` by task, with "" for all others."""
+    """How to score, with the metric of each task."""
 
     metrics: dict[str, str]
     max_new_tokens: int
@@ -130,27 +136,34 @@ def _read_stop(words: list[str]) -> list[str]:
     return [word.replace("\\n", "\n") for word in words]
 
 
-def _score(
-    loaded: LoadedAdapter, tasks: dict[str, Any], settings: _Settings, description: str
-) -> dict[str, TaskScore]:
-    from rlora_trl.evaluation import score_tasks
+def _choose_metrics(metrics: dict[str, str], tasks: dict[str, Any]) -> dict[str, str]:
+    """The metric of each task: its own on the command line, or that of all others."""
     from rlora_trl.evaluation.scoring import choose_metric
 
-    default = settings.metrics.get("", "auto")
-    metrics = {task: settings.metrics.get(task) or choose_metric(default, rows) for task, rows in tasks.items()}
+    default = metrics.get("", "auto")
+    return {task: metrics.get(task) or choose_metric(default, rows) for task, rows in tasks.items()}
+
+
+def _score(
+    loaded: LoadedAdapter, tasks: dict[str, Any], settings: _Settings, ranks: Ranks, description: str
+) -> dict[str, TaskScore]:
+    """Scores of all rows, of which each process computes a share."""
+    from rlora_trl.evaluation import score_tasks
+
     scores: dict[str, TaskScore] = {}
-    for portion in by_task_setting(loaded, tasks):
-        scores |= score_tasks(
-            loaded.model,
-            loaded.tokenizer,
-            portion,
-            batch_size=settings.batch_size,
-            description=description if sys.stderr.isatty() else None,
-            metric={task: metrics[task] for task in portion},
-            max_new_tokens=settings.max_new_tokens,
-            stop=settings.stop,
-        )
-    return scores
+    with ranks.together():
+        for portion in by_task_setting(loaded, ranks.share(tasks)):
+            scores |= score_tasks(
+                loaded.model,
+                loaded.tokenizer,
+                portion,
+                batch_size=settings.batch_size,
+                description=description if ranks.is_main and sys.stderr.isatty() else None,
+                metric={task: settings.metrics[task] for task in portion},
+                max_new_tokens=settings.max_new_tokens,
+                stop=settings.stop,
+            )
+    return ranks.join(scores, tasks)
 
 
 def _refuse_fewer_rows(record: AdapterRecord, tasks: dict[str, Any]) -> None:
