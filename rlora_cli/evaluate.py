@@ -19,7 +19,7 @@ from .terminal import shown
 if TYPE_CHECKING:
     from rlora_trl.evaluation import TaskScore
     from rlora_trl.files.checks import CheckedAdapter
-    from rlora_trl.files.record import AdapterRecord
+    from rlora_trl.files.record import AdapterRecord, TaskRecord
 
 
 def evaluate(
@@ -192,10 +192,26 @@ def _with_scores(record: AdapterRecord, scores: Scores, checked: CheckedAdapter)
     for name, score in scores.adapter.items():
         if name not in tasks:
             continue
-        metrics = {**tasks[name].metrics, score.metric: score.score}
-        if scores.base is not None:
-            metrics[f"base_{score.metric}"] = scores.base[name].score
-        elif score.total != tasks[name].metric_rows:  # the base was scored on other rows
-            metrics.pop(f"base_{score.metric}", None)
-        tasks[name] = replace(tasks[name], metrics=metrics, metric_rows=score.total)
+        task = tasks[name]
+        # Scores of other rows can't stand beside these.
+        if score.total != task.metric_rows:
+            task = _without_scores(task)
+        metrics, intervals = scores.measured(name)
+        tasks[name] = replace(
+            task,
+            metrics={**task.metrics, **metrics},
+            metric_rows=score.total,
+            intervals={**task.intervals, **intervals},
+        )
     return replace(record, tasks=list(tasks.values()))
+
+
+def _without_scores(task: TaskRecord) -> TaskRecord:
+    from rlora_trl.evaluation.metrics import METRICS
+
+    scores = {*METRICS, *(f"base_{metric}" for metric in METRICS)}
+    return replace(
+        task,
+        metrics={name: value for name, value in task.metrics.items() if name not in scores},
+        intervals={name: bounds for name, bounds in task.intervals.items() if name not in scores},
+    )

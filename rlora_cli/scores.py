@@ -36,6 +36,13 @@ class Scores:
         metrics = {score.metric for score in self.adapter.values()}
         return metrics.pop() if len(metrics) == 1 else None
 
+    def measured(self, task: str) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """The scores of a task and their intervals, by the names that records have for them."""
+        metric = self.adapter[task].metric
+        both = {metric: self.adapter, **({} if self.base is None else {f"base_{metric}": self.base})}
+        metrics = {name: scores[task].score for name, scores in both.items()}
+        return metrics, {name: list(_interval(scores, [task])) for name, scores in both.items()}
+
     def rows(self) -> list[dict[str, Any]]:
         """The facts about each task."""
         return [

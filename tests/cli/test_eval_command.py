@@ -165,6 +165,27 @@ def test_eval_saves_what_the_base_model_does(rlora, make_adapter, rows_folder):
     assert task.metric_rows == 3 and set(task.metrics) == {"accuracy"}, "the base was scored on other rows"
 
 
+def test_eval_saves_metrics_intervals_and_rows(rlora, make_adapter, rows_folder):
+    folder = make_adapter()
+    words = ("eval", folder, "--data", rows_folder, "--save", "--json", "--max-new-tokens", 4)
+    shown = json.loads(rlora(*words, "--compare-base", "--metric", "f1").stdout)["tasks"]
+    for row in shown:
+        task, names = AdapterRecord.load(folder).task(row["task"]), (row["metric"], f"base_{row['metric']}")
+        assert task.metrics == {names[0]: row["score"], names[1]: row["base_score"]} and task.metric_rows == 8
+        assert task.intervals == {names[0]: row["interval"], names[1]: row["base_interval"]}
+
+    # Another metric of the same rows stands beside it; of other rows, in its place.
+    assert rlora(*words, "--metric", "exact_match").exit_code == 0
+    assert set(AdapterRecord.load(folder).task("first").metrics) == {"f1", "base_f1", "exact_match"}
+    assert rlora(*words, "--limit", 3, "--overwrite").exit_code == 0
+    task = AdapterRecord.load(folder).task("first")
+    assert set(task.metrics) == set(task.intervals) == {"accuracy"} and task.metric_rows == 3
+
+    card = rlora("card", folder).stdout
+    low, high = (f"{100 * bound:.1f}" for bound in task.intervals["accuracy"])
+    assert f"({low} to {high})" in card and "interval_95" in card
+
+
 def test_eval_of_rows_without_tasks(rlora, make_adapter, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, task_rows("same", 4))))
     for tasks, name in ((["same"], "same"), (["same", "first"], "rows")):
