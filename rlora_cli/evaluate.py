@@ -81,7 +81,7 @@ def evaluate(
 
             loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit, device=ranks.device)
             tasks = text_rows(tasks, loaded.tokenizer)
-            settings = _Settings(_choose_metrics(metrics, tasks), max_new_tokens, stop, batch_size)
+            settings = _Settings(_choose_metrics(metrics, tasks, data), max_new_tokens, stop, batch_size)
 
         scores = Scores(_score(loaded, tasks, settings, ranks, "Scoring the adapter"))
         if compare_base:
@@ -136,12 +136,14 @@ def _read_stop(words: list[str]) -> list[str]:
     return [word.replace("\\n", "\n") for word in words]
 
 
-def _choose_metrics(metrics: dict[str, str], tasks: dict[str, Any]) -> dict[str, str]:
-    """The metric of each task: its own on the command line, or that of all others."""
+def _choose_metrics(metrics: dict[str, str], tasks: dict[str, Any], data: str) -> dict[str, str]:
+    """The metric of each task: its own on the command line or in the paper's data, or that of all others."""
+    from rlora_trl.evaluation.paper import paper_metrics
     from rlora_trl.evaluation.scoring import choose_metric
 
     default = metrics.get("", "auto")
-    return {task: metrics.get(task) or choose_metric(default, rows) for task, rows in tasks.items()}
+    own = {**(paper_metrics(data) if default == "auto" else {}), **metrics}
+    return {task: own.get(task) or choose_metric(default, rows) for task, rows in tasks.items()}
 
 
 def _score(

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM
 from testing_utils import build_tokenizer, task_rows
 
 from rlora_trl import set_task
-from rlora_trl.evaluation import bootstrap_interval, score_tasks
+from rlora_trl.evaluation import bootstrap_interval, loading, score_tasks
 from rlora_trl.evaluation.rows import load_task_rows
 from rlora_trl.files.record import AdapterRecord
 
@@ -85,6 +86,26 @@ def test_eval_of_generated_answers(rlora, make_adapter, rows_folder, router):
         assert shown[task]["score"] == shown[task][score.metric] == score.score
         assert shown[task]["correct"] == score.correct
     assert "accuracy" not in json.loads(result.stdout)["mean"], "the mean of several metrics"
+
+
+def test_eval_of_the_papers_data(rlora, make_adapter, monkeypatch):
+    """Each of its tasks has a metric, unless another one is given."""
+    rows = [{"task": "gsm8k", "prompt": "w1 w2", "completion": " #### 7", "options": []} for _ in range(2)]
+    rows += [{"task": "boolq", "prompt": "w1 w2", "completion": " yes", "options": [" no", " yes"]}]
+    data = DatasetDict(test=Dataset.from_list(rows))
+    monkeypatch.setattr(loading, "load_paper_data", lambda name: data if name == "setting1" else None)
+    words = (
+        "eval",
+        make_adapter(tasks=["gsm8k", "boolq"]),
+        "--data",
+        "paper:setting1",
+        "--max-new-tokens",
+        4,
+        "--json",
+    )
+    for options, metric in (((), "number"), (("--metric", "f1"), "f1"), (("--metric", "gsm8k=f1"), "f1")):
+        shown = json.loads(rlora(*words, *options).stdout)["tasks"]
+        assert [(row["task"], row["metric"]) for row in shown] == [("gsm8k", metric), ("boolq", "accuracy")]
 
 
 def test_eval_shows_the_metrics(rlora, make_adapter, rows_folder):
