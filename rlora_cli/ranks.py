@@ -39,7 +39,7 @@ class Ranks:
     def __init__(self) -> None:
         self.index, self.count = 0, 1
         self.device: torch.device | None = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             import torch
             from accelerate import PartialState
 
