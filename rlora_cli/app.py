@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import analyze, card, env, estimate, evaluate, export, pull, push, train, zoo
+from . import analyze, card, env, estimate, evaluate, export, lm_eval, pull, push, train, zoo
 from .errors import quieten_libraries
 from .options import Command, Group, help_of
 from .output import note
@@ -60,6 +60,7 @@ _COMMANDS: dict[str, Any] = {
     "train": train.train,
     "estimate": estimate.estimate,
     "eval": evaluate.evaluate,
+    "lm-eval": lm_eval.lm_eval,
     "analyze": analyze.analyze,
     "export": export.export,
     "card": card.show_card,
@@ -68,9 +69,11 @@ _COMMANDS: dict[str, Any] = {
     "env": env.show_environment,
 }
 
+# Settings of commands that pass arguments on.
+_SETTINGS: dict[str, dict[str, Any]] = {"train": train.SETTINGS, "lm-eval": lm_eval.SETTINGS}
+
 for _name, _function in _COMMANDS.items():
-    _settings: dict[str, Any] = train.SETTINGS if _name == "train" else {}
-    app.command(_name, cls=Command, help=help_of(_function), **_settings)(_function)
+    app.command(_name, cls=Command, help=help_of(_function), **_SETTINGS.get(_name, {}))(_function)
 app.add_typer(zoo.app, name="zoo")
 
 

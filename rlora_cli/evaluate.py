@@ -1,23 +1,25 @@
-"""`rlora eval`: accuracy by task."""
+"""`rlora eval`: scores by task."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
 from .loading import LoadedAdapter, by_task_setting, find_adapter, load_adapter, load_rows, local_record, note_saved
-from .output import note, percent, print_json, print_table, results_only
+from .output import note, print_json, results_only
+from .ranks import Ranks
+from .scores import CONFIDENCE, Scores
 from .terminal import shown
 
 
 if TYPE_CHECKING:
     from rlora_trl.evaluation import TaskScore
     from rlora_trl.files.checks import CheckedAdapter
-    from rlora_trl.files.record import AdapterRecord
+    from rlora_trl.files.record import AdapterRecord, TaskRecord
 
 
 def evaluate(
@@ -26,6 +28,23 @@ def evaluate(
     split: options.Split = None,
     task_column: options.TaskColumn = None,
     limit: options.Limit = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="METRIC",
+            help="accuracy, exact_match, f1 or number for all tasks without options, or TASK=METRIC for one task. "
+            "May be repeated.",
+            show_default="accuracy",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of tokens of an answer.")
+    ] = 256,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help=r"Text that ends an answer, such as \n. May be repeated."),
+    ] = None,
     batch_size: options.BatchSize = 32,
     base: options.Base = None,
     compare_base: Annotated[
@@ -45,44 +64,108 @@ def evaluate(
     """Score an adapter by task.
 
     A row with options is correct if its completion is the most likely option; a row without, if greedy decoding
-    reproduces the completion.
+    reproduces the completion. The metrics exact_match, f1 (both after SQuAD's normalization) and number (GSM8K's)
+    compare the text of a generated answer with the completion instead.
     """
-    with results_only():
+    with Ranks() as ranks, results_only(), ranks.quiet():
         from rlora_trl.evaluation.rows import text_rows
 
-        # Checks that need no model come first.
-        checked = find_adapter(adapter, revision)
-        record = local_record(checked, adapter) if save else None
-        tasks = load_rows(checked, data, split, task_column, limit, answers=True)
-        if record is not None and not overwrite:
-            _refuse_fewer_rows(record, tasks)
+        with ranks.together():
+            # Checks that need no model come first.
+            checked = find_adapter(adapter, revision)
+            record = local_record(checked, adapter) if save else None
+            tasks = load_rows(checked, data, split, task_column, limit, answers=True)
+            metrics, stop = _read_metrics(metric or [], tasks), _read_stop(stop or [])
+            if record is not None and not overwrite:
+                _refuse_fewer_rows(record, tasks)
 
-        loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit)
-        tasks = text_rows(tasks, loaded.tokenizer)
-        scores = _score(loaded, tasks, batch_size, "Scoring the adapter")
-        base_scores = None
+            loaded = load_adapter(checked, base=base, dtype=dtype, load_in_4bit=load_in_4bit, device=ranks.device)
+            tasks = text_rows(tasks, loaded.tokenizer)
+            settings = _Settings(_choose_metrics(metrics, tasks, data), max_new_tokens, stop, batch_size)
+
+        scores = Scores(_score(loaded, tasks, settings, ranks, "Scoring the adapter"))
         if compare_base:
             with loaded.model.disable_adapter():
-                base_scores = _score(loaded, tasks, batch_size, "Scoring the base model")
+                scores.base = _score(loaded, tasks, settings, ranks, "Scoring the base model")
+        if not ranks.is_main:
+            return
         if record is not None:
-            note_saved(_with_scores(record, scores, base_scores, checked).save(checked.folder))
+            note_saved(_with_scores(record, scores, checked).save(checked.folder))
 
-    rows = [_row(task, score, base_scores) for task, score in scores.items()]
-    means = {"accuracy": _mean(scores), **({"base_accuracy": _mean(base_scores)} if base_scores else {})}
     if as_json:
-        print_json({"adapter": adapter, "data": data, "tasks": rows, "mean": means})
+        facts = {"tasks": scores.rows(), "mean": scores.mean(), "confidence": CONFIDENCE}
+        print_json({"adapter": adapter, "data": data, **facts})
     else:
-        _show(rows, means)
+        scores.show()
 
 
-def _score(loaded: LoadedAdapter, tasks: dict[str, Any], batch_size: int, description: str) -> dict[str, TaskScore]:
+@dataclass
+class _Settings:
+    """How to score, with the metric of each task."""
+
+    metrics: dict[str, str]
+    max_new_tokens: int
+    stop: list[str]
+    batch_size: int
+
+
+def _read_metrics(words: list[str], tasks: dict[str, Any]) -> dict[str, str]:
+    """
+    The metrics on the command line by task; "" stands for all others.
+
+    Raises:
+        ValueError: If there is no such metric or task, or two for one task.
+    """
+    from rlora_trl.evaluation.scoring import choose_metric
+
+    metrics: dict[str, str] = {}
+    for word in words:
+        task, _, name = word.rpartition("=")
+        choose_metric(name, [])  # refuses unknown names
+        if task and task not in tasks:
+            raise ValueError(f"`--metric {word}` names no task of the data, which has {', '.join(tasks)}.")
+        if task in metrics:
+            raise ValueError(f"`--metric` has two metrics for {task or 'all tasks'}: {metrics[task]} and {name}.")
+        metrics[task] = name
+    return metrics
+
+
+def _read_stop(words: list[str]) -> list[str]:
+    if "" in words:
+        raise ValueError("`--stop` is empty, and would end each answer before it begins. Give it a text.")
+    return [word.replace("\\n", "\n") for word in words]
+
+
+def _choose_metrics(metrics: dict[str, str], tasks: dict[str, Any], data: str) -> dict[str, str]:
+    """The metric of each task: its own on the command line or in the paper's data, or that of all others."""
+    from rlora_trl.evaluation.paper import paper_metrics
+    from rlora_trl.evaluation.scoring import choose_metric
+
+    default = metrics.get("", "auto")
+    own = {**(paper_metrics(data) if default == "auto" else {}), **metrics}
+    return {task: own.get(task) or choose_metric(default, rows) for task, rows in tasks.items()}
+
+
+def _score(
+    loaded: LoadedAdapter, tasks: dict[str, Any], settings: _Settings, ranks: Ranks, description: str
+) -> dict[str, TaskScore]:
+    """Scores of all rows, of which each process computes a share."""
     from rlora_trl.evaluation import score_tasks
 
     scores: dict[str, TaskScore] = {}
-    visible = description if sys.stderr.isatty() else None
-    for portion in by_task_setting(loaded, tasks):
-        scores |= score_tasks(loaded.model, loaded.tokenizer, portion, batch_size=batch_size, description=visible)
-    return scores
+    with ranks.together():
+        for portion in by_task_setting(loaded, ranks.share(tasks)):
+            scores |= score_tasks(
+                loaded.model,
+                loaded.tokenizer,
+                portion,
+                batch_size=settings.batch_size,
+                description=description if ranks.is_main and sys.stderr.isatty() else None,
+                metric={task: settings.metrics[task] for task in portion},
+                max_new_tokens=settings.max_new_tokens,
+                stop=settings.stop,
+            )
+    return ranks.join(scores, tasks)
 
 
 def _refuse_fewer_rows(record: AdapterRecord, tasks: dict[str, Any]) -> None:
@@ -98,49 +181,39 @@ def _refuse_fewer_rows(record: AdapterRecord, tasks: dict[str, Any]) -> None:
         )
 
 
-def _with_scores(
-    record: AdapterRecord,
-    scores: dict[str, TaskScore],
-    base_scores: dict[str, TaskScore] | None,
-    checked: CheckedAdapter,
-) -> AdapterRecord:
+def _with_scores(record: AdapterRecord, scores: Scores, checked: CheckedAdapter) -> AdapterRecord:
     """The record with the scores of the tasks that the adapter was trained on."""
     from rlora_trl.files.record import TaskRecord
 
-    tasks = {name: TaskRecord(name) for name in checked.config.tasks or scores}
+    tasks = {name: TaskRecord(name) for name in checked.config.tasks or scores.adapter}
     tasks |= {task.name: task for task in record.tasks}
-    others = [name for name in scores if name not in tasks]
+    others = [name for name in scores.adapter if name not in tasks]
     if others:
         note(f"Not recorded, as the adapter was not trained on them: {', '.join(map(shown, others))}")
 
-    for name, score in scores.items():
+    for name, score in scores.adapter.items():
         if name not in tasks:
             continue
-        metrics = {**tasks[name].metrics, "accuracy": score.accuracy}
-        if base_scores is not None:
-            metrics["base_accuracy"] = base_scores[name].accuracy
-        elif score.total != tasks[name].metric_rows:  # the base was scored on other rows
-            metrics.pop("base_accuracy", None)
-        tasks[name] = replace(tasks[name], metrics=metrics, metric_rows=score.total)
+        task = tasks[name]
+        # Scores of other rows can't stand beside these.
+        if score.total != task.metric_rows:
+            task = _without_scores(task)
+        metrics, intervals = scores.measured(name)
+        tasks[name] = replace(
+            task,
+            metrics={**task.metrics, **metrics},
+            metric_rows=score.total,
+            intervals={**task.intervals, **intervals},
+        )
     return replace(record, tasks=list(tasks.values()))
 
 
-def _row(task: str, score: TaskScore, base_scores: dict[str, TaskScore] | None) -> dict[str, Any]:
-    row = {"task": task, "rows": score.total, "correct": score.correct, "accuracy": score.accuracy}
-    return row | ({"base_accuracy": base_scores[task].accuracy} if base_scores else {})
+def _without_scores(task: TaskRecord) -> TaskRecord:
+    from rlora_trl.evaluation.metrics import METRICS
 
-
-def _mean(scores: dict[str, TaskScore]) -> float:
-    return sum(score.accuracy for score in scores.values()) / len(scores)
-
-
-def _show(rows: list[dict[str, Any]], means: dict[str, float]) -> None:
-    if len(rows) > 1:
-        rows = [*rows, {"task": "mean of tasks", "rows": sum(row["rows"] for row in rows), **means}]
-    columns = ["task", "rows", "accuracy, %"]
-    cells = [[row["task"], row["rows"], percent(row["accuracy"])] for row in rows]
-    if "base_accuracy" in means:
-        columns += ["base, %", "gain"]
-        for line, row in zip(cells, rows, strict=True):
-            line += [percent(row["base_accuracy"]), f"{100 * (row['accuracy'] - row['base_accuracy']):+.1f}"]
-    print_table(columns, cells)
+    scores = {*METRICS, *(f"base_{metric}" for metric in METRICS)}
+    return replace(
+        task,
+        metrics={name: value for name, value in task.metrics.items() if name not in scores},
+        intervals={name: bounds for name, bounds in task.intervals.items() if name not in scores},
+    )

@@ -14,6 +14,7 @@ from .terminal import guarded_descriptors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,7 +72,12 @@ def refuse_unknown_task(checked: CheckedAdapter, task: str) -> None:
 
 
 def load_adapter(
-    checked: CheckedAdapter, *, base: str | None = None, dtype: str = "auto", load_in_4bit: bool = False
+    checked: CheckedAdapter,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    device: torch.device | None = None,
 ) -> LoadedAdapter:
     """
     Load an adapter on its base model, on the GPU if there is one.
@@ -81,6 +87,7 @@ def load_adapter(
         base (`str`, *optional*): Base model. Defaults to the one that the adapter names.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the base model.
         load_in_4bit (`bool`, *optional*, defaults to `False`): Quantize the base model as in training.
+        device (`torch.device`, *optional*): That of one of several processes.
 
     Raises:
         ValueError: If the adapter names no base model and `base` is not set, or one of them or the tokenizer can't be
@@ -97,7 +104,7 @@ def load_adapter(
     base_revision = None if base else checked.base_model_revision
 
     quantization = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16")) if load_in_4bit else None
-    model = _load_base(base_model, revision=base_revision, dtype=dtype, quantization_config=quantization)
+    model = _load_base(base_model, device, revision=base_revision, dtype=dtype, quantization_config=quantization)
     adapted = PeftModel.from_pretrained(model, str(checked.folder), torch_device=str(model.device))
 
     # The adapter has a tokenizer if training changed it.
@@ -117,17 +124,19 @@ def load_adapter(
 _OTHER_BASE = "Check its files, or name another base model with `--base`."
 
 
-def _load_base(name: str, **options: Any) -> PreTrainedModel:
+def _load_base(name: str, device: torch.device | None, **options: Any) -> PreTrainedModel:
     import torch
     from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM
 
     from rlora_trl.foreign import explain_failure
 
-    device = {"": 0} if torch.cuda.is_available() else None
+    if device is None:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    place = None if device.type == "cpu" else {"": device}
     clear = (OSError, HTTPError, ImportError, torch.OutOfMemoryError)
     with explain_failure(f"The base model {name} can't be loaded", _OTHER_BASE, unchanged=clear):
-        return AutoModelForCausalLM.from_pretrained(name, device_map=device, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_pretrained(name, device_map=place, trust_remote_code=False, **options)
 
 
 def _load_tokenizer(name: str, revision: str | None, remedy: str) -> PreTrainedTokenizerBase:

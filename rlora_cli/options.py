@@ -35,7 +35,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="Rows with prompt and completion, or messages that end with the answer; options if there are any. "
-        "A JSON-lines, Parquet or CSV file, a folder, or a dataset on the Hub.",
+        "A JSON-lines, Parquet or CSV file, a folder, a dataset on the Hub, or the paper's: paper:setting1.",
     ),
 ]
 Split = Annotated[

@@ -116,11 +116,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a cell is a number, such as "80.0 % (+12.5)", or empty."""
+    """Whether a cell is a number, such as "80.0 % (+12.5)", or two of an interval, or empty."""
     if value in (None, "", "-"):
         return True
     try:
-        float(str(value).partition(" (")[0].replace(",", "").removesuffix("%"))
+        for part in str(value).partition(" (")[0].split(" to "):
+            float(part.replace(",", "").removesuffix("%"))
     except ValueError:
         return False
     return True

@@ -265,7 +265,8 @@ def _complete_record(
                 "it to `tasks`."
             )
         floats = {metric: float(value) for metric, value in values.items()}
-        tasks[task] = replace(tasks[task], metrics={**tasks[task].metrics, **floats})
+        intervals = {name: bounds for name, bounds in tasks[task].intervals.items() if name not in floats}
+        tasks[task] = replace(tasks[task], metrics={**tasks[task].metrics, **floats}, intervals=intervals)
     # Exports in the record of a pulled adapter belong to the repository that it was pulled from.
     return replace(record, tasks=list(tasks.values()), exports=[])
 

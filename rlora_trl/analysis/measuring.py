@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.scoring import encode_text, pad_sequences, position_limit, refuse_unknown_tokens
+from ..evaluation.encoding import encode_text, pad_sequences, position_limit, refuse_unknown_tokens
 from ..files.head_weights import HeadWeights
 from ..foreign import explain_failure
 from ..tuner import HeadUsage

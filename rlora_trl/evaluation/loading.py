@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pandas.errors import ParserError
 
 from ..reading import printable
+from .paper import PREFIX, load_paper_data
 
 
 _FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -44,8 +45,8 @@ def load_splits(
 
     Args:
         name (`str`):
-            A JSON-lines (`.jsonl`, `.ndjson`), JSON, Parquet or CSV file, also with `.gz`; a folder of such files; or
-            a dataset on the Hub.
+            A JSON-lines (`.jsonl`, `.ndjson`), JSON, Parquet or CSV file, also with `.gz`; a folder of such files; a
+            dataset on the Hub; or data of the paper, such as `"paper:setting1"` (see [`load_paper_data`]).
         config_name (`str`, *optional*):
             Configuration of a dataset on the Hub.
         file_split (`str`, *optional*, defaults to `"train"`):
@@ -62,6 +63,11 @@ def load_splits(
     """
     path = Path(name)
     kind = _kind(path)
+
+    if name.startswith(PREFIX) and not path.exists():
+        if streaming:
+            raise ValueError(f"{name} can't be streamed: it is converted as a whole. Leave streaming out.")
+        return load_paper_data(name.removeprefix(PREFIX))
 
     # One file.
     if path.is_file():

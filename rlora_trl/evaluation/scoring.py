@@ -1,248 +1,69 @@
-"""
-Accuracy by task: options are ranked by likelihood, free answers must be what greedy decoding gives.
-
-Neither needs generation. An option's log-likelihood is the sum over its tokens, and over the end of the sequence after
-them wherever the tokens of one option of the row are a prefix of another's. Greedy decoding gives an answer exactly
-if, with the answer as input, each of its tokens (and the end of the sequence after it) is the most likely one.
-"""
+"""Scores by task: of likelihoods where rows have options, of generated answers where a metric asks for them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
-
-
-# Logits of one batch, in float32: 1 GB.
-_MAX_LOGITS = 2**28
+from .encoding import TokenLimits, position_limit
+from .generation import generate_answers
+from .likelihood import score_likely
+from .metrics import GENERATED, METRICS, find_number
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Score of one task: `correct` of `total` rows."""
+    """
+    Score of one task.
+
+    Args:
+        correct (`int`): Rows that are entirely correct.
+        total (`int`): All rows.
+        metric (`str`, *optional*, defaults to `"accuracy"`): What was measured; see [`score_tasks`].
+        values (`tuple[float, ...]`, *optional*): The value of each row, in `[0, 1]`, in the order of the rows.
+        answers (`tuple[str, ...]`, *optional*): What the model wrote, if it generated answers.
+    """
 
     correct: int
     total: int
+    metric: str = "accuracy"
+    values: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    answers: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def of_rows(cls, metric: str, values: Sequence[float], answers: Sequence[str] = ()) -> TaskScore:
+        """The score of a task from the values of its rows."""
+        return cls(sum(value == 1 for value in values), len(values), metric, tuple(values), tuple(answers))
 
     @property
     def accuracy(self) -> float:
-        """Share of correct rows, a ratio in `[0, 1]`."""
+        """Share of entirely correct rows, a ratio in `[0, 1]`."""
         return self.correct / self.total
 
-
-@dataclass
-class _Candidate:
-    """One prompt with one possible completion, tokenized."""
-
-    row: int
-    option: int
-    input_ids: list[int]
-    prompt_length: int
-    log_likelihood: float = 0.0
-    is_greedy: bool = False
+    @property
+    def score(self) -> float:
+        """Mean value of the rows, a ratio in `[0, 1]`. It is the accuracy unless the metric is F1."""
+        return sum(self.values) / self.total if self.values else self.accuracy
 
 
-class TokenLimits(NamedTuple):
-    """How many tokens a sequence may have: by `max_length`, and by the positions of the model."""
-
-    max_length: int | None = None
-    positions: int | None = None
-
-    def warn(self, room: int) -> None:
-        """Warn once, on one process, that prompts are cut."""
-        if os.environ.get("RANK", "0") != "0":
-            return
-        logger.warning_once(
-            f"Some prompts and their completions have more than {room} tokens "
-            f"({'`max_length`' if room == self.max_length else 'the positions of the model'}): these prompts are "
-            "scored without their beginning. Shorten them, or raise the limit where the model allows it."
-        )
-
-
-def position_limit(model: torch.nn.Module) -> int | None:
-    """The number of positions of a model, if its configuration has it."""
-    config = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    config = config if get_text_config is None else get_text_config()
-    # `attribute_map` resolves other names such as `n_positions`; MPT has its own.
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    # RoBERTa and its relatives count positions from `padding_idx` + 1.
-    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), None)
-    return limit if padding is None else limit - padding - 1
-
-
-def encode_row(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    completions: Sequence[str],
-    limits: TokenLimits,
-    *,
-    end: bool = False,
-) -> tuple[list[list[int]], int]:
+def choose_metric(metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """
-    Token ids of a prompt with each of its possible completions, cut to fit.
-
-    Each completion gets the end of the sequence if the tokens of one are a prefix of another's, or one has no tokens:
-    generation produces it, and without it the shorter completion could never be less likely.
+    The metric of a task where one is set for all tasks: that of likelihoods if rows have options.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        prompt (`str`), completions (`Sequence[str]`): A row of data.
-        limits (`TokenLimits`): How many tokens there may be. A prompt loses its beginning, a completion nothing.
-        end (`bool`, *optional*, defaults to `False`): Each completion gets the end of the sequence in any case.
-
-    Returns:
-        `tuple[list[list[int]], int]`: Token ids for each completion, and the index at which the completions begin,
-        the same for all: with some completions only, tokens may merge across the boundary.
+        metric (`str`): `"auto"` or one of [`METRICS`].
+        rows (`Sequence[Mapping]`): Rows of the task.
 
     Raises:
-        ValueError: If a completion has no tokens, or more than the model has positions.
+        ValueError: If there is no such metric.
     """
-    prompt_ids = encode_text(tokenizer, prompt)
-    sequences = [encode_text(tokenizer, prompt + completion) for completion in completions]
-    begin = min(len(os.path.commonprefix([prompt_ids, ids])) for ids in sequences)
-    tails = [ids[begin:] for ids in sequences]
-
-    if (end or _has_prefix_pair(tails)) and tokenizer.eos_token_id is not None:
-        eos = [tokenizer.eos_token_id]
-        tails = [tail if tail[-1:] == eos else tail + eos for tail in tails]
-    if not all(tails):
-        raise ValueError(
-            f"The completion {completions[tails.index([])]!r} of prompt {prompt[-40:]!r} has no tokens, and the "
-            "tokenizer has no end of the sequence. Set `eos_token`, or give it a text."
-        )
-
-    head = _cut_prompt(prompt_ids[:begin], max(map(len, tails)), limits, tokenizer)
-    return [head + tail for tail in tails], len(head)
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids without the end of the sequence, which some tokenizers add."""
-    ids = list(tokenizer(text)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
-
-
-def pad_sequences(
-    tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask `[B, S]` of sequences, padded on the right; padding is masked."""
-    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(pad_id for pad_id in pad_ids if pad_id is not None)
-    width = max(map(len, sequences))
-    input_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in sequences])  # [B, S]
-    attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
-    return input_ids, attention_mask
-
-
-def refuse_unknown_tokens(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Sequence[int]]
-) -> None:
-    """
-    Refuse tokens that a model does not have, on which it would fail without a reason, on a GPU for good.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, whose padding counts too.
-        sequences (`Iterable[Sequence[int]]`): Token ids.
-
-    Raises:
-        ValueError: If the tokenizer has more tokens than the model, and uses one of these.
-    """
-    # Wrappers for several processes do not show it.
-    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
-    size = None if get_embeddings is None else getattr(get_embeddings(), "num_embeddings", None)
-    largest = max((max(ids, default=0) for ids in sequences), default=0)
-    largest = max(largest, tokenizer.pad_token_id or 0)
-    if size is not None and largest >= size:
-        raise ValueError(
-            f"The tokenizer gives token {largest}, and the model has {size} tokens, counted from 0. Use the tokenizer "
-            "that belongs to the model."
-        )
-
-
-def _has_prefix_pair(tails: Sequence[list[int]]) -> bool:
-    """Whether one is a proper prefix of another, or one is empty."""
-    ordered = sorted(tails)  # a prefix comes right before one of the longer ones
-    pairs = zip(ordered, ordered[1:], strict=False)
-    return not all(tails) or any(a != b and b[: len(a)] == a for a, b in pairs)
-
-
-def _cut_prompt(head: list[int], answer: int, limits: TokenLimits, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end of a prompt that leaves room for the longest answer, after the beginning of the sequence."""
-    if limits.positions is not None and answer >= limits.positions:
-        raise ValueError(
-            f"A completion has {answer} tokens, and the model has {limits.positions} positions, of which the prompt "
-            "needs one. Remove the row, or use a model with more positions."
-        )
-    room = min((limit for limit in (limits.max_length, limits.positions) if limit is not None), default=None)
-    if not head:  # something must come before the first token
-        return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-    if room is None or len(head) + answer <= room:
-        return head
-    limits.warn(room)
-    length = max(room - answer, 1)
-    has_bos = head[0] == tokenizer.bos_token_id and length > 1
-    return [head[0], *head[len(head) - length + 1 :]] if has_bos else head[-length:]
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], index: int, limits: TokenLimits
-) -> list[_Candidate]:
-    options = list(row.get("options") or [])
-    if options and row["completion"] not in options:
-        raise ValueError(
-            f"Row {index} has completion {row['completion']!r}, which is not among its options {options}."
-        )
-    sequences, begin = encode_row(tokenizer, row["prompt"], options or [row["completion"]], limits, end=not options)
-    return [_Candidate(index, i, ids, begin) for i, ids in enumerate(sequences)]
-
-
-def _batches(ordered: list[_Candidate], batch_size: int, vocabulary: int) -> list[list[_Candidate]]:
-    """Batches of at most `batch_size`, fewer where their logits would be more than `_MAX_LOGITS`."""
-    batches: list[list[_Candidate]] = [[]]
-    for candidate in ordered:
-        batch = [*batches[-1], candidate]
-        span = max(len(c.input_ids) for c in batch) - min(c.prompt_length for c in batch) + 1
-        if batches[-1] and (len(batch) > batch_size or len(batch) * span * vocabulary > _MAX_LOGITS):
-            batches.append([candidate])
-        else:
-            batches[-1].append(candidate)
-    return batches
-
-
-@torch.no_grad()
-def _score_batch(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[_Candidate], device: torch.device
-) -> None:
-    input_ids, attention_mask = pad_sequences(tokenizer, [candidate.input_ids for candidate in batch])  # [B, S]
-
-    # Only the positions that predict a completion are projected onto the vocabulary. As indices: a slice would be a
-    # strided view, which PyTorch multiplies with a frozen weight by copying the weight for each row.
-    first = min(candidate.prompt_length for candidate in batch) - 1
-    positions = torch.arange(first, input_ids.shape[1] - 1, device=device)
-    logits = model(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), logits_to_keep=positions
-    ).logits.float()  # [B, positions, vocabulary]
-
-    for i, candidate in enumerate(batch):
-        start, end = candidate.prompt_length, len(candidate.input_ids)
-        rows = logits[i, start - 1 - first : end - 1 - first]
-        targets = input_ids[i, start:end].to(device)
-        candidate.log_likelihood = -F.cross_entropy(rows, targets, reduction="sum").item()
-        candidate.is_greedy = bool((rows.argmax(-1) == targets).all())
+    if metric not in ("auto", *METRICS):
+        raise ValueError(f"`metric` is {metric!r}, and must be one of {', '.join(('auto', *METRICS))}. Choose one.")
+    return metric if metric in GENERATED and not any(row.get("options") for row in rows) else "accuracy"
 
 
 def score_tasks(
@@ -253,6 +74,9 @@ def score_tasks(
     batch_size: int = 32,
     description: str | None = None,
     max_length: int | None = None,
+    metric: str | Mapping[str, str] = "auto",
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
 ) -> dict[str, TaskScore]:
     """
     Score a causal language model on several tasks, in eval mode.
@@ -264,9 +88,7 @@ def score_tasks(
             Its tokenizer.
         tasks (`Mapping[str, Sequence[Mapping]]`):
             Rows by task. A row has `prompt`, `completion` and, where the task has them, `options` (which contain the
-            completion). With options a row is correct if the completion is the most likely one, the end of the
-            sequence included wherever the tokens of one option are a prefix of another's; without, if greedy decoding
-            of the prompt gives the completion and then the end of the sequence.
+            completion).
         batch_size (`int`, *optional*, defaults to `32`):
             Sequences in one forward pass.
         description (`str`, *optional*):
@@ -274,51 +96,89 @@ def score_tasks(
         max_length (`int`, *optional*):
             Maximum number of tokens of a prompt with its completion; longer prompts lose their beginning, with a
             warning. Defaults to the positions of the model.
+        metric (`str` or `Mapping[str, str]`, *optional*, defaults to `"auto"`):
+            `"accuracy"`, which `"auto"` stands for: with options a row is correct if the completion is the most likely
+            one, the end of the sequence included wherever the tokens of one option are a prefix of another's; without,
+            if greedy decoding of the prompt gives the completion and then the end of the sequence. The others generate
+            an answer by greedy decoding and compare its text with the completion: `"exact_match"` and `"f1"` after
+            SQuAD's normalization, `"number"` by the number after `####`, else by the last one. A single name leaves
+            tasks with options at `"accuracy"`; a mapping sets the metric of each task that it names.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Maximum number of tokens of a generated answer, which else ends with the sequence.
+        stop (`Sequence[str]`, *optional*):
+            Texts that end a generated answer too, such as `"\\n"`.
 
     Returns:
-        `dict[str, TaskScore]`: Scores by task, in the order of `tasks`.
+        `dict[str, TaskScore]`: Scores by task, in the order of `tasks`, with the value of each row.
 
     Raises:
-        ValueError: If a task has no rows, or a completion is not among its options or longer than the model allows.
+        ValueError: If a task has no rows, a completion is not among its options, has no number to compare or is longer
+            than the model allows, or there is no such metric or task.
     """
-    # Tokenize all rows.
+    metrics = _metrics_by_task(tasks, metric)
     limits = TokenLimits(max_length, position_limit(model))
-    candidates: dict[str, list[_Candidate]] = {}
-    for task, rows in tasks.items():
-        if len(rows) == 0:
-            raise ValueError(f"Task {task!r} has no rows to score. Remove it, or check its split.")
-        candidates[task] = [
-            entry for index, row in enumerate(rows) for entry in _tokenize(tokenizer, row, index, limits)
-        ]
-
-    refuse_unknown_tokens(model, tokenizer, (entry.input_ids for entries in candidates.values() for entry in entries))
-
-    # Sequences of similar length share a batch, whatever their task: less padding.
-    ordered = sorted((entry for entries in candidates.values() for entry in entries), key=lambda e: len(e.input_ids))
-    device = next(model.parameters()).device
+    likely = {task: rows for task, rows in tasks.items() if metrics[task] not in GENERATED}
+    generated = {task: rows for task, rows in tasks.items() if metrics[task] in GENERATED}
 
     was_training = model.training
     model.eval()
     try:
-        batches = _batches(ordered, batch_size, len(tokenizer))
-        for batch in tqdm(batches, desc=description, disable=description is None):
-            _score_batch(model, tokenizer, batch, device)
+        values = {}
+        if likely:
+            values = score_likely(
+                model, tokenizer, likely, limits=limits, batch_size=batch_size, description=description
+            )
+        answers = []
+        if generated:
+            # Prompts of all tasks together, in batches of similar length.
+            answers = generate_answers(
+                model,
+                tokenizer,
+                [row["prompt"] for rows in generated.values() for row in rows],
+                max_new_tokens=max_new_tokens,
+                limits=limits,
+                stop=stop,
+                batch_size=batch_size,
+                description=description,
+            )
     finally:
         model.train(was_training)
-    return {task: _count_correct(tasks[task], entries) for task, entries in candidates.items()}
+
+    # The answers of each task again.
+    written = iter(answers)
+    scores = {task: TaskScore.of_rows("accuracy", values[task]) for task in likely}
+    for task, rows in generated.items():
+        pairs = [(next(written), row["completion"]) for row in rows]
+        compared = [GENERATED[metrics[task]](answer, completion) for answer, completion in pairs]
+        scores[task] = TaskScore.of_rows(metrics[task], compared, [answer for answer, _ in pairs])
+    return {task: scores[task] for task in tasks}
 
 
-def _count_correct(rows: Sequence[Mapping[str, Any]], candidates: list[_Candidate]) -> TaskScore:
-    by_row: dict[int, list[_Candidate]] = {}
-    for candidate in candidates:
-        by_row.setdefault(candidate.row, []).append(candidate)
-    correct = 0
-    for index, entries in by_row.items():
-        options = list(rows[index].get("options") or [])
-        if options:
-            best = max(entries, key=lambda entry: entry.log_likelihood)
-            # By tokens: options may differ in spaces that a tokenizer drops.
-            correct += best.input_ids == entries[options.index(rows[index]["completion"])].input_ids
-        else:
-            correct += entries[0].is_greedy
-    return TaskScore(correct, len(by_row))
+def _metrics_by_task(
+    tasks: Mapping[str, Sequence[Mapping[str, Any]]], metric: str | Mapping[str, str]
+) -> dict[str, str]:
+    """The metric of each task, whose rows have been checked for it."""
+    by_name = metric if isinstance(metric, Mapping) else {}
+    unknown = [task for task in by_name if task not in tasks]
+    if unknown:
+        raise ValueError(f"`metric` names the task {unknown[0]!r}; the tasks are {', '.join(tasks)}. Use their names.")
+
+    metrics = {}
+    for task, rows in tasks.items():
+        if len(rows) == 0:
+            raise ValueError(f"Task {task!r} has no rows to score. Remove it, or check its split.")
+        # The name of a metric for one task holds whether or not it has options.
+        chosen = choose_metric(by_name.get(task, "auto") if isinstance(metric, Mapping) else metric, rows)
+        metrics[task] = by_name[task] if by_name.get(task) in GENERATED else chosen
+        if metrics[task] == "number":
+            _refuse_no_number(task, rows)
+    return metrics
+
+
+def _refuse_no_number(task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    for number, row in enumerate(rows, start=1):
+        if find_number(row["completion"]) is None:
+            raise ValueError(
+                f"Task {task!r}, row {number}: its completion {row['completion'][-60:]!r} has no number, which the "
+                "metric 'number' compares. Use another metric for this task, such as 'exact_match'."
+            )

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.measuring import input_device
-from ..evaluation.scoring import TokenLimits, encode_row, pad_sequences, position_limit, score_tasks
+from ..evaluation.encoding import TokenLimits, encode_row, pad_sequences, position_limit
+from ..evaluation.scoring import score_tasks
 from ..tuner.routing import find_routings, using_all
 from ..tuner.selection import core_model, fixed_head_weights, only_adapter
 

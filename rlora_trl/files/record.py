@@ -85,6 +85,12 @@ def _check_metrics(metrics: dict[str, int | float]) -> None:
         raise ValueError("finite numbers")
 
 
+def _check_intervals(intervals: dict[str, list[int | float]]) -> None:
+    for bounds in intervals.values():
+        if len(bounds) != 2 or not -sys.float_info.max <= bounds[0] <= bounds[1] <= sys.float_info.max:
+            raise ValueError("two finite numbers for each metric, the lower one first")
+
+
 @strict
 @dataclass
 class TaskRecord:
@@ -99,8 +105,9 @@ class TaskRecord:
         rows (`int`, *optional*), tokens (`int`, *optional*): Numbers seen in training, including repetitions.
         share (`float`, *optional*): Share of the task mixture, a ratio in `[0, 1]`.
         metrics (`dict[str, float]`, *optional*): Values by name: `"accuracy"`, a ratio in `[0, 1]`;
-            `"base_accuracy"`, that of the base model without the adapter; `"loss"`; others.
+            `"base_accuracy"`, that of the base model without the adapter; `"loss"`; others, such as `"f1"`.
         metric_rows (`int`, *optional*): Rows that the metrics were measured on.
+        intervals (`dict[str, list[float]]`, *optional*): Bounds of the 95 % intervals of metrics by name.
     """
 
     name: str
@@ -112,6 +119,7 @@ class TaskRecord:
     share: int | float | None = validated_field(_check_share, default=None)
     metrics: dict[str, int | float] = validated_field(_check_metrics, default_factory=dict)
     metric_rows: int | None = validated_field(_check_number, default=None)
+    intervals: dict[str, list[int | float]] = validated_field(_check_intervals, default_factory=dict)
 
     def merged_with(self, older: "TaskRecord") -> "TaskRecord":
         """
@@ -123,11 +131,13 @@ class TaskRecord:
         Args:
             older ([`TaskRecord`]): The record of the run before.
         """
-        metrics, metric_rows = dict(self.metrics), self.metric_rows
+        metrics, metric_rows, intervals = dict(self.metrics), self.metric_rows, dict(self.intervals)
         if not metrics and not self.rows:
-            metrics, metric_rows = dict(older.metrics), older.metric_rows
+            metrics, metric_rows, intervals = dict(older.metrics), older.metric_rows, dict(older.intervals)
         elif BASE_ACCURACY in older.metrics:
             metrics.setdefault(BASE_ACCURACY, older.metrics[BASE_ACCURACY])
+            if BASE_ACCURACY in older.intervals and BASE_ACCURACY not in self.metrics:
+                intervals[BASE_ACCURACY] = older.intervals[BASE_ACCURACY]
         return replace(
             self,
             cluster=self.cluster or older.cluster,
@@ -138,12 +148,18 @@ class TaskRecord:
             share=older.share if self.share is None else self.share,
             metrics=metrics,
             metric_rows=metric_rows,
+            intervals=intervals,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON, without unknown ones and metrics that are not finite."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["metrics"] = {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)}
+        values["intervals"] = {
+            name: [float(bound) for bound in bounds]
+            for name, bounds in self.intervals.items()
+            if name in values["metrics"]
+        }
         return _without_empty(values)
 
     @classmethod

@@ -20,10 +20,11 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from ..evaluation.metrics import METRICS as SCORES
 from ..files.layout import CONFIG_NAME, RECORD_NAME, task_slug
 from ..files.markdown import code, escape
 from ..files.names import hub_name
-from ..files.record import BASE_ACCURACY, AdapterRecord, TaskRecord, is_plain
+from ..files.record import AdapterRecord, TaskRecord, is_plain
 from ..files.task_types import auto_model_class, auto_peft_class, generates
 from ..reading import MIB, printable
 from .card_reading import BEGIN, END, TASK_TAG, ExistingCard, is_finite, names_in, read_card_info, read_existing
@@ -43,6 +44,10 @@ _FOLDED_FROM = 25
 _LISTED_TASKS, _ROWS, _METRICS, _ENTRIES = 500, 100, 12, 20
 # Bytes of the metadata. Earlier versions refuse more, and it would take seconds to write.
 _METADATA_SIZE = MIB // 4
+# Scores of the base model by those of the adapter, and names of metrics that are not written as they are spoken.
+_BASE = {name: f"base_{name}" for name in SCORES}
+_SPOKEN = {"f1": "F1", "number": "exact match of the number"}
+_HUB_METRICS = ("accuracy", "exact_match", "f1")  # by their names on the Hub
 # Of an export in a record; see `AdapterRecord`.
 _EXPORT_FIELDS = ("task", "path", "rank", "exact", "kl", "accuracy", "accuracy_dynamic", "rows")
 # Defaults of most runs, which a reader need not see.
@@ -112,7 +117,7 @@ def render_card(
     # Results: those of the record, and others of the existing card, which the page shows too.
     own, others = _merge_results(record.tasks, old, info, digest)
     recorded = _unique(metric for task in record.tasks for metric in task.metrics)
-    shown = {"accuracy", BASE_ACCURACY, *_other_metrics(record.tasks)}
+    shown = {*SCORES, *_BASE.values(), *_other_metrics(record.tasks)}
     record = replace(record, tasks=_with_results(record.tasks, [*own, *others]))
 
     # Metadata: what is set here replaces what the existing card has; `None` leaves a key out.
@@ -134,7 +139,10 @@ def render_card(
             "license": license,
             "pipeline_tag": old.metadata.get("pipeline_tag") or (_TASK_TYPE if generates_text else None),
             "datasets": _merge_datasets(tasks, datasets, old) or None,
-            "metrics": _unique([*({"accuracy"} & {*measured}), *names_in(old.metadata.get("metrics"))]) or None,
+            "metrics": _unique(
+                [*(name for name in _HUB_METRICS if name in measured), *names_in(old.metadata.get("metrics"))]
+            )
+            or None,
             "tags": _merge_tags(tasks, record.tasks, tags, old, info),
             "eval_results": results or None,
             "model_name": name if results else old.metadata.get("model_name"),
@@ -236,8 +244,9 @@ def _own_results(tasks: Sequence[TaskRecord], others: set[str]) -> list[EvalResu
     for task in tasks:
         shared = task.dataset is not None and (used[task.dataset] > 1 or task.dataset in others)
         # The Hub shows the first metric of a task as its main one.
-        for metric, value in sorted(task.metrics.items(), key=lambda entry: entry[0] != "accuracy"):
+        for metric, value in sorted(task.metrics.items(), key=lambda entry: _rank(entry[0])):
             if is_finite(value):
+                bounds = task.intervals.get(metric)
                 results.append(
                     EvalResult(
                         task_type=_TASK_TYPE,
@@ -245,11 +254,34 @@ def _own_results(tasks: Sequence[TaskRecord], others: set[str]) -> list[EvalResu
                         dataset_name=task.name,
                         dataset_config=task.name if shared else None,
                         metric_type=metric,
-                        metric_name=metric.replace("_", " ").capitalize(),
+                        metric_name=_capitalized(_spoken(metric)),
                         metric_value=float(value),
+                        metric_args=_measured_on(bounds, task.metric_rows),
                     )
                 )
     return results
+
+
+def _measured_on(bounds: Sequence[float] | None, rows: int | None) -> dict[str, Any] | None:
+    """The interval of a metric, and the number of rows, for the metadata."""
+    if bounds is None:
+        return None
+    return {"interval_95": [round(bound, 4) for bound in bounds], **({} if rows is None else {"rows": rows})}
+
+
+def _rank(metric: str) -> int:
+    return SCORES.index(metric) if metric in SCORES else len(SCORES)
+
+
+def _spoken(metric: str) -> str:
+    """The name of a metric in text."""
+    own = metric.removeprefix("base_") if metric in _BASE.values() else metric
+    spoken = _SPOKEN.get(own, own.replace("_", " "))
+    return spoken if own == metric else f"base {spoken}"
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _with_results(tasks: Sequence[TaskRecord], results: Iterable[EvalResult]) -> list[TaskRecord]:
@@ -326,6 +358,8 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
         "count": _count,
         "metric": _metric,
         "points": _points,
+        "score": _score,
+        "spoken": _spoken,
         "quote": quote,
         "without_empty_columns": _without_empty_columns,
     }
@@ -345,8 +379,9 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
         base_model=record.base_model,
         base_arguments=", ".join(base_arguments),
         task=record.tasks[0].name if config.router == "task" and record.tasks else None,
+        scores=SCORES,
         metrics=_other_metrics(record.tasks),
-        measured=len({name for task in record.tasks for name in task.metrics} - {"accuracy", BASE_ACCURACY}),
+        measured=len({name for task in record.tasks for name in task.metrics} - {*SCORES, *_BASE.values()}),
         exports=[{**dict.fromkeys(_EXPORT_FIELDS), **export} for export in record.exports],
         settings=_shown_settings(record),
         versions={name: value for name, value in record.versions.items() if is_plain(name) and is_plain(value)},
@@ -361,9 +396,9 @@ def _render_page(config: RLoraConfig, record: AdapterRecord, **values: Any) -> s
 
 
 def _other_metrics(tasks: Sequence[TaskRecord]) -> list[str]:
-    """Names of the first metrics except accuracies, the loss last."""
+    """Names of the first metrics except scores, the loss last."""
     names = dict.fromkeys(name for task in tasks for name in task.metrics)
-    others = [name for name in names if name not in ("accuracy", BASE_ACCURACY, "loss")]
+    others = [name for name in names if name not in (*SCORES, *_BASE.values(), "loss")]
     return [*others[: _METRICS - 1], *(["loss"] if "loss" in names else others[_METRICS - 1 : _METRICS])]
 
 
@@ -392,11 +427,21 @@ def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
+def _score(task: TaskRecord, name: str) -> str:
+    """A score of a task, with its interval if that was measured on the same rows."""
+    value, bounds = task.metrics.get(name), task.intervals.get(name)
+    shown = _metric(value, name)
+    if bounds is None or not shown.endswith("%"):
+        return shown
+    return f"{shown} ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})"
+
+
 def _metric(value: float | None, name: str) -> str:
     if value is None:
         return ""
-    # An accuracy beyond 1 was written by hand, in percent.
-    if (name == "share" or name.endswith("accuracy")) and 0 <= value <= 1:
+    # A score beyond 1 was written by hand, in percent.
+    is_share = name == "share" or name.endswith("accuracy") or name in (*SCORES, *_BASE.values())
+    if is_share and 0 <= value <= 1:
         return f"{100 * value:.1f}%"
     return f"{value:.4g}"
 

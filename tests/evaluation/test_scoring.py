@@ -16,7 +16,7 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-from rlora_trl.evaluation import TaskScore, score_tasks, scoring
+from rlora_trl.evaluation import TaskScore, encoding, score_tasks
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_long_prompts_lose_their_beginning(caplog, max_length, room, bos):
         tokenizer._tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
-    scoring.logger.warning_once.cache_clear()
+    encoding.logger.warning_once.cache_clear()
     words = [f"w{i % 50}" for i in range(99)]
     rows = [{"prompt": " ".join([*words[k:], "Answer:"]), "options": [" red", " red blue"]} for k in range(4)]
     for row in rows:
@@ -253,7 +253,7 @@ def test_positions_of_models_that_count_otherwise():
     mpt = MptForCausalLM(MptConfig(vocab_size=80, d_model=16, n_heads=2, n_layers=1, max_seq_len=64))
     rows = [{"prompt": " ".join(["w1"] * 99), "completion": " red", "options": [" red", " blue"]}]
     for model in (roberta, mpt):
-        assert scoring.position_limit(model) == 64
+        assert encoding.position_limit(model) == 64
         assert score_tasks(model.eval(), build_tokenizer(), {"t": rows})["t"].total == 1
 
 
@@ -266,7 +266,7 @@ def test_the_end_that_a_tokenizer_adds_is_not_scored_twice(model):
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(model, tokenizer):
-    scoring.refuse_unknown_tokens(model, tokenizer, [[], [79, 0]])
+    encoding.refuse_unknown_tokens(model, tokenizer, [[], [79, 0]])
     with pytest.raises(ValueError, match="gives token 80, and the model has 80 tokens"):
-        scoring.refuse_unknown_tokens(model, tokenizer, [[1], [80, 2]])
-    scoring.refuse_unknown_tokens(torch.nn.Linear(1, 1), tokenizer, [[80]])  # a wrapper that does not show them
+        encoding.refuse_unknown_tokens(model, tokenizer, [[1], [80, 2]])
+    encoding.refuse_unknown_tokens(torch.nn.Linear(1, 1), tokenizer, [[80]])  # a wrapper that does not show them

@@ -36,7 +36,10 @@ def full_record() -> AdapterRecord:
         base_dtype="bfloat16",
         quantization="bitsandbytes nf4",
         tasks=[
-            TaskRecord("sst2", "sentiment", "nyu-mll/glue", "other", 6000, 90000, 0.75, {"accuracy": 0.95}, 250),
+            TaskRecord(
+                *("sst2", "sentiment", "nyu-mll/glue", "other", 6000, 90000, 0.75, {"accuracy": 0.95}, 250),
+                intervals={"accuracy": [0.92, 0.98]},
+            ),
             TaskRecord('数学 "x"'),
         ],
         hyperparameters={"learning_rate": 2e-4, "packing": False, "optim": "adamw_torch", "seed": 42},
@@ -68,6 +71,17 @@ def test_what_is_not_known_is_left_out():
     }
 
 
+def test_intervals_belong_to_metrics():
+    task = TaskRecord("a", metrics={"f1": 0.5}, intervals={"f1": [0, 1], "accuracy": [0.5, 0.5]})
+    assert task.to_dict() == {"name": "a", "metrics": {"f1": 0.5}, "intervals": {"f1": [0.0, 1.0]}}
+    # Training again: scores of the adapter are those of the newer run, and the base model's stay.
+    scores = {"metrics": {"accuracy": 0.5, "base_accuracy": 0.25}, "metric_rows": 9}
+    older = TaskRecord("a", rows=4, **scores, intervals={"accuracy": [0.4, 0.6], "base_accuracy": [0.2, 0.3]})
+    newer = TaskRecord("a", rows=4, metrics={"accuracy": 0.75}).merged_with(older)
+    assert newer.intervals == {"base_accuracy": [0.2, 0.3]}
+    assert TaskRecord("a").merged_with(older).intervals == older.intervals
+
+
 def test_unknown_keys_are_ignored():
     record = AdapterRecord.from_dict({"tasks": [{"name": "a", "colour": [1]}], "later": {"x": 1}})
     assert record == AdapterRecord(tasks=[TaskRecord("a")])
@@ -90,6 +104,13 @@ WRONG = {
     "number as name": ({"tasks": [{"name": 3.5}]}, r"`tasks\[0\].name` must be of type str"),
     "half a character": ({"tasks": [{"name": "a\ud800"}]}, r"`tasks\[0\].name` must be .*surrogate"),
     "huge metric": ({"tasks": [{"name": "a", "metrics": {"loss": 10**400}}]}, "`tasks.0..metrics` must be finite"),
+    "interval": (
+        {"tasks": [{"name": "a", "intervals": {"f1": [0.5]}}]},
+        r"`tasks\[0\].intervals` must be two finite numbers",
+    ),
+    "interval of texts": ({"tasks": [{"name": "a", "intervals": {"f1": ["0", "1"]}}]}, "`tasks.0..intervals` must be"),
+    "interval upside down": ({"tasks": [{"name": "a", "intervals": {"f1": [1, 0]}}]}, "the lower one first"),
+    "huge interval": ({"tasks": [{"name": "a", "intervals": {"f1": [0, 10**400]}}]}, "must be two finite numbers"),
     "long text": ({"tasks": [{"name": "a", "cluster": "x" * 5000}]}, r"`tasks\[0\].cluster` has a text of 5000 ch"),
     "long key": ({"versions": {"x" * 5000: "1"}}, "`versions` has a text of 5000 characters"),
     "many tasks": ({"tasks": [{"name": "a"}] * 10_001}, "`tasks` has 10001 entries, and at most 10000"),

@@ -199,6 +199,52 @@ def test_the_score_of_the_base_model():
     assert "tasks: 72.5%." in render(record=noted).text and "base model alone" not in render(record=noted).text
 
 
+def test_scores_of_generated_answers_and_intervals():
+    noted = record(
+        tasks=[
+            TaskRecord(
+                "sst2",
+                metrics={"base_accuracy": 0.52, "accuracy": 0.95},
+                metric_rows=200,
+                intervals={"accuracy": [0.91999999, 0.98], "base_accuracy": [0.45, 0.59]},
+            ),
+            TaskRecord("rte", metrics={"f1": 0.5, "base_f1": 0.25, "loss": 0.5}, intervals={"f1": [0.4, 0.6]}),
+            TaskRecord("en_fr", metrics={"number": 0.125, "exact_match": 0.5, "base_number": 0.25}),
+        ]
+    )
+    card = render(record=noted)
+    table = tables(card.text)[0]
+    accuracies = ["accuracy", "base accuracy", "gain (pp)"]
+    numbers = [f"{name}exact match of the number{end}" for name, end in (("", ""), ("base ", ""), ("", " gain (pp)"))]
+    assert table[0] == [
+        "task",
+        *accuracies,
+        "exact match",
+        "F1",
+        "base F1",
+        "F1 gain (pp)",
+        *numbers,
+        "loss",
+        "test rows",
+    ]
+    assert table[1][1:4] == ["95.0% (92.0 to 98.0)", "52.0% (45.0 to 59.0)", "+43.0"] and table[1][-1] == "200"
+    assert table[2][5:8] == ["50.0% (40.0 to 60.0)", "25.0%", "+25.0"]
+    assert table[3][4:] == ["50.0%", "", "", "", "12.5%", "25.0%", "-12.5", "", ""]
+    assert "In parentheses: 95 % intervals" in card.text and "In parentheses" not in render().text
+
+    index = card.data.to_dict()["model-index"][0]["results"]
+    first, second, third = ([(m["type"], m["name"]) for m in entry["metrics"]] for entry in index)
+    assert first == [("accuracy", "Accuracy"), ("base_accuracy", "Base accuracy")]
+    assert second == [("f1", "F1"), ("base_f1", "Base F1"), ("loss", "Loss")]
+    numbers = [("number", "Exact match of the number"), ("base_number", "Base exact match of the number")]
+    assert third == [("exact_match", "Exact match"), *numbers]
+    assert index[0]["metrics"][0]["args"] == {"interval_95": [0.92, 0.98], "rows": 200}
+    assert index[1]["metrics"][0]["args"] == {"interval_95": [0.4, 0.6]} and "args" not in index[2]["metrics"][0]
+    assert card.data.metrics == ["accuracy", "exact_match", "f1"]
+    assert read_card_info(card.data)["metrics"]["rte"] == {"f1": 0.5, "base_f1": 0.25, "loss": 0.5}
+    assert str(render(str(card), record=noted)) == str(card)
+
+
 def test_settings_that_say_nothing_are_left_out():
     usual = {"learning_rate": 2e-4, "train_a": True, "warmup_steps": 0, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
     usual |= {"packing": False, "packing_strategy": "bfd", "label_smoothing_factor": 0.0, "loss_type": "nll"}
@@ -336,7 +382,7 @@ def test_readers_accept_the_largest_cards(name, count, tmp_path):
     listed = read_card_info(data)["tasks"] if len(name) <= 300 else data.to_dict()["rlora"]["tasks"]
     assert listed == [task.name for task in noted.tasks[: len(listed)]] and len(listed) >= 15
     assert "and 980 more" in card.text
-    assert "The table and the metadata of this card have 12 of 1001 metrics besides accuracies" in card.text
+    assert "The table and the metadata of this card have 12 of 1001 metrics besides scores in percent" in card.text
     assert str(render(str(card), **values)) == str(card)
 
 
@@ -576,7 +622,7 @@ def test_results_written_by_hand_are_kept():
     assert found["GLUE", "accuracy"] == 0.5 and found["news", "rouge"] == 40.1
     assert found["sst2", "f1"] == 0.9 and found["sst2", "accuracy"] == 0.953
     assert str(render(str(card))) == str(card)
-    assert "| sst2 |" in card.text and "| 0.9 |" in card.text, "the page shows what the metadata says"
+    assert "| sst2 |" in card.text and "| 90.0% |" in card.text, "the page shows what the metadata says"
     # New tensors make our results outdated, not those of others.
     bare = record(tasks=[TaskRecord("sst2"), TaskRecord("rte"), TaskRecord("en_fr")])
     later = results(render(str(card), record=bare, digest=OTHER_DIGEST))
