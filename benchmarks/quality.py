@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quality_plans import PLANS
+from quality_plans import CELLS, METHODS, PLANS, RATES, grid
 from quality_runs import Run, group_cost, groups_of, with_model
 from quality_worker import WorkerSettings, run_facts, work
 
@@ -170,6 +170,10 @@ def read_results(path: Path) -> list[dict]:
 def planned(args: argparse.Namespace) -> list[Run]:
     """All runs that were asked for, those left out that are done."""
     runs = [run for name in args.plan for run in PLANS[name]()]
+    if args.methods:
+        cells = tuple((suite, size) for suite, size in (cell.split("/") for cell in args.cells))
+        chosen = {label: METHODS[label] for label in args.methods}
+        runs += grid(chosen, tuple(args.rates), tuple(args.seeds), cells, batch=args.batch)
     for path in args.runs:
         runs += [Run.from_dict(values) for values in json.loads(path.read_text())]
     done = {row["key"] for row in read_results(args.out) if "error" not in row}
@@ -202,12 +206,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file of rows, appended to")
     parser.add_argument("--plan", nargs="+", default=[], choices=list(PLANS))
     parser.add_argument("--runs", type=Path, nargs="+", default=[], help="JSON files with lists of runs")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], choices=list(METHODS), metavar="LABEL", help="of the plans"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates of --methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --methods")
+    parser.add_argument("--cells", nargs="+", default=["/".join(cell) for cell in CELLS], help="of --methods")
+    parser.add_argument("--batch", type=int, default=32, help="of --methods")
     parser.add_argument("--gpus", type=int, default=0, help="0 trains on the CPU")
     parser.add_argument("--workers_per_gpu", "--workers-per-gpu", type=int, default=1)
     parser.add_argument("--side_by_side", "--side-by-side", type=int, default=8, help="runs of a group, at most")
     parser.add_argument("--total_limit", "--total-limit", type=float, default=3600, help="seconds")
     parser.add_argument("--dtype", default="bfloat16", help="of the base")
-    parser.add_argument("--train_tokens", type=int, default=16384, help="of a forward pass, for all its runs")
+    parser.add_argument("--train_tokens", type=int, default=24576, help="of a forward pass, for all its runs")
     parser.add_argument("--score_tokens", type=int, default=32768)
     parser.add_argument("--list", action="store_true", help="show the groups and train nothing")
     args = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from torch import nn
 
 
 GATES = ("softmax", "competing", "sigmoid", "uniform", "sum", "top_k", "task")
-INITS = ("rlora", "zero_a", "zero_b", "orthogonal")
+INITS = ("rlora", "zero_a", "zero_b", "orthogonal", "mirrored")
 SCALINGS = ("alpha/sqrt(r)", "alpha/r", "alpha/sqrt(rN)")
 POSITIONS = ("head", "input")
 
@@ -38,8 +38,9 @@ class LabOptions:
         top_k (`int`): Gates that are not zero.
         temperature* (`float`): Divides the logits.
         router_init* (`str`): "zeros" or "kaiming_uniform".
-        init* (`str`): "rlora" (Table 1 of the paper), "zero_a", "zero_b", or "orthogonal" (rows of A and of all B
-            orthogonal, with the norms of Table 1).
+        init* (`str`): "rlora" (Table 1 of the paper), "zero_a", "zero_b", "orthogonal" (rows of A and of all B
+            orthogonal, with the norms of Table 1), or "mirrored" (Table 1, and the second half of the ranks is the
+            first with opposite B: the initial delta is zero).
         anchor (`bool`): Subtract the initial delta, where it is not zero.
         gamma* (`float` or `dict[str, float]`): Constant of Table 1, for all layers or by name.
         alpha* (`float`), scaling* (`str`): The factor of the delta.
@@ -187,7 +188,7 @@ class LabLinear(nn.Module):
             for tensor in (A, B):
                 nn.init.orthogonal_(tensor.view(-1, tensor.shape[-1]), gain=common, generator=g)
         else:
-            if o.init == "rlora":
+            if o.init in ("rlora", "mirrored"):
                 A.normal_(0.0, common / math.sqrt(d_in), generator=g)
             elif o.init == "zero_a":
                 A.zero_()
@@ -197,6 +198,10 @@ class LabLinear(nn.Module):
                 B.zero_()
             else:
                 B.normal_(0.0, common / math.sqrt(d_out), generator=g)
+        if o.init == "mirrored":
+            half = self.r // 2
+            A[:, half : 2 * half], B[:, half : 2 * half] = A[:, :half], -B[:, :half]
+            B[:, 2 * half :] = 0.0
         values = {"A": A, "B": B}
         if o.gate not in ("uniform", "sum"):
             shape = (num_tasks, o.heads) if o.gate == "task" else (o.heads, d_in)
@@ -252,12 +257,12 @@ class LabLinear(nn.Module):
         constant = o.gate in ("uniform", "sum")
         if constant and not masked and (o.heads == 1 or not o.share_a):
             return h if h0 is None else h - h0
-        heads = h.float().unflatten(2, (-1, self.r))  # [K, T, N or 1, r]
+        heads = _wide(h).unflatten(2, (-1, self.r))  # [K, T, N or 1, r]
         heads = heads.expand(-1, -1, o.heads, -1) if constant else heads * self._gates(logits, shape).unsqueeze(-1)
         if masked:
             heads = heads * ((torch.rand(heads.shape, device=h.device) < self.keep) / self.keep)
         if h0 is not None:
-            heads = heads - self.first_gate * h0.float().unflatten(2, (-1, self.r))
+            heads = heads - self.first_gate * _wide(h0).unflatten(2, (-1, self.r))
         return heads.flatten(2).to(h.dtype)
 
     def _gates(self, logits: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
@@ -267,7 +272,7 @@ class LabLinear(nn.Module):
             tasks = self.state.tasks.view(self.runs, -1)  # [K, rows]
             by_row = self.router.gather(1, tasks[..., None].expand(-1, -1, o.heads))
             logits = by_row.repeat_interleave(shape[1:-1].numel(), 1)  # [K, T, N]
-        logits = logits.float()
+        logits = _wide(logits)
         if self.temperature is not None:
             logits = logits / self.temperature
         if o.gate == "sigmoid":
@@ -277,6 +282,11 @@ class LabLinear(nn.Module):
             logits = logits.masked_fill(logits < smallest, float("-inf"))
         gates = torch.softmax(logits, -1)
         return o.heads * gates if o.gate == "competing" else gates
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 as before."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def add_lab(

@@ -31,6 +31,7 @@ PACKAGED: dict[str, dict[str, Any]] = {
 METHODS = ("base", *LAB, *PACKAGED)
 # Of a run, beside its options, and what is not part of its key.
 _UNKEYED = ("label", "wave")
+_USUAL = TrainingOptions()
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Run:
         # A default that is written out is the same run.
         defaults = {option.name: option.default for option in fields(self) if option.name != "options"}
         values = {name: value for name, value in values.items() if value != defaults.get(name, None)}
-        values["options"] = dict(sorted(self.options.items()))
+        training = {name: value for name, value in asdict(self.training()).items() if value != getattr(_USUAL, name)}
+        values["options"] = {**self.adapter_options(), **training}
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -131,7 +133,7 @@ class Run:
         if self.method not in LAB:
             return (self.key,)
         data = (self.model, self.suite, self.size, self.rows, self.passes, self.test_rows, self.batch)
-        return (*data, self.lab().shape(), self.training().dropout_until)
+        return (*data, self.lab().shape(), self.training().dropout_until, self.training().precondition)
 
     def cost(self) -> int:
         """About the work of a run, in rows of the suite that are read; a row that is trained on counts thrice."""

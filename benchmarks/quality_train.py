@@ -37,6 +37,8 @@ class TrainingOptions:
         clip (`float`): Largest norm of a gradient.
         beta1 (`float`), beta2 (`float`), eps (`float`): AdamW's.
         dropout_until (`float`): Share of the steps with dropout.
+        precondition (`float`): If not 0, gradients of A and B of lab adapters are multiplied by the inverses of B B^T
+            and A A^T plus this share of their mean diagonal (arXiv 2402.02347).
     """
 
     a_ratio: float = 1.0
@@ -55,6 +57,7 @@ class TrainingOptions:
     beta2: float = 0.999
     eps: float = 1e-8
     dropout_until: float = 1.0
+    precondition: float = 0.0
 
     def __post_init__(self) -> None:
         for name, accepted in (("decay_to", ("zero", "init")), ("schedule", ("cosine", "linear", "constant"))):
@@ -180,13 +183,40 @@ class FlatAdamW:
         self.ema = by_run("ema") if any(o.ema for o in options) else None
         self.average = self.values.clone() if self.ema is not None else None
         self.step_number = 0
+        self.pairs = self._pairs() if options[0].precondition else []
+        self.damping = options[0].precondition
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         sizes = [parameter.numel() // self.adapted.runs for parameter in self.parameters]
         return [part.view(p.shape) for part, p in zip(flat.split(sizes, 1), self.parameters, strict=True)]
 
+    def _pairs(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """A and B of all layers, those of one shape together."""
+        by_role = {role: [p for found, p in self.adapted.parameters if found == role] for role in ("A", "B")}
+        alike: dict[tuple, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for A, B in zip(by_role["A"], by_role["B"], strict=True):
+            members = alike.setdefault((A.shape, B.shape), ([], []))
+            members[0].append(A)
+            members[1].append(B)
+        return list(alike.values())
+
+    def _precondition(self) -> None:
+        """Multiply gradients by inverses of Gram matrices; see [`TrainingOptions`]."""
+        for pair in self.pairs:
+            A, B = (torch.stack([p.detach() for p in side]) for side in pair)  # [L, K, N or 1, r, d]
+            gram_B = B @ B.mT if A.shape[2] > 1 else (B @ B.mT).sum(2, keepdim=True)
+            for gram, side in ((gram_B, pair[0]), (A @ A.mT, pair[1])):
+                mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+                eye = torch.eye(gram.shape[-1], device=gram.device)
+                # With a zero B nothing is known, and AdamW does not look at the scale.
+                inverse = torch.linalg.inv_ex(gram + (self.damping * mean + 1e-12) * eye).inverse
+                gradients = inverse @ torch.stack([p.grad for p in side])
+                torch._foreach_copy_([p.grad for p in side], list(gradients.unbind(0)))
+
     @torch.no_grad()
     def step(self) -> None:
+        if self.pairs:
+            self._precondition()
         g, t = self.gradients, self.step_number + 1
         norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)  # [K, 1]
         g.mul_((self.clip / (norm + 1e-6)).clamp_(max=1.0))

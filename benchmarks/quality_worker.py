@@ -18,8 +18,15 @@ from quality_data import SUITES, Tasks, to_device, training_steps
 from quality_methods import adapt
 from quality_runs import LAB, Run
 from quality_train import Clock, score, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
+
+
+# PyTorch's attention without a mask. For its own name transformers compares position ids in each pass to find packed
+# sequences, and waits for the device.
+CAUSAL = "causal_sdpa"
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class WorkerSettings:
     device: str
     cores: tuple[int, ...] = ()
     dtype: str = "bfloat16"
-    train_tokens: int = 16384
+    train_tokens: int = 24576
     score_tokens: int = 32768
 
 
@@ -57,7 +64,7 @@ class Trainer:
         transformers_logging.set_verbosity_error()
         # Loaded on the CPU, so that several processes do not fight for the device.
         dtype = getattr(torch, settings.dtype)
-        base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).eval()
+        base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, attn_implementation=CAUSAL).eval()
         self.base = base.requires_grad_(False).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.checksum = self._sum()
