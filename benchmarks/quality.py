@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 
+# Imports count toward the limit.
+_STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -199,7 +201,7 @@ def worker_settings(args: argparse.Namespace) -> list[WorkerSettings]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, started: float | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a model and its tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="folder of the suites")
@@ -231,8 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(len(group), group[0].suite, group[0].size, "; ".join(sorted({run.name for run in group})))
         return
     if groups:
-        Pool(worker_settings(args), groups, args.out, args.total_limit).run()
+        spent = 0.0 if started is None else time.monotonic() - started
+        Pool(worker_settings(args), groups, args.out, args.total_limit - spent).run()
 
 
 if __name__ == "__main__":
-    main()
+    main(started=_STARTED)

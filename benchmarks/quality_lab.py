@@ -22,6 +22,7 @@ GATES = ("softmax", "competing", "sigmoid", "uniform", "sum", "top_k", "task")
 INITS = ("rlora", "zero_a", "zero_b", "orthogonal", "mirrored")
 SCALINGS = ("alpha/sqrt(r)", "alpha/r", "alpha/sqrt(rN)")
 POSITIONS = ("head", "input")
+_ALIGNED = 8  # columns
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,33 @@ class LabLinear(nn.Module):
             self.temperature = per_run([o.temperature for o in options])[..., 0]
         self.keep = per_run([1.0 - o.dropout for o in options]) if any(o.dropout for o in options) else None
 
-        self.A0 = self.B0 = None
-        if self.options.has_anchor:
-            # A0 as the products need it, as it never changes.
-            self.A0 = self.A.detach().flatten(1, 2).to(dtype, copy=True)  # [K, N r or r, d_in]
-            self.B0 = self._anchored(self.B.detach()).clone()
+        self.B0 = self._anchored(self.B.detach()).clone() if self.options.has_anchor else None
+        self._lay_out(dtype)
+
+    def _lay_out(self, dtype: torch.dtype) -> None:
+        """
+        Columns of the products: P = [A x, logits, A0 x, zeros] and Z = [heads, A0 x, zeros].
+
+        Zeros make their number a multiple of 8, for which products are faster, where they cost no operation more.
+        """
+        o = self.options
+        heads, rows = o.heads * self.r, self.A.shape[1] * self.r
+        gates = o.heads if self.router is not None and o.gate != "task" else 0
+        anchor = rows if self.B0 is not None else 0
+        self.is_plain = o.gate in ("uniform", "sum") and rows == heads and not anchor
+        pad_p = pad_z = 0
+        if (anchor or self.is_plain) and not (self.keep is not None and o.position == "input"):
+            pad_z = -(heads + anchor) % _ALIGNED
+            pad_p = -(rows + gates + anchor) % _ALIGNED
+            pad_p += _ALIGNED if pad_p < pad_z else 0
+        self.rows, self.gates, self.z_end = rows, gates, rows + gates + anchor + pad_z
+
+        # What does not change of the matrices: A0 and zeros, in the dtype of the products.
+        A0 = self.A.detach().flatten(1, 2)[:, :anchor].to(dtype)
+        self.constant_down = (
+            torch.cat([A0, A0.new_zeros(self.runs, pad_p, A0.shape[2])], 1) if anchor + pad_p else None
+        )
+        self.constant_up = A0.new_zeros(self.runs, pad_z, self.B.shape[-1]) if pad_z else None
 
     def _anchored(self, B: torch.Tensor) -> torch.Tensor:
         """The heads that an anchor stores: with a shared A, their sum."""
@@ -219,51 +242,52 @@ class LabLinear(nn.Module):
 
         # All products with x at once; with dropout on the input, that with A apart.
         A = self.A.flatten(1, 2)
-        rows = A.shape[1]
-        routed = self.router is not None and o.gate != "task"
-        parts = [A, self.router] if routed else [A]
-        down = (torch.cat(parts, 1) if routed else A).to(dtype)
-        if self.A0 is not None:
-            down = torch.cat([down, self.A0], 1)
+        down = (torch.cat([A, self.router], 1) if self.gates else A).to(dtype)
+        if self.constant_down is not None:
+            down = torch.cat([down, self.constant_down], 1)
         if masked and o.position == "input":
             keep = self.keep[..., 0]
             dropped = tokens * ((torch.rand(tokens.shape, device=x.device) < keep) / keep).to(dtype)
-            h = torch.bmm(dropped, down[:, :rows].mT)
-            rest = torch.bmm(tokens, down[:, rows:].mT) if down.shape[1] > rows else None
+            P = torch.bmm(dropped, down[:, : self.rows].mT)
+            if down.shape[1] > self.rows:
+                P = torch.cat([P, torch.bmm(tokens, down[:, self.rows :].mT)], 2)
         else:
-            P = torch.bmm(tokens, down.mT)  # [K, T, rows of A, gates, rows of A0]
-            h, rest = (P, None) if P.shape[2] == rows else (P[..., :rows], P[..., rows:])
+            P = torch.bmm(tokens, down.mT)
 
-        logits = rest[..., : o.heads] if routed else None
-        h0 = None if self.A0 is None else rest[..., -self.A0.shape[1] :]
-        Z = self._mix(h, logits, h0, masked and o.position == "head", x.shape)
+        Z = P if self.is_plain and not (masked and o.position == "head") else self._mix(P, masked, x.shape)
         up = self.factors * self.B
-        if h0 is not None:
+        if self.B0 is not None:
             # The difference before rounding, as the library does.
             shift = (self.factors * self.first_gate) * (self._anchored(self.B) - self.B0)
-            Z, up = torch.cat([Z, h0], 2), torch.cat([up, shift], 1)
-        return torch.baddbmm(base.view(K, -1, base.shape[-1]), Z, up.flatten(1, 2).to(dtype)).view(base.shape)
+            up = torch.cat([up, shift], 1)
+        up = up.flatten(1, 2).to(dtype)
+        if self.constant_up is not None:
+            up = torch.cat([up, self.constant_up], 1)
+        return torch.baddbmm(base.view(K, -1, base.shape[-1]), Z, up).view(base.shape)
 
-    def _mix(
-        self,
-        h: torch.Tensor,
-        logits: torch.Tensor | None,
-        h0: torch.Tensor | None,
-        masked: bool,
-        shape: torch.Size,
-    ) -> torch.Tensor:
-        """A x `[K, T, N r or r]`, weighted for each head and less its initial value `[K, T, N r]`."""
+    def _mix(self, P: torch.Tensor, masked: bool, shape: torch.Size) -> torch.Tensor:
+        """Z: A x for each head times its gate and less the initial value, and A0 x."""
         o = self.options
+        h, start = P[..., : self.rows], self.rows + self.gates
+        end = P[..., start : self.z_end]  # A0 x and zeros
+        h0 = P[..., start : start + self.rows] if self.B0 is not None else None
+        masked = masked and o.position == "head"
         constant = o.gate in ("uniform", "sum")
         if constant and not masked and (o.heads == 1 or not o.share_a):
-            return h if h0 is None else h - h0
-        heads = _wide(h).unflatten(2, (-1, self.r))  # [K, T, N or 1, r]
-        heads = heads.expand(-1, -1, o.heads, -1) if constant else heads * self._gates(logits, shape).unsqueeze(-1)
-        if masked:
-            heads = heads * ((torch.rand(heads.shape, device=h.device) < self.keep) / self.keep)
-        if h0 is not None:
-            heads = heads - self.first_gate * _wide(h0).unflatten(2, (-1, self.r))
-        return heads.flatten(2).to(h.dtype)
+            Z = h if h0 is None else h - h0
+        else:
+            heads = _wide(h).unflatten(2, (-1, self.r))  # [K, T, N or 1, r]
+            if constant:
+                heads = heads.expand(-1, -1, o.heads, -1)
+            else:
+                logits = None if o.gate == "task" else P[..., self.rows : start]
+                heads = heads * self._gates(logits, shape).unsqueeze(-1)
+            if masked:
+                heads = heads * ((torch.rand(heads.shape, device=h.device) < self.keep) / self.keep)
+            if h0 is not None:
+                heads = heads - self.first_gate * _wide(h0).unflatten(2, (-1, self.r))
+            Z = heads.flatten(2).to(P.dtype)
+        return torch.cat([Z, end], 2) if end.shape[2] else Z
 
     def _gates(self, logits: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
         """Gates `[K, T, N]` in float32."""

@@ -23,6 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 
+# Logits of one batch in scoring, in float32: 2 GB.
+MAX_LOGITS = 2**29
 # PyTorch's attention without a mask. For its own name transformers compares position ids in each pass to find packed
 # sequences, and waits for the device.
 CAUSAL = "causal_sdpa"
@@ -120,13 +122,15 @@ class Trainer:
             losses = train(adapted, moved, [r.training() for r in runs], [r.learning_rate for r in runs]).cpu()
             clock.lap("train")
             del moved, flat
-        limits = (self.settings.score_tokens, self.settings.score_tokens // 4)
+        limits = (self.settings.score_tokens, max(1, MAX_LOGITS // len(self.tokenizer)))
         parts = to_device(list(candidates.batches(K, *limits)), self.device)
         clock.lap("prepare scoring")
         scores = score(adapted, parts, candidates.count).numpy()
         clock.lap("score")
         if self._sum() != self.checksum:
             raise RuntimeError("The weights of the base have changed.")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the other processes
         rows = []
         for k, run in enumerate(runs):
             history = [] if losses is None else losses[:, k].tolist()

@@ -135,8 +135,8 @@ def test_tables(tmp_path, capsys):
     quality_report.main(["--rows", str(path), "--curves", "--update", str(document)])
     text = capsys.readouterr().out
     lora = methods_of(rows)["LoRA r=10"].mean(PLENTY, (1e-3, 32))
-    assert f"(0.0005; 3 seeds) | {lora:.2f} (0.001; 3 seeds) |" in text
-    assert "| half | 1.90 | 3.0 | 50.00 (0.001, batch 16; 1 seed) |" in text
+    assert f"| LoRA r=10 | 1.90 | 3.0 | {lora:.2f} (0.001; 3 seeds) | " in text and "(0.0005; 3 seeds) |" in text
+    assert "| half | 1.90 | 3.0 | 50.00 (0.001, batch 16; 1 seed)" in text
     assert "(0.002; 2 seeds) +" in text and "| ours | 2 of 2 | 2 | +" in text
     assert "By learning rate: multitask, little." in text
     assert " | **" in text and text.strip() in document.read_text()
