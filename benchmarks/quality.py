@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quality_plans import CELLS, METHODS, PLANS, RATES, grid
-from quality_runs import Run, group_cost, groups_of, with_model
+from quality_runs import LAB, Run, group_cost, groups_of, with_model
 from quality_worker import WorkerSettings, run_facts, work
 
 
@@ -80,7 +80,7 @@ class Pool:
         self.workers = [Worker(one) for one in settings[: max(1, len(groups))]]
         self.queue, self.out = deque(groups), out
         self.begin, self.limit = time.monotonic(), limit
-        self.pace: float | None = None  # seconds for a unit of cost, the slowest yet
+        self.pace: dict[tuple[str, bool], float] = {}  # seconds for a unit of cost, the slowest yet of each kind
         self.total, self.done, self.failed = sum(map(len, groups)), 0, 0
 
     def left(self) -> float:
@@ -110,7 +110,8 @@ class Pool:
         if worker.ready:
             self._write(message)
             seconds = time.monotonic() - worker.started
-            self.pace = max(self.pace or 0.0, seconds / group_cost(worker.group))
+            kind = self._kind(worker.group)
+            self.pace[kind] = max(self.pace.get(kind, 0.0), seconds / group_cost(worker.group))
         worker.ready, worker.group = True, []
         self._give(worker)
 
@@ -118,7 +119,8 @@ class Pool:
         """Hand out the next group that still fits into the time, or let the worker end."""
         while self.queue:
             group = self.queue[0]
-            if self.pace is not None and MARGIN * self.pace * group_cost(group) > self.left():
+            pace = self.pace.get(self._kind(group), max(self.pace.values(), default=0.0))
+            if MARGIN * pace * group_cost(group) > self.left():
                 break
             self.queue.popleft()
             worker.group, worker.started = group, time.monotonic()
@@ -127,6 +129,11 @@ class Pool:
         worker.connection.send(None)
         worker.connection.close()
         worker.connection = None
+
+    @staticmethod
+    def _kind(group: list[Run]) -> tuple[str, bool]:
+        """Groups of one kind take about the same time for their cost."""
+        return group[0].suite, group[0].method in LAB
 
     def _lost(self, worker: Worker) -> None:
         """A process has died: its runs get rows with an error, and it is started anew a few times."""

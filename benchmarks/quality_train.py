@@ -7,6 +7,7 @@ handful of operations, with settings that may differ between runs. Nothing waits
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -116,7 +117,8 @@ class Adapted:
         if self.set_tasks is not None:
             self.set_tasks(batch.tasks)
         self.head.positions = batch.positions
-        with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+        device = batch.ids.device.type
+        with torch.autocast(device, dtype=torch.bfloat16) if self.autocast else nullcontext():
             return self.model(input_ids=batch.ids, use_cache=False).logits.float()
 
     def trainable(self) -> int:
@@ -178,8 +180,10 @@ class FlatAdamW:
         schedule = torch.tensor([[o.factor(step, steps) for o in options] for step in range(steps)])
         self.schedule = schedule[..., None].to(device)  # [steps, K, 1]
         self.decay = by_run("weight_decay") if any(o.weight_decay for o in options) else None
-        self.to_init = by_run_flag = torch.tensor([o.decay_to == "init" for o in options], device=device)[:, None]
-        self.initial = self.values.clone() if self.decay is not None and bool(by_run_flag.any()) else None
+        to_init = [o.decay_to == "init" and o.weight_decay > 0 for o in options]
+        self.initial = None
+        if any(to_init):
+            self.initial = self.values * torch.tensor(to_init, device=device)[:, None]
         self.ema = by_run("ema") if any(o.ema for o in options) else None
         self.average = self.values.clone() if self.ema is not None else None
         self.step_number = 0
@@ -226,9 +230,7 @@ class FlatAdamW:
         rates = self.rates * self.schedule[self.step_number]
         update = (self.m / (1 - self.beta1**t)).div_(root)
         if self.decay is not None:
-            target = self.values
-            if self.initial is not None:
-                target = self.values - self.initial * self.to_init
+            target = self.values if self.initial is None else self.values - self.initial
             update.add_(target * self.decay)
         self.values.sub_(update.mul_(rates))
         if self.average is not None:

@@ -20,13 +20,14 @@ from rlora_trl.evaluation.scoring import score_tasks
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
-from quality_data import SUITES
-from quality_lab import LabLinear, LabOptions, add_lab
+from quality_data import SUITES, MicroBatch, Tokens, training_steps
+from quality_lab import LabLinear, LabOptions, LabState, add_lab
 from quality_methods import adapt
+from quality_plans import METHODS as PLAN_METHODS
 from quality_plans import PLANS
 from quality_runs import LAB, METHODS, Run, groups_of, with_model
-from quality_train import FlatAdamW, TrainingOptions
-from quality_worker import Trainer, WorkerSettings
+from quality_train import Adapted, FlatAdamW, TrainingOptions, train
+from quality_worker import CAUSAL, Trainer, WorkerSettings
 
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -172,7 +173,7 @@ def test_first_delta_is_zero(init, gate, share_a):
 def test_dropout_has_its_own_masks(position):
     options = LabOptions(r=2, heads=4, gate="sum", init="zero_a", anchor=False, dropout=0.5, position=position)
     linear = torch.nn.Linear(64, 32, bias=False)
-    layer = LabLinear(linear, "down_proj", [options], lab_state(), 0, [torch.Generator().manual_seed(0)]).train()
+    layer = LabLinear(linear, "down_proj", [options], LabState(), 0, [torch.Generator().manual_seed(0)]).train()
     with torch.no_grad():
         layer.A.fill_(1.0)
         layer.B.zero_()
@@ -187,12 +188,6 @@ def test_dropout_has_its_own_masks(position):
     assert same == 1.0 if position == "input" else same < 0.2
     layer.train().state.masks = False
     assert (layer(x) - linear(x)).std() < 1e-3
-
-
-def lab_state():
-    from quality_lab import LabState
-
-    return LabState()
 
 
 # Training
@@ -271,9 +266,24 @@ def test_optimizer_is_adamw():
             torch.testing.assert_close(stacked[k], single[k], rtol=1e-5, atol=1e-6)
 
 
-def adapted(parameter, runs):
-    from quality_train import Adapted
+@pytest.mark.parametrize("name", [label for label, one in PLAN_METHODS.items() if one.method in LAB])
+def test_nothing_waits_for_the_device(name):
+    """On a device without values each wait fails, and so does each tensor that is elsewhere."""
+    one = PLAN_METHODS[name]
+    runs = [Run(one.method, options=one.options, seed=seed) for seed in (0, 1)]
+    with torch.device("meta"):
+        base = TINY_MODELS["llama"]().to(torch.bfloat16).eval()
+    base.set_attn_implementation(CAUSAL)
+    model = adapt(base, runs, ["a", "b"])
+    rows = [Tokens([5, 6, 7], 1, [8, 1], 0), Tokens([5, 6], 1, [8], 1)]
+    (steps,) = training_steps([[rows]] * 2, 10_000)
+    (batch,) = steps
+    steps = [[MicroBatch(*(tensor.to("meta") for tensor in vars(batch).values()))]] * 4
+    losses = train(model, steps, [run.training() for run in runs], [1e-3, 2e-3])
+    assert losses.shape == (4, 2)
 
+
+def adapted(parameter, runs):
     return Adapted(torch.nn.Module(), None, runs, [("A", parameter)], stacked=True)
 
 
@@ -301,8 +311,6 @@ def test_preconditioned_gradients_do_not_depend_on_the_factorization():
     for mix in (torch.eye(3), M):
         a, b = mix @ A, torch.linalg.inv(mix).T @ B
         parameters = [("A", torch.nn.Parameter(a[None, None])), ("B", torch.nn.Parameter(b[None, None]))]
-        from quality_train import Adapted
-
         holder = Adapted(torch.nn.Module(), None, 1, parameters, stacked=True)
         flat = FlatAdamW(holder, [TrainingOptions(precondition=1e-9)], [0.1], 1)
         ((parameters[0][1][0, 0].T @ parameters[1][1][0, 0]) * upstream.T).sum().backward()
