@@ -64,16 +64,19 @@ class Trainer:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings, self.device = settings, torch.device(settings.device)
         transformers_logging.set_verbosity_error()
-        # Loaded on the CPU, so that several processes do not fight for the device.
-        dtype = getattr(torch, settings.dtype)
-        base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, attn_implementation=CAUSAL).eval()
-        self.base = base.requires_grad_(False).to(self.device)
+        self.base = self._load()
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.checksum = self._sum()
         self._tasks: dict[tuple[str, int], Tasks] = {}
         # Folders of this machine have no place in results.
         command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
         self.environment = {**environment(), "command": command}
+
+    def _load(self) -> Any:
+        """The base, frozen. It is loaded on the CPU, so that several processes do not fight for the device."""
+        dtype = getattr(torch, self.settings.dtype)
+        base = AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=dtype, attn_implementation=CAUSAL)
+        return base.eval().requires_grad_(False).to(self.device)
 
     def _sum(self) -> int:
         """Changes if a weight of the base does."""
@@ -128,7 +131,8 @@ class Trainer:
         scores = score(adapted, parts, candidates.count).numpy()
         clock.lap("score")
         if self._sum() != self.checksum:
-            raise RuntimeError("The weights of the base have changed.")
+            self.base = self._load()
+            raise RuntimeError("The method changed the weights of the base, which was loaded again.")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # for the other processes
         rows = []

@@ -245,6 +245,14 @@ def test_each_method_trains_and_leaves_the_base(trainer, method):
         assert faster["losses"][-1] > row["losses"][-1]
 
 
+def test_a_changed_base_is_loaded_again(trainer):
+    """PiSSA takes what it adapts out of the weights."""
+    before = {name: tensor.clone() for name, tensor in trainer.base.state_dict().items()}
+    (row,) = trainer.rows([small("lora", options={"init_lora_weights": "pissa"})])
+    assert "changed the weights of the base" in row["error"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.base.state_dict().items())
+
+
 def test_optimizer_is_adamw():
     """With a decay, and a gradient that is clipped for one run and not for the other."""
     torch.manual_seed(0)
