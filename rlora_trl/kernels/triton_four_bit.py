@@ -15,6 +15,9 @@ from .triton_ops import Variant
 _BLOCK = 2048
 # Kernels index with 32 bits.
 _MOST_VALUES = 2**31
+# Triton compiles for numbers of bytes that are multiples of 16, which allows wide loads and stores, and [`Variant`]
+# keeps what it has compiled.
+_MULTIPLE = 2 * 16
 
 
 @triton.jit
@@ -76,12 +79,15 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
         dtype (`torch.dtype`): Of the result.
 
     Returns:
-        `torch.Tensor` of shape `state.shape`, or `None` if bitsandbytes must do it: an odd number of values, more than
-        2^31, a transposed weight, tensors on several devices, or another rounding on the way.
+        `torch.Tensor` of shape `state.shape`, or `None` if bitsandbytes must do it: a number of values that is no
+        multiple of 32, or more than 2^31; a transposed weight; tensors on several devices or of other dtypes than
+        quantization gives them; or another rounding on the way.
     """
     values = math.prod(state.shape)
     rounds_once = state.dtype in (dtype, torch.float32)
-    if values % 2 or values >= _MOST_VALUES or packed.shape[0] == 1 or not rounds_once or not packed.is_contiguous():
+    if values % _MULTIPLE or values >= _MOST_VALUES or not rounds_once:
+        return None
+    if packed.shape[0] == 1 or not packed.is_contiguous() or not _has_usual_dtypes(state):
         return None
 
     absmax, code, second = state.absmax, state.code, state.state2
@@ -100,3 +106,14 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
     programs = triton.cdiv(values // 2, rows * (state.blocksize // 2))
     kernel.launch(programs, tensors, (values // 2,), aligned=addresses % 16 == 0)
     return out
+
+
+def _has_usual_dtypes(state: Any) -> bool:
+    """Whether the tensors of a state have the dtypes that bitsandbytes gives them, for which kernels are compiled."""
+    second, wide = state.state2, torch.float32
+    if state.code.dtype != wide:
+        return False
+    if second is None:
+        return state.absmax.dtype == wide
+    dtypes = (second.absmax.dtype, second.code.dtype, state.offset.dtype)
+    return state.absmax.dtype == torch.uint8 and dtypes == (wide, wide, wide)

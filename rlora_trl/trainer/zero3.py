@@ -80,7 +80,7 @@ def gather_together(engine: Any) -> None:
     Gather the parameters that ZeRO-3 keeps whole between steps (`stage3_param_persistence_threshold`) at once.
 
     DeepSpeed does so after each step and each checkpoint, through the first of them. For a base of 7 billion weights
-    there are hundreds: norms, biases and adapters.
+    there are hundreds: norms, biases and adapters. Their values are in memory twice while they are gathered.
 
     Args:
         engine: The prepared model. If it is not an engine of ZeRO-3, nothing changes.

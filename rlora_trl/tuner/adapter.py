@@ -395,8 +395,10 @@ class MultiHeadAdapter(nn.Module):
     def _prefetched(self, tensors: AdapterTensors, layout: Layout, x: torch.Tensor) -> ConcatWeights | None:
         """The prefetched weights, if they are valid for this call."""
         prefetched = self.prefetched
-        if prefetched is None and self.kept is not None and in_backward():
-            prefetched = self.__dict__.pop("kept")
+        if prefetched is None and self.kept is not None:
+            # A forward pass that did not begin with the model may see other weights.
+            kept = self.__dict__.pop("kept")
+            prefetched = kept if in_backward() else None
         if prefetched is not None and prefetched.holds_for(tensors, layout, self.scaling, x):
             # Steps of ZeRO-3 are limited by the host, and its layers join no products, so recomputations use these
             # weights too. Those of one pass are all small, as others are not gathered when it begins.

@@ -240,6 +240,13 @@ def test_weights_that_deepspeed_has_gathered(checkpointing, packed_alone, monkey
         assert not any(adapter.kept and checkpointing for adapter in adapters)
         assert_same(found, without_packing(model, x, monkeypatch))
 
+    # A call that passes by the model, after a pass without a backward pass: its recomputations have the new weights.
+    model(x)
+    for p in model.parameters():
+        p.data = p.data * 1.5
+    found = step(model.base_model.model, x, of=model)
+    assert_same(found, without_packing(model, x, monkeypatch))
+
     # The backward passes of two forward passes.
     twice = lambda x: model(x) + model(2 * x)  # noqa: E731
     found = step(twice, x, of=model)
