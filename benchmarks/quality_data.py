@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlora_trl.evaluation.scoring import TokenLimits, encode_row
+from rlora_trl.evaluation.encoding import TokenLimits, encode_row
 
 
 # Option tasks by suite. A suite is a folder of the data.
