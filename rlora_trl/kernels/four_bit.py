@@ -1,6 +1,5 @@
 """4-bit weights of bitsandbytes, for products that need no call of their layer."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,17 +24,12 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
         `torch.Tensor` of shape `state.shape`.
     """
     if backend(packed.device, dtype) is not rank_space:
-        found = _triton_four_bit().dequantize(packed, state, dtype)
+        from . import triton_four_bit  # Triton may be missing elsewhere
+
+        found = triton_four_bit.dequantize(packed, state, dtype)
         if found is not None:
             return found
 
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(packed, state).to(dtype)
-
-
-@lru_cache(maxsize=1)
-def _triton_four_bit() -> Any:
-    from . import triton_four_bit  # Triton may be missing
-
-    return triton_four_bit
