@@ -1,4 +1,4 @@
-"""Rows of `quality.py` as tensors: what a run trains on, by seed, and the options that it is scored on.
+"""Rows of `quality.py` as tensors: what a run trains on, by seed, and the answers that it is scored on.
 
 Training rows are chosen and ordered by seed, the same for all methods. Batches hold rows of similar length: the rows
 of an epoch are shuffled, and sorted by length within windows of 256 rows. The order of a window's batches is the same
@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from quality_words import WORD_TASKS
 
 from rlora_trl.evaluation.encoding import TokenLimits, encode_row
 
 
-# Option tasks by suite. A suite is a folder of the data.
+# Tasks by suite. A suite is a folder of the data. Rows have options, or else answers, of which one must be given.
 SUITES = {
     "multitask": ("sst2", "mrpc", "rte", "sick", "dpr", "trec", "cola"),
     "setting1": (
@@ -33,11 +34,14 @@ SUITES = {
         "winogrande",
         "hellaswag",
     ),
+    "words": WORD_TASKS,
 }
 # Training rows of a task, and epochs.
 SIZES = {"plenty": (1500, 1), "little": (300, 5)}
 WINDOW = 256  # rows that are sorted by length together
 MAX_LENGTH = 512
+# What a model reads of a row: its prompt, or only the input, with the task's name or without.
+PROMPTS = ("instruction", "name", "input")
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,13 @@ class Tasks:
         names (`Sequence[str]`): The tasks.
         tokenizer: The model's tokenizer.
         test_rows (`int`): Rows of each task to score, chosen once and for all.
+        prompt (`str`): One of `PROMPTS`.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], tokenizer: Any, test_rows: int) -> None:
-        self.names, self.tokenizer = tuple(names), QuickTokenizer(tokenizer)
+    def __init__(
+        self, folder: Path, names: Sequence[str], tokenizer: Any, test_rows: int, prompt: str = "instruction"
+    ) -> None:
+        self.names, self.tokenizer, self.prompt = tuple(names), QuickTokenizer(tokenizer), prompt
         self.train = {task: read_rows(folder / task / "train.jsonl") for task in names}
         self.test = {task: fixed_rows(read_rows(folder / task / "test.jsonl"), test_rows) for task in names}
         self._encoded: dict[tuple[int, int], Tokens] = {}
@@ -105,7 +112,8 @@ class Tasks:
         if key not in self._encoded:
             row = self.train[self.names[task]][index]
             limits = TokenLimits(MAX_LENGTH)
-            [ids], begin = encode_row(self.tokenizer, row["prompt"], [row["completion"]], limits, end=True)
+            prompt = prompt_of(row, self.names[task], self.prompt)
+            [ids], begin = encode_row(self.tokenizer, prompt, [row["completion"]], limits, end=True)
             self._encoded[key] = Tokens(ids[:-1], begin - 1, ids[begin:], task)
         return self._encoded[key]
 
@@ -128,6 +136,20 @@ class Tasks:
         return self._candidates
 
 
+def prompt_of(row: dict[str, Any], task: str, kind: str) -> str:
+    """
+    The prompt of a row.
+
+    Args:
+        row (`dict`): Has `prompt`; the other kinds need `input`.
+        task (`str`): The name of its task.
+        kind (`str`): One of `PROMPTS`.
+    """
+    if kind == "instruction":
+        return row["prompt"]
+    return f"{row['input']}\nAnswer:" if kind == "input" else f"{task}: {row['input']}\nAnswer:"
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -143,7 +165,9 @@ class Candidates:
     """
     The options of test rows, as `rlora_trl.evaluation` defines their likelihood.
 
-    Options that differ in their last token only are read once: the last token is never read.
+    Options that differ in their last token only are read once: the last token is never read. A row without options has
+    answers: it is right if greedy decoding would give one of them, which is so if each of its tokens is the likeliest
+    after those before it.
 
     Args:
         tasks ([`Tasks`]): Whose test rows.
@@ -154,14 +178,20 @@ class Candidates:
         self.rows: dict[str, list[tuple[int, int, list[bool]]]] = {}  # first candidate, one past, which are right
         self.inputs: list[Tokens] = []
         self.members: list[list[tuple[int, int, list[int]]]] = []  # of an input: candidate, begin, targets
+        self.free: set[str] = set()  # tasks without options
         self.count = 0
         seen: dict[tuple[int, ...], int] = {}
         for number, task in enumerate(tasks.names):
-            self.rows[task] = [self._add(row, number, tasks.tokenizer, seen) for row in tasks.test[task]]
+            if not all(row["options"] for row in tasks.test[task]):
+                self.free.add(task)
+            self.rows[task] = [self._add(row, number, tasks, seen) for row in tasks.test[task]]
 
-    def _add(self, row: dict, task: int, tokenizer: Any, seen: dict) -> tuple[int, int, list[bool]]:
-        options = list(row["options"])
-        sequences, begin = encode_row(tokenizer, row["prompt"], options, TokenLimits(MAX_LENGTH))
+    def _add(self, row: dict, task: int, tasks: Tasks, seen: dict) -> tuple[int, int, list[bool]]:
+        name = tasks.names[task]
+        free = name in self.free
+        options = list(row["answers"] if free else row["options"])
+        prompt = prompt_of(row, name, tasks.prompt)
+        sequences, begin = encode_row(tasks.tokenizer, prompt, options, TokenLimits(MAX_LENGTH), end=free)
         first = self.count
         for ids in sequences:
             key = (task, *ids[:-1])
@@ -171,16 +201,21 @@ class Candidates:
                 self.members.append([])
             self.members[seen[key]].append((self.count, begin - 1, ids[begin:]))
             self.count += 1
+        if free:
+            return first, self.count, [True] * len(options)
         # By tokens: options may differ in spaces that a tokenizer drops.
         answer = sequences[options.index(row["completion"])]
         return first, self.count, [ids == answer for ids in sequences]
 
-    def correct(self, scores: np.ndarray) -> dict[str, list[bool]]:
-        """Which rows are right, by task, from the log-likelihoods of all candidates."""
-        return {
-            task: [right[int(np.argmax(scores[first:end]))] for first, end, right in rows]
-            for task, rows in self.rows.items()
-        }
+    def correct(self, scores: np.ndarray, misses: np.ndarray) -> dict[str, list[bool]]:
+        """Which rows are right, by task, from the two results of `score` for a run."""
+
+        def is_right(task: str, first: int, end: int, right: list[bool]) -> bool:
+            if task in self.free:
+                return bool((misses[first:end] == 0).any())
+            return right[int(np.argmax(scores[first:end]))]
+
+        return {task: [is_right(task, *row) for row in rows] for task, rows in self.rows.items()}
 
     def batches(self, runs: int, max_tokens: int, max_targets: int) -> Iterator[MicroBatch]:
         """Batches of similar length for `runs` runs side by side, with a limit of tokens and of predictions."""

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 
-GATES = ("softmax", "competing", "sigmoid", "uniform", "sum", "top_k", "task")
+GATES = ("softmax", "competing", "sigmoid", "uniform", "sum", "top_k", "task", "task_sigmoid", "own")
+_BY_TASK = ("task", "task_sigmoid", "own")
 INITS = ("rlora", "zero_a", "zero_b", "orthogonal", "mirrored")
 SCALINGS = ("alpha/sqrt(r)", "alpha/r", "alpha/sqrt(rN)")
 POSITIONS = ("head", "input")
@@ -35,7 +36,8 @@ class LabOptions:
         ranks (`dict[str, int]`): Ranks by name of the layer (its last part), in place of `r`.
         targets (`tuple[str, ...]`): Names of the layers to adapt.
         gate (`str`): "softmax"; "competing" (N times it, so that each is 1 at the start); "sigmoid" (twice it, so that
-            each is 1 at the start); "uniform" (each 1/N); "sum" (each 1); "top_k"; "task" (softmax, by task).
+            each is 1 at the start); "uniform" (each 1/N); "sum" (each 1); "top_k"; "task" (softmax, by task);
+            "task_sigmoid" (likewise); "own" (each task has a head of its own, and no other).
         top_k (`int`): Gates that are not zero.
         temperature* (`float`): Divides the logits.
         router_init* (`str`): "zeros" or "kaiming_uniform".
@@ -70,6 +72,8 @@ class LabOptions:
         for name, choices in accepted.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if self.gate == "own" and self.has_anchor:
+            raise ValueError("`gate='own'` needs an initial delta of zero, for example `init='zero_b'`.")
         if self.gate == "top_k" and not 0 < self.top_k <= self.heads:
             raise ValueError(f"`gate='top_k'` needs `top_k` from 1 to {self.heads}, got {self.top_k}.")
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -110,7 +114,7 @@ class LabOptions:
     @property
     def first_gate(self) -> float:
         """Each gate at the start."""
-        return 1.0 if self.gate in ("sigmoid", "sum", "competing") else 1.0 / self.heads
+        return 1.0 if self.gate in ("sigmoid", "sum", "competing", "task_sigmoid") else 1.0 / self.heads
 
 
 OPTION_NAMES = frozenset(option.name for option in fields(LabOptions))
@@ -180,7 +184,7 @@ class LabLinear(nn.Module):
         """
         o = self.options
         heads, rows = o.heads * self.r, self.A.shape[1] * self.r
-        gates = o.heads if self.router is not None and o.gate != "task" else 0
+        gates = o.heads if self.router is not None and o.gate not in _BY_TASK else 0
         anchor = rows if self.B0 is not None else 0
         self.is_plain = o.gate in ("uniform", "sum") and rows == heads and not anchor
         pad_p = pad_z = 0
@@ -226,8 +230,8 @@ class LabLinear(nn.Module):
             A[:, half : 2 * half], B[:, half : 2 * half] = A[:, :half], -B[:, :half]
             B[:, 2 * half :] = 0.0
         values = {"A": A, "B": B}
-        if o.gate not in ("uniform", "sum"):
-            shape = (num_tasks, o.heads) if o.gate == "task" else (o.heads, d_in)
+        if o.gate not in ("uniform", "sum", "own"):
+            shape = (num_tasks, o.heads) if o.gate in _BY_TASK else (o.heads, d_in)
             router = torch.zeros(shape)
             if o.router_init == "kaiming_uniform":
                 router.uniform_(-1 / math.sqrt(shape[1]), 1 / math.sqrt(shape[1]), generator=g)
@@ -280,7 +284,7 @@ class LabLinear(nn.Module):
             if constant:
                 heads = heads.expand(-1, -1, o.heads, -1)
             else:
-                logits = None if o.gate == "task" else P[..., self.rows : start]
+                logits = None if o.gate in _BY_TASK else P[..., self.rows : start]
                 heads = heads * self._gates(logits, shape).unsqueeze(-1)
             if masked:
                 heads = heads * ((torch.rand(heads.shape, device=h.device) < self.keep) / self.keep)
@@ -292,14 +296,16 @@ class LabLinear(nn.Module):
     def _gates(self, logits: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
         """Gates `[K, T, N]` in float32."""
         o = self.options
-        if o.gate == "task":
+        if o.gate in _BY_TASK:
             tasks = self.state.tasks.view(self.runs, -1)  # [K, rows]
+            if o.gate == "own":
+                return torch.nn.functional.one_hot(tasks, o.heads).float().repeat_interleave(shape[1:-1].numel(), 1)
             by_row = self.router.gather(1, tasks[..., None].expand(-1, -1, o.heads))
             logits = by_row.repeat_interleave(shape[1:-1].numel(), 1)  # [K, T, N]
         logits = _wide(logits)
         if self.temperature is not None:
             logits = logits / self.temperature
-        if o.gate == "sigmoid":
+        if o.gate in ("sigmoid", "task_sigmoid"):
             return 2 * torch.sigmoid(logits)
         if o.gate == "top_k" and o.top_k < o.heads:
             smallest = logits.topk(o.top_k, dim=-1).values[..., -1:]

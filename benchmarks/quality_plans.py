@@ -1,5 +1,6 @@
 """Plans of `quality.py`: lists of runs by name, and the methods that they compare."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -119,6 +120,20 @@ IDEAS = {
     "R-LoRA by task": _heads(1, gate="task"),
 }
 
+# Routed by task, with about as many parameters as LoRA r=10, and a rate at which a router of a few numbers can move.
+_ROUTER = {"router_rate": 0.05}
+BY_TASK = {
+    "R-LoRA by task, N=5": _heads(0, heads=5, r=3, gate="task", **_ROUTER),
+    "ranks by task": Method(
+        "lab_ranks", {"heads": 9, "gate": "task_sigmoid", "scaling": "alpha/sqrt(rN)", **_ROUTER}, (5e-4, 1e-3)
+    ),
+}
+# A second look at gates that do not compete.
+SIGMOID = {
+    "ranks, sigmoid, router 5 times as fast": _ranks(0, gate="sigmoid", scaling="alpha/sqrt(rN)", router_ratio=5.0),
+    "ranks, sigmoid, temperature 0.3": _ranks(0, gate="sigmoid", scaling="alpha/sqrt(rN)", temperature=0.3),
+}
+
 # Methods as their packages have them.
 PACKAGED = {
     "base": Method("base", {}, (0.0,)),
@@ -134,7 +149,7 @@ PACKAGED = {
     "rlora_trl, zero B": Method("rlora", {"init_weights": "zero_b"}),
     "rlora_trl, zero A": Method("rlora", {"init_weights": "zero_a"}),
 }
-METHODS = {**TUNED, **IDEAS, **PACKAGED}
+METHODS = {**TUNED, **IDEAS, **BY_TASK, **SIGMOID, **PACKAGED}
 
 
 def grid(
@@ -169,4 +184,23 @@ def packaged() -> list[Run]:
     return grid(PACKAGED)
 
 
-PLANS = {"tuning": tuning, "ideas": ideas, "packaged": packaged}
+def words() -> list[Run]:
+    """One input and many questions: with the question in the prompt, with the task's name, or without."""
+    lora, by_task = {"LoRA r=10": TUNED["LoRA r=10"]}, BY_TASK
+    # Twelve tasks: somewhat more parameters than the others.
+    each = {
+        "a LoRA for each task": Method("lab", {"r": 1, "heads": 12, "share_a": False, "gate": "own", "init": "zero_b"})
+    }
+    prompts = {
+        "instruction": {**lora, **by_task},
+        "name": lora,
+        "input": {**lora, "R-LoRA, no dropout": TUNED["R-LoRA, no dropout"], **by_task, **each},
+    }
+    return [
+        replace(run, label=f"{run.label}; {prompt}")
+        for prompt, methods in prompts.items()
+        for run in grid(methods, RATES[1:], cells=(("words", "plenty"),), prompt=prompt)
+    ]
+
+
+PLANS = {"tuning": tuning, "ideas": ideas, "packaged": packaged, "words": words}

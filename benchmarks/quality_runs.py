@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from quality_data import SIZES, SUITES
+from quality_data import PROMPTS, SIZES, SUITES
 from quality_lab import OPTION_NAMES, LabOptions
 from quality_train import TRAINING_NAMES, TrainingOptions
 
@@ -46,6 +46,7 @@ class Run:
         options (`dict`): Settings of the adapter, and those of [`TrainingOptions`].
         train_rows (`int`), epochs (`int`), test_rows (`int`): In place of those of the size.
         model (`str`): Name of the base model.
+        prompt (`str`): One of `PROMPTS`.
         label (`str`): Name of the method in tables.
         wave (`int`): Runs of lower waves come first.
     """
@@ -61,11 +62,13 @@ class Run:
     epochs: int | None = None
     test_rows: int = 400
     model: str = ""
+    prompt: str = "instruction"
     label: str = ""
     wave: int = 0
 
     def __post_init__(self) -> None:
-        for name, accepted in (("method", METHODS), ("suite", tuple(SUITES)), ("size", tuple(SIZES))):
+        known = {"method": METHODS, "suite": tuple(SUITES), "size": tuple(SIZES), "prompt": PROMPTS}
+        for name, accepted in known.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, got {getattr(self, name)!r}.")
         self.training()
@@ -132,7 +135,7 @@ class Run:
         """Runs with the same value can train side by side."""
         if self.method not in LAB:
             return (self.key,)
-        data = (self.model, self.suite, self.size, self.rows, self.passes, self.test_rows, self.batch)
+        data = (self.model, self.suite, self.size, self.rows, self.passes, self.test_rows, self.batch, self.prompt)
         return (*data, self.lab().shape(), self.training().dropout_until, self.training().precondition)
 
     def cost(self) -> int:

@@ -286,24 +286,27 @@ def train(
 
 
 @torch.no_grad()
-def score(adapted: Adapted, batches: list[MicroBatch], candidates: int) -> torch.Tensor:
+def score(adapted: Adapted, batches: list[MicroBatch], candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-likelihoods of all options for all runs.
+    Log-likelihoods of all candidates for all runs, and how many tokens of each are not the likeliest one.
 
     Args:
         adapted ([`Adapted`]): The model.
         batches: On the device.
-        candidates (`int`): Options of all test rows.
+        candidates (`int`): Options and answers of all test rows.
 
     Returns:
-        `torch.Tensor` of shape `[K, candidates]`, on the CPU.
+        `tuple[torch.Tensor, torch.Tensor]` of shape `[K, candidates]`, on the CPU.
     """
     adapted.model.eval()
     scores = torch.zeros(adapted.runs * candidates, dtype=torch.float64, device=batches[0].ids.device)
+    misses = torch.zeros_like(scores)
     for batch in batches:
-        values = -F.cross_entropy(adapted.logits(batch), batch.targets, reduction="none")
+        logits = adapted.logits(batch)
+        values = -F.cross_entropy(logits, batch.targets, reduction="none")
         scores.index_add_(0, batch.owners, values.double())
-    return scores.view(adapted.runs, candidates).cpu()
+        misses.index_add_(0, batch.owners, (logits.argmax(-1) != batch.targets).double())
+    return scores.view(adapted.runs, candidates).cpu(), misses.view(adapted.runs, candidates).cpu()
 
 
 class Clock:

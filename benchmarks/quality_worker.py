@@ -67,7 +67,7 @@ class Trainer:
         self.base = self._load()
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.checksum = self._sum()
-        self._tasks: dict[tuple[str, int], Tasks] = {}
+        self._tasks: dict[tuple[str, int, str], Tasks] = {}
         # Folders of this machine have no place in results.
         command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
         self.environment = {**environment(), "command": command}
@@ -82,10 +82,10 @@ class Trainer:
         """Changes if a weight of the base does."""
         return int(sum(p.detach().view(torch.uint8).sum(dtype=torch.int64) for p in self.base.parameters()))
 
-    def tasks(self, suite: str, test_rows: int) -> Tasks:
-        key = (suite, test_rows)
+    def tasks(self, suite: str, test_rows: int, prompt: str = "instruction") -> Tasks:
+        key = (suite, test_rows, prompt)
         if key not in self._tasks:
-            self._tasks[key] = Tasks(self.settings.data / suite, SUITES[suite], self.tokenizer, test_rows)
+            self._tasks[key] = Tasks(self.settings.data / suite, SUITES[suite], self.tokenizer, test_rows, prompt)
         return self._tasks[key]
 
     def rows(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ class Trainer:
 
     def _train_and_score(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         first, clock, K = runs[0], Clock(self.device), len(runs)
-        tasks = self.tasks(first.suite, first.test_rows)
+        tasks = self.tasks(first.suite, first.test_rows, first.prompt)
         candidates = tasks.candidates()
         clock.lap("read")
 
@@ -128,7 +128,7 @@ class Trainer:
         limits = (self.settings.score_tokens, max(1, MAX_LOGITS // len(self.tokenizer)))
         parts = to_device(list(candidates.batches(K, *limits)), self.device)
         clock.lap("prepare scoring")
-        scores = score(adapted, parts, candidates.count).numpy()
+        scores, misses = (found.numpy() for found in score(adapted, parts, candidates.count))
         clock.lap("score")
         if self._sum() != self.checksum:
             self.base = self._load()
@@ -141,7 +141,7 @@ class Trainer:
             rows.append(
                 {
                     **run_facts(run),
-                    **scored(candidates.correct(scores[k])),
+                    **scored(candidates.correct(scores[k], misses[k])),
                     "trainable": adapted.trainable(),
                     "steps": len(history),
                     "losses": thinned(history),

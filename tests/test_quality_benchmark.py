@@ -20,13 +20,14 @@ from rlora_trl.evaluation.scoring import score_tasks
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
+import quality_words
 from quality_data import SUITES, MicroBatch, Tokens, training_steps
 from quality_lab import LabLinear, LabOptions, LabState, add_lab
 from quality_methods import adapt
 from quality_plans import METHODS as PLAN_METHODS
 from quality_plans import PLANS
 from quality_runs import LAB, METHODS, Run, groups_of, with_model
-from quality_train import Adapted, FlatAdamW, TrainingOptions, train
+from quality_train import Adapted, FlatAdamW, TrainingOptions, score, train
 from quality_worker import CAUSAL, Trainer, WorkerSettings
 
 
@@ -43,6 +44,8 @@ def data(tmp_path_factory):
             (folder / suite / task).mkdir(parents=True)
             for split, count in (("train", 24), ("test", 12)):
                 rows = [row(draw, long=number % 2 == 1) for _ in range(count)]
+                if suite == "words":
+                    rows = [{**one, "options": [], "answers": one["options"][:2]} for one in rows]
                 text = "".join(json.dumps(one) + "\n" for one in rows)
                 (folder / suite / task / f"{split}.jsonl").write_text(text)
     return folder
@@ -53,6 +56,7 @@ def row(draw, long):
     options = [" red blue", " red", " green blue"] if long else [" red", " blue", " green"]
     return {
         "prompt": f"{' '.join(words)} Answer:",
+        "input": " ".join(words),
         "completion": options[int(words[-1][1:]) % 3],
         "options": options,
     }
@@ -158,7 +162,7 @@ def test_lab_lora_is_lora():
 
 
 @pytest.mark.parametrize("init", ["rlora", "orthogonal", "mirrored", "zero_a", "zero_b"])
-@pytest.mark.parametrize("gate", ["softmax", "competing", "sigmoid", "uniform", "sum", "task"])
+@pytest.mark.parametrize("gate", ["softmax", "competing", "sigmoid", "uniform", "sum", "task", "task_sigmoid"])
 @pytest.mark.parametrize("share_a", [True, False])
 def test_first_delta_is_zero(init, gate, share_a):
     torch.manual_seed(0)
@@ -340,6 +344,61 @@ def test_scores_are_the_package_s(trainer, data):
     assert sum(len(members) for members in tasks.candidates().members) > len(tasks.candidates().inputs)
 
 
+@pytest.mark.parametrize("prompt", ["input", "name"])
+def test_answers_are_those_of_greedy_decoding(trainer, prompt):
+    """A row without options is right if what the model would write up to the end is one of its answers."""
+    adapter = Run("lab_lora", "words", learning_rate=0.1, prompt=prompt, **{**SMALL, "epochs": 30, "train_rows": 4})
+    tasks = trainer.tasks("words", 8, prompt)
+    adapted, expected = adapt(trainer.base, [adapter], tasks.names), {}
+    batches = training_steps([tasks.batches(4, 30, 8, 0)], 10_000)
+    train(adapted, batches, [adapter.training()], [0.1])
+    candidates = tasks.candidates()
+    scores, misses = score(adapted, list(candidates.batches(1, 500, 500)), candidates.count)
+    found = candidates.correct(scores[0].numpy(), misses[0].numpy())
+    for number, task in enumerate(tasks.names):
+        expected[task] = []
+        for one in tasks.test[task]:
+            text = f"{one['input']}\nAnswer:" if prompt == "input" else f"{task}: {one['input']}\nAnswer:"
+            written = greedy(adapted, trainer.tokenizer(text)["input_ids"], number, trainer.tokenizer.eos_token_id)
+            expected[task].append(any(written == trainer.tokenizer(a)["input_ids"] for a in one["answers"]))
+    assert found == expected
+    rights = [right for rows in found.values() for right in rows]
+    assert 0 < sum(rights) < len(rights)
+
+
+@torch.no_grad()
+def greedy(adapted, ids, task, end, most=6):
+    """The tokens that a model writes before the end."""
+    begin = len(ids)
+    while len(ids) - begin < most:
+        zero = torch.zeros(1, dtype=torch.int64)
+        batch = MicroBatch(torch.tensor([ids]), zero + task, zero + len(ids) - 1, zero, zero.float(), zero)
+        token = int(adapted.logits(batch).argmax())
+        if token == end:
+            return ids[begin:]
+        ids = [*ids, token]
+    return None
+
+
+def test_a_head_for_each_task():
+    """With gates "own" a task's outputs depend on its own head only, and on the task."""
+    base = TINY_MODELS["llama"]().double()
+    lab, state = add_lab(base, [LabOptions(heads=2, r=2, share_a=False, gate="own", init="zero_b")], [0], 2)
+    perturb(lab.double())
+    ids = torch.randint(5, 60, (1, 6)).expand(2, -1)
+    state.tasks = torch.tensor([0, 1])
+    before = lab(input_ids=ids).logits
+    assert not torch.allclose(before[0], before[1])
+    with torch.no_grad():
+        for module in lab.modules():
+            if isinstance(module, LabLinear):
+                module.B[:, 1].zero_()
+    after = lab(input_ids=ids).logits
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
+    with pytest.raises(ValueError, match="needs an initial delta of zero"):
+        LabOptions(heads=2, gate="own")
+
+
 # Data
 
 
@@ -360,6 +419,33 @@ def test_losses_are_those_of_completions(trainer):
     text = trainer.tokenizer.decode(example.ids[: example.begin + 1])
     assert text == row["prompt"]
     assert trainer.tokenizer.decode(example.targets).strip() == f"{row['completion'].strip()} <eos>"
+
+
+def test_words_are_in_one_split_of_all_tasks(tmp_path):
+    """Other fields than `output` count as answers, but the word itself is no rhyme of it."""
+    raw = tmp_path / "source" / "data" / "raw"
+    words = [f"word{i}" for i in range(60)]
+    for part in ("induce", "execute"):
+        (raw / part).mkdir(parents=True)
+        for task in quality_words.WORD_TASKS:
+            examples = {
+                str(i): {"input": word, "output": f"{word}x", "other_rhymes": [f"{word}x", word, f"{word}y"]}
+                for i, word in enumerate(words)
+            }
+            (raw / part / f"{task}.json").write_text(json.dumps({"examples": examples}))
+    quality_words.main(["--source", str(tmp_path / "source"), "--out", str(tmp_path / "words")])
+
+    inputs = {"train": set(), "test": set()}
+    for path in (tmp_path / "words").glob("*/*.jsonl"):
+        rows = [json.loads(line) for line in path.open()]
+        found = [one["input"] for one in rows]
+        assert len(set(found)) == len(found)
+        inputs[path.stem] |= set(found)
+    assert inputs["train"] | inputs["test"] == set(words) and not inputs["train"] & inputs["test"]
+    rhyme = json.loads((tmp_path / "words" / "rhymes" / "test.jsonl").read_text().splitlines()[0])
+    word = rhyme["input"]
+    assert rhyme["answers"] == [f" {word}x", f" {word}y"] and rhyme["completion"] == f" {word}x"
+    assert rhyme["prompt"] == f"{word}\n{quality_words.QUESTIONS['rhymes']}\nAnswer:"
 
 
 # Runs, keys and groups
@@ -409,7 +495,7 @@ def test_plans(name, smol):
         assert [group[0].wave for group in groups_of(runs, 8)] == sorted(run[0].wave for run in groups_of(runs, 8))
     sizes = {run.label: run for run in runs}
     # Lily shares its matrices between layers: 1.85 million parameters, whatever their number.
-    larger = {"8 ranks as heads", "LoRA-MoE", "PEFT Lily"}
+    larger = {"8 ranks as heads", "LoRA-MoE", "PEFT Lily", "a LoRA for each task; input"}
     for label, run in sizes.items():
         count = 30 // smol.config.num_hidden_layers * adapt(smol, [run], SUITES["multitask"]).trainable()
         assert count <= 1_900_800 or label in larger, (label, count)
