@@ -110,6 +110,38 @@ def _gsm8k(row: Mapping[str, Any]) -> _Row:
     return prompt, f" {re.sub('<<.*?>>', '', row['answer']).strip()}", []
 
 
+class _Glue(NamedTuple):
+    """A task of GLUE: the columns of its texts with their names in the prompt, a question, and the label's words."""
+
+    texts: dict[str, str]
+    question: str
+    words: tuple[str, ...]
+
+    def __call__(self, row: Mapping[str, Any]) -> _Row:
+        label = int(row["label"])
+        if not 0 <= label < len(self.words):  # -1: rows without an answer
+            return None
+        lines = "".join(f"{name}: {row[column].strip()}\n" for column, name in self.texts.items())
+        options = [f" {word}" for word in self.words]
+        return f"{lines}{self.question} Options: {', '.join(self.words)}.\nAnswer:", options[label], options
+
+
+_SENTENCES = {"sentence1": "Sentence 1", "sentence2": "Sentence 2"}
+_GLUE_TASKS = {
+    "sst2": _Glue({"sentence": "Review"}, "Is the review positive or negative?", ("negative", "positive")),
+    "cola": _Glue({"sentence": "Sentence"}, "Is it acceptable English?", ("no", "yes")),
+    "mrpc": _Glue(_SENTENCES, "Do the two sentences say the same thing?", ("no", "yes")),
+    "qqp": _Glue({"question1": "Question 1", "question2": "Question 2"}, "Do they ask the same thing?", ("no", "yes")),
+    "mnli": _Glue(
+        {"premise": "Premise", "hypothesis": "Hypothesis"}, "Does the first imply the second?", ("yes", "maybe", "no")
+    ),
+    "qnli": _Glue(
+        {"question": "Question", "sentence": "Sentence"}, "Does the sentence answer the question?", ("yes", "no")
+    ),
+    "rte": _Glue(_SENTENCES, "Does the first imply the second?", ("yes", "no")),
+}
+
+
 # BIG-Bench Hard: the options stand in the question, except for those of three tasks.
 _BBH_OPTIONS = {
     "boolean_expressions": ["False", "True"],
@@ -161,6 +193,14 @@ _SETTING1 = {
     ),
     "gsm8k": PaperSet("openai/gsm8k", "main", _gsm8k, ("question", "answer"), _OWN_TEST, "number"),
 }
+# Tasks of the authors' code for single tasks and ablations; the test rows of GLUE have no answers.
+_GLUE = {
+    task: PaperSet(
+        *("nyu-mll/glue", task, glue, (*glue.texts, "label")),
+        {"train": "train", "test": "validation_matched" if task == "mnli" else "validation"},
+    )
+    for task, glue in _GLUE_TASKS.items()
+}
 _BBH_METRICS = {"multistep_arithmetic_two": "number", "object_counting": "number", "word_sorting": "exact_match"}
 _BBH = {
     task: PaperSet(
@@ -178,13 +218,13 @@ _BBH = {
         "word_sorting",
     )
 }
-SETS: dict[str, PaperSet] = {**_SETTING1, **_BBH}
+SETS: dict[str, PaperSet] = {**_SETTING1, **_GLUE, **_BBH}
 # The examples of BIG-Bench Hard, three for each task.
 _EXAMPLES = PaperSet(
     *("Joschka/big_bench_hard", "few_shot_prompts", lambda row: None, ("dataset_name", "answer_only_prompt")),
     {"test": "few_shot_prompts"},
 )
-_GROUPS = {"setting1": tuple(_SETTING1), "bbh": tuple(_BBH), "bbh-few-shot": tuple(_BBH)}
+_GROUPS = {"setting1": tuple(_SETTING1), "glue": tuple(_GLUE), "bbh": tuple(_BBH), "bbh-few-shot": tuple(_BBH)}
 
 
 def load_paper_data(name: str, *, root: str | Path | None = None) -> DatasetDict:
@@ -192,7 +232,7 @@ def load_paper_data(name: str, *, root: str | Path | None = None) -> DatasetDict
     Load data of the R-LoRA paper.
 
     Args:
-        name (`str`): `"setting1"`, `"bbh"`, `"bbh-few-shot"`, or one of their tasks, such as `"gsm8k"`.
+        name (`str`): `"setting1"`, `"glue"`, `"bbh"`, `"bbh-few-shot"`, or one of their tasks, such as `"gsm8k"`.
         root (`str` or `Path`, *optional*): Folder with copies of the repositories, instead of the Hub.
 
     Returns:

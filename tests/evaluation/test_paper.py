@@ -86,6 +86,33 @@ REPLICAS = {
         ),
     ),
 }
+GLUE_ROWS = {
+    "sst2": (
+        {"sentence": "so good ", "label": 1},
+        ("Review: so good\nIs the review positive or negative?", "positive"),
+    ),
+    "cola": ({"sentence": "Me eat.", "label": 0}, ("Sentence: Me eat.\nIs it acceptable English?", "no")),
+    "mnli": (
+        {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0},
+        ("Premise: It rains.\nHypothesis: It is wet.\nDoes the first imply the second?", "yes"),
+    ),
+    "qnli": (
+        {"question": "Who?", "sentence": "Ann.", "label": 1},
+        ("Question: Who?\nSentence: Ann.\nDoes the sentence answer the question?", "no"),
+    ),
+    "mrpc": (
+        {"sentence1": "a", "sentence2": "b", "label": 1},
+        ("Sentence 1: a\nSentence 2: b\nDo the two sentences say the same thing?", "yes"),
+    ),
+    "qqp": (
+        {"question1": "a", "question2": "b", "label": 0},
+        ("Question 1: a\nQuestion 2: b\nDo they ask the same thing?", "no"),
+    ),
+    "rte": (
+        {"sentence1": "a", "sentence2": "b", "label": 1},
+        ("Sentence 1: a\nSentence 2: b\nDoes the first imply the second?", "no"),
+    ),
+}
 BBH_ROWS = {
     "boolean_expressions": ("not True is", "False", [" False", " True"]),
     "navigate": ("Do you return?\nOptions:\n- Yes\n- No", "No", [" Yes", " No"]),
@@ -147,6 +174,26 @@ def test_setting_1(root):
     for row in (rows[0] for rows in rows.values()):
         assert not row["options"] or row["completion"] in row["options"]
     assert paper_metrics("paper:setting1") == {"gsm8k": "number"} and paper_metrics("setting1") == {}
+
+
+@pytest.mark.parametrize("task", GLUE_ROWS)
+def test_glue(tmp_path, task):
+    """Rows of the test split have the label -1 and are not read; neither are rows of other splits without a label."""
+    row, (prompt, answer) = GLUE_ROWS[task]
+    splits = {"train": [row, {**row, "label": -1}], SETS[task].splits["test"]: [row], "test": [{**row, "label": -1}]}
+    save(
+        tmp_path,
+        "nyu-mll/glue",
+        {(task, split): [{**one, "idx": 3} for one in rows] for split, rows in splits.items()},
+    )
+    data = load_paper_data(task, root=tmp_path)
+    assert SETS[task].splits["test"] == ("validation_matched" if task == "mnli" else "validation")
+    for split in data.values():
+        (found,) = split.to_list()
+        options = found["options"]
+        listed = ", ".join(option.strip() for option in options)
+        assert found["prompt"] == f"{prompt} Options: {listed}.\nAnswer:"
+        assert found["completion"] == f" {answer}" and found["completion"] in options
 
 
 def test_bbh(root):
@@ -212,7 +259,9 @@ def test_changed_repositories(root):
 
 
 def test_other_names(monkeypatch):
-    with pytest.raises(ValueError, match="no data .paper:setting2.; there are setting1, bbh, bbh-few-shot, and their"):
+    with pytest.raises(
+        ValueError, match="no data .paper:setting2.; there are setting1, glue, bbh, bbh-few-shot, and their"
+    ):
         load_splits("paper:setting2")
     with pytest.raises(ValueError, match="paper:gsm8k can't be streamed"):
         load_splits("paper:gsm8k", streaming=True)
