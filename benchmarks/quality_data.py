@@ -147,7 +147,8 @@ def prompt_of(row: dict[str, Any], task: str, kind: str) -> str:
     """
     if kind == "instruction":
         return row["prompt"]
-    return f"{row['input']}\nAnswer:" if kind == "input" else f"{task}: {row['input']}\nAnswer:"
+    name = f"Task: {task}\n" if kind == "name" else ""
+    return f"{name}Input: {row['input']}\nAnswer:"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

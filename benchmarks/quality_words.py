@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 
-# The question of each task; a prompt is the input, the question and "Answer:".
+# The question of each task; a prompt is the question, "Input:" with the input, and "Answer:". Words follow a space, as
+# their tokens are others at the beginning of a text.
 QUESTIONS = {
     "antonyms": "What is the opposite of the word?",
     "synonyms": "What is a synonym of the word?",
@@ -60,7 +61,7 @@ def row(task: str, example: dict[str, Any]) -> dict[str, Any]:
     return {
         "task": task,
         "input": example["input"],
-        "prompt": f"{example['input']}\n{QUESTIONS[task]}\nAnswer:",
+        "prompt": f"{QUESTIONS[task]}\nInput: {example['input']}\nAnswer:",
         "completion": f" {example['output']}",
         "options": [],
         "answers": [f" {answer}" for answer in dict.fromkeys(answers)],

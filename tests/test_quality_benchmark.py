@@ -358,7 +358,8 @@ def test_answers_are_those_of_greedy_decoding(trainer, prompt):
     for number, task in enumerate(tasks.names):
         expected[task] = []
         for one in tasks.test[task]:
-            text = f"{one['input']}\nAnswer:" if prompt == "input" else f"{task}: {one['input']}\nAnswer:"
+            text = f"Input: {one['input']}\nAnswer:"
+            text = text if prompt == "input" else f"Task: {task}\n{text}"
             written = greedy(adapted, trainer.tokenizer(text)["input_ids"], number, trainer.tokenizer.eos_token_id)
             expected[task].append(any(written == trainer.tokenizer(a)["input_ids"] for a in one["answers"]))
     assert found == expected
@@ -445,7 +446,7 @@ def test_words_are_in_one_split_of_all_tasks(tmp_path):
     rhyme = json.loads((tmp_path / "words" / "rhymes" / "test.jsonl").read_text().splitlines()[0])
     word = rhyme["input"]
     assert rhyme["answers"] == [f" {word}x", f" {word}y"] and rhyme["completion"] == f" {word}x"
-    assert rhyme["prompt"] == f"{word}\n{quality_words.QUESTIONS['rhymes']}\nAnswer:"
+    assert rhyme["prompt"] == f"{quality_words.QUESTIONS['rhymes']}\nInput: {word}\nAnswer:"
 
 
 # Runs, keys and groups
