@@ -25,6 +25,9 @@ class RLoraSFTConfig(SFTConfig):
     Configuration of [`RLoraSFTTrainer`]: all of `trl.SFTConfig`, and the fields below.
 
     Parameters:
+        learning_rate (`float`, *optional*, defaults to `5e-4`):
+            Initial learning rate of AdamW.
+
         > Parameters that control the tasks
 
         task_column (`str`, *optional*, defaults to `"task"`):
@@ -74,12 +77,14 @@ class RLoraSFTConfig(SFTConfig):
             Name of the base model on the Hub, for publishing an adapter that was trained on a local folder.
 
     > [!NOTE]
-    > One default differs from `trl.SFTConfig`: `bf16` is `True` unless `fp16` is set or the machine has no
-    > accelerator, where `SFTConfig` raises an error.
+    > Two defaults differ from `trl.SFTConfig`. `learning_rate` is 5e-4, as 2e-5 is meant for training all weights of a
+    > model. `bf16` is `True` unless `fp16` is set or the machine has no accelerator, where `SFTConfig` raises an error.
 
     Raises:
         ValueError: If a field has a value outside its range, or fields contradict each other.
     """
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of AdamW."})
 
     task_column: str = field(
         default="task", metadata={"help": "Column that names the task of each row, in a dataset of several tasks."}
