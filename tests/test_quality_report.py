@@ -11,7 +11,8 @@ from processes import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality_report
-from quality_report import Seeds, against, bits, bootstrap, compare, differences, methods_of
+from quality_intervals import Seeds, against, bits, bootstrap, compare, differences
+from quality_rows import methods_of
 from quality_worker import scored
 
 
