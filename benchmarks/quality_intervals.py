@@ -44,7 +44,8 @@ def differences(ours: Sequence[Row], other: Sequence[Row]) -> Differences:
 
 @lru_cache(maxsize=64)
 def row_weights(suite: str, task: str, count: int, repeats: int, seed: int) -> np.ndarray:
-    """Shares `[repeats, count]` of a task's rows, drawn with replacement. They are slow to draw, and all pairs share them."""
+    """Shares `[repeats, count]` of a task's rows, drawn with replacement."""
+    # Kept, as drawing them takes most of the time, and all comparisons use the same ones.
     rng = np.random.default_rng([seed, *f"{suite}/{task}".encode()])
     return rng.multinomial(count, np.full(count, 1 / count), repeats).astype(np.float32) / count
 

@@ -16,15 +16,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from quality_intervals import Seeds, against
-from quality_rows import Cell, Method, Row, Setting, cells_of, methods_of, read
+from quality_rows import Cell, Method, Row, Setting, by_model, cells_of, methods_of, read
 from report import HERE, replace_block
 
 
 ROWS = HERE / "results" / "quality.jsonl"
 REFERENCE = "LoRA r=10"
-
-
-# Tables
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -143,7 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = read(*args.rows)
     if not rows:
         parser.error(f"{', '.join(map(str, args.rows))}: no rows without an error.")
-    text = report(rows, seeds, args.reference, curves=args.curves)
+    models = by_model(rows)
+    parts = [(model, report(same, seeds, args.reference, curves=args.curves)) for model, same in models.items()]
+    text = "\n\n".join(f"Base model: {model}.\n\n{tables}" if len(models) > 1 else tables for model, tables in parts)
     print(text)
     if args.update is not None:
         replace_block(args.update, "quality", text)

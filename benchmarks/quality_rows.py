@@ -68,10 +68,26 @@ class Method:
         return max(full, key=lambda s: full[s], default=None)
 
 
-def methods_of(rows: Iterable[Row]) -> dict[str, Method]:
-    """Methods by name. What is not trained counts for all settings as one."""
-    found: dict[str, Method] = {}
+def by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each base model, that with the most rows first."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
+        found.setdefault(row.get("model", ""), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def methods_of(rows: Iterable[Row]) -> dict[str, Method]:
+    """
+    Methods by name. What is not trained counts for all settings as one.
+
+    Raises:
+        ValueError: If the rows are of several base models.
+    """
+    models = by_model(rows)
+    if len(models) > 1:
+        raise ValueError(f"Rows of {', '.join(models)}. Compare methods on one base model.")
+    found: dict[str, Method] = {}
+    for row in (row for same in models.values() for row in same):
         found.setdefault(row["name"], Method(row["name"])).add(row)
     return found
 
