@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from quality_intervals import Estimate, at_settings, chosen
 from quality_plans import IDEA_CELLS, IDEAS, METHODS, TUNED
-from quality_report import REFERENCE
+from quality_report import REFERENCE, setting_text
 from quality_rows import Cell, Method, Row, Setting, cells_of, methods_of
 
 
@@ -76,6 +76,18 @@ def tuned_line(ours: Method, other: Method, cells: Sequence[Cell], *, one: bool 
     seeds = tuple(unseen) or TUNING_SEEDS
     each, mean = at_settings(ours, mine, other, theirs, seeds)
     return Line(ours, mine, seeds, each, mean if len(each) == len(cells) else None)
+
+
+def gaps(method: Method, cells: Sequence[Cell]) -> list[str]:
+    """The chosen settings that have rows of the tuning seed only, of a method that has other seeds elsewhere."""
+    seeds = {row["seed"] for cell in cells for setting in method.settings(cell) for row in method.runs(cell, setting)}
+    if seeds <= set(TUNING_SEEDS):
+        return []
+    return [
+        f"{method.name}, {', '.join(cell)}: {setting_text(setting)}"
+        for cell, setting in chosen(method, cells, TUNING_SEEDS).items()
+        if {row["seed"] for row in method.runs(cell, setting)} <= set(TUNING_SEEDS)
+    ]
 
 
 def paper_line(ours: Method, other: Method, cells: Sequence[Cell]) -> Line:

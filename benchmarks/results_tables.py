@@ -80,14 +80,20 @@ def paper_rate_block(study: Study) -> str:
     return f"{text}\n\n{_by_cell(lines, study.cells, REFERENCE, with_setting=False)}"
 
 
-def recipe_block(study: Study, label: str = RECIPE) -> str:
-    """The recipe beside LoRA on seeds that nothing was chosen on; empty without such rows."""
+def recipe_line(study: Study, label: str) -> Line | None:
+    """The recipe, with one setting, beside LoRA tuned for each cell, on seeds that nothing was chosen on."""
     if not {label, REFERENCE} <= set(study.methods):
+        return None
+    line = tuned_line(study.methods[label], study.methods[REFERENCE], study.cells, one=True)
+    return None if line.seeds == TUNING_SEEDS or line.mean is None else line
+
+
+def recipe_block(study: Study, label: str = RECIPE) -> str:
+    """The recipe beside LoRA, cell by cell; empty without rows of other seeds."""
+    one = recipe_line(study, label)
+    if one is None:
         return ""
-    ours, lora = study.methods[label], study.methods[REFERENCE]
-    one = tuned_line(ours, lora, study.cells, one=True)
-    if one.seeds == TUNING_SEEDS or one.mean is None:
-        return ""
+    ours, lora = one.method, study.methods[REFERENCE]
     theirs = chosen(lora, study.cells, TUNING_SEEDS)
     body = []
     for cell in study.cells:
@@ -99,10 +105,10 @@ def recipe_block(study: Study, label: str = RECIPE) -> str:
         body.append(
             ["mean, recipe tuned for each cell too", number(each.mean_accuracy(study.cells)), "", str(each.mean)]
         )
-    what = METHODS[label].what if label in METHODS else ""
+    name = f"`{label}` ({METHODS[label].what})" if label in METHODS else f"`{label}`"
     setting = setting_text(one.settings[study.cells[0]])
     text = (
-        f"{label}{f': {what}' if what else ''}. It has one setting for all cells (learning rate {setting}) and "
+        f"{name} has one setting for all cells (learning rate {setting}) and "
         f"{parameters(ours)} M parameters; {REFERENCE} has {parameters(lora)} M and its best setting in each cell. "
         f"Settings of both were chosen on {with_seeds(TUNING_SEEDS)}, and the comparison uses "
         f"{with_seeds(one.seeds)}. Accuracy in %, differences in points."
@@ -170,6 +176,12 @@ def summary_block(study: Study) -> str:
             if line.mean is not None:
                 where = f"mean over {len(study.cells)} cells, {with_seeds(line.seeds)}"
                 found.append(f"- **{OURS} less {REFERENCE}, {how}:** {line.mean} points ({where}).")
+    recipe = recipe_line(study, RECIPE)
+    if recipe is not None:
+        where = f"mean over {len(study.cells)} cells, {with_seeds(recipe.seeds)}"
+        found.append(
+            f"- **The recipe less {REFERENCE}, which is tuned for each cell:** {recipe.mean} points ({where})."
+        )
     ideas = [(line, line.mean) for line in idea_lines(study) if line.mean is not None]
     if ideas:
         above, below = sum(mean.low > 0 for _, mean in ideas), sum(mean.high < 0 for _, mean in ideas)

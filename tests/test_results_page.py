@@ -19,8 +19,8 @@ from quality_rows import by_model, methods_of
 from quality_runs import Run
 from quality_worker import run_facts, scored
 from results_figures import CURVES, curve, draw_ideas, draw_learning_rates
-from results_lines import Study, paper_line, shared_seeds, tuned_line
-from results_tables import NOT_MEASURED, recipe_block, summary_block, tried_block, tuned_block
+from results_lines import Study, gaps, paper_line, shared_seeds, tuned_line
+from results_tables import NOT_MEASURED, RECIPE, recipe_block, summary_block, tried_block, tuned_block
 
 
 DOCUMENT = ROOT / "docs" / "results.md"
@@ -117,6 +117,8 @@ def test_methods_are_compared_on_seeds_that_chose_nothing():
     rows = tuning(MULTITASK) + final("R-LoRA", 0.3, 1e-3, MULTITASK)
     methods = methods_of(rows)
     assert tuned_line(methods["R-LoRA"], methods[LORA], MULTITASK).seeds == (0,)
+    assert gaps(methods["R-LoRA"], MULTITASK[:1]) == ["R-LoRA, multitask, plenty: 0.002"]
+    assert gaps(methods[LORA], MULTITASK) == gaps(methods["LoRA+ 4"], MULTITASK) == []
     # Cells that a method has no rows in do not matter, but then there is no mean over all.
     rows = tuning(MULTITASK[:1]) + final("R-LoRA", 0.3, 2e-3, MULTITASK[:1]) + [made(LORA, 0.7, cell=MULTITASK[1])]
     methods = methods_of(rows)
@@ -137,6 +139,7 @@ def test_at_the_paper_s_rate_all_seeds_count():
 
 def test_the_recipe_has_one_setting():
     """Also where a cell has a better one."""
+    assert RECIPE in METHODS
     rows = tuning() + final() + [made("ranks, sigmoid", 1.0, 4e-3, seed, CELLS[0]) for seed in (0, 1, 2)]
     text = recipe_block(Study(rows), "ranks, sigmoid")
     assert "learning rate 0.001" in text and "1.90 M" in text
@@ -144,6 +147,9 @@ def test_the_recipe_has_one_setting():
     assert float(cells_in(text, "mean, recipe tuned for each cell too")[1]) > 80
     mean = cells_in(text, "mean over cells")[-1]
     assert re.fullmatch(r"\*\*\+1\d\.\d\d \[\+\d+\.\d\d, \+1\d\.\d\d\]\*\*", mean)
+    if RECIPE == "ranks, sigmoid":
+        expected = "- **The recipe less LoRA r=10, which is tuned for each cell:** " + mean.strip("*")
+        assert expected in summary_block(Study(rows))
     assert recipe_block(Study(tuning()), "ranks, sigmoid") == recipe_block(Study(rows), "no such method") == ""
     missing = [row for row in rows if row["seed"] == 0 or (row["suite"], row["size"]) != CELLS[3]]
     assert recipe_block(Study(missing), "ranks, sigmoid") == ""  # not in all cells
