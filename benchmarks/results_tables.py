@@ -179,9 +179,7 @@ def summary_block(study: Study) -> str:
     recipe = recipe_line(study, RECIPE)
     if recipe is not None:
         where = f"mean over {len(study.cells)} cells, {with_seeds(recipe.seeds)}"
-        found.append(
-            f"- **The recipe less {REFERENCE}, which is tuned for each cell:** {recipe.mean} points ({where})."
-        )
+        found.append(f"- **The recipe less {REFERENCE}, tuned for each cell:** {recipe.mean} points ({where}).")
     ideas = [(line, line.mean) for line in idea_lines(study) if line.mean is not None]
     if ideas:
         above, below = sum(mean.low > 0 for _, mean in ideas), sum(mean.high < 0 for _, mean in ideas)

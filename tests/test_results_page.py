@@ -44,7 +44,7 @@ def tuning(cells=CELLS, model="small"):
     shares = {
         LORA: {2e-4: 0.4, 1e-3: 0.7, 2e-3: 0.5},
         "R-LoRA": {2e-4: 0.6, 1e-3: 0.5, 2e-3: 0.7},
-        "ranks, sigmoid": {1e-3: 0.9, 2e-3: 0.2},
+        RECIPE: {1e-3: 0.9, 2e-3: 0.2},
         "LoRA+ 4": {2e-4: 0.1},
     }
     return [
@@ -55,7 +55,7 @@ def tuning(cells=CELLS, model="small"):
     ]
 
 
-def final(label="ranks, sigmoid", share=0.8, rate=1e-3, cells=CELLS):
+def final(label=RECIPE, share=0.8, rate=1e-3, cells=CELLS):
     """Both on seeds that nothing was chosen on."""
     pairs = [(LORA, 0.7, 1e-3), (label, share, rate)]
     return [made(name, right, at, seed, cell) for name, right, at in pairs for seed in (1, 2) for cell in cells]
@@ -139,27 +139,25 @@ def test_at_the_paper_s_rate_all_seeds_count():
 
 def test_the_recipe_has_one_setting():
     """Also where a cell has a better one."""
-    assert RECIPE in METHODS
-    rows = tuning() + final() + [made("ranks, sigmoid", 1.0, 4e-3, seed, CELLS[0]) for seed in (0, 1, 2)]
-    text = recipe_block(Study(rows), "ranks, sigmoid")
+    rows = tuning() + final() + [made(RECIPE, 1.0, 4e-3, seed, CELLS[0]) for seed in (0, 1, 2)]
+    text = recipe_block(Study(rows), RECIPE)
     assert "learning rate 0.001" in text and "1.90 M" in text
     assert float(cells_in(text, "multitask, plenty")[1]) < 90
     assert float(cells_in(text, "mean, recipe tuned for each cell too")[1]) > 80
     mean = cells_in(text, "mean over cells")[-1]
     assert re.fullmatch(r"\*\*\+1\d\.\d\d \[\+\d+\.\d\d, \+1\d\.\d\d\]\*\*", mean)
-    if RECIPE == "ranks, sigmoid":
-        expected = "- **The recipe less LoRA r=10, which is tuned for each cell:** " + mean.strip("*")
-        assert expected in summary_block(Study(rows))
-    assert recipe_block(Study(tuning()), "ranks, sigmoid") == recipe_block(Study(rows), "no such method") == ""
+    expected = "- **The recipe less LoRA r=10, tuned for each cell:** " + mean.strip("*")
+    assert expected in summary_block(Study(rows))
+    assert recipe_block(Study(tuning()), RECIPE) == recipe_block(Study(rows), "no such method") == ""
     missing = [row for row in rows if row["seed"] == 0 or (row["suite"], row["size"]) != CELLS[3]]
-    assert recipe_block(Study(missing), "ranks, sigmoid") == ""  # not in all cells
+    assert recipe_block(Study(missing), RECIPE) == ""  # not in all cells
 
 
 def test_ideas_are_sorted_and_counted():
     study = Study(tuning() + [made("ranks, top 4", 0.5, cell=CELLS[0])])
     text = tried_block(study)
     names = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][2:]
-    assert names == [LORA, "ranks, sigmoid", "R-LoRA", "LoRA+ 4", "ranks, top 4"]  # last what lacks a cell
+    assert names == [LORA, RECIPE, "R-LoRA", "LoRA+ 4", "ranks, top 4"]  # last what lacks a cell
     assert cells_in(text, "LoRA+ 4")[1:3] == [IDEAS["LoRA+ 4"].what, "1"] and cells_in(text, "R-LoRA")[2] == "3"
     summary = summary_block(study)
     assert "Of 3 methods that were tried** (1 of them variants of LoRA; mean over 2 cells, seed 0)" in summary
