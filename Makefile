@@ -12,7 +12,7 @@ PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
 # `make test-latest` upgrades these beyond the ceilings in pyproject.toml and the versions in constraints.txt.
 UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tokenizers safetensors
 
-.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu fuzz bench quality style clean
+.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu fuzz bench results quality style clean
 
 quickstart: $(VENV)/.installed  ## Install, and train the demo
 	$(BIN)/accelerate launch examples/sft_flan.py
@@ -79,6 +79,9 @@ bench:  ## All benchmarks, on CUDA devices, the page and its figure; BENCH="--he
 	$(PYTHON) benchmarks/cpu.py --out benchmarks/results/cpu.jsonl
 	$(PYTHON) benchmarks/report.py --update
 	$(PYTHON) benchmarks/large.py --report
+
+results:  ## The page on accuracy and its figures, from the rows of benchmarks/quality.py in benchmarks/results/
+	$(BIN)/python benchmarks/results_page.py
 
 quality:  ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from quality_plans import CELLS, METHODS, PLANS, RATES, grid
+from quality_rows import read
 from quality_runs import LAB, Run, group_cost, groups_of, with_model
 from quality_worker import WorkerSettings, run_facts, work
 
@@ -165,17 +166,6 @@ class Pool:
             )
 
 
-def read_results(path: Path) -> list[dict]:
-    """The rows of a file; a line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 def planned(args: argparse.Namespace) -> list[Run]:
     """All runs that were asked for, those left out that are done."""
     runs = [run for name in args.plan for run in PLANS[name]()]
@@ -185,7 +175,7 @@ def planned(args: argparse.Namespace) -> list[Run]:
         runs += grid(chosen, tuple(args.rates), tuple(args.seeds), cells, batch=args.batch)
     for path in args.runs:
         runs += [Run.from_dict(values) for values in json.loads(path.read_text())]
-    done = {row["key"] for row in read_results(args.out) if "error" not in row}
+    done = {row["key"] for row in read(args.out)}
     return [run for run in with_model(runs, args.model.name) if run.key not in done]
 
 

@@ -8,6 +8,7 @@ from quality_runs import Run
 
 
 CELLS = tuple(product(("multitask", "setting1"), ("plenty", "little")))
+IDEA_CELLS = CELLS[:2]  # those that all ideas are tried in
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 
 
@@ -18,106 +19,151 @@ class Method(NamedTuple):
     Args:
         method (`str`): Of a [`Run`].
         options (`dict`): Likewise.
+        what (`str`): What it is, for readers of the table.
         rates (`tuple[float, ...]`): Learning rates of the plan `ideas`.
         wave (`int`): Lower ones first, there.
     """
 
     method: str
     options: dict[str, Any]
+    what: str
     rates: tuple[float, ...] = (1e-3, 2e-3)
     wave: int = 0
 
 
-def _lora(wave: int = 0, rates: tuple[float, ...] = (5e-4, 1e-3), **options: Any) -> Method:
-    return Method("lab_lora", options, rates, wave)
+# Learning rates of ideas. Gates of 1 make the delta larger than a softmax does, so their best rate is lower.
+_USUAL, _HIGH, _LOW = (5e-4, 1e-3), (1e-3, 2e-3), (2e-4, 5e-4)
 
 
-def _ranks(wave: int = 0, rates: tuple[float, ...] = (1e-3, 2e-3), **options: Any) -> Method:
+def _lora(what: str, wave: int = 0, rates: tuple[float, ...] = _USUAL, **options: Any) -> Method:
+    return Method("lab_lora", options, what, rates, wave)
+
+
+def _ranks(what: str, wave: int = 0, rates: tuple[float, ...] = _HIGH, **options: Any) -> Method:
     # Seven heads of rank 1 with a router have as many parameters as LoRA of rank 10.
-    return Method("lab_ranks", {"heads": 7, **options}, rates, wave)
+    return Method("lab_ranks", {"heads": 7, **options}, what, rates, wave)
 
 
-def _heads(wave: int = 0, rates: tuple[float, ...] = (5e-4, 1e-3), **options: Any) -> Method:
-    return Method("lab_rlora", {"dropout": 0.0, **options}, rates, wave)
+def _gates(what: str, wave: int = 0, **options: Any) -> Method:
+    """Ranks as heads whose gates are 1 at the start."""
+    return _ranks(what, wave, _USUAL, **{"gate": "sigmoid", "scaling": "alpha/sqrt(rN)", **options})
 
+
+def _heads(what: str, wave: int = 0, rates: tuple[float, ...] = _USUAL, **options: Any) -> Method:
+    return Method("lab_rlora", {"dropout": 0.0, **options}, what, rates, wave)
+
+
+_RANKS = _ranks("seven heads of rank 1, each with an A of its own, softmax router, no dropout")
+_NO_DROPOUT = "R-LoRA without head dropout"
 
 TUNED = {
-    "LoRA r=10": _lora(),
-    "R-LoRA": Method("lab_rlora", {}),
-    "R-LoRA, no dropout": _heads(),
-    "8 ranks as heads": Method("lab_ranks", {}),
-    "ranks as heads": _ranks(),
+    "LoRA r=10": _lora("LoRA of rank 10 with alpha/sqrt(r), the reference"),
+    "R-LoRA": Method(
+        "lab_rlora", {}, "as the paper: three heads of rank 4, Table 1, softmax router from zero, head dropout 0.2"
+    ),
+    "R-LoRA, no dropout": _heads(_NO_DROPOUT),
+    "8 ranks as heads": Method("lab_ranks", {}, "eight heads of rank 1, more parameters than LoRA has"),
+    "ranks as heads": _RANKS,
 }
 
 # Names of the MLP and of attention.
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_LOW, _HIGH = (2e-4, 5e-4), (2e-3, 4e-3)
 _EARLY = {"router_init": "kaiming_uniform", "router_rate": 0.01}
 
 # What is tried against LoRA, and what of it LoRA can have too. Settings that do not change a shape train side by side.
 IDEAS = {
-    "LoRA r=10": _lora(),
-    "LoRA, EMA 0.98": _lora(ema=0.98),
-    "LoRA, EMA 0.95": _lora(ema=0.95),
-    "LoRA+ 4": _lora(rates=_LOW, b_ratio=4.0),
-    "LoRA+ 16": _lora(rates=_LOW, b_ratio=16.0),
-    "LoRA, A faster": _lora(a_ratio=4.0),
-    "LoRA, decay 0.1": _lora(weight_decay=0.1),
-    "LoRA, warm-up 0.2": _lora(warmup=0.2),
-    "LoRA, beta2 0.98": _lora(beta2=0.98),
-    "LoRA, alpha 64": _lora(alpha=64.0),
-    "LoRA, rates by width": _lora(width_power=0.5),
-    "ranks as heads": _ranks(),
-    "ranks, EMA 0.98": _ranks(ema=0.98),
-    "ranks, decay to init 0.1": _ranks(weight_decay=0.1, decay_to="init"),
-    "ranks, decay to zero 0.1": _ranks(weight_decay=0.1),
-    "ranks, B faster": _ranks(rates=(5e-4, 1e-3), b_ratio=4.0),
-    "ranks, A faster": _ranks(rates=(5e-4, 1e-3), a_ratio=4.0),
-    "ranks, router faster": _ranks(router_ratio=10.0),
-    "ranks, early router": _ranks(**_EARLY),
-    "ranks, temperature 0.3": _ranks(temperature=0.3),
-    "ranks, gamma 16": _ranks(gamma=16.0),
-    "ranks, gamma 256": _ranks(gamma=256.0),
-    "ranks, orthogonal": _ranks(init="orthogonal"),
-    "ranks, rates by width": _ranks(width_power=0.5),
-    "ranks, sigmoid": _ranks(rates=(5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)"),
-    "ranks, sigmoid, EMA 0.98": _ranks(rates=(5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)", ema=0.98),
-    "ranks, sigmoid, early router": _ranks(
-        rates=(5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)", router_rate=0.01
+    "LoRA r=10": TUNED["LoRA r=10"],
+    "LoRA, EMA 0.98": _lora("scored with an average of the weights over about 50 steps", ema=0.98),
+    "LoRA, EMA 0.95": _lora("scored with an average of the weights over about 20 steps", ema=0.95),
+    "LoRA+ 4": _lora("LoRA+: B learns four times as fast as A", rates=_LOW, b_ratio=4.0),
+    "LoRA+ 16": _lora("LoRA+: B learns 16 times as fast as A", rates=_LOW, b_ratio=16.0),
+    "LoRA, A faster": _lora("A learns four times as fast as B", a_ratio=4.0),
+    "LoRA, decay 0.1": _lora("weight decay", weight_decay=0.1),
+    "LoRA, warm-up 0.2": _lora("the learning rate rises over a fifth of the steps", warmup=0.2),
+    "LoRA, beta2 0.98": _lora("AdamW forgets squared gradients sooner", beta2=0.98),
+    "LoRA, alpha 64": _lora("twice the scale", alpha=64.0),
+    "LoRA, rates by width": _lora("lower rates for wider layers", width_power=0.5),
+    "ranks as heads": _RANKS,
+    "ranks, EMA 0.98": _ranks("ranks as heads, scored with an average of the weights", ema=0.98),
+    "ranks, decay to init 0.1": _ranks(
+        "weights decay towards their initial values, where the delta is zero", weight_decay=0.1, decay_to="init"
     ),
-    "ranks, sigmoid, gamma 256": _ranks(rates=(5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)", gamma=256.0),
-    "ranks, sigmoid, orthogonal": _ranks(
-        rates=(5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)", init="orthogonal"
+    "ranks, decay to zero 0.1": _ranks("usual weight decay, which moves the delta away from zero", weight_decay=0.1),
+    "ranks, B faster": _ranks("B learns four times as fast as A", rates=_USUAL, b_ratio=4.0),
+    "ranks, A faster": _ranks("A learns four times as fast as B", rates=_USUAL, a_ratio=4.0),
+    "ranks, router faster": _ranks("the router learns ten times as fast", router_ratio=10.0),
+    "ranks, early router": _ranks("a random router with a high rate of its own, so that it decides early", **_EARLY),
+    "ranks, temperature 0.3": _ranks("a sharper softmax", temperature=0.3),
+    "ranks, gamma 16": _ranks("larger initial values of A and B", gamma=16.0),
+    "ranks, gamma 256": _ranks("smaller initial values of A and B", gamma=256.0),
+    "ranks, orthogonal": _ranks("orthogonal initial rows of A and B", init="orthogonal"),
+    "ranks, rates by width": _ranks("lower rates for wider layers", width_power=0.5),
+    "ranks, sigmoid": _gates("gates that do not compete: twice a sigmoid for each rank, 1 at the start"),
+    "ranks, sigmoid, EMA 0.98": _gates("sigmoid gates, scored with an average of the weights", ema=0.98),
+    "ranks, sigmoid, early router": _gates("sigmoid gates, and a high rate of the router", router_rate=0.01),
+    "ranks, sigmoid, gamma 256": _gates("sigmoid gates, smaller initial values", gamma=256.0),
+    "ranks, sigmoid, orthogonal": _gates("sigmoid gates, orthogonal initial rows", init="orthogonal"),
+    "ranks, dropout 0.1": _ranks("head dropout 0.1", 1, dropout=0.1),
+    "ranks, dropout 0.2": _ranks("head dropout 0.2", 1, dropout=0.2),
+    "ranks, dropout 0.2 for a half": _ranks(
+        "head dropout in the first half of training only", 1, dropout=0.2, dropout_until=0.5
     ),
-    "ranks, dropout 0.1": _ranks(1, dropout=0.1),
-    "ranks, dropout 0.2": _ranks(1, dropout=0.2),
-    "ranks, dropout 0.2 for a half": _ranks(1, dropout=0.2, dropout_until=0.5),
-    "ranks, sigmoid, zero B": _ranks(1, (5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)", init="zero_b"),
-    "ranks, sigmoid, zero A": _ranks(1, (5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)", init="zero_a"),
-    "ranks, sigmoid, dropout 0.1": _ranks(1, (5e-4, 1e-3), gate="sigmoid", scaling="alpha/sqrt(rN)", dropout=0.1),
-    "ranks, competing": _ranks(1, (5e-4, 1e-3), gate="competing", scaling="alpha/sqrt(rN)"),
-    "ranks, top 4": _ranks(1, gate="top_k", top_k=4, router_init="kaiming_uniform"),
-    "ranks, zero A, early router": _ranks(1, init="zero_a", **_EARLY),
-    "LoRA, Table 1 and anchor": _lora(1, init="rlora"),
-    "LoRA, orthogonal and anchor": _lora(1, init="orthogonal"),
-    "LoRA, Table 1 and anchor, decay to init 0.1": _lora(1, init="rlora", weight_decay=0.1, decay_to="init"),
-    "LoRA, mirrored": _lora(1, init="mirrored"),
-    "LoRA, dropout 0.1": _lora(1, dropout=0.1, position="input"),
-    "LoRA, rank dropout 0.2": _lora(1, dropout=0.2),
-    "LoRA, rank dropout 0.2 for a half": _lora(1, dropout=0.2, dropout_until=0.5),
-    "LoRA, preconditioned": _lora(1, precondition=1e-4),
-    "LoRA, more rank in down": _lora(1, ranks={"down_proj": 16, "gate_proj": 7, "up_proj": 7}),
-    "LoRA, down only": _lora(1, r=30, targets=("down_proj",)),
-    "LoRA, all linear layers": _lora(1, r=6, targets=_ALL),
-    "ranks, all linear layers": _ranks(1, heads=4, targets=_ALL),
-    "R-LoRA, no dropout": _heads(1),
-    "R-LoRA, dropout 0.2 for a half": _heads(1, dropout=0.2, dropout_until=0.5),
-    "R-LoRA, sigmoid": _heads(1, gate="sigmoid", scaling="alpha/sqrt(rN)"),
-    "R-LoRA, sigmoid, dropout 0.1": _heads(1, gate="sigmoid", scaling="alpha/sqrt(rN)", dropout=0.1),
-    "R-LoRA, competing": _heads(1, gate="competing", scaling="alpha/sqrt(rN)"),
-    "R-LoRA, decay to init 0.1": _heads(1, weight_decay=0.1, decay_to="init"),
-    "R-LoRA, zero A, early router": _heads(1, init="zero_a", **_EARLY),
-    "R-LoRA by task": _heads(1, gate="task"),
+    "ranks, sigmoid, zero B": _gates("sigmoid gates, B starts at zero as in LoRA", 1, init="zero_b"),
+    "ranks, sigmoid, zero A": _gates("sigmoid gates, A starts at zero", 1, init="zero_a"),
+    "ranks, sigmoid, dropout 0.1": _gates("sigmoid gates and head dropout", 1, dropout=0.1),
+    "ranks, competing": _gates(
+        "a softmax times the number of heads, so that each gate starts at 1", 1, gate="competing"
+    ),
+    "ranks, top 4": _ranks(
+        "the four ranks with the largest logits count for a token",
+        1,
+        gate="top_k",
+        top_k=4,
+        router_init="kaiming_uniform",
+    ),
+    "ranks, zero A, early router": _ranks(
+        "A starts at zero, and the router decides early", 1, init="zero_a", **_EARLY
+    ),
+    "LoRA, Table 1 and anchor": _lora(
+        "R-LoRA's initial values, less the initial delta; one head, no router", 1, init="rlora"
+    ),
+    "LoRA, orthogonal and anchor": _lora("orthogonal initial rows, less the initial delta", 1, init="orthogonal"),
+    "LoRA, Table 1 and anchor, decay to init 0.1": _lora(
+        "the same as Table 1 and anchor, and weights decay towards their initial values",
+        1,
+        init="rlora",
+        weight_decay=0.1,
+        decay_to="init",
+    ),
+    "LoRA, mirrored": _lora("two halves of the ranks that cancel out at the start, no anchor", 1, init="mirrored"),
+    "LoRA, dropout 0.1": _lora("LoRA's own dropout, on the input", 1, dropout=0.1, position="input"),
+    "LoRA, rank dropout 0.2": _lora("dropout on A x", 1, dropout=0.2),
+    "LoRA, rank dropout 0.2 for a half": _lora(
+        "dropout on A x in the first half of training only", 1, dropout=0.2, dropout_until=0.5
+    ),
+    "LoRA, preconditioned": _lora("gradients scaled by the other matrix (arXiv 2402.02347)", 1, precondition=1e-4),
+    "LoRA, more rank in down": _lora(
+        "the same budget, with more rank in down_proj", 1, ranks={"down_proj": 16, "gate_proj": 7, "up_proj": 7}
+    ),
+    "LoRA, down only": _lora("the whole budget in down_proj", 1, r=30, targets=("down_proj",)),
+    "LoRA, all linear layers": _lora("attention too, with rank 6", 1, r=6, targets=_ALL),
+    "ranks, all linear layers": _ranks("ranks as heads, attention too, four heads a layer", 1, heads=4, targets=_ALL),
+    "R-LoRA, no dropout": _heads(_NO_DROPOUT, 1),
+    "R-LoRA, dropout 0.2 for a half": _heads(
+        "head dropout in the first half of training only", 1, dropout=0.2, dropout_until=0.5
+    ),
+    "R-LoRA, sigmoid": _heads("gates that do not compete", 1, gate="sigmoid", scaling="alpha/sqrt(rN)"),
+    "R-LoRA, sigmoid, dropout 0.1": _heads(
+        "gates that do not compete, and head dropout", 1, gate="sigmoid", scaling="alpha/sqrt(rN)", dropout=0.1
+    ),
+    "R-LoRA, competing": _heads("a softmax times the number of heads", 1, gate="competing", scaling="alpha/sqrt(rN)"),
+    "R-LoRA, decay to init 0.1": _heads(
+        "weights decay towards their initial values", 1, weight_decay=0.1, decay_to="init"
+    ),
+    "R-LoRA, zero A, early router": _heads(
+        "A starts at zero, and the router decides early", 1, init="zero_a", **_EARLY
+    ),
+    "R-LoRA by task": _heads("head weights by task in place of a router", 1, gate="task"),
 }
 
 # Routed by task, with about as many parameters as LoRA r=10, and a rate at which a router of a few numbers can move.
@@ -136,18 +182,20 @@ SIGMOID = {
 
 # Methods as their packages have them.
 PACKAGED = {
-    "base": Method("base", {}, (0.0,)),
-    "PEFT LoRA r=10": Method("lora", {}),
-    "PEFT LoRA r=4": Method("lora", {"r": 4}),
-    "Multi-LoRA": Method("multi_lora", {}),
-    "LoRA-MoE": Method("moe_lora", {}),
-    "HydraLoRA": Method("hydra", {}),
-    "MTL-LoRA": Method("mtl_lora", {}),
-    "PEFT Lily": Method("lily", {}),
-    "rlora_trl": Method("rlora", {}),
-    "rlora_trl, no dropout": Method("rlora", {"head_dropout": 0.0}),
-    "rlora_trl, zero B": Method("rlora", {"init_weights": "zero_b"}),
-    "rlora_trl, zero A": Method("rlora", {"init_weights": "zero_a"}),
+    "base": Method("base", {}, "the model as it is", (0.0,)),
+    "PEFT LoRA r=10": Method("lora", {}, "PEFT's LoRA, alpha/sqrt(r)"),
+    "PEFT LoRA r=4": Method("lora", {"r": 4}, "the same with less than half the parameters"),
+    "Multi-LoRA": Method("multi_lora", {}, "the mean of several LoRAs, each with its own A"),
+    "LoRA-MoE": Method("moe_lora", {}, "LoRAs mixed by a router, two of them for each token"),
+    "HydraLoRA": Method("hydra", {}, "one A, heads B from zero, a router"),
+    "MTL-LoRA": Method(
+        "mtl_lora", {}, "one A, and learned head weights for each task; without its transformation of A x"
+    ),
+    "PEFT Lily": Method("lily", {}, "PEFT's Lily: matrices shared between layers"),
+    "rlora_trl": Method("rlora", {}, "R-LoRA as the library has it"),
+    "rlora_trl, no dropout": Method("rlora", {"head_dropout": 0.0}, "without head dropout"),
+    "rlora_trl, zero B": Method("rlora", {"init_weights": "zero_b"}, "B starts at zero"),
+    "rlora_trl, zero A": Method("rlora", {"init_weights": "zero_a"}, "A starts at zero"),
 }
 METHODS = {**TUNED, **IDEAS, **BY_TASK, **SIGMOID, **PACKAGED}
 
@@ -175,7 +223,7 @@ def tuning() -> list[Run]:
 def ideas() -> list[Run]:
     """All ideas, each with two learning rates; first those that train side by side with many others."""
     return [
-        run for label, one in IDEAS.items() for run in grid({label: one}, one.rates, cells=CELLS[:2], wave=one.wave)
+        run for label, one in IDEAS.items() for run in grid({label: one}, one.rates, cells=IDEA_CELLS, wave=one.wave)
     ]
 
 

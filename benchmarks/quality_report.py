@@ -11,216 +11,17 @@ methods, all seeds and both sizes of a suite) and of seeds.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from quality_intervals import Seeds, against
+from quality_rows import Cell, Method, Row, Setting, by_model, cells_of, methods_of, read
 from report import HERE, replace_block
 
 
 ROWS = HERE / "results" / "quality.jsonl"
 REFERENCE = "LoRA r=10"
-REPEATS = 4000
-
-Row = dict[str, Any]
-Cell = tuple[str, str]  # suite and size
-Setting = tuple[float, int]  # learning rate and batch
-# Differences of two methods in a cell: by task, -1, 0 or 1 for each seed and test row.
-Differences = dict[str, np.ndarray]
-
-
-@dataclass
-class Method:
-    """The rows of a method by cell, setting and seed."""
-
-    name: str
-    rows: dict[Cell, dict[Setting, dict[int, Row]]] = field(default_factory=dict)
-
-    def add(self, row: Row) -> None:
-        cell, setting = (row["suite"], row["size"]), (row["learning_rate"], row["batch"])
-        self.rows.setdefault(cell, {}).setdefault(setting, {})[row["seed"]] = row
-
-    def settings(self, cell: Cell) -> list[Setting]:
-        return sorted(self.rows.get(cell, {}))
-
-    def runs(self, cell: Cell, setting: Setting, seeds: Sequence[int] | None = None) -> list[Row]:
-        """Rows in the order of their seeds; of all seeds by default."""
-        found = self.rows.get(cell, {}).get(setting, {})
-        return [found[seed] for seed in sorted(found) if seeds is None or seed in seeds]
-
-    def mean(self, cell: Cell, setting: Setting, seeds: Sequence[int] | None = None) -> float | None:
-        """Accuracy, mean over tasks and seeds; `None` without rows."""
-        runs = self.runs(cell, setting, seeds)
-        return statistics.mean(row["mean_accuracy"] for row in runs) if runs else None
-
-    def best(self, cell: Cell, seeds: Sequence[int] | None = None) -> Setting | None:
-        """The best setting of a cell. Of settings with fewer seeds than others none is chosen."""
-        counts = {setting: len(self.runs(cell, setting, seeds)) for setting in self.settings(cell)}
-        most = max(counts.values(), default=0)
-        full = [setting for setting, count in counts.items() if count == most > 0]
-        return max(full, key=lambda setting: self.mean(cell, setting, seeds) or 0.0, default=None)
-
-    def best_for_all(self, cells: Sequence[Cell], seeds: Sequence[int] | None = None) -> Setting | None:
-        """The one setting with the best mean over cells, of those that all cells have."""
-        common = set.intersection(*(set(self.settings(cell)) for cell in cells)) if cells else set()
-        means = {s: [self.mean(cell, s, seeds) for cell in cells] for s in sorted(common)}
-        full = {s: statistics.mean(values) for s, values in means.items() if None not in values}
-        return max(full, key=lambda s: full[s], default=None)
-
-
-def read(path: Path) -> list[Row]:
-    """Rows without an error, the last one of each run."""
-    rows: dict[str, Row] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off
-        if "error" not in row:
-            rows[row["key"]] = row
-    return list(rows.values())
-
-
-def methods_of(rows: Iterable[Row]) -> dict[str, Method]:
-    """Methods by name. What is not trained counts for all settings as one."""
-    found: dict[str, Method] = {}
-    for row in rows:
-        found.setdefault(row["name"], Method(row["name"])).add(row)
-    return found
-
-
-def cells_of(methods: Iterable[Method]) -> list[Cell]:
-    """All cells: suites by name, plenty before little."""
-    return sorted({cell for method in methods for cell in method.rows}, key=lambda c: (c[0], c[1] != "plenty", c[1]))
-
-
-# Differences and their intervals
-
-
-def bits(row: Row, task: str) -> np.ndarray:
-    """Which test rows of a task are right, 0 or 1."""
-    count = row["scored_rows"][task]
-    return np.array([int(bit) for bit in f"{int(row['right'][task], 16):0{count}b}"], dtype=np.int8)
-
-
-def differences(ours: Sequence[Row], other: Sequence[Row]) -> Differences:
-    """
-    Of two methods in a cell, for the seeds that both have: by task `[seeds, rows]`; empty without such seeds.
-
-    Raises:
-        ValueError: If they were scored on other rows.
-    """
-    by_seed = {row["seed"]: row for row in other}
-    pairs = [(row, by_seed[row["seed"]]) for row in ours if row["seed"] in by_seed]
-    if not pairs:
-        return {}
-    for a, b in pairs:
-        for task, count in a["scored_rows"].items():
-            if b["scored_rows"].get(task) != count:
-                raise ValueError(
-                    f"{a['name']} has {count} test rows of {task}, and others {b['scored_rows'].get(task)}. Compare "
-                    "rows of one `test_rows`."
-                )
-    return {task: np.stack([bits(a, task) - bits(b, task) for a, b in pairs]) for task in pairs[0][0]["right"]}
-
-
-def bootstrap(cells: dict[Cell, Differences], repeats: int = REPEATS, seed: int = 0) -> dict[Cell, np.ndarray]:
-    """
-    Resampled mean differences, in points.
-
-    Test rows are drawn with replacement within each task, the same for all seeds and for the cells of a suite, which
-    share them. Seeds are drawn in each cell.
-
-    Args:
-        cells (`dict[Cell, Differences]`): Not empty ones.
-        repeats (`int`), seed (`int`): Of the draws.
-
-    Returns:
-        `dict[Cell, np.ndarray]`: `[repeats]` for each cell.
-    """
-    rng = np.random.default_rng(seed)
-    weights: dict[tuple[str, str, int], np.ndarray] = {}
-    samples = {}
-    for cell, by_task in cells.items():
-        by_seed = []  # of each task: [repeats, seeds]
-        for task, found in by_task.items():
-            count = found.shape[1]
-            key = (cell[0], task, count)
-            if key not in weights:
-                weights[key] = rng.multinomial(count, np.full(count, 1 / count), repeats).astype(np.float32) / count
-            by_seed.append(weights[key] @ found.T.astype(np.float32))
-        means = np.mean(by_seed, axis=0)  # [repeats, seeds]
-        drawn = rng.integers(means.shape[1], size=means.shape)
-        samples[cell] = 100 * np.take_along_axis(means, drawn, 1).mean(1)
-    return samples
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A difference in points, its interval of 95 %, and the smallest number of seeds behind it."""
-
-    value: float
-    low: float
-    high: float
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
-
-
-def compare(cells: dict[Cell, Differences], repeats: int = REPEATS) -> tuple[dict[Cell, Estimate], Estimate | None]:
-    """The differences in each cell, and their mean over cells."""
-    cells = {cell: found for cell, found in cells.items() if found}
-    if not cells:
-        return {}, None
-    samples = bootstrap(cells, repeats)
-    values = {c: 100 * float(np.mean([found.mean() for found in by_task.values()])) for c, by_task in cells.items()}
-    seeds = {cell: len(next(iter(by_task.values()))) for cell, by_task in cells.items()}
-
-    def estimate(value: float, drawn: np.ndarray, count: int) -> Estimate:
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        return Estimate(value, float(low), float(high), count)
-
-    each = {cell: estimate(values[cell], samples[cell], seeds[cell]) for cell in cells}
-    mean = np.mean([samples[cell] for cell in cells], axis=0)
-    return each, estimate(statistics.mean(values.values()), mean, min(seeds.values()))
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """Seeds to choose settings on, and seeds to compare on; `None` for all."""
-
-    tune: tuple[int, ...] | None = None
-    test: tuple[int, ...] | None = None
-
-
-def against(
-    ours: Method, other: Method, cells: Sequence[Cell], seeds: Seeds, *, one_setting: bool = False
-) -> tuple[dict[Cell, Estimate], Estimate | None]:
-    """
-    A method against another that is tuned for each cell.
-
-    Args:
-        ours ([`Method`]), other ([`Method`]): The methods.
-        cells (`Sequence[Cell]`): Those to compare in; the mean is `None` unless both have rows in all.
-        seeds ([`Seeds`]): To choose and to compare on.
-        one_setting (`bool`): The method has one setting for all cells, instead of one for each.
-    """
-    fixed = ours.best_for_all(cells, seeds.tune) if one_setting else None
-    found = {}
-    for cell in cells:
-        setting, theirs = fixed if one_setting else ours.best(cell, seeds.tune), other.best(cell, seeds.tune)
-        if setting is not None and theirs is not None:
-            found[cell] = differences(ours.runs(cell, setting, seeds.test), other.runs(cell, theirs, seeds.test))
-    each, mean = compare(found)
-    return each, mean if len(each) == len(cells) else None
-
-
-# Tables
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -336,8 +137,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--update", type=Path, help="document with a block `quality` to write the tables into")
     args = parser.parse_args(arguments)
     seeds = Seeds(*(None if chosen is None else tuple(chosen) for chosen in (args.tune_seeds, args.test_seeds)))
-    rows = [row for path in args.rows for row in read(path)]
-    text = report(rows, seeds, args.reference, curves=args.curves)
+    rows = read(*args.rows)
+    if not rows:
+        parser.error(f"{', '.join(map(str, args.rows))}: no rows without an error.")
+    models = by_model(rows)
+    parts = [(model, report(same, seeds, args.reference, curves=args.curves)) for model, same in models.items()]
+    text = "\n\n".join(f"Base model: {model}.\n\n{tables}" if len(models) > 1 else tables for model, tables in parts)
     print(text)
     if args.update is not None:
         replace_block(args.update, "quality", text)

@@ -24,7 +24,7 @@ from large_report import find, latest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-BEGIN, END = "<!-- {name}: written by benchmarks/report.py -->", "<!-- end of {name} -->"
+BEGIN, END = "<!-- {name}: written by benchmarks/{script} -->", "<!-- end of {name} -->"
 Row = dict[str, Any]
 
 FLOOR, LORA, LORA_16 = "frozen base (floor)", "PEFT LoRA r=10", "PEFT LoRA r=10, 16-bit adapter"
@@ -474,9 +474,9 @@ def draw(train: list[Row], path: Path) -> None:
 # The documents
 
 
-def replace_block(path: Path, name: str, text: str) -> None:
-    """Put a generated block between its marks."""
-    begin, end = BEGIN.format(name=name), END.format(name=name)
+def replace_block(path: Path, name: str, text: str, script: str = "report.py") -> None:
+    """Put a block that a script generates between its marks."""
+    begin, end = BEGIN.format(name=name, script=script), END.format(name=name)
     old = path.read_text()
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(old):

@@ -26,6 +26,7 @@ from quality_lab import LabLinear, LabOptions, LabState, add_lab
 from quality_methods import adapt
 from quality_plans import METHODS as PLAN_METHODS
 from quality_plans import PLANS
+from quality_rows import all_rows
 from quality_runs import LAB, METHODS, Run, groups_of, with_model
 from quality_train import Adapted, FlatAdamW, TrainingOptions, score, train
 from quality_worker import CAUSAL, Trainer, WorkerSettings
@@ -520,7 +521,7 @@ def run_main(model_folders, data, tmp_path, runs, *arguments):
     path.write_text(json.dumps([{**SMALL, **run} for run in runs]))
     command = ["--model", model_folders["llama"], "--data", str(data), "--runs", str(path), "--out", str(out)]
     quality.main([*command, "--dtype", "float32", *arguments])
-    return quality.read_results(out)
+    return all_rows(out)
 
 
 def test_a_whole_plan(model_folders, data, tmp_path, capsys):
@@ -573,6 +574,6 @@ def test_a_process_that_dies_is_replaced(model_folders, data, tmp_path):
 
     pool._give = give_and_kill
     pool.run()
-    rows = quality.read_results(tmp_path / "rows.jsonl")
+    rows = all_rows(tmp_path / "rows.jsonl")
     assert [("error" in row) for row in rows] == [True, False]
     assert "the process ended with code -9" in rows[0]["error"]

@@ -11,7 +11,8 @@ from processes import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality_report
-from quality_report import Seeds, against, bits, bootstrap, compare, differences, methods_of
+from quality_intervals import Seeds, against, bits, bootstrap, compare, differences, row_weights
+from quality_rows import methods_of
 from quality_worker import scored
 
 
@@ -64,6 +65,13 @@ def test_the_bootstrap_s_errors_are_the_textbook_s():
     by_seed = {"t": np.repeat(np.array([[1], [0], [-1], [1]], dtype=np.int8), 30, axis=1)}
     drawn_seeds = bootstrap({PLENTY: by_seed})[PLENTY]
     assert drawn_seeds.std() == pytest.approx(100 * np.std([1, 0, -1, 1]) / 2, rel=0.05)
+
+
+def test_intervals_are_the_same_in_each_process():
+    found = {PLENTY: {"t": np.random.default_rng(0).choice([-1, 0, 1], size=(2, 40)).astype(np.int8)}}
+    first = compare(found)
+    row_weights.cache_clear()
+    assert compare(found) == first
 
 
 def test_intervals_cover_the_truth():

@@ -1,0 +1,124 @@
+"""Figures of docs/results.md, from the rows of `quality.py`."""
+
+from pathlib import Path
+from typing import Any
+
+from quality_intervals import Estimate
+from quality_report import REFERENCE
+from quality_rows import Cell, Method
+from results_lines import PAPER_SETTING, TUNING_SEEDS, Line, Study, idea_lines, is_lora, shared_seeds, with_seeds
+
+
+# Color and marker of each line, at most five.
+CURVES = {
+    REFERENCE: ("#4d4d4d", "o"),
+    "R-LoRA": ("#08519c", "s"),
+    "R-LoRA, no dropout": ("#6baed6", "D"),
+    "ranks as heads": ("#e6550d", "^"),
+    "ranks, sigmoid": ("#31a354", "v"),
+}
+LOWEST = 8.0  # points below the best of a panel that are shown
+_COLORS = {"ours": "#08519c", "lora": "#9a9a9a"}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+
+
+def curve(method: Method, cell: Cell) -> dict[float, float]:
+    """Accuracy by learning rate with the usual batch, mean over the seeds that all of these rates have."""
+    settings = [setting for setting in method.settings(cell) if setting[1] == PAPER_SETTING[1] and setting[0] > 0]
+    seeds = shared_seeds(*((method, {cell: setting}) for setting in settings))
+    means = {setting[0]: method.mean(cell, setting, seeds) for setting in settings}
+    return {rate: mean for rate, mean in means.items() if mean is not None}
+
+
+def draw_learning_rates(study: Study, path: Path) -> None:
+    """A panel for each cell; nothing without rows. Accuracies far below the best are cut off."""
+    panels: dict[Cell, dict[str, dict[float, float]]] = {}
+    for cell in study.cells:
+        found = {method.name: curve(method, cell) for method in study.named(CURVES)}
+        if any(found.values()):
+            panels[cell] = {name: points for name, points in found.items() if points}
+    if not panels:
+        return
+    plt = _pyplot()
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 0.7 + 2.7 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    handles: dict[str, Any] = {}
+    for axis, (cell, curves) in zip(axes.flat, panels.items(), strict=False):
+        best = max(value for points in curves.values() for value in points.values())
+        lowest = min(value for points in curves.values() for value in points.values())
+        for name, points in curves.items():
+            color, marker = CURVES[name]
+            (handles[name],) = axis.plot(
+                *zip(*sorted(points.items()), strict=True), color=color, marker=marker, ms=4.5
+            )
+        rates = sorted({rate for points in curves.values() for rate in points})
+        axis.set_xscale("log")
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8.5)
+        axis.minorticks_off()
+        axis.tick_params(axis="y", labelsize=8.5)
+        axis.set_ylim(max(lowest, best - LOWEST) - 0.4, best + 0.4)
+        axis.set_title(", ".join(cell), fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("learning rate", fontsize=9)
+        axis.set_ylabel("mean accuracy, %", fontsize=9)
+    ordered = [name for name in CURVES if name in handles]
+    figure.legend(
+        [handles[n] for n in ordered], ordered, loc="upper center", ncols=len(ordered), fontsize=8.5, frameon=False
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    _save(figure, path)
+
+
+def draw_ideas(study: Study, path: Path) -> None:
+    """The difference of each idea from tuned LoRA with its interval, the best first; nothing without rows."""
+    lines: list[tuple[Line, Estimate]] = [(line, line.mean) for line in idea_lines(study) if line.mean is not None]
+    if not lines:
+        return
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8.2, 1.2 + 0.21 * len(lines)))
+    shown: dict[str, Any] = {}
+    for place, (line, mean) in enumerate(reversed(lines)):
+        kind = "lora" if is_lora(line.method.name) else "ours"
+        axis.plot([mean.low, mean.high], [place, place], color=_COLORS[kind], linewidth=1.4)
+        (shown[kind],) = axis.plot(mean.value, place, "o", color=_COLORS[kind], ms=5)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(lines)), [line.method.name for line, _ in reversed(lines)], fontsize=8.5)
+    axis.set_ylim(-0.8, len(lines) - 0.2)
+    axis.grid(axis="x", color="#e0e0e0", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(axis="x", labelsize=8.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    cells = len(lines[0][0].settings)
+    where = f"mean over {cells} cells, {with_seeds(TUNING_SEEDS)}"
+    axis.set_xlabel(f"points above {REFERENCE}, each tuned in each cell: {where}", fontsize=9)
+    names = {"ours": "forms of R-LoRA", "lora": "forms of LoRA"}
+    kinds = [kind for kind in names if kind in shown]
+    # Above the axes, as intervals may be anywhere within.
+    axis.legend(
+        [shown[kind] for kind in kinds],
+        [names[kind] for kind in kinds],
+        fontsize=8.5,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+    )
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,75 @@
+"""docs/results.md and its figures, from all rows of `quality.py` in `results/`.
+
+    python benchmarks/results_page.py       # what `make results` does
+
+The text of the page is written by hand and has no numbers; these are in blocks that this script replaces. What has no
+rows is left out or said not to be measured. If there are rows of several base models, the first one has most of them.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from quality_intervals import REPEATS
+from quality_rows import Row, by_model, read
+from report import HERE, ROOT, replace_block
+from results_figures import draw_ideas, draw_learning_rates
+from results_lines import gaps
+from results_tables import (
+    Study,
+    facts_block,
+    paper_rate_block,
+    paper_tables_block,
+    recipe_block,
+    summary_block,
+    tried_block,
+    tuned_block,
+)
+
+
+def joined(studies: Sequence[Study], block: Callable[[Study], str]) -> str:
+    """A block of each base model, under its name if there are several."""
+    texts = [(study.model, block(study)) for study in studies]
+    return "\n\n".join(f"**{model}**\n\n{text}" if len(studies) > 1 else text for model, text in texts if text)
+
+
+def page(rows: Sequence[Row]) -> dict[str, str]:
+    """The blocks of the page by name."""
+    studies = [Study(same) for same in by_model(rows).values()]
+    intervals = (
+        f"Intervals are of 95 %, by {REPEATS:,} resamples of the test rows within each task, the same rows for both "
+        "methods and for both sizes of a suite, and of seeds where there are several."
+    )
+    return {
+        "summary": joined(studies, summary_block),
+        "facts": f"{joined(studies, facts_block)}\n\n{intervals}",
+        "tuned": joined(studies, tuned_block),
+        "paper rate": joined(studies, paper_rate_block),
+        "recipe": joined(studies, recipe_block),
+        "tried": tried_block(studies[0]),
+        "paper tables": joined(studies, paper_tables_block),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, nargs="+", default=sorted((HERE / "results").glob("quality*.jsonl")))
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", help="folder")
+    args = parser.parse_args(arguments)
+    rows = read(*args.rows)
+    if not rows:
+        parser.error("There are no rows without an error. Run benchmarks/quality.py first.")
+    for name, text in page(rows).items():
+        replace_block(args.document, name, text, Path(__file__).name)
+    first = Study(next(iter(by_model(rows).values())))
+    draw_learning_rates(first, args.figures / "learning_rate.png")
+    draw_ideas(first, args.figures / "ideas.png")
+    print(f"{args.document}: {len(rows)} rows")
+    # Without these a method is compared on the seed that its settings were chosen on, and the recipe not at all.
+    for line in (line for method in first.methods.values() for line in gaps(method, first.cells)):
+        print(f"No other seed at the chosen setting of {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Tables of docs/results.md, from the rows of `quality.py`."""
+
+import statistics
+from collections.abc import Sequence
+
+from quality_data import SUITES
+from quality_intervals import chosen
+from quality_plans import IDEA_CELLS, METHODS, PACKAGED, TUNED
+from quality_report import REFERENCE, parameters, setting_text, table
+from quality_rows import Cell, Row
+from quality_runs import Run
+from results_lines import (
+    PAPER_SETTING,
+    TUNING_SEEDS,
+    Line,
+    Study,
+    idea_lines,
+    is_lora,
+    lines_of,
+    seeds_text,
+    tuned_line,
+    with_seeds,
+)
+
+
+RECIPE = "ranks, sigmoid"
+OURS = "R-LoRA"
+PACKAGED_REFERENCE = "PEFT LoRA r=10"
+NOT_MEASURED = "Not measured."
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _cell_text(line: Line, cell: Cell, reference: str, with_setting: bool) -> str:
+    """Accuracy, its setting, and below the difference from the reference."""
+    value = line.accuracy(cell)
+    if value is None:
+        return ""
+    text = number(value) + (f" ({setting_text(line.settings[cell])})" if with_setting else "")
+    return text if line.method.name == reference or cell not in line.each else f"{text}<br>{line.each[cell]}"
+
+
+def _by_cell(lines: Sequence[Line], cells: Sequence[Cell], reference: str, *, with_setting: bool) -> str:
+    head = ["method", "parameters, M", "seeds", *(", ".join(cell) for cell in cells), "mean", "mean difference"]
+    body = []
+    for line in lines:
+        shown = [_cell_text(line, cell, reference, with_setting) for cell in cells]
+        difference = "" if line.mean is None or line.method.name == reference else str(line.mean)
+        facts = [line.method.name, parameters(line.method), seeds_text(line.seeds)]
+        body.append([*facts, *shown, number(line.mean_accuracy(cells)), difference])
+    return table(head, body)
+
+
+# The blocks of the page
+
+
+def tuned_block(study: Study) -> str:
+    """LoRA and the forms of R-LoRA, each at its best setting in each cell."""
+    lines = lines_of(study, TUNED, REFERENCE, tuned=True, cells=study.cells)
+    if not lines:
+        return NOT_MEASURED
+    text = (
+        f"Mean accuracy over the tasks in % (best learning rate, chosen on {with_seeds(TUNING_SEEDS)}), and "
+        f"below the difference from {REFERENCE} at its own best, in points."
+    )
+    return f"{text}\n\n{_by_cell(lines, study.cells, REFERENCE, with_setting=True)}"
+
+
+def paper_rate_block(study: Study) -> str:
+    """The same methods, all at the paper's learning rate."""
+    lines = lines_of(study, TUNED, REFERENCE, tuned=False, cells=study.cells)
+    if not lines:
+        return NOT_MEASURED
+    text = (
+        f"Mean accuracy over the tasks in % at learning rate {setting_text(PAPER_SETTING)}, and below the difference "
+        f"from {REFERENCE} at the same rate, in points."
+    )
+    return f"{text}\n\n{_by_cell(lines, study.cells, REFERENCE, with_setting=False)}"
+
+
+def recipe_line(study: Study, label: str) -> Line | None:
+    """The recipe, with one setting, beside LoRA tuned for each cell, on seeds that nothing was chosen on."""
+    if not {label, REFERENCE} <= set(study.methods):
+        return None
+    line = tuned_line(study.methods[label], study.methods[REFERENCE], study.cells, one=True)
+    return None if line.seeds == TUNING_SEEDS or line.mean is None else line
+
+
+def recipe_block(study: Study, label: str = RECIPE) -> str:
+    """The recipe beside LoRA, cell by cell; empty without rows of other seeds."""
+    one = recipe_line(study, label)
+    if one is None:
+        return ""
+    ours, lora = one.method, study.methods[REFERENCE]
+    theirs = chosen(lora, study.cells, TUNING_SEEDS)
+    body = []
+    for cell in study.cells:
+        other = f"{number(lora.mean(cell, theirs[cell], one.seeds))} ({setting_text(theirs[cell])})"
+        body.append([", ".join(cell), number(one.accuracy(cell)), other, str(one.each[cell])])
+    body.append(["mean over cells", number(one.mean_accuracy(study.cells)), "", f"**{one.mean}**"])
+    each = tuned_line(ours, lora, study.cells)
+    if each.mean is not None and each.seeds != TUNING_SEEDS:
+        body.append(
+            ["mean, recipe tuned for each cell too", number(each.mean_accuracy(study.cells)), "", str(each.mean)]
+        )
+    name = f"`{label}` ({METHODS[label].what})" if label in METHODS else f"`{label}`"
+    setting = setting_text(one.settings[study.cells[0]])
+    text = (
+        f"{name} has one setting for all cells (learning rate {setting}) and "
+        f"{parameters(ours)} M parameters; {REFERENCE} has {parameters(lora)} M and its best setting in each cell. "
+        f"Settings of both were chosen on {with_seeds(TUNING_SEEDS)}, and the comparison uses "
+        f"{with_seeds(one.seeds)}. Accuracy in %, differences in points."
+    )
+    return f"## The recipe\n\n{text}\n\n{table(['cell', label, REFERENCE, 'difference'], body)}"
+
+
+def tried_block(study: Study) -> str:
+    """All ideas, with what they are and how many settings they were given."""
+    lines = idea_lines(study)
+    if not lines:
+        return NOT_MEASURED
+    cells, reference = [cell for cell in IDEA_CELLS if cell in study.cells], study.methods[REFERENCE]
+    theirs = chosen(reference, cells, TUNING_SEEDS)
+    own = Line(reference, theirs, TUNING_SEEDS, {}, None)
+    body = []
+    for line in (own, *lines):
+        settings = [len(line.method.settings(cell)) for cell in cells if cell in line.settings]
+        shown = [_cell_text(line, cell, line.method.name, True) for cell in cells]
+        difference = "" if line.mean is None else str(line.mean)
+        name = line.method.name
+        body.append([name, METHODS[name].what, str(max(settings, default=0)), *shown, difference])
+    head = ["method", "what it is", "settings tried", *(", ".join(cell) for cell in cells), "mean difference"]
+    text = (
+        f"Accuracy in % (best learning rate) on {with_seeds(TUNING_SEEDS)}, and the mean difference from "
+        f"{REFERENCE} in points. Settings tried is the number of learning rates and batches in a cell."
+    )
+    return f"{text}\n\n{table(head, body)}"
+
+
+def paper_tables_block(study: Study, cell: Cell = ("setting1", "plenty")) -> str:
+    """Setting 1 by task, with the methods of packages: at the paper's learning rate, and each tuned."""
+    parts = []
+    for tuned in (False, True):
+        lines = lines_of(study, PACKAGED, PACKAGED_REFERENCE, tuned=tuned, cells=[cell])
+        if lines:
+            rate = "each at its best learning rate" if tuned else f"all at learning rate {setting_text(PAPER_SETTING)}"
+            parts += [f"Setting 1, {cell[1]}, {rate}: accuracy in %.", _by_task(lines, cell)]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _by_task(lines: Sequence[Line], cell: Cell) -> str:
+    head = ["method", *SUITES[cell[0]], "mean", "parameters, M", "learning rate", "seeds", "difference from LoRA r=10"]
+    body = []
+    for line in lines:
+        rows, setting = line.method.runs(cell, line.settings[cell], line.seeds), line.settings[cell]
+        means = [statistics.mean(row["accuracy"][task] for row in rows) for task in SUITES[cell[0]]]
+        is_reference = line.method.name == PACKAGED_REFERENCE
+        difference = "" if is_reference or cell not in line.each else str(line.each[cell])
+        trained = setting[0] > 0
+        shown = [parameters(line.method) if trained else "", setting_text(setting) if trained else ""]
+        tasks = [f"{mean:.1f}" for mean in means]
+        name = line.method.name
+        body.append([name, *tasks, number(line.accuracy(cell)), *shown, seeds_text(line.seeds), difference])
+    return table(head, body)
+
+
+def summary_block(study: Study) -> str:
+    """The answers in a few lines."""
+    found = []
+    pair = {OURS, REFERENCE} <= set(study.methods)
+    for tuned, how in ((True, "each tuned"), (False, f"both at learning rate {setting_text(PAPER_SETTING)}")):
+        lines = lines_of(study, [OURS], REFERENCE, tuned=tuned, cells=study.cells) if pair else []
+        for line in lines:
+            if line.mean is not None:
+                where = f"mean over {len(study.cells)} cells, {with_seeds(line.seeds)}"
+                found.append(f"- **{OURS} less {REFERENCE}, {how}:** {line.mean} points ({where}).")
+    recipe = recipe_line(study, RECIPE)
+    if recipe is not None:
+        where = f"mean over {len(study.cells)} cells, {with_seeds(recipe.seeds)}"
+        found.append(f"- **The recipe less {REFERENCE}, tuned for each cell:** {recipe.mean} points ({where}).")
+    ideas = [(line, line.mean) for line in idea_lines(study) if line.mean is not None]
+    if ideas:
+        above, below = sum(mean.low > 0 for _, mean in ideas), sum(mean.high < 0 for _, mean in ideas)
+        own = sum(is_lora(line.method.name) for line, _ in ideas)
+        where = f"mean over {len(ideas[0][0].settings)} cells, {with_seeds(TUNING_SEEDS)}"
+        found.append(
+            f"- **Of {len(ideas)} methods that were tried** ({own} of them variants of LoRA; {where}), {above} have "
+            f"an interval above {REFERENCE} and {below} one below it. If none differed from it at all, about "
+            f"{0.025 * len(ideas):.0f} would lie above it by chance."
+        )
+    return "\n".join(found) or NOT_MEASURED
+
+
+def facts_block(study: Study) -> str:
+    """What was run: tasks, amounts, settings, machines."""
+    return f"{_amounts(study)}\n\n{_runs(study)}"
+
+
+def _amounts(study: Study) -> str:
+    """Tasks, training rows and test rows of each cell."""
+    body = []
+    for cell in study.cells:
+        rows = [row for row in study.rows if (row["suite"], row["size"]) == cell]
+        trained = [row for row in rows if row["learning_rate"] > 0 and row["batch"] == PAPER_SETTING[1]] or rows
+        amounts = sorted({(Run.from_dict(row).rows, Run.from_dict(row).passes) for row in trained})
+        taken = [f"{most:,} x {passes}" for most, passes in amounts]
+        steps, scored = sorted({row["steps"] for row in trained}), rows[0]["scored_rows"]
+        counts = sorted(set(scored.values()))
+        tested = f"{counts[0]}-{counts[-1]}" if len(counts) > 1 else str(counts[0])
+        shown = ["; ".join(taken), ", ".join(map(str, steps)), tested]
+        body.append([", ".join(cell), ", ".join(scored), *shown])
+    head = ["cell", "tasks", "training rows of a task, at most, x epochs"]
+    return table([*head, f"steps of batch {PAPER_SETTING[1]}", "test rows of a task"], body)
+
+
+def _runs(study: Study) -> str:
+    """Runs, budgets of tuning, parameters and machines, as a list."""
+    rows, trained = study.rows, [row for row in study.rows if row["learning_rate"] > 0]
+    by_count: dict[int, list[str]] = {}
+    for method in study.methods.values():
+        most = max(len(method.settings(cell)) for cell in method.rows)
+        by_count.setdefault(most, []).append(method.name)
+    budget = [
+        f"{count} for {', '.join(f'`{name}`' for name in names) if len(names) <= 8 else f'{len(names)} methods'}"
+        for count, names in sorted(by_count.items(), reverse=True)
+    ]
+    rates, seeds = (sorted({row[name] for row in trained}) for name in ("learning_rate", "seed"))
+    sizes = sorted({row["trainable"] for row in trained})
+    facts = {
+        "Base model": study.model,
+        "Runs": f"{len(rows)} of {len(study.methods)} methods; {with_seeds(seeds)}",
+        "Learning rates": ", ".join(f"{rate:g}" for rate in rates),
+        "Settings of a method, at most, in a cell": "; ".join(budget),
+        "Trained parameters": f"{sizes[0] / 1e6:.2f} to {sizes[-1] / 1e6:.2f} million" if sizes else "none",
+        "Machine": "; ".join(sorted({_machine(row) for row in rows})),
+    }
+    return "\n".join(f"- {name}: {text}." for name, text in facts.items())
+
+
+def _machine(row: Row) -> str:
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "transformers", "peft") if name in row)
+    return f"{row['device']}, {versions}, {row['date']}"

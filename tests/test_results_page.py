@@ -1,0 +1,214 @@
+"""benchmarks/results_page.py: the page from rows that are made up, whose answers are known."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from processes import ROOT
+
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import results_page
+from quality_data import SUITES
+from quality_plans import CELLS, IDEAS, METHODS
+from quality_rows import by_model, methods_of
+from quality_runs import Run
+from quality_worker import run_facts, scored
+from results_figures import CURVES, curve, draw_ideas, draw_learning_rates
+from results_lines import Study, gaps, paper_line, shared_seeds, tuned_line
+from results_tables import NOT_MEASURED, RECIPE, recipe_block, summary_block, tried_block, tuned_block
+
+
+DOCUMENT = ROOT / "docs" / "results.md"
+LORA = "LoRA r=10"
+MULTITASK = CELLS[:2]
+TEST_ROWS = 50
+
+
+def made(label, share, rate=1e-3, seed=0, cell=CELLS[0], model="small"):
+    """A row of a method of the plans: rows of each task are right with a probability, easy ones for all methods."""
+    method = METHODS[label]
+    run = Run(method.method, *cell, rate, seed=seed, options=method.options, label=label, model=model)
+    draws = {task: np.random.default_rng([i, seed]).random(TEST_ROWS) for i, task in enumerate(SUITES[cell[0]])}
+    spent = {"seconds": {"train": 1.0}, "side_by_side": 1, "steps": 10, "trainable": 1_900_800}
+    machine = {"device": "CPU", "date": "2026-01-01", "torch": "2", "command": "quality.py"}
+    return {**run_facts(run), **scored({task: list(draw < share) for task, draw in draws.items()}), **spent, **machine}
+
+
+def tuning(cells=CELLS, model="small"):
+    """LoRA best at 1e-3 and behind at the paper's rate, R-LoRA as good and best at 2e-3; two ideas."""
+    shares = {
+        LORA: {2e-4: 0.4, 1e-3: 0.7, 2e-3: 0.5},
+        "R-LoRA": {2e-4: 0.6, 1e-3: 0.5, 2e-3: 0.7},
+        RECIPE: {1e-3: 0.9, 2e-3: 0.2},
+        "LoRA+ 4": {2e-4: 0.1},
+    }
+    return [
+        made(label, share, rate, 0, cell, model)
+        for label, by_rate in shares.items()
+        for rate, share in by_rate.items()
+        for cell in cells
+    ]
+
+
+def final(label=RECIPE, share=0.8, rate=1e-3, cells=CELLS):
+    """Both on seeds that nothing was chosen on."""
+    pairs = [(LORA, 0.7, 1e-3), (label, share, rate)]
+    return [made(name, right, at, seed, cell) for name, right, at in pairs for seed in (1, 2) for cell in cells]
+
+
+def write(rows, path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cells_in(text, name):
+    """The cells of a method's line in a table."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_is_written_from_rows(tmp_path, capsys):
+    document, rows = tmp_path / "results.md", tmp_path / "rows.jsonl"
+    shutil.copy(DOCUMENT, document)
+    packaged = [made("base", 0.3, 0.0, cell=CELLS[2]), made("PEFT LoRA r=10", 0.5, cell=CELLS[2])]
+    packaged += [made("rlora_trl", share, rate, cell=CELLS[2]) for rate, share in ((2e-4, 0.4), (1e-3, 0.8))]
+    packaged += [made("PEFT LoRA r=10", 0.6, 2e-4, cell=CELLS[2])]
+    failed = {"key": "failed", "error": "out of memory"}
+    write([*tuning(), *final(), *packaged, failed], rows)
+    results_page.main(["--rows", str(rows), "--document", str(document), "--figures", str(tmp_path)])
+    text = document.read_text()
+
+    marks = r"<!-- ([\w ]+): written by benchmarks/results_page.py -->\n\n(.*?)\n\n<!-- end of \1 -->"
+    blocks = dict(re.findall(marks, text, re.DOTALL))
+    assert set(blocks) == set(results_page.page(tuning()))
+    assert "- **R-LoRA less LoRA r=10, each tuned:** +0.00 [+0.00, +0.00] points (mean over 4 cells, seed 0)" in text
+    assert re.search(r"both at learning rate 0.0002:\*\* \+\d", blocks["summary"])
+    assert "| multitask, plenty | sst2, mrpc" in blocks["facts"] and "1,500 x 1 | 10 | 50 |" in blocks["facts"]
+    assert "the comparison uses seeds 1, 2." in blocks["recipe"]
+    at_rate, tuned = blocks["paper tables"].split("each at its best learning rate")
+    assert cells_in(at_rate, "PEFT LoRA r=10")[-5] == f"{packaged[-1]['mean_accuracy']:.2f}"
+    assert len(cells_in(at_rate, "base")) == 1 + len(SUITES["setting1"]) + 5
+    assert cells_in(at_rate, "rlora_trl")[-3] == "0.0002" and cells_in(at_rate, "rlora_trl")[-1].startswith("-")
+    assert cells_in(tuned, "rlora_trl")[-3] == "0.001" and cells_in(tuned, "rlora_trl")[-1].startswith("+")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_rate.png", "ideas.png"}
+
+    write(tuning(), rows)  # without the other seeds, and the page is written over
+    results_page.main(["--rows", str(rows), "--document", str(document), "--figures", str(tmp_path)])
+    text = document.read_text()
+    assert "## The recipe" not in text and NOT_MEASURED in text.split("## The paper's tables")[1]
+    write([failed], rows)
+    with pytest.raises(SystemExit):
+        results_page.main(["--rows", str(rows), "--document", str(document)])
+    assert "no rows without an error" in capsys.readouterr().err
+
+
+def test_methods_are_compared_on_seeds_that_chose_nothing():
+    """The best setting of seed 0 has no luck on others."""
+    rows = tuning(MULTITASK) + final("R-LoRA", 0.3, 2e-3, MULTITASK)
+    methods = methods_of(rows)
+    line = tuned_line(methods["R-LoRA"], methods[LORA], MULTITASK)
+    assert line.seeds == (1, 2) and set(line.settings.values()) == {(2e-3, 32)}
+    assert line.mean.seeds == 2 and line.mean.high < -20
+    # What has other seeds at another setting only is compared on the seed of tuning.
+    rows = tuning(MULTITASK) + final("R-LoRA", 0.3, 1e-3, MULTITASK)
+    methods = methods_of(rows)
+    assert tuned_line(methods["R-LoRA"], methods[LORA], MULTITASK).seeds == (0,)
+    assert gaps(methods["R-LoRA"], MULTITASK[:1]) == ["R-LoRA, multitask, plenty: 0.002"]
+    assert gaps(methods[LORA], MULTITASK) == gaps(methods["LoRA+ 4"], MULTITASK) == []
+    # Cells that a method has no rows in do not matter, but then there is no mean over all.
+    rows = tuning(MULTITASK[:1]) + final("R-LoRA", 0.3, 2e-3, MULTITASK[:1]) + [made(LORA, 0.7, cell=MULTITASK[1])]
+    methods = methods_of(rows)
+    line = tuned_line(methods["R-LoRA"], methods[LORA], MULTITASK)
+    assert line.seeds == (1, 2) and list(line.each) == [MULTITASK[0]] and line.mean is None
+
+
+def test_at_the_paper_s_rate_all_seeds_count():
+    rows = tuning(MULTITASK) + [made(LORA, 0.4, 2e-4, 1, cell) for cell in MULTITASK]
+    methods = methods_of(rows)
+    assert paper_line(methods["R-LoRA"], methods[LORA], MULTITASK).seeds == (0,)
+    rows += [made("R-LoRA", 0.8, 2e-4, 1, cell) for cell in MULTITASK]
+    methods = methods_of(rows)
+    line = paper_line(methods["R-LoRA"], methods[LORA], MULTITASK)
+    assert line.seeds == (0, 1) and line.mean.value == pytest.approx(30, abs=6)
+    assert shared_seeds() == ()
+
+
+def test_the_recipe_has_one_setting():
+    """Also where a cell has a better one."""
+    rows = tuning() + final() + [made(RECIPE, 1.0, 4e-3, seed, CELLS[0]) for seed in (0, 1, 2)]
+    text = recipe_block(Study(rows), RECIPE)
+    assert "learning rate 0.001" in text and "1.90 M" in text
+    assert float(cells_in(text, "multitask, plenty")[1]) < 90
+    assert float(cells_in(text, "mean, recipe tuned for each cell too")[1]) > 80
+    mean = cells_in(text, "mean over cells")[-1]
+    assert re.fullmatch(r"\*\*\+1\d\.\d\d \[\+\d+\.\d\d, \+1\d\.\d\d\]\*\*", mean)
+    expected = "- **The recipe less LoRA r=10, tuned for each cell:** " + mean.strip("*")
+    assert expected in summary_block(Study(rows))
+    assert recipe_block(Study(tuning()), RECIPE) == recipe_block(Study(rows), "no such method") == ""
+    missing = [row for row in rows if row["seed"] == 0 or (row["suite"], row["size"]) != CELLS[3]]
+    assert recipe_block(Study(missing), RECIPE) == ""  # not in all cells
+
+
+def test_ideas_are_sorted_and_counted():
+    study = Study(tuning() + [made("ranks, top 4", 0.5, cell=CELLS[0])])
+    text = tried_block(study)
+    names = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert names == [LORA, RECIPE, "R-LoRA", "LoRA+ 4", "ranks, top 4"]  # last what lacks a cell
+    assert cells_in(text, "LoRA+ 4")[1:3] == [IDEAS["LoRA+ 4"].what, "1"] and cells_in(text, "R-LoRA")[2] == "3"
+    summary = summary_block(study)
+    assert "Of 3 methods that were tried** (1 of them variants of LoRA; mean over 2 cells, seed 0)" in summary
+    assert "1 have an interval above LoRA r=10 and 1 one below it" in summary
+
+
+def test_rows_of_two_models_stay_apart():
+    rows = tuning() + tuning(CELLS[:1], model="other")
+    assert list(by_model(rows)) == ["small", "other"]
+    blocks = results_page.page(rows)
+    assert "**small**" in blocks["tuned"] and blocks["tuned"].count("| R-LoRA |") == 2
+    assert blocks["facts"].count("- Runs:") == 2 and blocks["tried"].count("| R-LoRA |") == 1
+    with pytest.raises(ValueError, match="Rows of small, other"):
+        methods_of(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        tuning(CELLS[:1]),
+        [row for row in tuning() if row["name"] != LORA],
+        [row for row in tuning() if row["learning_rate"] != 2e-4],
+        [made("base", 0.3, 0.0)],
+        [made(LORA, 0.3, seed=3)],
+        [made(LORA, 0.3), made("R-LoRA", 0.3, cell=CELLS[2])],
+        [{**made(LORA, 0.5), "name": "unknown"}],
+    ],
+    ids=["one cell", "no reference", "no paper's rate", "base only", "other seeds", "no common cell", "unknown name"],
+)
+def test_missing_rows_do_not_crash(rows, tmp_path):
+    blocks = results_page.page(rows)
+    assert all(isinstance(text, str) for text in blocks.values())
+    study = Study(rows)
+    draw_learning_rates(study, tmp_path / "a.png")
+    draw_ideas(study, tmp_path / "b.png")
+    if LORA not in study.methods:
+        assert tuned_block(study) == NOT_MEASURED and not (tmp_path / "b.png").exists()
+
+
+def test_a_curve_is_of_the_seeds_that_all_its_rates_have():
+    rows = [made(LORA, 0.5, 1e-3), made(LORA, 0.9, 1e-3, seed=1), made(LORA, 0.6, 2e-3)]
+    method = methods_of(rows)[LORA]
+    assert curve(method, CELLS[0]) == {1e-3: rows[0]["mean_accuracy"], 2e-3: rows[2]["mean_accuracy"]}
+    assert len(CURVES) <= 5 and set(CURVES) <= set(METHODS)
+
+
+def test_the_text_has_no_results():
+    """Numbers with a decimal point are in generated blocks only."""
+    text = re.sub(r"<!-- ([\w ]+): written by .*?<!-- end of \1 -->", "", DOCUMENT.read_text(), flags=re.S)
+    assert "## Limits" in text and not re.findall(r"\d+\.\d+|\d+ ?%", text)
+
+
+def test_methods_say_what_they_are():
+    assert all(method.what and not method.what.endswith(".") for method in METHODS.values())
