@@ -1,6 +1,5 @@
 """Plans of `quality.py`: lists of runs by name, and the methods that they compare."""
 
-from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -99,6 +98,8 @@ IDEAS = {
     "ranks, orthogonal": _ranks("orthogonal initial rows of A and B", init="orthogonal"),
     "ranks, rates by width": _ranks("lower rates for wider layers", width_power=0.5),
     "ranks, sigmoid": _gates("gates that do not compete: twice a sigmoid for each rank, 1 at the start"),
+    "ranks, sigmoid, router 5 times as fast": _gates("sigmoid gates that learn faster than A and B", router_ratio=5.0),
+    "ranks, sigmoid, temperature 0.3": _gates("sharper sigmoid gates", temperature=0.3),
     "ranks, sigmoid, EMA 0.98": _gates("sigmoid gates, scored with an average of the weights", ema=0.98),
     "ranks, sigmoid, early router": _gates("sigmoid gates, and a high rate of the router", router_rate=0.01),
     "ranks, sigmoid, gamma 256": _gates("sigmoid gates, smaller initial values", gamma=256.0),
@@ -166,18 +167,34 @@ IDEAS = {
     "R-LoRA by task": _heads("head weights by task in place of a router", 1, gate="task"),
 }
 
-# Routed by task, with about as many parameters as LoRA r=10, and a rate at which a router of a few numbers can move.
-_ROUTER = {"router_rate": 0.05}
+
+# A router of a few numbers for each task needs a rate at which these can move.
+def _by_task(what: str, **options: Any) -> Method:
+    """Ranks as heads, each with a gate for each task; nine have as many parameters as LoRA of rank 10."""
+    usual = {"heads": 9, "gate": "task_sigmoid", "scaling": "alpha/sqrt(rN)", "router_rate": 0.05}
+    return Method("lab_ranks", {**usual, **options}, what, _LOW)
+
+
+# Gates that know the task of a row, in training and in scoring.
 BY_TASK = {
-    "R-LoRA by task, N=5": _heads(0, heads=5, r=3, gate="task", **_ROUTER),
-    "ranks by task": Method(
-        "lab_ranks", {"heads": 9, "gate": "task_sigmoid", "scaling": "alpha/sqrt(rN)", **_ROUTER}, (5e-4, 1e-3)
+    "ranks by task": _by_task("nine ranks, each with a gate for each task: twice a sigmoid, 1 at the start"),
+    "10 ranks by task": _by_task("ten of them, slightly more parameters than LoRA has", heads=10),
+    "ranks by task, router 0.01": _by_task("the same, gates learn slower", router_rate=0.01),
+    "ranks by task, router 0.2": _by_task("the same, gates learn faster", router_rate=0.2),
+    "ranks by task, EMA 0.98": _by_task("the same, scored with an average of the weights", ema=0.98),
+    "ranks by task, gamma 256": _by_task("the same, smaller initial values", gamma=256.0),
+    "ranks by task, decay to init 0.1": _by_task(
+        "the same, weights decay towards their initial values", weight_decay=0.1, decay_to="init"
     ),
-}
-# A second look at gates that do not compete.
-SIGMOID = {
-    "ranks, sigmoid, router 5 times as fast": _ranks(0, gate="sigmoid", scaling="alpha/sqrt(rN)", router_ratio=5.0),
-    "ranks, sigmoid, temperature 0.3": _ranks(0, gate="sigmoid", scaling="alpha/sqrt(rN)", temperature=0.3),
+    "ranks by task, zero B": _by_task("the same, B starts at zero as in LoRA", init="zero_b"),
+    "heads by task": _heads(
+        "five heads of rank 3 with such gates for each task",
+        rates=_LOW,
+        **{"heads": 5, "r": 3, "gate": "task_sigmoid", "scaling": "alpha/sqrt(rN)", "router_rate": 0.05},
+    ),
+    "R-LoRA by task, N=5": _heads(
+        "five heads of rank 3, a softmax for each task", **{"heads": 5, "r": 3, "gate": "task", "router_rate": 0.05}
+    ),
 }
 
 # Methods as their packages have them.
@@ -197,7 +214,8 @@ PACKAGED = {
     "rlora_trl, zero B": Method("rlora", {"init_weights": "zero_b"}, "B starts at zero"),
     "rlora_trl, zero A": Method("rlora", {"init_weights": "zero_a"}, "A starts at zero"),
 }
-METHODS = {**TUNED, **IDEAS, **BY_TASK, **SIGMOID, **PACKAGED}
+TRIED = {**IDEAS, **TUNED, **BY_TASK}
+METHODS = {**TRIED, **PACKAGED}
 
 
 def grid(
@@ -232,23 +250,39 @@ def packaged() -> list[Run]:
     return grid(PACKAGED)
 
 
+def by_task() -> list[Run]:
+    """Gates that know the task, in all cells."""
+    return [run for label, one in BY_TASK.items() for run in grid({label: one}, (2e-4, 5e-4, 1e-3))]
+
+
+# The suite of one input and many questions: prompts, and the methods with each.
+_WORD_METHODS = {**TUNED, **BY_TASK}
+# Twelve tasks: somewhat more parameters than the others.
+_WORD_METHODS["a LoRA for each task"] = Method(
+    "lab", {"r": 1, "heads": 12, "share_a": False, "gate": "own", "init": "zero_b"}, "twelve LoRAs of rank 1"
+)
+WORDS = {
+    "instruction": ("LoRA r=10", "R-LoRA by task, N=5", "ranks by task"),
+    "name": ("LoRA r=10",),
+    "input": ("LoRA r=10", "R-LoRA, no dropout", "R-LoRA by task, N=5", "ranks by task", "a LoRA for each task"),
+}
+
+
+def word_label(method: str, prompt: str) -> str:
+    """The label of a method's runs with a kind of prompt."""
+    return f"{method}; {prompt}"
+
+
 def words() -> list[Run]:
     """One input and many questions: with the question in the prompt, with the task's name, or without."""
-    lora, by_task = {"LoRA r=10": TUNED["LoRA r=10"]}, BY_TASK
-    # Twelve tasks: somewhat more parameters than the others.
-    each = {
-        "a LoRA for each task": Method("lab", {"r": 1, "heads": 12, "share_a": False, "gate": "own", "init": "zero_b"})
-    }
-    prompts = {
-        "instruction": {**lora, **by_task},
-        "name": lora,
-        "input": {**lora, "R-LoRA, no dropout": TUNED["R-LoRA, no dropout"], **by_task, **each},
-    }
     return [
-        replace(run, label=f"{run.label}; {prompt}")
-        for prompt, methods in prompts.items()
-        for run in grid(methods, RATES[1:], cells=(("words", "plenty"),), prompt=prompt)
+        run
+        for prompt, names in WORDS.items()
+        for name in names
+        for run in grid(
+            {word_label(name, prompt): _WORD_METHODS[name]}, RATES[1:], cells=(("words", "plenty"),), prompt=prompt
+        )
     ]
 
 
-PLANS = {"tuning": tuning, "ideas": ideas, "packaged": packaged, "words": words}
+PLANS = {"tuning": tuning, "ideas": ideas, "packaged": packaged, "by_task": by_task, "words": words}

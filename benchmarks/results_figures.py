@@ -6,7 +6,7 @@ from typing import Any
 from quality_intervals import Estimate
 from quality_report import REFERENCE
 from quality_rows import Cell, Method
-from results_lines import PAPER_SETTING, TUNING_SEEDS, Line, Study, idea_lines, is_lora, shared_seeds, with_seeds
+from results_lines import PAPER_SETTING, TUNING_SEEDS, Line, Study, idea_lines, is_lora, seeds_text, shared_seeds
 
 
 # Color and marker of each line, at most five.
@@ -106,7 +106,7 @@ def draw_ideas(study: Study, path: Path) -> None:
     axis.tick_params(axis="x", labelsize=8.5)
     axis.spines[["top", "right"]].set_visible(False)
     cells = len(lines[0][0].settings)
-    where = f"mean over {cells} cells, {with_seeds(TUNING_SEEDS)}"
+    where = f"mean over {cells} cells, seeds of {seeds_text(TUNING_SEEDS)}"
     axis.set_xlabel(f"points above {REFERENCE}, each tuned in each cell: {where}", fontsize=9)
     names = {"ours": "forms of R-LoRA", "lora": "forms of LoRA"}
     kinds = [kind for kind in names if kind in shown]

@@ -17,6 +17,7 @@ from results_figures import draw_ideas, draw_learning_rates
 from results_lines import gaps
 from results_tables import (
     Study,
+    by_task_block,
     facts_block,
     paper_rate_block,
     paper_tables_block,
@@ -24,6 +25,7 @@ from results_tables import (
     summary_block,
     tried_block,
     tuned_block,
+    words_block,
 )
 
 
@@ -46,6 +48,8 @@ def page(rows: Sequence[Row]) -> dict[str, str]:
         "tuned": joined(studies, tuned_block),
         "paper rate": joined(studies, paper_rate_block),
         "recipe": joined(studies, recipe_block),
+        "by task": joined(studies, by_task_block),
+        "words": joined(studies, words_block),
         "tried": tried_block(studies[0]),
         "paper tables": joined(studies, paper_tables_block),
     }

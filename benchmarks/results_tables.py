@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from quality_data import SUITES
 from quality_intervals import chosen
-from quality_plans import IDEA_CELLS, METHODS, PACKAGED, TUNED
+from quality_plans import BY_TASK, IDEA_CELLS, METHODS, PACKAGED, TUNED, WORDS, word_label
 from quality_report import REFERENCE, parameters, setting_text, table
 from quality_rows import Cell, Row
 from quality_runs import Run
@@ -85,7 +85,7 @@ def recipe_line(study: Study, label: str) -> Line | None:
     if not {label, REFERENCE} <= set(study.methods):
         return None
     line = tuned_line(study.methods[label], study.methods[REFERENCE], study.cells, one=True)
-    return None if line.seeds == TUNING_SEEDS or line.mean is None else line
+    return None if set(line.seeds) <= set(TUNING_SEEDS) or line.mean is None else line
 
 
 def recipe_block(study: Study, label: str = RECIPE) -> str:
@@ -101,7 +101,7 @@ def recipe_block(study: Study, label: str = RECIPE) -> str:
         body.append([", ".join(cell), number(one.accuracy(cell)), other, str(one.each[cell])])
     body.append(["mean over cells", number(one.mean_accuracy(study.cells)), "", f"**{one.mean}**"])
     each = tuned_line(ours, lora, study.cells)
-    if each.mean is not None and each.seeds != TUNING_SEEDS:
+    if each.mean is not None and not set(each.seeds) <= set(TUNING_SEEDS):
         body.append(
             ["mean, recipe tuned for each cell too", number(each.mean_accuracy(study.cells)), "", str(each.mean)]
         )
@@ -130,13 +130,40 @@ def tried_block(study: Study) -> str:
         shown = [_cell_text(line, cell, line.method.name, True) for cell in cells]
         difference = "" if line.mean is None else str(line.mean)
         name = line.method.name
-        body.append([name, METHODS[name].what, str(max(settings, default=0)), *shown, difference])
-    head = ["method", "what it is", "settings tried", *(", ".join(cell) for cell in cells), "mean difference"]
+        body.append(
+            [name, METHODS[name].what, str(max(settings, default=0)), seeds_text(line.seeds), *shown, difference]
+        )
+    head = ["method", "what it is", "settings tried", "seeds", *(", ".join(cell) for cell in cells), "mean difference"]
     text = (
-        f"Accuracy in % (best learning rate) on {with_seeds(TUNING_SEEDS)}, and the mean difference from "
-        f"{REFERENCE} in points. Settings tried is the number of learning rates and batches in a cell."
+        f"Accuracy in % (best learning rate), and the mean difference from {REFERENCE} on the same seeds in points. "
+        "Settings tried is the number of learning rates and batches in a cell."
     )
     return f"{text}\n\n{table(head, body)}"
+
+
+def by_task_block(study: Study) -> str:
+    """Gates that know the task of a row, beside LoRA; each at its best setting in each cell."""
+    lines = lines_of(study, BY_TASK, REFERENCE, tuned=True, cells=study.cells)
+    if not lines:
+        return NOT_MEASURED
+    reference = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
+    what = "\n".join(f"- {line.method.name}: {METHODS[line.method.name].what}." for line in lines)
+    return f"{_by_cell([*reference, *lines], study.cells, REFERENCE, with_setting=True)}\n\n{what}"
+
+
+def words_block(study: Study, cell: Cell = ("words", "plenty")) -> str:
+    """One input, many questions: by what the prompt says of the question. The reference is LoRA with instructions."""
+    reference = word_label(REFERENCE, "instruction")
+    body = []
+    for prompt, names in WORDS.items():
+        by_label = {word_label(name, prompt): name for name in names}
+        for line in lines_of(study, by_label, reference, tuned=True, cells=[cell]):
+            difference = "" if line.method.name == reference else str(line.each[cell])
+            setting = setting_text(line.settings[cell])
+            facts = [parameters(line.method), number(line.accuracy(cell)), setting, seeds_text(line.seeds), difference]
+            body.append([prompt, by_label[line.method.name], *facts])
+    head = ["prompt", "method", "parameters, M", "exact match, %", "learning rate", "seeds", "difference"]
+    return table(head, body) if body else NOT_MEASURED
 
 
 def paper_tables_block(study: Study, cell: Cell = ("setting1", "plenty")) -> str:
@@ -184,7 +211,7 @@ def summary_block(study: Study) -> str:
     if ideas:
         above, below = sum(mean.low > 0 for _, mean in ideas), sum(mean.high < 0 for _, mean in ideas)
         own = sum(is_lora(line.method.name) for line, _ in ideas)
-        where = f"mean over {len(ideas[0][0].settings)} cells, {with_seeds(TUNING_SEEDS)}"
+        where = f"mean over {len(ideas[0][0].settings)} cells, seeds of {seeds_text(TUNING_SEEDS)}"
         found.append(
             f"- **Of {len(ideas)} methods that were tried** ({own} of them variants of LoRA; {where}), {above} have "
             f"an interval above {REFERENCE} and {below} one below it. If none differed from it at all, about "

@@ -415,8 +415,12 @@ def test_tables_have_ratios_and_failures():
     assert len(table.splitlines()) == 4
 
 
-def test_sections_without_rows_are_left_out():
+def test_sections_without_rows_are_left_out(monkeypatch):
+    import report
     from report import FLOOR, LORA_16, ON_A_GPU, OURS, TASK, UNIFORM, sections
+
+    # Times to a loss are those of any machine: the repository has rows.
+    monkeypatch.setattr(report, "read", lambda name: [])
 
     def headings(**files):
         text = sections({**dict.fromkeys(ON_A_GPU, []), **files}, [])

@@ -196,8 +196,11 @@ _SETTING1 = {
 # Tasks of the authors' code for single tasks and ablations; the test rows of GLUE have no answers.
 _GLUE = {
     task: PaperSet(
-        *("nyu-mll/glue", task, glue, (*glue.texts, "label")),
-        {"train": "train", "test": "validation_matched" if task == "mnli" else "validation"},
+        repository="nyu-mll/glue",
+        configuration=task,
+        convert=glue,
+        columns=(*glue.texts, "label"),
+        splits={"train": "train", "test": "validation_matched" if task == "mnli" else "validation"},
     )
     for task, glue in _GLUE_TASKS.items()
 }

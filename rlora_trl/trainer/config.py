@@ -78,7 +78,8 @@ class RLoraSFTConfig(SFTConfig):
 
     > [!NOTE]
     > Two defaults differ from `trl.SFTConfig`. `learning_rate` is 5e-4, as 2e-5 is meant for training all weights of a
-    > model. `bf16` is `True` unless `fp16` is set or the machine has no accelerator, where `SFTConfig` raises an error.
+    > model. `bf16` is `True` unless `fp16` is set or the machine has no accelerator, where `SFTConfig` raises an
+    > error.
 
     Raises:
         ValueError: If a field has a value outside its range, or fields contradict each other.
