@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,7 +111,8 @@ def _gsm8k(row: Mapping[str, Any]) -> _Row:
     return prompt, f" {re.sub('<<.*?>>', '', row['answer']).strip()}", []
 
 
-class _Glue(NamedTuple):
+@dataclass(frozen=True)
+class _Glue:
     """A task of GLUE: the columns of its texts with their names in the prompt, a question, and the label's words."""
 
     texts: dict[str, str]
