@@ -187,6 +187,13 @@ BY_TASK = {
         "the same, weights decay towards their initial values", weight_decay=0.1, decay_to="init"
     ),
     "ranks by task, zero B": _by_task("the same, B starts at zero as in LoRA", init="zero_b"),
+    # What `RLoraConfig(r=1, num_heads=9, share_a=False, router="task", lora_alpha=96)` is.
+    "ranks by task, softmax": Method(
+        "lab_ranks",
+        {"heads": 9, "gate": "task", "alpha": 96.0, "router_rate": 0.05},
+        "nine ranks, weighed by nine times a softmax for each task",
+        _LOW,
+    ),
     "heads by task": _heads(
         "five heads of rank 3 with such gates for each task",
         rates=_LOW,
