@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,28 @@ SUITES = {
         "hellaswag",
     ),
     "words": WORD_TASKS,
+    "gsm8k": ("gsm8k",),
 }
+# What models are scored on that were trained on another suite: tasks that have test rows only.
+TRANSFER_SUITES = {
+    "bbh": (
+        *("boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages"),
+        *("formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects"),
+        *("logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation"),
+        *("multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table"),
+        *("reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks"),
+        *("sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects"),
+        *("tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies"),
+        "word_sorting",
+    )
+}
+# Suites whose answers are generated, and the metric of `rlora_trl.evaluation`.
+GENERATED = {"gsm8k": "number"}
 # Training rows of a task, and epochs.
 SIZES = {"plenty": (1500, 1), "little": (300, 5)}
 WINDOW = 256  # rows that are sorted by length together
 MAX_LENGTH = 512
+MAX_LENGTHS = {"bbh": 1024}  # of suites with longer prompts
 # What a model reads of a row: its prompt, or only the input, with the task's name or without.
 PROMPTS = ("instruction", "name", "input")
 
@@ -93,10 +111,15 @@ class Tasks:
         self, folder: Path, names: Sequence[str], tokenizer: Any, test_rows: int, prompt: str = "instruction"
     ) -> None:
         self.names, self.tokenizer, self.prompt = tuple(names), QuickTokenizer(tokenizer), prompt
-        self.train = {task: read_rows(folder / task / "train.jsonl") for task in names}
+        self.folder, self.limits = folder, TokenLimits(MAX_LENGTHS.get(folder.name, MAX_LENGTH))
         self.test = {task: fixed_rows(read_rows(folder / task / "test.jsonl"), test_rows) for task in names}
         self._encoded: dict[tuple[int, int], Tokens] = {}
         self._candidates: Candidates | None = None
+
+    @cached_property
+    def train(self) -> dict[str, list[dict[str, Any]]]:
+        """The training rows of each task."""
+        return {task: read_rows(self.folder / task / "train.jsonl") for task in self.names}
 
     def chosen(self, rows: int, seed: int) -> list[tuple[int, int]]:
         """Task and index of the rows to train on, at most `rows` of each task."""
@@ -111,9 +134,8 @@ class Tasks:
         key = (task, index)
         if key not in self._encoded:
             row = self.train[self.names[task]][index]
-            limits = TokenLimits(MAX_LENGTH)
             prompt = prompt_of(row, self.names[task], self.prompt)
-            [ids], begin = encode_row(self.tokenizer, prompt, [row["completion"]], limits, end=True)
+            [ids], begin = encode_row(self.tokenizer, prompt, [row["completion"]], self.limits, end=True)
             self._encoded[key] = Tokens(ids[:-1], begin - 1, ids[begin:], task)
         return self._encoded[key]
 
@@ -190,9 +212,9 @@ class Candidates:
     def _add(self, row: dict, task: int, tasks: Tasks, seen: dict) -> tuple[int, int, list[bool]]:
         name = tasks.names[task]
         free = name in self.free
-        options = list(row["answers"] if free else row["options"])
+        options = list(row.get("answers") or [row["completion"]]) if free else list(row["options"])
         prompt = prompt_of(row, name, tasks.prompt)
-        sequences, begin = encode_row(tasks.tokenizer, prompt, options, TokenLimits(MAX_LENGTH), end=free)
+        sequences, begin = encode_row(tasks.tokenizer, prompt, options, tasks.limits, end=free)
         first = self.count
         for ids in sequences:
             key = (task, *ids[:-1])

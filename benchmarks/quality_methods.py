@@ -13,6 +13,7 @@ from quality_train import Adapted, SelectedHead
 from torch import nn
 
 from rlora_trl import RLoraConfig
+from rlora_trl.analysis.heads import head_similarities, mean_similarity
 from rlora_trl.tuner import MultiHeadAdapter, find_routings
 
 
@@ -103,6 +104,9 @@ def _adapt_packaged(model: nn.Module, head: SelectedHead, run: Run, tasks: Seque
             elif isinstance(module, nn.Dropout):
                 module.p = 0.0
 
+    layers = [module for module in wrapped.modules() if isinstance(module, MultiHeadAdapter)]
+    has_heads = bool(layers) and layers[0].num_heads > 1
+
     return Adapted(
         wrapped,
         head,
@@ -111,6 +115,7 @@ def _adapt_packaged(model: nn.Module, head: SelectedHead, run: Run, tasks: Seque
         set_tasks=set_tasks if routed else None,
         after_step=forget,
         end_dropout=end_dropout,
+        similarity=(lambda: mean_similarity(head_similarities(wrapped))) if has_heads else None,
     )
 
 

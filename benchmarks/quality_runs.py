@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from quality_data import PROMPTS, SIZES, SUITES
+from quality_data import GENERATED, PROMPTS, SIZES, SUITES, TRANSFER_SUITES
 from quality_lab import OPTION_NAMES, LabOptions
 from quality_train import TRAINING_NAMES, TrainingOptions
 
@@ -47,6 +47,7 @@ class Run:
         train_rows (`int`), epochs (`int`), test_rows (`int`): In place of those of the size.
         model (`str`): Name of the base model.
         prompt (`str`): One of `PROMPTS`.
+        transfer (`str`): A suite of `TRANSFER_SUITES` that the trained model is scored on too.
         label (`str`): Name of the method in tables.
         wave (`int`): Runs of lower waves come first.
     """
@@ -63,11 +64,13 @@ class Run:
     test_rows: int = 400
     model: str = ""
     prompt: str = "instruction"
+    transfer: str = ""
     label: str = ""
     wave: int = 0
 
     def __post_init__(self) -> None:
         known = {"method": METHODS, "suite": tuple(SUITES), "size": tuple(SIZES), "prompt": PROMPTS}
+        known["transfer"] = ("", *TRANSFER_SUITES)
         for name, accepted in known.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"`{name}` must be one of {', '.join(accepted)}, got {getattr(self, name)!r}.")
@@ -133,9 +136,10 @@ class Run:
 
     def together(self) -> tuple:
         """Runs with the same value can train side by side."""
-        if self.method not in LAB:
+        if self.method not in LAB or self.suite in GENERATED:
             return (self.key,)
-        data = (self.model, self.suite, self.size, self.rows, self.passes, self.test_rows, self.batch, self.prompt)
+        data = (self.model, self.suite, self.size, self.rows, self.passes, self.test_rows, self.batch)
+        data = (*data, self.prompt, self.transfer)
         return (*data, self.lab().shape(), self.training().dropout_until, self.training().precondition)
 
     def cost(self) -> int:

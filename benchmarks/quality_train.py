@@ -100,6 +100,7 @@ class Adapted:
         set_tasks (`Callable`): Called with the tasks of the rows before a forward pass.
         after_step (`Callable`): Called after each step.
         end_dropout (`Callable`): Turns dropout off.
+        similarity (`Callable`): The mean cosine between the heads B of a layer, if there are several.
     """
 
     model: nn.Module
@@ -111,14 +112,19 @@ class Adapted:
     set_tasks: Callable[[torch.Tensor], Any] | None = None
     after_step: Callable[[], Any] | None = None
     end_dropout: Callable[[], Any] | None = None
+    similarity: Callable[[], float] | None = None
+
+    def precision(self) -> Any:
+        """A context for forward passes: autocast, if the model needs it."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, dtype=torch.bfloat16) if self.autocast else nullcontext()
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """The logits `[P, vocabulary]` at the batch's positions, in float32."""
         if self.set_tasks is not None:
             self.set_tasks(batch.tasks)
         self.head.positions = batch.positions
-        device = batch.ids.device.type
-        with torch.autocast(device, dtype=torch.bfloat16) if self.autocast else nullcontext():
+        with self.precision():
             return self.model(input_ids=batch.ids, use_cache=False).logits.float()
 
     def trainable(self) -> int:
@@ -127,7 +133,7 @@ class Adapted:
 
 
 class SelectedHead(nn.Module):
-    """The output head of a model, for chosen positions only: most tokens of a prompt have no loss."""
+    """The output head of a model, for chosen positions only, if any: most tokens of a prompt have no loss."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -135,6 +141,8 @@ class SelectedHead(nn.Module):
         self.positions: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.positions is None:
+            return self.head(hidden)
         return self.head(hidden.flatten(0, -2).index_select(0, self.positions))
 
 

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from common import environment
-from quality_data import SUITES, Tasks, to_device, training_steps
+from quality_data import GENERATED, SUITES, TRANSFER_SUITES, Tasks, to_device, training_steps
 from quality_methods import adapt
 from quality_runs import LAB, Run
-from quality_train import Clock, score, train
+from quality_train import Adapted, Clock, score, train
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
+
+from rlora_trl.evaluation import score_tasks
 
 
 # Logits of one batch in scoring, in float32: 2 GB.
@@ -85,7 +87,8 @@ class Trainer:
     def tasks(self, suite: str, test_rows: int, prompt: str = "instruction") -> Tasks:
         key = (suite, test_rows, prompt)
         if key not in self._tasks:
-            self._tasks[key] = Tasks(self.settings.data / suite, SUITES[suite], self.tokenizer, test_rows, prompt)
+            names = {**SUITES, **TRANSFER_SUITES}[suite]
+            self._tasks[key] = Tasks(self.settings.data / suite, names, self.tokenizer, test_rows, prompt)
         return self._tasks[key]
 
     def rows(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -106,10 +109,21 @@ class Trainer:
         half = len(runs) // 2
         return self.rows(runs[:half]) + self.rows(runs[half:])
 
+    def _right(self, adapted: Adapted, tasks: Tasks, suite: str) -> list[dict[str, list[bool]]]:
+        """Which test rows each run has right, by task."""
+        if suite in GENERATED:
+            return [generated(adapted, self.tokenizer, tasks, GENERATED[suite])]
+        candidates = tasks.candidates()
+        limits = (self.settings.score_tokens, max(1, MAX_LOGITS // len(self.tokenizer)))
+        parts = to_device(list(candidates.batches(adapted.runs, *limits)), self.device)
+        found = (scores.numpy() for scores in score(adapted, parts, candidates.count))
+        return [candidates.correct(*one) for one in zip(*found, strict=True)]
+
     def _train_and_score(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         first, clock, K = runs[0], Clock(self.device), len(runs)
         tasks = self.tasks(first.suite, first.test_rows, first.prompt)
-        candidates = tasks.candidates()
+        if first.suite not in GENERATED:
+            tasks.candidates()
         clock.lap("read")
 
         torch.manual_seed(first.seed)  # of dropout
@@ -125,11 +139,12 @@ class Trainer:
             losses = train(adapted, moved, [r.training() for r in runs], [r.learning_rate for r in runs]).cpu()
             clock.lap("train")
             del moved, flat
-        limits = (self.settings.score_tokens, max(1, MAX_LOGITS // len(self.tokenizer)))
-        parts = to_device(list(candidates.batches(K, *limits)), self.device)
-        clock.lap("prepare scoring")
-        scores, misses = (found.numpy() for found in score(adapted, parts, candidates.count))
+        right = self._right(adapted, tasks, first.suite)
         clock.lap("score")
+        transferred = None
+        if first.transfer:
+            transferred = self._right(adapted, self.tasks(first.transfer, first.test_rows), first.transfer)
+            clock.lap("score transfer")
         if self._sum() != self.checksum:
             self.base = self._load()
             raise RuntimeError("The method changed the weights of the base, which was loaded again.")
@@ -141,7 +156,9 @@ class Trainer:
             rows.append(
                 {
                     **run_facts(run),
-                    **scored(candidates.correct(scores[k], misses[k])),
+                    **scored(right[k]),
+                    **({} if transferred is None else {"transferred": scored(transferred[k])}),
+                    "head_similarity": None if adapted.similarity is None else round(adapted.similarity(), 4),
                     "trainable": adapted.trainable(),
                     "steps": len(history),
                     "losses": thinned(history),
@@ -151,6 +168,32 @@ class Trainer:
                 }
             )
         return rows
+
+
+def generated(
+    adapted: Adapted, tokenizer: Any, tasks: Tasks, metric: str, max_new_tokens: int = 256
+) -> dict[str, list[bool]]:
+    """
+    Which rows are right, by task, of answers that the model writes by greedy decoding.
+
+    Args:
+        adapted ([`Adapted`]): The model of one run.
+        tokenizer: The model's.
+        tasks ([`Tasks`]): Whose test rows.
+        metric (`str`), max_new_tokens (`int`): Of `rlora_trl.evaluation`.
+    """
+    adapted.head.positions = None
+    model = adapted.model
+    # Prompts are padded on the left, which the attention without a mask does not see.
+    model.set_attn_implementation("sdpa")
+    try:
+        with adapted.precision():
+            scores = score_tasks(
+                model, tokenizer, tasks.test, metric=metric, batch_size=128, max_new_tokens=max_new_tokens
+            )
+    finally:
+        model.set_attn_implementation(CAUSAL)
+    return {task: [value == 1 for value in found.values] for task, found in scores.items()}
 
 
 def run_facts(run: Run) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from testing_utils import TINY_MODELS, perturb
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlora_trl import RLoraConfig
+from rlora_trl.evaluation.metrics import find_number
 from rlora_trl.evaluation.scoring import score_tasks
 
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
 import quality_words
-from quality_data import SUITES, MicroBatch, Tokens, training_steps
+from quality_data import SUITES, TRANSFER_SUITES, MicroBatch, Tokens, training_steps
 from quality_lab import LabLinear, LabOptions, LabState, add_lab
 from quality_methods import adapt
 from quality_plans import METHODS as PLAN_METHODS
@@ -29,7 +30,7 @@ from quality_plans import PLANS
 from quality_rows import all_rows
 from quality_runs import LAB, METHODS, Run, groups_of, with_model
 from quality_train import Adapted, FlatAdamW, TrainingOptions, score, train
-from quality_worker import CAUSAL, Trainer, WorkerSettings
+from quality_worker import CAUSAL, Trainer, WorkerSettings, generated
 
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -40,13 +41,15 @@ SMALL = {"train_rows": 10, "epochs": 2, "test_rows": 8, "batch": 8}
 def data(tmp_path_factory):
     """Suites of learnable rows, with options of one token and of two."""
     folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
-    for suite, tasks in SUITES.items():
+    for suite, tasks in {**SUITES, **TRANSFER_SUITES}.items():
         for number, task in enumerate(tasks):
             (folder / suite / task).mkdir(parents=True)
-            for split, count in (("train", 24), ("test", 12)):
+            for split, count in (("train", 24), ("test", 12))[suite in TRANSFER_SUITES :]:
                 rows = [row(draw, long=number % 2 == 1) for _ in range(count)]
                 if suite == "words":
                     rows = [{**one, "options": [], "answers": one["options"][:2]} for one in rows]
+                if suite == "gsm8k":
+                    rows = [{**one, "options": [], "completion": f" w{i % 2}"} for i, one in enumerate(rows)]
                 text = "".join(json.dumps(one) + "\n" for one in rows)
                 (folder / suite / task / f"{split}.jsonl").write_text(text)
     return folder
@@ -370,7 +373,7 @@ def test_answers_are_those_of_greedy_decoding(trainer, prompt):
 
 @torch.no_grad()
 def greedy(adapted, ids, task, end, most=6):
-    """The tokens that a model writes before the end."""
+    """The tokens that a model writes before the end, or the first `most`."""
     begin = len(ids)
     while len(ids) - begin < most:
         zero = torch.zeros(1, dtype=torch.int64)
@@ -379,7 +382,45 @@ def greedy(adapted, ids, task, end, most=6):
         if token == end:
             return ids[begin:]
         ids = [*ids, token]
-    return None
+    return ids[begin:]
+
+
+@pytest.mark.parametrize("method", ["lab_lora", "rlora"])
+def test_generated_answers(trainer, method):
+    """In batches of prompts of several lengths as one at a time, and the base's attention is what it was."""
+    run = Run(method, "gsm8k", learning_rate=0.05, **{**SMALL, "epochs": 20})
+    tasks = trainer.tasks("gsm8k", 8)
+    adapted = adapt(trainer.base, [run], tasks.names)
+    train(adapted, training_steps([tasks.batches(10, 20, 8, 0)], 10_000), [run.training()], [0.05])
+    adapted.model.eval()
+    expected = []
+    for one in tasks.test["gsm8k"]:
+        end = trainer.tokenizer.eos_token_id
+        written = greedy(adapted, trainer.tokenizer(one["prompt"])["input_ids"], 0, end, most=20)
+        text = trainer.tokenizer.decode(written)
+        expected.append(find_number(text) is not None and find_number(text) == find_number(one["completion"]))
+    assert generated(adapted, trainer.tokenizer, tasks, "number", 20) == {"gsm8k": expected}
+    assert 0 < sum(expected) < len(expected)
+    assert trainer.base.config._attn_implementation == CAUSAL
+
+
+def test_scores_of_tasks_that_were_not_trained_on(trainer):
+    rows = trainer.rows([small("lab_lora", transfer="bbh"), small("lab_lora", transfer="bbh", learning_rate=0.1)])
+    alone = trainer.rows([small("lab_lora", learning_rate=0.1)])
+    assert "transferred" not in alone[0] and rows[1]["accuracy"] == alone[0]["accuracy"]
+    assert set(rows[0]["transferred"]["accuracy"]) == set(TRANSFER_SUITES["bbh"])
+    assert rows[0]["transferred"]["accuracy"] != rows[1]["transferred"]["accuracy"]
+    with pytest.raises(ValueError, match="`transfer` must be one of , bbh"):
+        small("lab_lora", transfer="words")
+
+
+def test_similarity_of_heads(trainer):
+    """Heads that start at random are independent; with one head there is none, and the lab measures none."""
+    rows = trainer.rows([small("rlora")]) + trainer.rows([small("rlora", options={"num_heads": 1})])
+    assert abs(rows[0]["head_similarity"]) < 0.5 and rows[1]["head_similarity"] is None
+    assert trainer.rows([small("lab_rlora")])[0]["head_similarity"] is None
+    (hydra,) = trainer.rows([small("hydra", learning_rate=1e-4)])
+    assert hydra["head_similarity"] > rows[0]["head_similarity"]
 
 
 def test_a_head_for_each_task():
