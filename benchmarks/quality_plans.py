@@ -253,8 +253,20 @@ def ideas() -> list[Run]:
 
 
 def packaged() -> list[Run]:
-    """The methods of the library and of PEFT."""
-    return grid(PACKAGED)
+    """The methods of the library and of PEFT on the paper's Setting 1."""
+    return grid(PACKAGED, RATES[:4], cells=CELLS[2:3])
+
+
+def transfer() -> list[Run]:
+    """The same, trained on other tasks and scored on BIG-Bench Hard too: at the paper's rate and at a better one."""
+    return grid(PACKAGED, (RATES[0], RATES[2]), cells=CELLS[:1], transfer="bbh")
+
+
+def single() -> list[Run]:
+    """One task whose answers are generated."""
+    names = ("base", "PEFT LoRA r=10", "PEFT LoRA r=4", "HydraLoRA", "rlora_trl", "rlora_trl, no dropout")
+    methods = {name: PACKAGED[name] for name in names}
+    return grid(methods, (RATES[0], RATES[2]), cells=(("gsm8k", "plenty"),), train_rows=4000, epochs=2)
 
 
 def by_task() -> list[Run]:

@@ -15,12 +15,12 @@ from quality_rows import Row, by_model, read
 from report import HERE, ROOT, replace_block
 from results_figures import draw_ideas, draw_learning_rates
 from results_lines import gaps
+from results_paper import setting_1_block, single_block, transfer_block
 from results_tables import (
     Study,
     by_task_block,
     facts_block,
     paper_rate_block,
-    paper_tables_block,
     recipe_block,
     summary_block,
     tried_block,
@@ -51,7 +51,9 @@ def page(rows: Sequence[Row]) -> dict[str, str]:
         "by task": joined(studies, by_task_block),
         "words": joined(studies, words_block),
         "tried": tried_block(studies[0]),
-        "paper tables": joined(studies, paper_tables_block),
+        "setting 1": joined(studies, setting_1_block),
+        "transfer": joined(studies, transfer_block),
+        "single task": joined(studies, single_block),
     }
 
 

@@ -1,11 +1,9 @@
 """Tables of docs/results.md, from the rows of `quality.py`."""
 
-import statistics
 from collections.abc import Sequence
 
-from quality_data import SUITES
 from quality_intervals import chosen
-from quality_plans import BY_TASK, IDEA_CELLS, METHODS, PACKAGED, TUNED, WORDS, word_label
+from quality_plans import BY_TASK, IDEA_CELLS, METHODS, TUNED, WORDS, word_label
 from quality_report import REFERENCE, parameters, setting_text, table
 from quality_rows import Cell, Row
 from quality_runs import Run
@@ -25,7 +23,6 @@ from results_lines import (
 
 RECIPE = "ranks, sigmoid"
 OURS = "R-LoRA"
-PACKAGED_REFERENCE = "PEFT LoRA r=10"
 NOT_MEASURED = "Not measured."
 
 
@@ -164,33 +161,6 @@ def words_block(study: Study, cell: Cell = ("words", "plenty")) -> str:
             body.append([prompt, by_label[line.method.name], *facts])
     head = ["prompt", "method", "parameters, M", "exact match, %", "learning rate", "seeds", "difference"]
     return table(head, body) if body else NOT_MEASURED
-
-
-def paper_tables_block(study: Study, cell: Cell = ("setting1", "plenty")) -> str:
-    """Setting 1 by task, with the methods of packages: at the paper's learning rate, and each tuned."""
-    parts = []
-    for tuned in (False, True):
-        lines = lines_of(study, PACKAGED, PACKAGED_REFERENCE, tuned=tuned, cells=[cell])
-        if lines:
-            rate = "each at its best learning rate" if tuned else f"all at learning rate {setting_text(PAPER_SETTING)}"
-            parts += [f"Setting 1, {cell[1]}, {rate}: accuracy in %.", _by_task(lines, cell)]
-    return "\n\n".join(parts) or NOT_MEASURED
-
-
-def _by_task(lines: Sequence[Line], cell: Cell) -> str:
-    head = ["method", *SUITES[cell[0]], "mean", "parameters, M", "learning rate", "seeds", "difference from LoRA r=10"]
-    body = []
-    for line in lines:
-        rows, setting = line.method.runs(cell, line.settings[cell], line.seeds), line.settings[cell]
-        means = [statistics.mean(row["accuracy"][task] for row in rows) for task in SUITES[cell[0]]]
-        is_reference = line.method.name == PACKAGED_REFERENCE
-        difference = "" if is_reference or cell not in line.each else str(line.each[cell])
-        trained = setting[0] > 0
-        shown = [parameters(line.method) if trained else "", setting_text(setting) if trained else ""]
-        tasks = [f"{mean:.1f}" for mean in means]
-        name = line.method.name
-        body.append([name, *tasks, number(line.accuracy(cell)), *shown, seeds_text(line.seeds), difference])
-    return table(head, body)
 
 
 def summary_block(study: Study) -> str:

@@ -20,6 +20,7 @@ from quality_runs import Run
 from quality_worker import run_facts, scored
 from results_figures import CURVES, curve, draw_ideas, draw_learning_rates
 from results_lines import Study, gaps, paper_line, shared_seeds, tuned_line
+from results_paper import single_block, transfer_block
 from results_tables import (
     NOT_MEASURED,
     RECIPE,
@@ -84,7 +85,9 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     document, rows = tmp_path / "results.md", tmp_path / "rows.jsonl"
     shutil.copy(DOCUMENT, document)
     packaged = [made("base", 0.3, 0.0, cell=CELLS[2]), made("PEFT LoRA r=10", 0.5, cell=CELLS[2])]
-    packaged += [made("rlora_trl", share, rate, cell=CELLS[2]) for rate, share in ((2e-4, 0.4), (1e-3, 0.8))]
+    shares = {2e-4: 0.4, 5e-4: 0.6, 1e-3: 0.8}
+    packaged += [made("rlora_trl", share, rate, cell=CELLS[2]) for rate, share in shares.items()]
+    packaged += [made("HydraLoRA", 0.9, 2e-4, cell=CELLS[2]), made("PEFT LoRA r=10", 0.4, 5e-4, cell=CELLS[2])]
     packaged += [made("PEFT LoRA r=10", 0.6, 2e-4, cell=CELLS[2])]
     failed = {"key": "failed", "error": "out of memory"}
     write([*tuning(), *final(), *packaged, failed], rows)
@@ -98,11 +101,12 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     assert re.search(r"both at learning rate 0.0002:\*\* \+\d", blocks["summary"])
     assert "| multitask, plenty | sst2, mrpc" in blocks["facts"] and "1,500 x 1 | 10 | 50 |" in blocks["facts"]
     assert "the comparison uses seeds 3, 4." in blocks["recipe"]
-    at_rate, tuned = blocks["paper tables"].split("each at its best learning rate")
-    assert cells_in(at_rate, "PEFT LoRA r=10")[-5] == f"{packaged[-1]['mean_accuracy']:.2f}"
-    assert len(cells_in(at_rate, "base")) == 1 + len(SUITES["setting1"]) + 5
-    assert cells_in(at_rate, "rlora_trl")[-3] == "0.0002" and cells_in(at_rate, "rlora_trl")[-1].startswith("-")
-    assert cells_in(tuned, "rlora_trl")[-3] == "0.001" and cells_in(tuned, "rlora_trl")[-1].startswith("+")
+    at_rate, tuned = blocks["setting 1"].split("each at its best learning rate")
+    assert cells_in(at_rate, "PEFT LoRA r=10")[-6] == f"{packaged[-1]['mean_accuracy']:.2f}"
+    assert len(cells_in(at_rate, "base")) == 1 + len(SUITES["setting1"]) + 6
+    assert cells_in(at_rate, "rlora_trl")[-4] == "0.0002" and cells_in(at_rate, "rlora_trl")[-1].startswith("-")
+    assert cells_in(tuned, "rlora_trl")[-4] == "0.001" and cells_in(tuned, "rlora_trl")[-1].startswith("+")
+    assert "| HydraLoRA |" in at_rate and "| HydraLoRA |" not in tuned  # one learning rate is no tuning
     assert {path.name for path in tmp_path.glob("*.png")} == {"learning_rate.png", "ideas.png"}
 
     write(tuning(), rows)  # without the other seeds, and the page is written over
@@ -206,6 +210,24 @@ def test_one_input_with_many_questions():
     assert [line[:2] for line in lines] == [["instruction", LORA], ["input", LORA], ["input", "ranks by task"]]
     assert [line[-1][:1] for line in lines] == ["", "-", "+"]
     assert words_block(Study(tuning())) == NOT_MEASURED
+
+
+def test_transfer_and_a_single_task():
+    """The mean over seeds at each learning rate; what is not trained has the same everywhere."""
+    rows = [made("rlora_trl", share, rate, seed) for rate, share in ((2e-4, 0.4), (1e-3, 0.8)) for seed in (0, 1)]
+    rows += [made("base", 0.5, 0.0), made("HydraLoRA", 0.5, 2e-4)]
+    assert transfer_block(Study([*tuning(), *rows])) == NOT_MEASURED
+    moved = {name: rows[0][name] for name in ("mean_accuracy", "accuracy", "scored_rows")}
+    text = transfer_block(Study([{**row, "transferred": moved} for row in rows]))
+    expected = f"{moved['mean_accuracy']:.2f}"
+    shown = [cell.split(" ± ")[0] for cell in cells_in(text, "base")[2:]]
+    assert shown == [expected] * 2 and cells_in(text, "HydraLoRA")[3] == ""
+    error = float(cells_in(text, "base")[2].split(" ± ")[1])
+    assert error == pytest.approx(100 * (0.4 * 0.6 / (TEST_ROWS * len(SUITES["multitask"]))) ** 0.5, rel=0.05)
+
+    one = {**rows[0], "suite": "gsm8k", "mean_accuracy": 3.0}
+    text = single_block(Study([*rows, one, {**one, "seed": 1, "mean_accuracy": 4.0}]))
+    assert cells_in(text, "rlora_trl")[2].startswith("3.50 ± ") and "base" not in text
 
 
 def test_rows_of_two_models_stay_apart():

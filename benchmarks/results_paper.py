@@ -1,0 +1,93 @@
+"""The paper's tables in docs/results.md, from the rows of `quality.py`: methods as their packages have them."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from quality_data import SUITES
+from quality_plans import PACKAGED
+from quality_report import parameters, setting_text, table
+from quality_rows import Cell, Row
+from results_lines import PAPER_SETTING, Line, Study, lines_of, seeds_text
+from results_tables import NOT_MEASURED, number
+
+
+PACKAGED_REFERENCE = "PEFT LoRA r=10"
+
+
+def setting_1_block(study: Study, cell: Cell = ("setting1", "plenty")) -> str:
+    """Setting 1 by task, as Table 2: at the paper's learning rate, and each tuned."""
+    parts = []
+    for tuned in (False, True):
+        lines = lines_of(study, PACKAGED, PACKAGED_REFERENCE, tuned=tuned, cells=[cell])
+        if tuned:
+            lines = [line for line in lines if _is_tuned(line, cell)]
+        if lines:
+            rate = "each at its best learning rate" if tuned else f"all at learning rate {setting_text(PAPER_SETTING)}"
+            parts += [f"Setting 1, {cell[1]}, {rate}: accuracy in %.", _by_task(lines, cell)]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _is_tuned(line: Line, cell: Cell) -> bool:
+    """Whether there was something to choose from; what is not trained has one setting."""
+    return len(line.method.settings(cell)) >= 3 or line.settings[cell][0] == 0.0
+
+
+def _by_task(lines: Sequence[Line], cell: Cell) -> str:
+    head = ["method", *SUITES[cell[0]], "mean", "parameters, M", "learning rate", "seeds", "similarity of heads"]
+    body = []
+    for line in lines:
+        rows, setting = line.method.runs(cell, line.settings[cell], line.seeds), line.settings[cell]
+        means = [statistics.mean(row["accuracy"][task] for row in rows) for task in SUITES[cell[0]]]
+        is_reference = line.method.name == PACKAGED_REFERENCE
+        difference = "" if is_reference or cell not in line.each else str(line.each[cell])
+        trained = setting[0] > 0
+        shown = [parameters(line.method) if trained else "", setting_text(setting) if trained else ""]
+        tasks = [f"{mean:.1f}" for mean in means]
+        facts = [*shown, seeds_text(line.seeds), _similarity(rows), difference]
+        body.append([line.method.name, *tasks, number(line.accuracy(cell)), *facts])
+    return table([*head, f"difference from {PACKAGED_REFERENCE}"], body)
+
+
+def _similarity(rows: Sequence[Row]) -> str:
+    """The mean cosine between heads, of methods that have several."""
+    found = [row["head_similarity"] for row in rows if row.get("head_similarity") is not None]
+    return number(statistics.mean(found)) if found else ""
+
+
+def transfer_block(study: Study) -> str:
+    """Means over the tasks of BIG-Bench Hard after training on others, as Table 3."""
+    found = [{**row, **row["transferred"]} for row in study.rows if "transferred" in row]
+    return _by_rate(found, "Mean accuracy over the tasks of BIG-Bench Hard in %, by learning rate")
+
+
+def single_block(study: Study, suite: str = "gsm8k") -> str:
+    """One task whose answers are generated, as Table 6."""
+    found = [row for row in study.rows if row["suite"] == suite]
+    return _by_rate(found, "Answers with the right number in %, by learning rate")
+
+
+def _by_rate(rows: Sequence[Row], text: str) -> str:
+    """The methods of packages at each learning rate, mean over seeds."""
+    by_method = {name: [row for row in rows if row["name"] == name] for name in PACKAGED}
+    by_method = {name: found for name, found in by_method.items() if found}
+    rates = sorted({row["learning_rate"] for row in rows if row["learning_rate"] > 0})
+    if not rates:
+        return NOT_MEASURED
+    body = []
+    for name, found in by_method.items():
+        sizes = sorted({row["trainable"] for row in found})
+        line = [name, f"{sizes[0] / 1e6:.2f}" if sizes[0] else ""]
+        for rate in rates:
+            at_rate = [row for row in found if row["learning_rate"] in (rate, 0.0)]
+            mean = number(statistics.mean(row["mean_accuracy"] for row in at_rate)) if at_rate else ""
+            line.append(f"{mean} ± {_standard_error(at_rate[0]):.2f}" if at_rate else "")
+        body.append(line)
+    head = ["method", "parameters, M", *(f"{rate:g}" for rate in rates)]
+    return f"{text}, and the standard error by test rows.\n\n{table(head, body)}"
+
+
+def _standard_error(row: Row) -> float:
+    """Of the mean over tasks, in points: tasks are fixed, their test rows are a sample."""
+    shares = [(row["accuracy"][task] / 100, count) for task, count in row["scored_rows"].items()]
+    return 100 * math.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares)
