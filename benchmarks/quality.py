@@ -151,8 +151,11 @@ class Pool:
         if not rows:
             return
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        with self.out.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        with self.out.open("a+b") as file:
+            # A line that was cut off must not swallow the next one.
+            cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            file.write(("\n" * cut + text).encode())
             file.flush()
             os.fsync(file.fileno())
         self.done += len(rows)

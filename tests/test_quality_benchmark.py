@@ -586,7 +586,7 @@ def test_a_whole_plan(model_folders, data, tmp_path, capsys):
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"key": "cut')
     rows = run_main(model_folders, data, tmp_path, runs)
-    assert len(rows) >= 6 and all("error" in row for row in rows[5:])
+    assert len(rows) == 7 and all("error" in row for row in rows[5:])
     assert "2 runs in 2 groups" in capsys.readouterr().out
 
 
