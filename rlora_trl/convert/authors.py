@@ -111,7 +111,7 @@ def _refuse_other_fields(source: Source) -> None:
         }
         reason = reasons.get(field, "the authors' code has no such field")
         raise AdapterCheckError(
-            f"{source.config_path} sets `{field}={shorten(value)}`, and can't be converted: {reason}."
+            f"{source.config_path} sets `{shorten(field)[1:-1]}={shorten(value)}`, and can't be converted: {reason}."
         )
 
 

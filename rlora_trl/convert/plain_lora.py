@@ -104,8 +104,8 @@ def _refuse_other_methods(source: Source) -> None:
             continue
         reason = _REASONS.get(field, "R-LoRA has nothing that corresponds to it")
         raise AdapterCheckError(
-            f"{source.config_path} sets `{field}={shorten(value)}`, and can't be converted: {reason}. Convert an "
-            "adapter without it."
+            f"{source.config_path} sets `{shorten(field)[1:-1]}={shorten(value)}`, and can't be converted: "
+            f"{reason}. Convert an adapter without it."
         )
 
     init = source.fields.get("init_lora_weights")

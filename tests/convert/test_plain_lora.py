@@ -184,6 +184,7 @@ def refused(folder, message, error=AdapterCheckError, **arguments):
         ({"megatron_config": {"a": 1}}, "it names code to import"),
         ({"megatron_core": "os"}, "it names code to import"),
         ({"from_the_future": 3}, "sets `from_the_future=3`.*nothing that corresponds"),
+        ({"\x1b[2J" * 100: 3}, r"sets `(\\x1b\[2J){5,20}[^`]{0,10}\.\.=3`, and can't be converted"),
         ({"bias": "some"}, "has `bias` 'some'"),
         ({"bias": ["none"]}, "has `bias`"),
         ({"lora_dropout": 1}, "`lora_dropout` 1"),
