@@ -89,7 +89,7 @@ def convert_adapter(
     else:
         initial = None if initial_values is None else read_weights(initial_values)
         converted = convert_authors(adapter, found, given, use_rslora=bool(use_rslora), initial=initial)
-    report = _report(converted, found, target, ignore_offset)
+    report = _report(converted, found, output_dir, ignore_offset)
     _write(converted, report, target)
     return report
 
@@ -164,7 +164,9 @@ def _check_arguments(
         )
 
 
-def _report(converted: Converted, source_format: SourceFormat, target: Path, ignore_offset: bool) -> ConversionReport:
+def _report(
+    converted: Converted, source_format: SourceFormat, path: str | os.PathLike, ignore_offset: bool
+) -> ConversionReport:
     config = converted.config
     warnings = []
     if ignore_offset:
@@ -182,7 +184,7 @@ def _report(converted: Converted, source_format: SourceFormat, target: Path, ign
             "The adapter names no base model, so that it can only be loaded on a base that you pass. Set `base_model`."
         )
     return ConversionReport(
-        path=str(target),
+        path=os.fspath(path),
         source_format=source_format,
         layers=sum(name.endswith(".rlora_adapters.A") for name in converted.tensors),
         num_heads=config.num_heads,

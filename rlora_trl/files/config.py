@@ -25,6 +25,7 @@ _EXPORT_FIELDS = frozenset(
     "lora_dropout use_rslora fan_in_fan_out bias target_modules exclude_modules modules_to_save layers_to_transform "
     "layers_pattern rank_pattern alpha_pattern trainable_token_indices runtime_config".split()
 )
+_OTHER_METHOD = "Load it with `peft.PeftModel.from_pretrained`, or convert LoRA with `rlora convert`."
 _LIBRARY = re.compile(r"transformers(\.\w+)*", re.ASCII)
 
 
@@ -41,7 +42,7 @@ def read_config(path: Path) -> RLoraConfig:
     Raises:
         AdapterCheckError: If the file is not such a configuration, names code to import, or has a value out of range.
     """
-    data = read_fields(path, "RLORA", "Load it with `peft.PeftModel.from_pretrained`, or name an R-LoRA adapter.")
+    data = read_fields(path, "RLORA", _OTHER_METHOD)
 
     names = {field.name for field in fields(RLoraConfig)}
     unknown = sorted(set(data) - names - {"runtime_config"})  # which PEFT drops too

@@ -93,6 +93,7 @@ def test_there_and_back_is_bitwise(tmp_path, fields):
     lora = make_lora(tmp_path / "lora", target_modules=["gate_proj", "up_proj", "down_proj"], **fields)
     convert_adapter(tmp_path / "lora", tmp_path / "out")
     model = PeftModel.from_pretrained(make_base("llama"), tmp_path / "out").eval()
+    assert torch.equal(logits(model), logits(lora))
     report = export_lora(model, tmp_path / "back")
     assert report.exact and report.rank == fields["r"]
     scaling = lora.peft_config["default"].lora_alpha / fields["r"] ** (0.5 if "use_rslora" in fields else 1)
