@@ -14,6 +14,7 @@ starts at the base model, and saves neither the changed W nor the initial values
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -35,6 +36,8 @@ _FIELDS = frozenset(
     + ("lora_dropout", "target_modules", "merge_weights", "blc_alpha", "blc_weight")
 )
 _MAX_HEADS = 4096
+# By which initial heads must be more like the trained ones than chance makes them.
+_STANDARD_DEVIATIONS = 5
 
 
 def is_multi_head(source: Source) -> bool:
@@ -234,9 +237,36 @@ def _anchors(
             f"{weights.path}, the initial values, equals the adapter itself. Pass the adapter as the authors' code "
             "saves it before the first step."
         )
+    _check_related(initial, trained, weights)
     anchors = {}
     for layer in layers:
         prefix = f"{PREFIX}{layer}.rlora_adapters."
         anchors[f"{prefix}A0"] = initial[f"{prefix}A"]
         anchors[f"{prefix}B0"] = initial[f"{prefix}B"].mean(0)
     return anchors
+
+
+def _check_related(initial: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], weights: Weights) -> None:
+    """
+    Refuse initial heads of which nothing is left in the adapter, as those of another seed.
+
+    The cosine of independent heads is about 1 / sqrt(number of values), more if some heads are larger than others; in
+    an adapter of a common size even a long training leaves many times that.
+    """
+    dot = before = after = 0.0
+    names = [name for name in trained if name.endswith(".B")]
+    for name in names:
+        old, new = initial[name].double().flatten(), trained[name].double().flatten()
+        dot, before, after = dot + float(old @ new), before + float(old @ old), after + float(new @ new)
+    of_one_head = sum(trained[name][0].numel() for name in names)
+    noise = _STANDARD_DEVIATIONS / math.sqrt(of_one_head)
+    # Where all heads started at zero, nothing was subtracted; in very small adapters chance decides.
+    if before * after == 0 or noise > 0.5:
+        return
+    cosine = dot / math.sqrt(before * after)
+    if cosine < noise:
+        raise AdapterCheckError(
+            f"{weights.path}, the initial values, has left no trace in the adapter: the cosine of their heads is "
+            f"{cosine:.4f}, and that of unrelated ones is below {noise:.4f}. They are of another seed or run. Save "
+            "them with the same settings, seed, model and versions."
+        )

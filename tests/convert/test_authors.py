@@ -218,6 +218,12 @@ def test_initial_values_of_another_adapter(base, tmp_path):
     refused("equals the adapter itself", trained)
     refused("is not of the same adapter as .*model.layers.0.mlp.down_proj", others)
     refused("neither adapter_model.safetensors nor adapter_model.bin", tmp_path)
+    # The same settings with another seed.
+    seed = save(tmp_path / "seed", authors_model(base, random_heads=True))
+    refused("has left no trace in the adapter: the cosine of their heads is", seed)
+    opposite = tmp_path / "opposite.bin"
+    torch.save({name: -tensor for name, tensor in state(reference).items()}, opposite)
+    refused("has left no trace", opposite)
     # A file is as good as its folder.
     convert_adapter(
         trained,
@@ -226,6 +232,26 @@ def test_initial_values_of_another_adapter(base, tmp_path):
         use_rslora=True,
         initial_values=source / "adapter_model.bin",
     )
+
+
+def test_initial_values_are_recognized_after_a_long_training(base, tmp_path):
+    """What training has added is three times as large as the initial heads, and has no relation to them."""
+    reference = authors_model(base, random_heads=True)
+    initial = save(tmp_path / "initial", reference)
+    train(reference, scale=3.0)
+    source = save(tmp_path / "source", reference)
+    convert_adapter(source, tmp_path / "out", source_format="r-lora", use_rslora=False, initial_values=initial)
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_initial_heads_of_zeros(base, tmp_path):
+    """`--lora_B_init zeros`: nothing was subtracted, and the initial values say so."""
+    reference = authors_model(base)
+    initial = save(tmp_path / "initial", reference)
+    train(reference)
+    source = save(tmp_path / "source", reference)
+    convert_adapter(source, tmp_path / "out", source_format="r-lora", use_rslora=False, initial_values=initial)
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "out")), logits(reference), **TOLERANCE)
 
 
 def test_the_output_folder_must_be_empty(base, tmp_path):
