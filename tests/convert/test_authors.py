@@ -58,7 +58,7 @@ def test_hydralora(base, tmp_path, num_heads, r, alpha):
         assert (logits(model) - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("num_heads", [2, 5])
+@pytest.mark.parametrize("num_heads", [1, 2, 5])
 @pytest.mark.parametrize("rank_stablization", [True, False])
 def test_rlora_as_in_training(base, tmp_path, num_heads, rank_stablization):
     """On the base that training has changed, which nobody has; here the initial values take its place."""
