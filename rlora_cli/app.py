@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import analyze, card, env, estimate, evaluate, export, lm_eval, pull, push, train, zoo
+from . import analyze, card, convert, env, estimate, evaluate, export, lm_eval, pull, push, train, zoo
 from .errors import quieten_libraries
 from .options import Command, Group, help_of
 from .output import note
@@ -63,6 +63,7 @@ _COMMANDS: dict[str, Any] = {
     "lm-eval": lm_eval.lm_eval,
     "analyze": analyze.analyze,
     "export": export.export,
+    "convert": convert.convert,
     "card": card.show_card,
     "push": push.push,
     "pull": pull.pull,

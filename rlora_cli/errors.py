@@ -41,7 +41,7 @@ def report(error: BaseException, *, debug: bool = False, names: Mapping[str, str
         error (`BaseException`): What was raised.
         debug (`bool`, *optional*, defaults to `False`): Print its traceback too. So does `RLORA_DEBUG=1`.
         names (`Mapping[str, str]`, *optional*): Options by the name of the library's argument. Messages that name an
-            argument then name the option.
+            argument then name the option. A flag may have another one for `"name=False"`.
 
     Returns:
         `int`: The exit code.
@@ -74,6 +74,8 @@ def name_options(message: str, names: Mapping[str, str]) -> str:
         name, _, value = match.groups()
         if name not in names:
             return match[0]
+        if value == "False" and f"{name}=False" in names:
+            return f"`{names[f'{name}=False']}`"
         if value == "None":
             return f"no `{names[name]}`"
         return f"`{names[name]}`" if value in (None, "True") else f"`{names[name]} {value}`"

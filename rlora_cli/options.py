@@ -78,6 +78,8 @@ class Command(_PlainFlags, TyperCommand):
                 for param in self.params
                 if param.name is not None
             }
+            # `--no-x` for `x=False`.
+            names |= {f"{param.name}=False": param.secondary_opts[0] for param in self.params if param.secondary_opts}
             debug = bool(ctx.find_root().params.get("debug"))
             raise typer.Exit(report(error, debug=debug, names=names)) from error
 

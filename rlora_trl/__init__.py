@@ -13,6 +13,7 @@ from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, set_task
 
 if TYPE_CHECKING:
     from . import zoo
+    from .convert import convert_adapter
     from .estimate import MemoryEstimate, estimate_memory
     from .export import export_lora
     from .hub import pull_adapter
@@ -29,6 +30,7 @@ __all__ = [
     "RLoraSFTConfig",
     "RLoraSFTTrainer",
     "__version__",
+    "convert_adapter",
     "estimate_memory",
     "export_lora",
     "mix_tasks",
@@ -41,6 +43,7 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"),
     **dict.fromkeys(("MemoryEstimate", "estimate_memory"), ".estimate"),
+    "convert_adapter": ".convert",
     "export_lora": ".export",
     "pull_adapter": ".hub",
     "push_adapter": ".publish",

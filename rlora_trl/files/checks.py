@@ -145,7 +145,8 @@ def _check_names(paths: Collection[str], where: str) -> None:
     if WEIGHTS_NAME not in paths and PICKLED_WEIGHTS_NAME in paths:
         raise AdapterCheckError(
             f"{where} has its weights only as {PICKLED_WEIGHTS_NAME}, a pickle, which can run any code when it is "
-            f"read. Ask its author to save it as {WEIGHTS_NAME}, PEFT's default."
+            f"read. Ask its author to save it as {WEIGHTS_NAME}, PEFT's default. Adapters of other code in a local "
+            "folder are converted by `rlora convert`."
         )
     hostile = [shorten(path) for path in paths if classify(path) is FileKind.HOSTILE]
     if hostile:

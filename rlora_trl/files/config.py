@@ -25,6 +25,7 @@ _EXPORT_FIELDS = frozenset(
     "lora_dropout use_rslora fan_in_fan_out bias target_modules exclude_modules modules_to_save layers_to_transform "
     "layers_pattern rank_pattern alpha_pattern trainable_token_indices runtime_config".split()
 )
+_OTHER_METHOD = "Load it with `peft.PeftModel.from_pretrained`, or convert LoRA with `rlora convert`."
 _LIBRARY = re.compile(r"transformers(\.\w+)*", re.ASCII)
 
 
@@ -41,7 +42,7 @@ def read_config(path: Path) -> RLoraConfig:
     Raises:
         AdapterCheckError: If the file is not such a configuration, names code to import, or has a value out of range.
     """
-    data = _read(path, "RLORA", "Load it with `peft.PeftModel.from_pretrained`, or name an R-LoRA adapter.")
+    data = read_fields(path, "RLORA", _OTHER_METHOD)
 
     names = {field.name for field in fields(RLoraConfig)}
     unknown = sorted(set(data) - names - {"runtime_config"})  # which PEFT drops too
@@ -74,7 +75,7 @@ def read_lora_config(path: Path) -> Mapping[str, Any]:
     Raises:
         AdapterCheckError: If the file is not such a configuration, names code to import, or has a value out of range.
     """
-    data = _read(path, "LORA", "Export it again.")
+    data = read_fields(path, "LORA", "Export it again.")
     # PEFT imports the module named there.
     if data.get("megatron_config") or data.get("megatron_core") not in (None, "megatron.core"):
         raise AdapterCheckError(
@@ -98,7 +99,21 @@ def read_lora_config(path: Path) -> Mapping[str, Any]:
     return data
 
 
-def _read(path: Path, method: str, remedy: str) -> dict[str, Any]:
+def read_fields(path: Path, method: str, remedy: str) -> dict[str, Any]:
+    """
+    Read the fields of a configuration of any kind of adapter.
+
+    Args:
+        path (`Path`): The file.
+        method (`str`): The `peft_type` that it must have, such as `"LORA"`.
+        remedy (`str`): What to do if it has another, for the message.
+
+    Returns:
+        `dict[str, Any]`: The fields.
+
+    Raises:
+        AdapterCheckError: If the file is not such a configuration, names code to import, or has a value out of range.
+    """
     data = read_json(path, limit=CONFIG_LIMIT)
     if not isinstance(data, dict):
         raise AdapterCheckError(

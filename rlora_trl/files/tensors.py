@@ -23,7 +23,7 @@ from ..tuner.stored import FLOATING, check_layers, split_by_layer
 
 
 _LORA = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -63,7 +63,7 @@ def file_digest(path: Path, entries: Collection[str], *, finite: bool = False) -
     def read() -> Iterator[tuple[str, torch.Tensor]]:
         for name in sorted(entries):
             tensor = file.get_tensor(name)
-            if finite and not _is_finite(tensor):
+            if finite and not is_finite(tensor):
                 raise AdapterCheckError(
                     f"{path} holds NaN or infinity in {name}. The file is damaged or training diverged; use an "
                     "earlier checkpoint or revision."
@@ -87,7 +87,7 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     state = hashlib.sha256()
     for name, tensor in tensors:
         # The header says how many bytes follow, so that nothing can be moved from one tensor to the next.
-        header = json.dumps([name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape)])
+        header = json.dumps([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)])
         state.update(header.encode() + b"\n")
 
         for chunk in tensor.detach().cpu().contiguous().reshape(-1).split(_CHUNK):
@@ -98,7 +98,8 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return f"sha256:{state.hexdigest()}"
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity, found without a copy of it."""
     # Types of 8 bits have no test of their own.
     chunks = tensor.reshape(-1).split(_CHUNK) if tensor.is_floating_point() else ()
     return all(bool(torch.isfinite(chunk if chunk.element_size() > 1 else chunk.float()).all()) for chunk in chunks)

@@ -11,7 +11,7 @@ from rlora_trl import __version__
 
 
 COMMANDS = (
-    *("train", "eval", "analyze", "estimate", "export", "card", "push", "pull", "env"),
+    *("train", "eval", "analyze", "estimate", "export", "convert", "card", "push", "pull", "env"),
     *("zoo", "zoo search", "zoo compare", "zoo show"),
 )
 

@@ -39,6 +39,7 @@ def _raise(error, words=(), **settings):
         routing: Annotated[str, typer.Option("--weights")] = "",
         num_gpus: int = 1,
         merge: bool = False,
+        use_rslora: bool | None = None,
     ):
         raise error
 
@@ -63,6 +64,10 @@ EXPECTED = [
     (
         ValueError("got `num_gpus=2`, `routing=None`; use `merge=True` or `routing`, not `router='task'`."),
         "got `--num-gpus 2`, no `--weights`; use `--merge` or `--weights`, not `router='task'`.\n",
+    ),
+    (
+        ValueError("Pass `use_rslora=True` or `use_rslora=False`."),
+        "Error: Pass `--use-rslora` or `--no-use-rslora`.\n",
     ),
     (_hub_error("HfHubHTTPError", 500, "down\n\nAgain."), "Error: The Hub refused: down Again.\n"),
     (hub_errors.LocalTokenNotFoundError(), "Error: You are not logged in."),

@@ -22,6 +22,7 @@ from torch import nn
 
 from rlora_cli.terminal import as_message, shown
 from rlora_trl import RLoraConfig
+from rlora_trl.convert import convert_adapter
 from rlora_trl.files import download
 from rlora_trl.files.card_text import check_card, check_card_text
 from rlora_trl.files.checks import adapter_digest, check_adapter, check_listing
@@ -29,6 +30,7 @@ from rlora_trl.files.config import read_config, read_lora_config
 from rlora_trl.files.head_weights import HeadWeights
 from rlora_trl.files.layout import classify, task_slug
 from rlora_trl.files.names import hub_name
+from rlora_trl.files.pickled import load_pickled, read_pickled_header
 from rlora_trl.files.record import AdapterRecord
 from rlora_trl.files.tensors import check_lora_tensors, check_tensors, file_digest
 from rlora_trl.hub.card import render_card
@@ -46,7 +48,7 @@ from rlora_trl.zoo.search import AdapterInfo
 from . import kinds, samples
 from .cases import Reader
 from .mutations import NUMBERS, TEXTS, JsonMutator, change_bytes, change_text, count, rarely_many, text
-from .samples import CARD, CONFIG, EXPORT, RECORD, TOKENIZER, WEIGHTS, Files
+from .samples import CARD, CONFIG, EXPORT, PICKLED, RECORD, TOKENIZER, WEIGHTS, Files
 
 
 def write(files: Files, folder: Path) -> Path:
@@ -188,6 +190,89 @@ def _make_lora_tensors(rng: Random) -> Files:
 def _read_lora_tensors(files: Files, folder: Path) -> None:
     path = write(files, folder) / WEIGHTS
     check_lora_tensors(path, read_safetensors_header(path), {4, 8}, ["head"])
+
+
+# Adapters of other code
+
+# Instructions of a pickle: numbers, texts, marks, tuples, calls, memo, imports, and many of a kind.
+_INSTRUCTIONS = (
+    *(b"K\x01", b"M\xff\xff", b"J\xff\xff\xff\x7f", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 8, b"N", b"\x88"),
+    *(b"\x8a\xff" + b"\x7f" * 255, b"X\x01\x00\x00\x00a", b"X\xff\xff\xff\xff", b"}", b"]", b")", b"(", b"t", b"\x85"),
+    *(b"\x86", b"\x87", b"R", b"Q", b"s", b"u", b"b", b"0", b"2", b".", b"\x81", b"i", b"\x8c\x01a", b"\x94", b"\x93"),
+    *(
+        b"q\x00",
+        b"h\x00",
+        b"q\x00h\x00",
+        b"h\x00h\x00\x86q\x00" * 60,
+        b"h\x00" * 3_000,
+        b"(" * 3_000,
+        b")\x85" * 3_000,
+    ),
+    *(b"cos\nsystem\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nload\n"),
+    *(
+        b"ccollections\nOrderedDict\n)R",
+        b"ctorch._utils\n_rebuild_parameter\n",
+        b"c\xff\n\n",
+        b"\x80\x05",
+        b"\x80\x02",
+    ),
+)
+
+
+def _pickled(rng: Random, shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """A pickled file with changed instructions, storages or bytes."""
+    data, records = samples.pickle_of(shapes), samples.storages(shapes)
+    kind = rng.random()
+    if kind < 0.5:
+        data = change_bytes(rng, data, _INSTRUCTIONS)
+    elif kind < 0.6:
+        key = rng.choice(list(records))
+        records[rng.choice(["0", "x", "../x", key])] = bytes(count(rng, 400))
+    file = samples.archive(data, records)
+    return change_bytes(rng, file, (*_WORDS, b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7")) if kind > 0.7 else file
+
+
+def _make_pickled(rng: Random) -> Files:
+    return {PICKLED: _pickled(rng, samples.authors_shapes())}
+
+
+def _read_pickled(files: Files, folder: Path) -> None:
+    path = write(files, folder) / PICKLED
+    load_pickled(path, read_pickled_header(path, limit=2**30))
+
+
+def _make_source(rng: Random) -> Files:
+    """An adapter of the authors' code, or plain LoRA, with changes in one of its two files."""
+    authors = rng.random() < 0.5
+    fields, shapes = samples.lora_config(), samples.lora_shapes()
+    if authors:
+        fields, shapes = samples.authors_config(), samples.authors_shapes()
+    config, kind = _encode(json.dumps(fields)), rng.random()
+    if kind < 0.4:
+        config = _fields(rng, fields)
+    elif kind < 0.7:
+        name = rng.choice(list(shapes))
+        shape = shapes.pop(name)
+        if rng.random() < 0.7:
+            others = (name, kinds.layer_name(rng), f"{name}.bias", name.replace("lora_", "lora_embedding_"))
+            shapes[rng.choice(others)] = rng.choice((shape, shape[::-1], shape[:1], (*shape, 1, 1), (0,), (3, 5)))
+    if authors:
+        return {CONFIG: config, PICKLED: _pickled(rng, shapes) if kind > 0.8 else _whole(shapes)}
+    header = samples.header_of(shapes)
+    return {CONFIG: config, WEIGHTS: _weights(rng, header) if kind > 0.8 else samples.safetensors(header)}
+
+
+def _whole(shapes: dict[str, tuple[int, ...]]) -> bytes:
+    return samples.archive(samples.pickle_of(shapes), samples.storages(shapes))
+
+
+def _read_source(files: Files, folder: Path) -> None:
+    source = write(files, folder / "source")
+    multi_head = PICKLED in files
+    # With the safest choice for either kind; a mutated name of a tensor may change the kind.
+    convert_adapter(source, folder / "out", source_format="hydralora" if multi_head else None, tasks=["first"])
+    checked = check_adapter(folder / "out")
+    assert checked.config.num_heads == (3 if multi_head else 1)
 
 
 # Records
@@ -558,6 +643,8 @@ READERS = [
     Reader("header", _make_header, _read_header, _CHECK, weight=26),
     Reader("tensors", _make_tensors, _read_tensors, _CHECK, weight=10),
     Reader("lora_tensors", _make_lora_tensors, _read_lora_tensors, _CHECK, weight=16),
+    Reader("pickled", _make_pickled, _read_pickled, _CHECK, weight=16),
+    Reader("source", _make_source, _read_source, _VALUE, weight=6),
     Reader("record", _make_record, _read_record, _VALUE, weight=8),
     Reader("head_weights", _make_head_weights, _read_head_weights, _VALUE, weight=16),
     Reader("card", _make_card, _read_card, _CHECK, weight=26),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from random import Random
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 Files = dict[str, bytes]
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "rlora_record.json", "README.md"
-TOKENIZER, EXPORT = "tokenizer_config.json", "exports/first"
+TOKENIZER, EXPORT, PICKLED = "tokenizer_config.json", "exports/first", "adapter_model.bin"
 SIZE = 4  # of each layer's input and output
 LAYERS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj")
 PREFIX = "base_model.model."
@@ -86,6 +89,23 @@ _LORA_CONFIG = {
     "target_modules": ["up_proj", "down_proj"],
     "task_type": "CAUSAL_LM",
     "use_rslora": False,
+}
+# As the authors' code of HydraLoRA and R-LoRA writes it.
+_AUTHORS_CONFIG = {
+    "base_model_name_or_path": "user/tiny",
+    "bias": "none",
+    "enable_lora": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "lora_alpha": 32,
+    "lora_dropout": 0.1,
+    "lora_nums": 3,
+    "merge_weights": False,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 2,
+    "target_modules": ["up_proj", "down_proj"],
+    "task_type": "CAUSAL_LM",
 }
 
 RECORD_TREE: dict[str, Any] = {
@@ -221,6 +241,60 @@ def config(rng: Random | None = None) -> dict[str, Any]:
 def lora_config() -> dict[str, Any]:
     """Fields of the configuration of a plain LoRA adapter."""
     return json.loads(json.dumps(_LORA_CONFIG))
+
+
+def authors_config() -> dict[str, Any]:
+    """Fields of the configuration of an adapter of the authors' code."""
+    return json.loads(json.dumps(_AUTHORS_CONFIG))
+
+
+def authors_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes by name of the tensors of an adapter with `authors_config`."""
+    r, heads = _AUTHORS_CONFIG["r"], _AUTHORS_CONFIG["lora_nums"]
+    parts = {"lora_A": (r, SIZE), "lora_route": (heads, SIZE), **{f"lora_B{head}": (SIZE, r) for head in range(heads)}}
+    return {f"{PREFIX}{layer}.{part}.weight": shape for layer in LAYERS for part, shape in parts.items()}
+
+
+def pickle_of(shapes: Mapping[str, Iterable[int]]) -> bytes:
+    """The pickle that `torch.save` writes for a dictionary of tensors in float32, each with a storage of its own."""
+
+    def text(value: str) -> bytes:
+        data = value.encode("utf-8", "surrogatepass")
+        return b"X" + struct.pack("<I", len(data)) + data
+
+    def numbers(values: Iterable[int]) -> bytes:
+        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
+
+    tensors = b""
+    for key, (name, shape) in enumerate(shapes.items()):
+        lengths = list(shape)
+        strides = [1]
+        for length in lengths[:0:-1]:
+            strides.insert(0, strides[0] * length)
+        numel = strides[0] * lengths[0]
+        device = text("cpu") + numbers([numel])[1:-1]
+        storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + device + b"tQ"
+        arguments = storage + b"K\x00" + numbers(lengths) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)R"
+        tensors += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
+    return b"\x80\x02}q\x00(" + tensors + b"u."
+
+
+def archive(data: bytes, records: Mapping[str, bytes]) -> bytes:
+    """The archive that `torch.save` writes around a pickle, with these storages by key."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        # With a fixed date.
+        file.writestr(zipfile.ZipInfo("a/data.pkl"), data)
+        file.writestr(zipfile.ZipInfo("a/byteorder"), b"little")
+        for key, record in records.items():
+            file.writestr(zipfile.ZipInfo(f"a/data/{key}"), record)
+        file.writestr(zipfile.ZipInfo("a/version"), b"3\n")
+    return buffer.getvalue()
+
+
+def storages(shapes: Mapping[str, Iterable[int]]) -> dict[str, bytes]:
+    """The storages of `pickle_of`, of zeros."""
+    return {str(key): bytes(4 * math.prod(shape)) for key, shape in enumerate(shapes.values())}
 
 
 def header_of(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
