@@ -1,4 +1,4 @@
-"""docs/results.md and its figures, from all rows of `quality.py` in `results/`.
+"""docs/results.md, its figures and a sentence of the README, from all rows of `quality.py` in `results/`.
 
     python benchmarks/results_page.py       # what `make results` does
 
@@ -21,6 +21,7 @@ from results_tables import (
     by_task_block,
     facts_block,
     paper_rate_block,
+    readme_block,
     recipe_block,
     summary_block,
     tried_block,
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, nargs="+", default=sorted((HERE / "results").glob("quality*.jsonl")))
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", help="folder")
     args = parser.parse_args(arguments)
     rows = read(*args.rows)
@@ -69,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, text in page(rows).items():
         replace_block(args.document, name, text, Path(__file__).name)
     first = Study(next(iter(by_model(rows).values())))
+    replace_block(args.readme, "accuracy", readme_block(first), Path(__file__).name)
     draw_learning_rates(first, args.figures / "learning_rate.png")
     draw_ideas(first, args.figures / "ideas.png")
     print(f"{args.document}: {len(rows)} rows")

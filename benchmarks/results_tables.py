@@ -190,6 +190,20 @@ def summary_block(study: Study) -> str:
     return "\n".join(found) or NOT_MEASURED
 
 
+def readme_block(study: Study) -> str:
+    """The answer in one sentence, for readers who look at nothing else."""
+    lines = lines_of(study, [OURS], REFERENCE, tuned=True, cells=study.cells)
+    if not lines or lines[0].mean is None:
+        return NOT_MEASURED
+    (line,) = lines
+    where = f"mean over {len(study.cells)} settings of real tasks with {study.model}"
+    return (
+        f"**Accuracy**, each method at its own learning rate ({where}, {with_seeds(line.seeds)}): {OURS} differs from "
+        f"{REFERENCE}, which has as many parameters, by {line.mean.value:+.2f} points, with 95 % confidence between "
+        f"{line.mean.low:+.2f} and {line.mean.high:+.2f}."
+    )
+
+
 def facts_block(study: Study) -> str:
     """What was run: tasks, amounts, settings, machines."""
     return f"{_amounts(study)}\n\n{_runs(study)}"

@@ -82,8 +82,10 @@ def cells_in(text, name):
 
 
 def test_the_page_is_written_from_rows(tmp_path, capsys):
-    document, rows = tmp_path / "results.md", tmp_path / "rows.jsonl"
+    document, rows, readme = (tmp_path / name for name in ("results.md", "rows.jsonl", "README.md"))
     shutil.copy(DOCUMENT, document)
+    shutil.copy(ROOT / "README.md", readme)
+    pages = ["--document", str(document), "--readme", str(readme), "--figures", str(tmp_path)]
     packaged = [made("base", 0.3, 0.0, cell=CELLS[2]), made("PEFT LoRA r=10", 0.5, cell=CELLS[2])]
     shares = {2e-4: 0.4, 5e-4: 0.6, 1e-3: 0.8}
     packaged += [made("rlora_trl", share, rate, cell=CELLS[2]) for rate, share in shares.items()]
@@ -91,8 +93,9 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     packaged += [made("PEFT LoRA r=10", 0.6, 2e-4, cell=CELLS[2])]
     failed = {"key": "failed", "error": "out of memory"}
     write([*tuning(), *final(), *packaged, failed], rows)
-    results_page.main(["--rows", str(rows), "--document", str(document), "--figures", str(tmp_path)])
+    results_page.main(["--rows", str(rows), *pages])
     text = document.read_text()
+    assert "parameters, by +0.00 points, with 95 % confidence between +0.00 and +0.00" in readme.read_text()
 
     marks = r"<!-- ([\w ]+): written by benchmarks/results_page.py -->\n\n(.*?)\n\n<!-- end of \1 -->"
     blocks = dict(re.findall(marks, text, re.DOTALL))
@@ -110,12 +113,12 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"learning_rate.png", "ideas.png"}
 
     write(tuning(), rows)  # without the other seeds, and the page is written over
-    results_page.main(["--rows", str(rows), "--document", str(document), "--figures", str(tmp_path)])
+    results_page.main(["--rows", str(rows), *pages])
     text = document.read_text()
     assert "## The recipe" not in text and NOT_MEASURED in text.split("## The paper's tables")[1]
     write([failed], rows)
     with pytest.raises(SystemExit):
-        results_page.main(["--rows", str(rows), "--document", str(document)])
+        results_page.main(["--rows", str(rows), *pages])
     assert "no rows without an error" in capsys.readouterr().err
 
 
