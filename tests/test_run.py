@@ -60,7 +60,9 @@ def test_an_exception_ends_it_with_its_traceback(tmp_path):
 
 def test_folder_with_a_main_module(tmp_path):
     (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "__main__.py").write_text("import os, sys, helper\nprint(helper.X, sys.argv, os.path.abspath(sys.path[0]))")
+    (tmp_path / "app" / "__main__.py").write_text(
+        "import os, sys, helper\nprint(helper.X, sys.argv, os.path.abspath(sys.path[0]))"
+    )
     (tmp_path / "app" / "helper.py").write_text("X = 3")
     plain, result = (python(*words, "app", "a", cwd=tmp_path) for words in ((), ("-m", "rlora_trl.run")))
     assert (result.stdout, result.returncode) == (plain.stdout, 0), result.stderr

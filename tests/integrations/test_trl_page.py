@@ -23,7 +23,7 @@ PROGRAMS = {
     "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
 }
 SMALL = "--max_steps 2 --report_to none --save_strategy no --bf16 false --use_cpu --dataloader_pin_memory false"
-STEPS = dict(report_to="none", save_strategy="no", bf16=False, use_cpu=True, dataloader_pin_memory=False)
+STEPS = {"report_to": "none", "save_strategy": "no", "bf16": False, "use_cpu": True, "dataloader_pin_memory": False}
 
 
 @pytest.fixture
@@ -87,7 +87,9 @@ def test_commands_as_written(blocks, script, adapter, model_folders, rows_folder
 
 
 def logged_run(model_folders, folder, tracker, **options):
-    args = RLoraSFTConfig(str(folder), **{**STEPS, "report_to": tracker, "logging_steps": 1, "max_steps": 2, **options})
+    args = RLoraSFTConfig(
+        str(folder), **{**STEPS, "report_to": tracker, "logging_steps": 1, "max_steps": 2, **options}
+    )
     trainer = RLoraSFTTrainer(
         model_folders["llama"],
         args,
