@@ -1,3 +1,11 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "rlora-trl>=0.1.0.dev0",
+#   "torch>=2.6,<2.14",
+#   "datasets>=5.2",
+# ]
+# ///
 """Fine-tune one language model on many tasks with R-LoRA.
 
 Without arguments it trains a real 135M model on ten small generated tasks, on a GPU or the CPU, in a few minutes:
@@ -14,6 +22,12 @@ On Flan v2 as in the paper's Setting 2, with a 4-bit base:
 
     accelerate launch examples/sft_flan.py --model_name_or_path Qwen/Qwen2.5-3B --flan --load_in_4bit
 
+This file alone, without the repository, trains on your own model and data; uv installs what it needs:
+
+    uv run sft_flan.py --model_name_or_path ... --dataset_name ...
+    hf jobs uv run --flavor a10g-small --secrets HF_TOKEN sft_flan.py \\
+        --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name user/tasks --push_to_hub
+
 All fields of RLoraConfig, RLoraSFTConfig and TRL's ModelConfig are arguments, or keys of a file passed as `--config`.
 """
 
@@ -21,6 +35,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +52,12 @@ from rlora_trl.trainer.arguments import RLoraModelConfig
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from flan_v2 import load_flan
-from smollm2 import smollm2_folder
-from tiny_flan import load_tiny_flan
+# Their tasks and the demo's model are in files beside this one, which `hf jobs uv run` does not upload.
+IS_ALONE = find_spec("flan_v2") is None
+if not IS_ALONE:
+    from flan_v2 import load_flan
+    from smollm2 import smollm2_folder
+    from tiny_flan import load_tiny_flan
 
 
 # Defaults of the run without arguments; each can be overridden by its argument.
@@ -123,6 +141,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
     script_args, _, model_args, _ = parsed
     if script_args.flan_clusters and not script_args.flan:
         raise ValueError("`--flan_clusters` selects clusters of Flan v2 and needs `--flan`, which is not set. Add it.")
+    if IS_ALONE and (script_args.dataset_name is None or model_args.model_name_or_path is None):
+        raise ValueError(
+            "The demonstration and `--flan` need the files beside this one in the repository (flan_v2.py, smollm2.py, "
+            "tiny_flan.py), which are missing. Pass `--model_name_or_path` and `--dataset_name`, or run this file in "
+            "a copy of the repository."
+        )
     if model_args.model_name_or_path is None and script_args.dataset_name is None and not script_args.flan:
         fast_bf16 = has_fast_bf16()
         on_gpu = torch.cuda.is_available()

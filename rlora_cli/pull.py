@@ -29,6 +29,10 @@ def pull(
         str | None, typer.Option("--base-model", help="Refuse an adapter of another base model.")
     ] = None,
     local_files_only: Annotated[bool, typer.Option("--offline", help="Use only the cache.")] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option("--verify", metavar="KEY", help="Refuse an adapter that this public key (PEM) has not signed."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Download an adapter from the Hub into the cache and check it. Nothing in it is executed.
@@ -40,10 +44,15 @@ def pull(
 
         refuse_missing_folder(repo)
         checked = pull_checked(
-            repo, revision=revision, exports=exports, base_model=base_model, local_files_only=local_files_only
+            repo,
+            revision=revision,
+            exports=exports,
+            base_model=base_model,
+            local_files_only=local_files_only,
+            verify=verify,
         )
         folder = checked.folder if output is None else _copy(checked, output, exports)
-    facts = _facts(checked, folder)
+    facts = {**_facts(checked, folder), "signed_by": None if verify is None else str(verify)}
     if as_json:
         print_json(facts)
         return
@@ -57,6 +66,7 @@ def pull(
             "Adapter": f"{facts['num_heads']} heads of rank {facts['r']}, router {facts['router']}",
             "Checked": f"{facts['layers']} layers, {facts['parameters']:,} parameters, all finite",
             "Digest": facts["digest"],
+            "Signature": None if verify is None else f"by the key in {verify}",
         }
     )
     # PEFT's class for other models needs the base model.

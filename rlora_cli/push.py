@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,9 @@ def push(
         list[str] | None, typer.Option("--tag", metavar="TAG", help="Tag for the card; may be repeated.")
     ] = None,
     commit_message: Annotated[str | None, typer.Option("--message", "-m", help="Title of the commit.")] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="Sign with this private key (PEM, elliptic curve).")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Publish an adapter on the Hub: weights, configuration, card and figures in one commit.
@@ -69,6 +73,7 @@ def push(
             tags=tags or None,
             commit_message=commit_message,
             export_from=source,
+            sign=sign,
         )
     repo_id = commit.repo_url.repo_id  # includes the user's name, even if the argument did not
     unchanged = commit.oid == head

@@ -33,6 +33,7 @@ from .files.config import CONFIG_LIMIT, read_config
 from .files.layout import CARD_NAME, CONFIG_NAME, EXPORTS, FIGURES, FileKind, classify, published_files, task_slug
 from .files.names import hub_name
 from .files.record import AdapterRecord, TaskRecord, find_record
+from .files.signatures import check_private_key
 from .hub.card_reading import read_card, read_card_info
 from .hub.commit import HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE, Publication, commit_adapter
 from .reading import check_regular_file, first_few, read_json, shorten
@@ -65,6 +66,7 @@ def push_adapter(
     adapter_name: str | None = None,
     export_from: PeftModel | None = None,
     export_data: Mapping[str, Rows] | None = None,
+    sign: str | os.PathLike | None = None,
 ) -> CommitInfo:
     """
     Publish an adapter on the Hub: weights, configuration, card, figures and exports in one commit.
@@ -107,6 +109,9 @@ def push_adapter(
         export_data (`Mapping[str, Sequence[Mapping]]`, *optional*):
             Rows by task, as for [`score_tasks`], on which the exports are compared with the adapter. With a model, it
             requires `tokenizer`.
+        sign (`str`, *optional*):
+            File with a private key (PEM, elliptic curve) to sign the adapter with; needs the extra `sign`. A push
+            without it removes the signature of an earlier one, which its files would not match.
 
     Returns:
         `CommitInfo`: The commit; the head of the branch if nothing has changed.
@@ -114,12 +119,15 @@ def push_adapter(
     Raises:
         AdapterCheckError: If the adapter is damaged, incomplete, not finite or has changed since it was checked (then
             nothing was published), or the contents that the Hub lists differ from those of the push.
-        ValueError: If the base model is a local folder and `base_model` is missing, or a task is unknown.
+        ValueError: If the base model is a local folder and `base_model` is missing, a task is unknown, or `sign` has
+            no such key.
         FileNotFoundError: If the folder has no adapter.
         OSError: If the temporary folder has no room for a copy of the adapter. Nothing was published.
         ConnectionError: If the adapter was published, but its files could not be listed for comparison.
         HfHubHTTPError: If the Hub refuses the commit, or transient errors persist after a few attempts.
     """
+    if sign is not None:
+        check_private_key(sign)
     api = HfApi(token=token)
     with _scratch_folder() as scratch:
         folder = scratch / "adapter"
@@ -148,7 +156,9 @@ def push_adapter(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        publication = Publication(checked, record, card, license=license, datasets=datasets or (), tags=tags or ())
+        publication = Publication(
+            checked, record, card, license=license, datasets=datasets or (), tags=tags or (), sign=sign
+        )
         message = commit_message or "Upload R-LoRA adapter"
         return commit_adapter(api, repo_id, publication, message=message, revision=revision, create_pr=create_pr)
 
@@ -197,8 +207,8 @@ def _stage_files(adapter: _Source, folder: Path, adapter_name: str | None) -> tu
         card = read_card(source / CARD_NAME)
 
     for path in published_files(source):
-        # Record and card are written at the commit; exports are made for this push, or kept on the Hub.
-        if classify(path) not in (FileKind.EXPORT, FileKind.RECORD, FileKind.CARD):
+        # Record, card and signature are written at the commit; exports are made for this push, or kept on the Hub.
+        if classify(path) not in (FileKind.EXPORT, FileKind.RECORD, FileKind.CARD, FileKind.SIGNATURE):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             check_regular_file(source / path, WEIGHTS_LIMIT)
             shutil.copyfile(source / path, folder / path)

@@ -70,6 +70,7 @@ _LIMITS = {
     FileKind.TOKENIZER: 64 * MIB,
     FileKind.FIGURE: 16 * MIB,
     FileKind.LICENSE: MIB,
+    FileKind.SIGNATURE: MIB,
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -16,6 +16,7 @@ CARD_NAME = "README.md"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+SIGNATURE_NAME = "model.sig"
 FIGURES = "figures"
 EXPORTS = "exports"
 
@@ -36,6 +37,7 @@ class FileKind(StrEnum):
     FIGURE = "figure"
     EXPORT = "export"
     LICENSE = "license"
+    SIGNATURE = "signature"
     OTHER = "other"
     HOSTILE = "hostile"
 
@@ -45,6 +47,7 @@ _KINDS = {
     WEIGHTS_NAME: FileKind.WEIGHTS,
     CARD_NAME: FileKind.CARD,
     RECORD_NAME: FileKind.RECORD,
+    SIGNATURE_NAME: FileKind.SIGNATURE,
     **dict.fromkeys(("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"), FileKind.LICENSE),
     **dict.fromkeys(
         (

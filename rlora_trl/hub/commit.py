@@ -6,6 +6,7 @@ the meantime is never overwritten.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from ..files.layout import (
     FIGURES,
     PICKLED_WEIGHTS_NAME,
     RECORD_NAME,
+    SIGNATURE_NAME,
     WEIGHTS_NAME,
     FileKind,
     classify,
@@ -33,6 +35,7 @@ from ..files.layout import (
     published_files,
 )
 from ..files.record import AdapterRecord
+from ..files.signatures import SIGNATURE_LIMIT, is_signed_by, sign_folder
 from ..reading import first_few
 from .card import render_card
 from .card_reading import hand_written, read_card, read_card_info
@@ -63,6 +66,7 @@ class Publication:
         card (`str`, *optional*): The local card. Its text is used if the repository has no card.
         license (`str`, *optional*), datasets (`Sequence[str]`, *optional*), tags (`Sequence[str]`, *optional*): See
             [`render_card`].
+        sign (`str`, *optional*): File with the private key to sign with.
     """
 
     checked: CheckedAdapter
@@ -71,6 +75,7 @@ class Publication:
     license: str | None = None
     datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
+    sign: str | os.PathLike | None = None
 
 
 def commit_adapter(
@@ -191,6 +196,7 @@ class _Transaction:
         record = replace(self.publication.record, exports=[*self.publication.record.exports, *remaining])
         record.save(self.folder)
         self._write_card(repository, record)
+        self._sign(listing)
 
         files = published_files(self.folder)
         outdated = self._outdated(repository, [export["path"] for export in remaining]) - set(files)
@@ -239,6 +245,25 @@ class _Transaction:
         info = read_card_info(check_card_text(card, f"The card of {self.repo_id}"))
         return _Repository(files, card, info.get("digest"), record)
 
+    def _sign(self, listing: Listing) -> None:
+        """
+        Sign the files of this push, which have their final contents now.
+
+        A signature in the repository that holds for them stays: a new one would differ, as it has a random part, and
+        an unchanged adapter would get a new commit with each push.
+        """
+        key = self.publication.sign
+        if key is None:
+            return
+        path = self.folder / SIGNATURE_NAME
+        path.unlink(missing_ok=True)
+        file = listing.files.get(SIGNATURE_NAME)
+        if file is not None and 0 < (file.size or 0) <= SIGNATURE_LIMIT:
+            fetch(listing, SIGNATURE_NAME, path, token=self.api.token)
+            if is_signed_by(self.folder, key):
+                return
+        sign_folder(self.folder, key)
+
     def _remaining_exports(self, repository: _Repository) -> list[dict[str, Any]]:
         """Exports in the repository that were made from the same weights, and that this push does not replace."""
         if repository.record is None or repository.digest != self.publication.checked.digest:
@@ -252,7 +277,7 @@ class _Transaction:
 
     def _outdated(self, repository: _Repository, remaining: Sequence[str]) -> set[str]:
         """
-        Files to delete: figures and exports of other weights from earlier pushes, and a stock trainer's pickles.
+        Files to delete: figures, exports and the signature of other pushes, and a stock trainer's pickles.
 
         Raises:
             AdapterCheckError: If the repository has other files that `pull_adapter` refuses.
@@ -268,6 +293,9 @@ class _Transaction:
             logger.warning(f"This push removes the pickles in {self.repo_id}: {first_few(pickles, 10)}")
 
         outdated = set(pickles)
+        if SIGNATURE_NAME in repository.files and self.publication.sign is None:
+            logger.warning(f"This push is not signed, and removes the signature of the earlier one in {self.repo_id}.")
+            outdated.add(SIGNATURE_NAME)
         if repository.digest != self.publication.checked.digest:
             outdated |= repository.files & {HEAD_SIMILARITY_FIGURE, ROUTING_FIGURE}
         recorded = {export["path"] for export in (repository.record.exports if repository.record else ())}

@@ -16,6 +16,7 @@ from ..files.card_text import check_card
 from ..files.checks import AdapterCheckError, CheckedAdapter, check_adapter, check_listing
 from ..files.download import cached_file, download, has_hash, list_files
 from ..files.layout import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, FileKind, classify, published_files
+from ..files.signatures import verify_folder
 from ..reading import first_few
 from .card_reading import read_card_info
 
@@ -35,6 +36,7 @@ def pull_adapter(
     base_model: str | None = None,
     exports: bool = False,
     local_files_only: bool = False,
+    verify: str | os.PathLike | None = None,
 ) -> str:
     """
     Download an adapter and check it before use; nothing in it is executed.
@@ -58,12 +60,17 @@ def pull_adapter(
             Download the plain-LoRA exports too.
         local_files_only (`bool`, *optional*, defaults to `False`):
             Use only the cache, as with `HF_HUB_OFFLINE=1`.
+        verify (`str`, *optional*):
+            File with the author's public key (PEM); an adapter without a signature by it is an error. Needs the extra
+            `sign`.
 
     Returns:
         `str`: The folder, for `from_pretrained`.
 
     Raises:
-        AdapterCheckError: If the adapter is damaged, incomplete, hostile, or belongs to another base model.
+        AdapterCheckError: If the adapter is damaged, incomplete, hostile, belongs to another base model, or is not
+            signed as `verify` asks.
+        ValueError: If `verify` is not a public key, or is combined with `exports`, which signatures don't cover.
         HfHubHTTPError: If the repository or revision does not exist, or may not be read.
         ConnectionError: If the Hub can't be reached, and the adapter is not in the cache.
         TimeoutError: If an answer of the Hub comes too slowly, below 1 KiB/s after a minute.
@@ -75,6 +82,7 @@ def pull_adapter(
         base_model=base_model,
         exports=exports,
         local_files_only=local_files_only,
+        verify=verify,
         token=token,
         cache_dir=cache_dir,
     )
@@ -88,20 +96,26 @@ def pull_checked(
     base_model: str | None = None,
     exports: bool = False,
     local_files_only: bool = False,
+    verify: str | os.PathLike | None = None,
     **options: Any,
 ) -> CheckedAdapter:
     """[`pull_adapter`], returning what the checks found; `options` are `token` and `cache_dir`."""
+    if verify is not None and exports:
+        raise ValueError(
+            "`verify` can't be combined with `exports`: a signature covers the adapter and not its exports. Pull "
+            "without exports, and make them from the verified adapter with `export_lora`."
+        )
     if os.path.isdir(repo_id):
         if revision is not None:
             raise ValueError(
                 f"`revision={revision!r}` needs a repository on the Hub, and {repo_id!r} is a local folder. Leave it "
                 "out, or run in another directory to pull the repository of that name."
             )
-        return _check(Path(repo_id), base_model, repo_id)
+        return _check(Path(repo_id), base_model, repo_id, verify)
 
     # List, check and download, unless only the cache is allowed or reachable.
     if local_files_only or constants.HF_HUB_OFFLINE:
-        return _check(_cached(repo_id, revision, options), base_model, repo_id)
+        return _check(_cached(repo_id, revision, options), base_model, repo_id, verify)
     try:
         listing = list_files(repo_id, revision, token=options.get("token"))
         paths = check_listing({path: file.size for path, file in listing.files.items()})
@@ -111,7 +125,7 @@ def pull_checked(
         if getattr(error, "response", None) is not None:
             raise  # the Hub answered
         folder = _cached(repo_id, revision, options, error)
-    return _check(folder, base_model, repo_id)
+    return _check(folder, base_model, repo_id, verify)
 
 
 def _cached(repo_id: str, revision: str | None, options: Mapping[str, Any], reason: Exception | None = None) -> Path:
@@ -150,7 +164,9 @@ def _has_cached_contents(path: Path) -> bool:
     return _BLOB.fullmatch(name) is None or has_hash(path, name)
 
 
-def _check(folder: Path, base_model: str | None, name: str) -> CheckedAdapter:
+def _check(folder: Path, base_model: str | None, name: str, verify: str | os.PathLike | None) -> CheckedAdapter:
+    if verify is not None:
+        verify_folder(folder, verify, name)
     checked = check_adapter(folder, base_model=base_model, name=name)
     card = folder / CARD_NAME
     if card.is_file():

@@ -1,16 +1,25 @@
 """`examples/sft_flan.py` as users run it: on the demo, on their files, from YAML, in 4 bits."""
 
+import ast
 import json
+import os
+import re
 import resource
+import shlex
+import shutil
 import sys
+import tomllib
 
 import pytest
 import sft_flan
 import torch
 from datasets import Dataset
+from packaging.requirements import Requirement
 from peft import AutoPeftModelForCausalLM
-from processes import ROOT, run
+from processes import CPU, ROOT, run
 from testing_utils import task_rows
+
+import rlora_trl
 
 
 SMALL = (
@@ -206,3 +215,67 @@ def test_real_model_starts_at_the_base_model(smollm2):
         assert (model(**ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         with model.disable_adapter():
             assert torch.equal(model(**ids).logits, expected)
+
+
+def script_header():
+    """The requirements in the first lines of the file (PEP 723)."""
+    text = (ROOT / "examples" / "sft_flan.py").read_text(encoding="utf-8")
+    assert text.startswith("# /// script\n")
+    lines = text[: text.index("# ///\n")].splitlines()[1:]
+    return tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)), text
+
+
+def test_requirements_of_the_file_are_those_of_the_project():
+    header, text = script_header()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert header["requires-python"] == project["requires-python"]
+    own, *others = header["dependencies"]
+    assert Requirement(own).name == project["name"]
+    assert Requirement(own).specifier.contains(rlora_trl.__version__, prereleases=True)
+    assert set(others) <= set(project["dependencies"])
+
+    # All that the file imports, apart from the files beside it.
+    imports = {
+        alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names
+    }
+    imports |= {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    beside = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    foreign = {name.split(".")[0] for name in imports} - sys.stdlib_module_names - beside
+    assert foreign == {"rlora_cli", "rlora_trl", *(Requirement(other).name for other in others)}
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Runs the file in a folder of its own."""
+    (tmp_path / "alone").mkdir()
+    shutil.copy(ROOT / "examples" / "sft_flan.py", tmp_path / "alone")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, **CPU, "PYTHONPATH": path}
+    return lambda *words: run([sys.executable, "sft_flan.py", *words], cwd=tmp_path / "alone", env=env)
+
+
+def test_the_file_alone(model_folders, rows_file, alone, tmp_path):
+    words = ("--model_name_or_path", model_folders["llama"], "--dataset_name", str(rows_file), "--task_column", "kind")
+    done = alone(*words, "--output_dir", "out", "--bf16", "false", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "alone" / "out").peft_config["default"].tasks
+
+
+def test_the_file_alone_has_no_demonstration(alone):
+    done = alone()
+    assert done.returncode == 1 and "need the files beside this one in the repository (flan_v2.py" in done.stderr
+
+
+def test_commands_of_the_page():
+    """The arguments of each command parse, behind the file's name."""
+    text = (ROOT / "docs" / "integrations" / "jobs.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line)
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.replace("\\\n", "").splitlines()
+    ]
+    found = [next(n for n, word in enumerate(c) if word.endswith("sft_flan.py")) for c in commands if "uv" in c]
+    assert len(found) == 4
+    for command, place in zip([c for c in commands if "uv" in c], found, strict=True):
+        script_args, training, model, _ = sft_flan.parse_arguments(command[place + 1 :])
+        assert script_args.dataset_name and model.model_name_or_path and training.push_to_hub == ("jobs" in command)

@@ -14,6 +14,7 @@ KINDS = {
     "README.md": FileKind.CARD,
     "rlora_record.json": FileKind.RECORD,
     "LICENSE": FileKind.LICENSE,
+    "model.sig": FileKind.SIGNATURE,
     "tokenizer.json": FileKind.TOKENIZER,
     "tokenizer.model": FileKind.TOKENIZER,
     "chat_template.jinja": FileKind.TOKENIZER,

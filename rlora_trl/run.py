@@ -1,0 +1,79 @@
+"""Run a program that does not import this package, with R-LoRA registered in PEFT.
+
+    python -m rlora_trl.run script.py ARGUMENTS
+    python -m rlora_trl.run -m module ARGUMENTS
+    accelerate launch -m rlora_trl.run script.py ARGUMENTS
+
+The program is run like by `python script.py` and `python -m module`: same `sys.argv`, `sys.path`, `__main__` and exit
+code. `python -m` has imported the package, which registers the method, before this module runs.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import zipfile
+from importlib.machinery import SourceFileLoader
+from types import ModuleType
+from typing import NoReturn
+
+
+USAGE = "usage: python -m rlora_trl.run (SCRIPT | -m MODULE) [ARGUMENTS]"
+
+
+def main(words: list[str]) -> None:
+    """
+    Run a script or a module as the main program of this process.
+
+    Args:
+        words (`list[str]`): A script, or `-m` and a module, then the program's own arguments.
+
+    Raises:
+        SystemExit: With code 2 if no program is named or it does not exist; 0 after `--help`; or as the program exits.
+    """
+    if words[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(f"{USAGE}\n\n{__doc__}")
+        raise SystemExit(0)
+    is_module = words[:1] == ["-m"]
+    program, arguments = (words[1:2], words[2:]) if is_module else (words[:1], words[1:])
+    if not program:
+        _refuse("the program is missing: name a script, or `-m` and a module")
+    if program[0].startswith("-"):
+        _refuse(f"no such option: {program[0]}. Options of Python belong before `-m rlora_trl.run`")
+
+    if is_module:
+        sys.argv = ["-m", *arguments]  # the name while Python searches for the module
+        runpy.run_module(program[0], run_name="__main__", alter_sys=True)
+        return
+    if not os.path.exists(program[0]):
+        _refuse(f"{program[0]!r} does not exist. Name a script, or `-m` and a module")
+    _run_path(program[0], arguments)
+
+
+def _run_path(path: str, arguments: list[str]) -> None:
+    """Run a script, or a folder or zip file with a `__main__.py`."""
+    sys.argv = [path, *arguments]
+    is_source = os.path.isfile(path) and not zipfile.is_zipfile(path)
+    # `python -m` has put the working directory first. `runpy` puts a folder or a zip file there itself.
+    if not sys.flags.safe_path:
+        sys.path[0:1] = [os.path.dirname(os.path.realpath(path))] if is_source else []
+    if not is_source:
+        runpy.run_path(path, run_name="__main__")
+        return
+
+    # Not with `runpy`, which makes `__file__` and `sys.argv[0]` one path: Python's are absolute and as typed.
+    module = ModuleType("__main__")
+    module.__file__ = os.path.abspath(path)
+    module.__loader__ = loader = SourceFileLoader("__main__", module.__file__)
+    sys.modules["__main__"] = module
+    exec(loader.source_to_code(loader.get_data(module.__file__), module.__file__), vars(module))
+
+
+def _refuse(reason: str) -> NoReturn:
+    sys.stderr.write(f"{USAGE}\nrlora_trl.run: {reason}.\n")
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,90 @@
+"""`python -m rlora_trl.run`: programs as Python runs them, with R-LoRA registered."""
+
+import json
+import os
+import sys
+
+import processes
+import pytest
+
+from rlora_trl import run
+
+
+SHOW = """\
+import json, multiprocessing, sys
+import neighbor
+main = sys.modules["__main__"]
+registered = "peft" in sys.modules and "RLORA" in sys.modules["peft.mapping"].PEFT_TYPE_TO_CONFIG_MAPPING
+facts = {"argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "same": vars(main) is globals(),
+         "spec": getattr(__spec__, "name", None), "package": __package__, "neighbor": neighbor.VALUE}
+print(json.dumps([facts, registered]))
+sys.exit(7)
+"""
+
+
+def python(*words, cwd):
+    path = os.pathsep.join([str(processes.ROOT), os.environ.get("PYTHONPATH", "")])
+    return processes.run(
+        [sys.executable, *map(str, words)], cwd=cwd, env={**os.environ, **processes.CPU, "PYTHONPATH": path}
+    )
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A script, and the same in a package, each with a module beside it."""
+    for folder in (tmp_path / "scripts", tmp_path / "tools"):
+        folder.mkdir()
+        (folder / "show.py").write_text(SHOW)
+        (folder / "neighbor.py").write_text(f"VALUE = {folder.name!r}")
+    (tmp_path / "tools" / "show.py").write_text(SHOW.replace("import neighbor", "from . import neighbor"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [("scripts/show.py",), ("-m", "tools.show")], ids=["script", "module"])
+def test_as_python_runs_it(program, words):
+    words = [*words, "--help", "-m", "x", "--", "-c"]
+    plain = python(*words, cwd=program)
+    result = python("-m", "rlora_trl.run", *words, cwd=program)
+    assert plain.returncode == result.returncode == 7, result.stderr
+    (expected, was_registered), (facts, registered) = json.loads(plain.stdout), json.loads(result.stdout)
+    assert facts == expected and facts["name"] == "__main__" and facts["same"]
+    assert registered and not was_registered
+
+
+def test_an_exception_ends_it_with_its_traceback(tmp_path):
+    (tmp_path / "fails.py").write_text("def f():\n    raise KeyError('of the program')\nf()\n")
+    result = python("-m", "rlora_trl.run", "fails.py", cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert 'fails.py", line 2, in f' in result.stderr and result.stderr.endswith("KeyError: 'of the program'\n")
+
+
+def test_folder_with_a_main_module(tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__main__.py").write_text(
+        "import os, sys, helper\nprint(helper.X, sys.argv, os.path.abspath(sys.path[0]))"
+    )
+    (tmp_path / "app" / "helper.py").write_text("X = 3")
+    plain, result = (python(*words, "app", "a", cwd=tmp_path) for words in ((), ("-m", "rlora_trl.run")))
+    assert (result.stdout, result.returncode) == (plain.stdout, 0), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "the program is missing"),
+        (["-m"], "the program is missing"),
+        (["none.py", "a"], "'none.py' does not exist"),
+        (["-u", "none.py"], "no such option: -u. Options of Python belong before"),
+    ],
+)
+def test_no_program(words, reason, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(words)
+    assert caught.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(["--help"])
+    assert caught.value.code == 0 and "accelerate launch -m rlora_trl.run" in capsys.readouterr().out
