@@ -201,7 +201,7 @@ class TaskExports:
             return
         kl = recorded_kl(checked, task)
         if kl is None:
-            text = "was not measured: it has none in its record"
+            text = "is unknown, as its record has none"
         else:
             text = f"is {kl:.4g} nats per token, by its record"
         kind = f"{shorten(name)} has `router={checked.config.router!r}`, so its export is an approximation, whose"

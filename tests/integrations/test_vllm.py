@@ -12,6 +12,7 @@ import threading
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,7 @@ def test_processes_share_one_export(repositories, tmp_path):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
+from types import SimpleNamespace
 from rlora_trl.files.checks import check_adapter
 from rlora_trl.integrations import vllm
 folder, root = Path({str(repositories["user/task"])!r}), Path({str(tmp_path)!r})
@@ -298,7 +300,7 @@ def test_gap_of_other_routers_is_logged(resolve, log):
     assert any("`router='softmax'`, so its export is an approximation, whose KL" in m and "is 0.02" in m for m in log)
     log.clear()
     assert resolve("user/unmeasured:sst2")[0] is not None
-    assert any(message.startswith("WARNING") and "was not measured" in message for message in log)
+    assert any(message.startswith("WARNING") and "is unknown, as its record has none" in message for message in log)
     log.clear()
     assert resolve("user/task:sst2", "user/uniform:sst2")
     assert not any("approximation" in message for message in log)
@@ -473,3 +475,40 @@ def test_vllm_finds_the_plugin(real_vllm, environment, tmp_path, monkeypatch):
     environment.setenv("VLLM_PLUGINS", "rlora")
     plugins.load_general_plugins()
     assert list(real_vllm.LoRAResolverRegistry.get_supported_resolvers()) == [RESOLVER]
+
+
+def test_a_server_of_vllm_asks_the_resolver(real_vllm, pulls, exports, tmp_path, monkeypatch):
+    """The part of vLLM's server that answers for models, which has the resolver's answer loaded by vLLM's own code."""
+    try:
+        from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+        from vllm.lora import lora_model
+        from vllm.lora.peft_helper import PEFTHelper
+    except ImportError as error:
+        pytest.skip(f"vLLM's server can't be imported here: {error}")
+    monkeypatch.setattr(lora_model, "PIN_MEMORY", False)
+    loaded = {}
+
+    async def add_lora(request):
+        helper = PEFTHelper.from_local_dir(request.lora_path, None)
+        projections = {"gate_proj", "up_proj", "down_proj"}
+        loaded[request.lora_name] = lora_model.LoRAModel.from_local_checkpoint(
+            request.lora_path, projections, helper, lora_model_id=request.lora_int_id, device="cpu"
+        )
+
+    monkeypatch.setattr(real_vllm.LoRAResolverRegistry, "resolvers", {})
+    resolver = integration.resolver_class()(settings(tmp_path))
+    real_vllm.LoRAResolverRegistry.register_resolver(RESOLVER, resolver)
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(model=BASE), renderer=None, input_processor=None, add_lora=add_lora
+    )
+
+    async def serve():
+        models = OpenAIServingModels(engine, [])
+        names = ("user/task:sst2", "user/task:sst2", "user/task:rte", "user/task:none", "../task:sst2")
+        return await asyncio.gather(*map(models.resolve_lora, names))
+
+    first, second, other, unknown, hostile = asyncio.run(serve())
+    assert first is second and first.lora_int_id != other.lora_int_id and sorted(exports) == ["rte", "sst2"]
+    assert unknown.error.code == hostile.error.code == 404
+    layers = loaded["user/task:sst2"].loras
+    assert len(layers) == 6 and all(weights.rank == 8 and weights.scaling == 1.0 for weights in layers.values())
