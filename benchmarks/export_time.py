@@ -3,8 +3,8 @@ Time and memory that the plugin for vLLM takes for an export, without a GPU.
 
     python benchmarks/export_time.py --heads 3 --rank 4 --out benchmarks/results/export_time.jsonl
 
-The adapter has random values in the shape of the MLP projections of Qwen2.5-3B. The time is a median. The memory is that
-of the process, with PyTorch and the values that are written.
+The adapter has random values in the shape of the MLP projections of Qwen2.5-3B. The time is a median. The memory is
+that of the process, with PyTorch and the values that are written.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import environment, write_row
+from common import environment, processor, write_row
 
 from rlora_trl import RLoraConfig
 from rlora_trl.export.folder import export_folder
@@ -73,7 +73,7 @@ def main() -> None:
     row = {
         "heads": args.heads,
         "rank": args.rank,
-        "threads": args.threads,
+        "cpu": processor(),
         "export_rank": report.rank,
         "check_ms": round(1000 * statistics.median(check)),
         "export_ms": round(1000 * statistics.median(export)),

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -440,6 +441,48 @@ def test_module_imports_without_vllm(monkeypatch):
     assert importlib.import_module(integration.__name__) is not integration
     with pytest.raises(ImportError):
         integration.resolver_class()
+
+
+# The page
+
+
+RECORDER = """
+record() { printf '%s\\0' "$@" > "$LOG/$1"; }
+pip() { record pip "$@"; }
+vllm() { record vllm "$@"; env -0 > "$LOG/env"; }
+curl() { record curl "$@"; }
+"""
+
+
+def test_block_of_the_page(vllm, pulls, repositories, monkeypatch, tmp_path):
+    """As written, with other programs of the names pip, vllm and curl: the server's settings serve the request."""
+    page = (ROOT / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(.*?)```", page, re.DOTALL).group(1)
+    assert page.index("```bash") < 20, "the page starts with it"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RLORA_", "VLLM_"))}
+    environment |= {"LOG": str(tmp_path), CACHE: str(tmp_path / "cache")}
+    subprocess.run(["bash", "-euc", f"{RECORDER}{block}\nwait"], check=True, cwd=tmp_path, env=environment)
+    installed, served, asked, variables = (
+        (tmp_path / name).read_text().rstrip("\0").split("\0") for name in ("pip", "vllm", "curl", "env")
+    )
+    assert installed[1] == "install" and "." in installed
+    assert served[1] == "serve" and {"--enable-lora", "--max-lora-rank"} <= set(served)
+    variables = dict(line.split("=", 1) for line in variables)
+    assert variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+    request = json.loads(asked[asked.index("-d") + 1])
+    monkeypatch.setitem(repositories, parse_name(request["model"]).repo_id, repositories["user/task"])
+    resolver = integration.resolver_class()(Settings.from_environment(variables))
+    answer = asyncio.run(resolver.resolve_lora(BASE, request["model"]))
+    config = json.loads(Path(answer.lora_path, "adapter_config.json").read_text())
+    assert config["r"] == int(served[served.index("--max-lora-rank") + 1])
+
+
+def test_page_has_the_settings():
+    page = (ROOT / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(RLORA_VLLM_\w+)` \| (.*?) \|", page, re.MULTILINE))
+    assert list(table) == [ADAPTERS, CACHE, CACHE_GB, MAX_KL]
+    assert float(table[CACHE_GB]) * 1e9 == Settings.from_environment({ADAPTERS: "*"}).cache_bytes
 
 
 # vLLM itself
