@@ -15,6 +15,8 @@ import logging
 import math
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +54,8 @@ _MAX_REPO, _MAX_REVISION = 96, 200
 _REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 # Requests of strangers must not occupy more of a server that others use.
 _WORKERS = 4
+# Seconds for which a check holds, and of how many adapters: it reads all weights, and a client may ask for any task.
+_FRESH, _REMEMBERED = 60.0, 32
 
 
 class RefusedError(ValueError):
@@ -157,6 +161,9 @@ class TaskExports:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.cache = FolderCache(settings.cache, settings.cache_bytes)
+        # Adapters, and until when they count as checked.
+        self._checked: dict[tuple[str, str | None, str], tuple[CheckedAdapter, float]] = {}
+        self._mutex = threading.Lock()
 
     def find(self, name: str, base_model: str) -> Path:
         """
@@ -181,8 +188,7 @@ class TaskExports:
                 f"{shorten(repo_id)} is also a folder in the working directory, and only adapters on the Hub are "
                 "served. Start the server in another directory."
             )
-        with self.cache.lock(f"{repo_id}@{revision}"):
-            checked = pull_checked(repo_id, revision, base_model=base_model)
+        checked = self._pull(repo_id, revision, base_model)
         check_task(checked.config, task)
         self._check_fidelity(name, checked, task)
 
@@ -194,6 +200,21 @@ class TaskExports:
             )
 
         return self.cache.get(_key(checked, task), export)
+
+    def _pull(self, repo_id: str, revision: str | None, base_model: str) -> CheckedAdapter:
+        """Pull and check an adapter, unless this was done a short time ago."""
+        key = (repo_id, revision, base_model)
+        with self.cache.lock(f"{repo_id}@{revision}"):
+            with self._mutex:
+                checked, until = self._checked.get(key, (None, 0.0))
+            if checked is None or time.monotonic() >= until:
+                checked = pull_checked(repo_id, revision, base_model=base_model)
+                with self._mutex:
+                    self._checked.pop(key, None)
+                    self._checked[key] = checked, time.monotonic() + _FRESH
+                    while len(self._checked) > _REMEMBERED:
+                        del self._checked[next(iter(self._checked))]
+        return checked
 
     def _check_fidelity(self, name: str, checked: CheckedAdapter, task: str) -> None:
         """Log how far an export that is not exact is from the adapter, as measured by who published it; or refuse."""

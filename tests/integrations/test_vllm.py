@@ -216,6 +216,29 @@ def test_a_new_version_of_an_adapter_is_exported_again(resolve, repositories, ex
     assert new.lora_path != old.lora_path and len(exports) == 2
 
 
+def test_names_of_unknown_tasks_do_not_have_the_adapter_checked_each_time(resolve, pulls, log, monkeypatch):
+    """A check reads all weights, which would let a client keep the server busy."""
+    names = [f"user/task:{number}" for number in range(20)]
+    assert resolve(*names, "user/task:sst2")[:-1] == [None] * 20
+    assert pulls == [("user/task", None)]
+    assert sum("The adapter's tasks are 'rte', 'sst2'" in message for message in log) == 20
+
+    monkeypatch.setattr(integration, "_FRESH", 0.0)
+    resolve("user/task:1", "user/task:sst2")
+    assert len(pulls) == 3, "a new commit is seen after that time"
+
+
+def test_few_checks_are_remembered(pulls, repositories, monkeypatch, tmp_path):
+    for number in range(100):
+        monkeypatch.setitem(repositories, f"user/copy-{number}", repositories["user/task"])
+    exports = TaskExports(settings(tmp_path))
+    for number in range(100):
+        exports.find(f"user/copy-{number}:sst2", BASE)
+    exports.find("user/copy-99:rte", BASE)
+    exports.find("user/copy-0:rte", BASE)
+    assert len(pulls) == 101
+
+
 HOSTILE = {
     "no separator": "user/adapter",
     "parent": "../adapter:sst2",
