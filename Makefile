@@ -11,8 +11,10 @@ PYTEST_SMALL := -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu"
 PYTEST_SLOW := -m pytest -q -m "slow and not gpu" --durations=5
 # `make test-latest` upgrades these beyond the ceilings in pyproject.toml and the versions in constraints.txt.
 UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tokenizers safetensors
+# What its LoRA resolvers need; all of its dependencies would bring CUDA.
+VLLM := vllm==0.32.0 msgspec
 
-.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu fuzz bench results quality style clean
+.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm fuzz bench results quality style clean
 
 quickstart: $(VENV)/.installed  ## Install, and train the demo
 	$(BIN)/accelerate launch examples/sft_flan.py
@@ -67,6 +69,10 @@ test-latest:  ## The suite with the newest versions, beyond the ceilings in pypr
 test-gpu:  ## Tests that need a CUDA device, in the present environment
 	CUDA_VISIBLE_DEVICES=0 $(PYTHON) -m pytest -q tests/gpu tests/kernels
 	CUDA_VISIBLE_DEVICES=0 RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py -k one_process
+
+test-vllm:  ## The plugin with vLLM's own classes; downloads a wheel of 350 MB, and needs no GPU
+	$(PYTHON) -m pip install --quiet --no-deps --target .vllm $(VLLM)
+	PYTHONPATH=.vllm $(PYTHON) -m pytest -q tests/integrations tests/hub/test_vllm_resolver.py
 
 test-multi-gpu:  ## Tests that need two CUDA devices
 	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py tests/distributed/test_balance_ranks.py

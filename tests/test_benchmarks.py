@@ -219,6 +219,20 @@ def test_smallest_run(monkeypatch, tmp_path, name):
     assert all(time > 0 for values in times for time in values if not isinstance(time, list))
 
 
+def test_smallest_export_time(monkeypatch, tmp_path):
+    import export_time
+
+    monkeypatch.setattr(export_time, "LAYERS", 1)
+    monkeypatch.setattr(export_time, "SHAPES", {"gate_proj": (16, 24)})
+    threads = torch.get_num_threads()
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["export_time.py", "--repeats", "2", "--out", str(out)])
+    export_time.main()
+    torch.set_num_threads(threads)
+    row = json.loads(out.read_text())
+    assert row["export_rank"] == 8 and 0 < row["export_ms"] <= row["slowest_ms"] and row["torch"]
+
+
 def test_liger_is_put_in_as_by_trl(monkeypatch, tmp_path):
     """Before the adapters, with the loss left as it is; rows say the version."""
     import shapes

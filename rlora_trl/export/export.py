@@ -120,7 +120,7 @@ def export_lora(
     source = source or (config.source.name if config.source is not None else None)
     core, layers = core_model(model), adapted_layers(model, adapter_name)
 
-    _check_task(config, task)
+    check_task(config, task)
     _check_whole(model)
     if merge:
         check_mergeable(core)
@@ -253,7 +253,7 @@ def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, RLor
         raise ValueError(f"`adapter_name={adapter_name!r}` can't be exported. {error}") from None
 
 
-def _check_task(config: RLoraConfig, task: str | None) -> None:
+def check_task(config: RLoraConfig, task: str | None) -> None:
     """Refuse a task that the adapter does not have. An adapter without task names accepts any."""
     if task is not None and config.tasks and task not in config.tasks:
         raise ValueError(

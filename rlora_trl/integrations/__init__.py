@@ -1,1 +1,1 @@
-"""Plugins for other tools. Each module imports its tool, and is imported by name in that tool's settings only."""
+"""Connections to other programs, each in a module that these import; none is needed by the rest of the package."""

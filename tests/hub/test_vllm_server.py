@@ -1,0 +1,130 @@
+"""vLLM's own server with the plugin, where the command `vllm` is installed, on a CPU or a GPU."""
+
+import json
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from processes import Program, free_port
+from safetensors.torch import load_file
+from testing_utils import _DECODER, build_tokenizer, perturb
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlora_trl import RLoraConfig
+from rlora_trl.files.layout import published_files
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("vllm") is None, reason="vLLM is not installed")]
+
+ROOT = Path(__file__).parents[2]
+TASKS = ["sst2", "rte"]
+PROMPT = [10, 20, 33, 12, 41, 7, 9, 22]
+# Of the logarithms of probabilities, computed in float32 by other kernels; measured 1.9e-6 on a CPU. The adapters
+# change them by more than 2.
+TOLERANCE = 1e-3
+VLLM = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+# Fewer places than adapters, so that vLLM reads exports again later.
+OPTIONS = "--enable-lora --max-lora-rank 8 --max-loras 2 --max-cpu-loras 2 --enforce-eager --dtype float32".split()
+SIZES = ["--max-model-len", "64", "--max-num-seqs", "8"]
+
+
+@torch.no_grad()
+def predicted(model):
+    return model(input_ids=torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+
+
+@pytest.fixture
+def adapters(hub, tmp_path):
+    """A base model, which vLLM's CPU kernels can run, and the predictions of adapters by the name of a model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "initializer_range": 0.08}
+    base = LlamaForCausalLM(LlamaConfig(**{**_DECODER, **sizes})).eval()
+    base.save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+
+    expected = {"base": predicted(base)}
+    for router in ("task", "uniform"):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        model = get_peft_model(model, RLoraConfig(router=router, tasks=TASKS, task_type="CAUSAL_LM")).eval()
+        perturb(model, 1.0)
+        model.peft_config["default"].base_model_name_or_path = "user/base"
+        model.save_pretrained(tmp_path / router)
+        for task in TASKS:
+            if router == "task":
+                model.set_task(task)
+            expected[f"user/{router}:{task}"] = predicted(model)
+        folder = tmp_path / router
+        hub.commit(f"user/{router}", {path: (folder / path).read_bytes() for path in published_files(folder)})
+    return expected
+
+
+@pytest.fixture
+def server(hub, adapters, tmp_path):
+    """The address of the server."""
+    entry_point = tmp_path / "installed" / "rlora_plugin_of_this_test-0.dist-info"
+    entry_point.mkdir(parents=True)
+    (entry_point / "METADATA").write_text("Metadata-Version: 2.1\nName: rlora-plugin-of-this-test\nVersion: 0\n")
+    (entry_point / "entry_points.txt").write_text("[vllm.general_plugins]\nrlora = rlora_plugins.vllm:register\n")
+    path = os.pathsep.join([str(ROOT), str(entry_point.parent), os.environ.get("PYTHONPATH", "")])
+    environment = hub.env(PYTHONPATH=path, RLORA_VLLM_ADAPTERS="user/*", HF_HUB_OFFLINE="0", **VLLM)
+
+    port = free_port()
+    command = ["vllm", "serve", str(tmp_path / "base"), "--served-model-name", "base", "--port", str(port)]
+    program = Program([*command, "--host", "127.0.0.1", *OPTIONS, *SIZES], tmp_path / "log.txt", env=environment)
+    try:
+        for _ in range(240):
+            assert program.process.poll() is None, program.tail()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(2)
+        yield f"http://127.0.0.1:{port}/v1/completions"
+    finally:
+        program.stop()
+
+
+def ask(address, model):
+    """The ten most probable next tokens with the logarithms of their probabilities; or the status of an error."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 10}
+    body = json.dumps({**body, "return_tokens_as_token_ids": True}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=200) as answer:
+            found = json.load(answer)["choices"][0]["logprobs"]["top_logprobs"][0]
+    except urllib.error.HTTPError as error:
+        return error.code
+    return {int(token.removeprefix("token_id:")): value for token, value in found.items()}
+
+
+def largest_difference(answer, expected):
+    return max(abs(value - float(expected[token])) for token, value in answer.items())
+
+
+def test_tasks_are_served(server, adapters, hub):
+    names = [name for name in adapters if name != "base"]
+    for _ in range(2):  # the second time from other places in vLLM's memory
+        with ThreadPoolExecutor(8) as threads:
+            asked = [*names, names[0], "user/none:sst2", "user/task:none", "other/task:sst2", "../task:sst2"]
+            answers = list(threads.map(lambda name: ask(server, name), asked))
+        assert answers[-4:] == [404] * 4
+        for name, answer in zip(asked, answers[:-4], strict=False):
+            assert largest_difference(answer, adapters[name]) < TOLERANCE, name
+            assert largest_difference(answer, adapters["base"]) > 1, name
+
+    assert largest_difference(ask(server, "base"), adapters["base"]) < TOLERANCE
+    exports = list((hub.home / "rlora_trl" / "vllm" / "entries").iterdir())
+    assert len(exports) == 3, "two tasks, and one for both tasks of the uniform router"
+    assert all(load_file(path / "adapter_model.safetensors") for path in exports)
