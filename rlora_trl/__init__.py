@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from .export import export_lora
     from .hub import pull_adapter
     from .publish import push_adapter
-    from .trainer import HeadUsageCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
+    from .trainer import HeadUsageCallback, RLoraCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
 
 
 __all__ = [
     "HeadUsageCallback",
     "MemoryEstimate",
     "MultiHeadAdapter",
+    "RLoraCallback",
     "RLoraConfig",
     "RLoraModel",
     "RLoraSFTConfig",
@@ -39,7 +40,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    **dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"),
+    **dict.fromkeys(
+        ("HeadUsageCallback", "RLoraCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"
+    ),
     **dict.fromkeys(("MemoryEstimate", "estimate_memory"), ".estimate"),
     "export_lora": ".export",
     "pull_adapter": ".hub",
