@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, set_task
+from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, add_task_heads, set_task
 
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "RLoraSFTConfig",
     "RLoraSFTTrainer",
     "__version__",
+    "add_task_heads",
     "estimate_memory",
     "export_lora",
     "mix_tasks",

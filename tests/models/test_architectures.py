@@ -3,8 +3,11 @@
 import models_page
 import pytest
 from architectures import ARCHITECTURES
-from capabilities import CAPABILITIES, default_targets
+from capabilities import CAPABILITIES, base_of, default_targets
 from models_page import TARGETS, works
+from peft import get_peft_model
+
+from rlora_trl import RLoraConfig
 
 
 FAST = ("trains", "reloads exactly")
@@ -46,3 +49,12 @@ def test_a_default_that_changes_changes_the_page(monkeypatch):
 def test_size_of_the_table():
     complete = [a for a in ARCHITECTURES.values() if all(works(a, capability) for capability in CAPABILITIES)]
     assert len(complete) >= 90
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba"])
+def test_state_space_models_adapt_what_their_kernels_call(name):
+    base = base_of(ARCHITECTURES[name])
+    model = get_peft_model(base, RLoraConfig(target_modules="all-linear"))
+    assert {path.rpartition(".")[2] for path in model.base_model.targeted_module_names} == {"in_proj"}
+    with pytest.raises(ValueError, match=r"out_proj.*computes with the weight of that layer"):
+        get_peft_model(base_of(ARCHITECTURES[name]), RLoraConfig(target_modules=["in_proj", "out_proj"]))
