@@ -38,7 +38,7 @@ test:  ## A fresh environment, lint, types, and the whole default suite
 	DISABLE_CUDA=1 $(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test-quant]"
 	$(TEST_BIN)/python -m pytest -q tests/tuner/test_quantization_backends.py
 	$(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]"
-	$(TEST_BIN)/python -m pytest -q tests/cli/test_lm_eval_command.py
+	$(TEST_BIN)/python -m pytest -q tests/cli/test_lm_eval_command.py tests/trainer/test_digits.py  # it brings scikit-learn
 
 test-fast:  ## The suite in the present environment
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST_SMALL)

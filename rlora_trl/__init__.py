@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, set_task
+from .tuner import MultiHeadAdapter, RLoraConfig, RLoraModel, add_task_heads, set_task
 
 
 if TYPE_CHECKING:
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from .export import export_lora
     from .hub import pull_adapter
     from .publish import push_adapter
-    from .trainer import HeadUsageCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
+    from .trainer import HeadUsageCallback, RLoraCallback, RLoraSFTConfig, RLoraSFTTrainer, mix_tasks
 
 
 __all__ = [
     "HeadUsageCallback",
     "MemoryEstimate",
     "MultiHeadAdapter",
+    "RLoraCallback",
     "RLoraConfig",
     "RLoraModel",
     "RLoraSFTConfig",
     "RLoraSFTTrainer",
     "__version__",
+    "add_task_heads",
     "convert_adapter",
     "estimate_memory",
     "export_lora",
@@ -41,7 +43,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    **dict.fromkeys(("HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"),
+    **dict.fromkeys(
+        ("HeadUsageCallback", "RLoraCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"), ".trainer"
+    ),
     **dict.fromkeys(("MemoryEstimate", "estimate_memory"), ".estimate"),
     "convert_adapter": ".convert",
     "export_lora": ".export",

@@ -157,6 +157,8 @@ CONTRACT = [Row(*row) for row in (
     # Callbacks and configurations
     (CALLBACK, "on_init_end", EVENT, "use of heads"),
     (CALLBACK, "on_train_begin", None, "checks of a resumed run"),
+    (CALLBACK, "on_step_begin", EVENT, "router figures of other trainers"),
+    (CALLBACK, "on_log", EVENT, "router figures of other trainers, which come as `logs`"),
     (CALLBACK, "on_step_end", EVENT, "use of heads"),
     (CALLBACK, "on_predict", EVENT + ", metrics", "use of heads"),
     (CALLBACK, "on_evaluate", EVENT, "use of heads"),

@@ -3,7 +3,8 @@
 from .callbacks import HeadUsageCallback
 from .config import RLoraSFTConfig
 from .mixing import mix_tasks
+from .other_trainers import RLoraCallback
 from .trainer import RLoraSFTTrainer
 
 
-__all__ = ["HeadUsageCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"]
+__all__ = ["HeadUsageCallback", "RLoraCallback", "RLoraSFTConfig", "RLoraSFTTrainer", "mix_tasks"]

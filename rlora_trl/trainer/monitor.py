@@ -145,12 +145,14 @@ class RoutingMonitor:
         Returns:
             `dict[str, float]`: `balance_loss` (without the coefficient), `router_entropy` (nats, of one token's
             probabilities), `head_load_max` (mean weight of the most used head of a layer) and `head_load_cv` (standard
-            deviation over mean of the heads' mean weights). Empty without tokens.
+            deviation over mean of the heads' mean weights). Layers without tokens are left out; empty if all are.
         """
         stats = self.step._replace(data=reduce(self.unlogged.data + self.step.data).cpu().double())
         # The sums of the running step are logged now, and must not be counted again at its end.
         self.unlogged.data.copy_(-self.step.data)
-        if not bool((stats.tokens > 0).all()):
+        # A layer may have had no tokens: a tower without its input, a head that the loss doesn't use.
+        stats = stats._replace(data=stats.data[stats.tokens > 0])
+        if not len(stats.data):
             return {}
 
         load = stats.head_weights / stats.tokens[:, None]  # [L, N]

@@ -7,6 +7,7 @@ from .layer import RLoraLayer, RLoraLinear
 from .model import RLoraModel
 from .registration import register
 from .routing import Routing, find_routings, set_task
+from .task_heads import add_task_heads
 
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RLoraModel",
     "RLoraPeftType",
     "Routing",
+    "add_task_heads",
     "find_routings",
     "register",
     "set_task",

@@ -226,6 +226,11 @@ def _check_saved_modules(config: RLoraConfig, model: nn.Module, stored: StoredTe
         module = getattr(module, "original_module", module)
         tensors = (module.get_base_layer() if isinstance(module, RLoraLayer) else module).state_dict()
         lacking = [key for key in tensors if ".".join(f"{name}.{key}".split(".")[-2:]) not in ends]
+        if lacking and any(f"{name}.heads." in key for key in stored.others):
+            raise AdapterCheckError(
+                f"The file of {source} has heads of several tasks in place of {name}. Call `add_task_heads` on the "
+                "base model first, with the tasks and labels of the training."
+            )
         if lacking:
             raise AdapterCheckError(
                 f"The file of {source} lacks {name}.{lacking[0]}, which `modules_to_save` of its configuration "

@@ -21,8 +21,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.utils import logging
 from typing_extensions import override
 
+from ..reading import shorten
 from .adapter import MultiHeadAdapter
-from .batch import BatchShape, TaskIds, check_task_ids, describe_batch
+from .batch import BatchShape, TaskIds, check_task_ids, describe_batch, resolve_task_ids
 from .bnb_cpu import guard_cpu_order
 from .config import RLoraConfig
 from .forward_pass import ForwardPass, outside_graphs
@@ -42,6 +43,7 @@ from .targets import (
     narrow_layers,
     warn_once,
 )
+from .task_heads import TaskHeads, find_task_heads, save_task_heads
 
 
 logger = logging.get_logger(__name__)
@@ -63,13 +65,19 @@ def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     task_ids = kwargs.pop("task_ids", None)
     if isinstance(peft_model.base_model, RLoraModel):
         peft_model.base_model._pending_tasks = None if task_ids is None else (task_ids, describe_batch(args, kwargs))
+        # Here, as a disabled adapter leaves the heads of the base in use.
+        peft_model.base_model._heads_in_use = [] if task_ids is None else find_task_heads(peft_model)
+        for head in peft_model.base_model._heads_in_use:
+            head.begin(task_ids)
     return args, kwargs
 
 
 def _drop_task_ids(peft_model: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of a `PeftModel`: drops task ids that the tuner did not use, as with disabled adapters."""
+    """Forward hook of a `PeftModel`: drops task ids, also those that the tuner did not use (disabled adapters)."""
     if isinstance(peft_model.base_model, RLoraModel):
         peft_model.base_model._pending_tasks = None
+        for head in peft_model.base_model._heads_in_use:
+            head.end()
 
 
 class _OnRegistration:
@@ -142,6 +150,18 @@ def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, RLoraLayer
     }
 
 
+def _check_same_tasks(heads: list[TaskHeads], routings: list[Routing]) -> None:
+    """Refuse heads whose tasks are not those of the task router: an index would mean two tasks."""
+    for head in heads[:1]:
+        for routing in routings:
+            if routing.tasks != head.tasks:
+                raise ValueError(
+                    f"The heads of the model are for the tasks {shorten(list(head.tasks), 200)}, and `tasks` of the "
+                    f"adapter are {shorten(list(routing.tasks), 200)}. Name the same tasks in the same order in "
+                    "`add_task_heads` and `RLoraConfig(tasks=...)`."
+                )
+
+
 class RLoraModel(BaseTuner):
     """
     A model with R-LoRA adapters on its linear layers ([paper](https://huggingface.co/papers/2502.15455)).
@@ -164,6 +184,7 @@ class RLoraModel(BaseTuner):
         super().__init__(model, peft_config, *args, **kwargs)
         # Task ids of a running call of the `PeftModel`, with the sizes of its batch.
         self._pending_tasks: tuple[TaskIds, BatchShape | None] | None = None
+        self._heads_in_use: list[TaskHeads] = []
         self._prefetch, self._shared_inputs = WeightPrefetch(), SharedInputs()
         _OnRegistration(self)
 
@@ -173,6 +194,7 @@ class RLoraModel(BaseTuner):
         if config.loaded:
             self._budget = settle_loaded(config, model)
         _check_adapter(adapter_name, config, model)
+        save_task_heads(config, model)
         _warn_of_another_base(config, model)
         if config.base_model_name_or_path is None:
             # PEFT sets it for the first adapter only, and for others when it has saved them, although it decides by
@@ -360,14 +382,14 @@ class RLoraModel(BaseTuner):
 
     def set_task(self, task: str | int | None) -> None:
         """
-        Choose the task of all following batches, for adapters with `router="task"`.
+        Choose the task of all following batches, for adapters with `router="task"` and heads of tasks.
 
         Args:
             task (`str` or `int`): Name of a task in the adapter's `tasks`, or its index; `None` for the mean over
                 tasks.
 
         Raises:
-            ValueError: If no adapter has a task router, or it lacks the task.
+            ValueError: If no adapter has a task router and there are no heads of tasks, or they lack the task.
         """
         set_task(self, task)
 
@@ -437,16 +459,18 @@ class RLoraModel(BaseTuner):
             yield
             return
 
-        # Without a task router `resolve` raises.
-        routings = find_routings(self)
-        routings = [routing for routing in routings if routing.kind == "task"] or routings
+        # Without a task router or heads of tasks, `resolve` raises.
+        heads, routings = find_task_heads(self), find_routings(self)
+        routings = [routing for routing in routings if routing.kind == "task"] or ([] if heads else routings)
+        _check_same_tasks(heads, routings)
         resolved = [routing.resolve(task_ids) for routing in routings]
+        resolved += [resolve_task_ids(task_ids, head.tasks) for head in heads[:1]]
         sizes: dict[str, Any] = {"rows_repeat": generates}
         if batch is not None:
             check_task_ids(resolved[0], batch, generates)
             sizes = {"rows_repeat": batch.rows_repeat, "lengths": batch.lengths}
 
-        contexts = [(routing, {"task_ids": ids, **sizes}) for routing, ids in zip(routings, resolved, strict=True)]
+        contexts = [(routing, {"task_ids": ids, **sizes}) for routing, ids in zip(routings, resolved, strict=False)]
         with using_all(contexts):
             yield
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..kernels import LayerProbe
 from .batch import BatchContext, TaskIds, resolve_task_ids, task_index
 from .recomputation import ContextHistory, in_backward
+from .task_heads import find_task_heads
 from .task_tables import TaskTable, task_tables
 
 
@@ -279,18 +280,21 @@ def find_routings(model: torch.nn.Module) -> list[Routing]:
 
 def set_task(model: torch.nn.Module, task: str | int | None) -> None:
     """
-    Choose the task of all following batches, for adapters with `router="task"`.
+    Choose the task of all following batches, for adapters with `router="task"` and heads of tasks.
 
     Args:
         model (`torch.nn.Module`): A model with adapters, loaded by PEFT or transformers.
         task (`str` or `int`): Name of a task in the adapter's `tasks`, or its index; `None` for the mean over tasks.
 
     Raises:
-        ValueError: If no adapter of the model has a task router, or the adapter lacks the task.
+        ValueError: If no adapter of the model has a task router and there are no heads of tasks ([`add_task_heads`]),
+            or they lack the task.
     """
-    routings = find_routings(model)
-    if not routings:
+    routings, heads = find_routings(model), find_task_heads(model)
+    if not routings and not heads:
         raise ValueError("`set_task` needs a model with R-LoRA adapters, and this one has none. Load one first.")
     with_tasks = [routing for routing in routings if routing.kind == "task"]
-    for routing in with_tasks or routings:
+    for routing in with_tasks or ([] if heads else routings):
         routing.set_task(task)
+    for head in heads:
+        head.set_task(task)

@@ -24,32 +24,56 @@ from .layer import RLoraLayer
 
 # Layers named "output.dense" are also in attention, so the MLP needs an expression.
 _BERT = r".*\.layer\.\d+\.(intermediate|output)\.dense"
+# Vision towers may have MLPs with the same names.
+_LANGUAGE_MODEL = r"(.*\.)?(language_model|text_model)\..*\.(gate_proj|up_proj|gate_up_proj|down_proj)"
 _GATED = ["gate_proj", "up_proj", "down_proj"]
+_UNGATED = ["up_proj", "down_proj"]
 _FUSED_GATED = ["gate_up_proj", "down_proj"]
+_GPT_NEOX = ["dense_h_to_4h", "dense_4h_to_h"]
+_FC = ["fc1", "fc2"]
 # The MLP projections of each architecture: the layers that the paper trains.
 MLP_TARGET_MODULES: dict[str, list[str] | str] = {
+    # Decoders.
     **dict.fromkeys(
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gemma3 olmo olmo2 olmo3 smollm3 cohere cohere2 granite "
-        "stablelm helium exaone4 seed_oss".split(),
+        "llama mistral ministral ministral3 qwen2 qwen3 qwen3_5_text gemma gemma2 gemma3_text gemma3 "
+        "gemma4_text vaultgemma recurrent_gemma olmo olmo2 olmo3 olmo_hybrid smollm3 cohere cohere2 granite "
+        "stablelm helium exaone4 seed_oss ernie4_5 hunyuan_v1_dense cwm diffllama doge minicpm3 youtu "
+        "falcon_h1 bamba".split(),
         _GATED,
     ),
     **dict.fromkeys("phi3 glm glm4".split(), _FUSED_GATED),
+    **dict.fromkeys("arcee apertus nemotron jais2".split(), _UNGATED),
+    **dict.fromkeys("gpt_neox gpt_neox_japanese bloom falcon persimmon".split(), _GPT_NEOX),
+    **dict.fromkeys("opt phi biogpt xglm nanochat".split(), _FC),
+    **dict.fromkeys("gptj codegen".split(), ["fc_in", "fc_out"]),
     "starcoder2": ["c_fc", "c_proj"],
-    **dict.fromkeys("arcee apertus".split(), ["up_proj", "down_proj"]),
     # Attention has a c_proj too.
     **dict.fromkeys("gpt2 gpt_bigcode gpt_neo".split(), ["mlp.c_fc", "mlp.c_proj"]),
-    "gptj": ["fc_in", "fc_out"],
-    "gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
-    "bloom": ["dense_h_to_4h", "dense_4h_to_h"],
-    "falcon": ["dense_h_to_4h", "dense_4h_to_h"],
     "mpt": ["ffn.up_proj", "ffn.down_proj"],
-    "opt": ["fc1", "fc2"],
-    "phi": ["fc1", "fc2"],
-    **dict.fromkeys("bart mbart pegasus marian".split(), ["fc1", "fc2"]),
-    **dict.fromkeys("t5 mt5".split(), ["wi", "wi_0", "wi_1", "wo"]),
-    **dict.fromkeys("bert roberta xlm-roberta electra deberta deberta-v2".split(), _BERT),
+    "lfm2": ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"],
+    # State-space models have no MLP, and their kernels read the weights of the other layers (see `direct_use.py`).
+    **dict.fromkeys("mamba mamba2 falcon_mamba".split(), ["in_proj"]),
+    # Encoders, and encoders with decoders.
+    **dict.fromkeys(
+        "bert roberta xlm-roberta xlm-roberta-xl camembert electra ernie megatron-bert data2vec-text "
+        "big_bird rembert deberta deberta-v2".split(),
+        _BERT,
+    ),
     "distilbert": ["lin1", "lin2"],
-    "modernbert": ["Wi", "mlp.Wo"],
+    **dict.fromkeys("modernbert modernbert-decoder".split(), ["Wi", "mlp.Wo"]),
+    "eurobert": _GATED,
+    **dict.fromkeys("bart mbart pegasus marian blenderbot m2m_100 led plbart whisper".split(), _FC),
+    **dict.fromkeys("t5 mt5 umt5".split(), ["wi", "wi_0", "wi_1", "wo"]),
+    # Pictures, and pictures with text: vision towers of language models are adapted only if `target_modules` says so.
+    **dict.fromkeys("vit dinov2 beit swin".split(), ["mlp.fc1", "mlp.fc2"]),
+    **dict.fromkeys("clip clip_vision_model".split(), ["mlp.fc1", "mlp.fc2"]),
+    # Not the MLP of the pooling head, which a classifier doesn't use.
+    **dict.fromkeys("siglip siglip_vision_model siglip2".split(), r"(.*\.)?layers\.\d+\.mlp\.fc[12]"),
+    **dict.fromkeys(
+        "llava llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 smolvlm idefics2 idefics3 "
+        "paligemma gemma4 internvl mistral3 mllama glm4v exaone4_5".split(),
+        _LANGUAGE_MODEL,
+    ),
 }
 # Names that PEFT adds to `modules_to_save` for any classification or question-answering head; a model has one of them.
 _PEFT_HEADS = frozenset(("classifier", "score", "qa_outputs"))

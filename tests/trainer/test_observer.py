@@ -1,7 +1,9 @@
 """What observes training steps, without a trainer."""
 
 import logging
+import math
 
+import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
@@ -9,9 +11,10 @@ from testing_utils import TINY_MODELS, random_ids
 from trainer_utils import arguments
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig
+from rlora_trl.trainer.monitor import RoutingMonitor
 from rlora_trl.trainer.observer import StepObserver
 from rlora_trl.trainer.task_ids import TASK_IDS
-from rlora_trl.tuner.routing import find_routings, using_all
+from rlora_trl.tuner.routing import Routing, find_routings, using_all
 
 
 def make(tmp_path, **kwargs):
@@ -77,3 +80,18 @@ def test_missing_gradients_of_the_first_step_are_reported_once(tmp_path, caplog)
         run_step(model, observer)
         run_step(model, observer)
     assert caplog.text.count("The first step gave no gradient for") == 1
+
+
+def test_layers_without_tokens_do_not_hide_the_others():
+    """A tower without its input, or a head that the loss doesn't use."""
+    routing = Routing(None, "softmax")
+    adapters = [MultiHeadAdapter(8, 6, 2, 3, 1.0, routing=routing).train() for _ in range(3)]
+    monitor = RoutingMonitor(adapters, "none", 0.0, False, torch.device("cpu"))
+    assert monitor.summary(lambda tensor: tensor) == {}
+    monitor.begin_step(torch.zeros(()), 1, lambda tensor: tensor)
+    tally = monitor.tally(1, 0)
+    routing.update(tally=tally)
+    for adapter in adapters[:2]:
+        adapter(torch.randn(5, 8, requires_grad=True)).sum().backward()
+    summary = monitor.summary(lambda tensor: tensor)
+    assert summary["router_entropy"] == pytest.approx(math.log(3)) and summary["head_load_max"] == pytest.approx(1 / 3)
