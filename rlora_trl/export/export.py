@@ -24,6 +24,7 @@ from ..tuner import RLoraConfig
 from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import adapted_layers, adapter_config, core_model
+from ..tuner.task_heads import TaskHeads, find_task_heads
 from .gap import measure_export_gap
 from .loading import load_adapted
 from .lora import (
@@ -121,6 +122,7 @@ def export_lora(
     core, layers = core_model(model), adapted_layers(model, adapter_name)
 
     check_task(config, task)
+    _check_heads(core, task, merge)
     _check_whole(model)
     if merge:
         check_mergeable(core)
@@ -136,7 +138,7 @@ def export_lora(
 
         # Everything is written to a temporary folder and moved at the end.
         stage = Path(scratch) / "export"
-        rank, others = _write_adapter(model, config, adapter_name, layers, weights.by_layer, stage)
+        rank, others = _write_adapter(model, config, adapter_name, layers, weights.by_layer, stage, task)
         warnings = _refused_by_engines(config, others)
         if merge:
             adapter = stage.rename(stage.with_name("adapter"))
@@ -173,6 +175,7 @@ def _write_adapter(
     layers: Mapping[str, RLoraLayer],
     head_weights: Mapping[str, torch.Tensor],
     folder: Path,
+    task: str | None,
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """Write a LoRA adapter and check it; returns its rank, and the tensors in it that are not LoRA's."""
     core = core_model(model)
@@ -181,7 +184,7 @@ def _write_adapter(
     transposed = any(layer.fan_in_fan_out for layer in layers.values())
     exported = lora_config(config, rank, target_names(layers, base_module_names(core)), transposed)
     check_targets_kept(exported, core)
-    others = other_tensors(model, adapter_name, config)
+    others = _with_head_of(task, core, other_tensors(model, adapter_name, config))
 
     folder.mkdir()
     save_lora_config(exported, folder)
@@ -204,6 +207,17 @@ def other_tensors(model: nn.Module, adapter_name: str, config: RLoraConfig) -> d
         for name, tensor in state.items()
         if ".rlora_adapters." not in name
     }
+
+
+def _with_head_of(task: str | None, core: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with the head of one task under the name of a plain head, if the model has heads of tasks."""
+    places = {name.split(".")[0]: module for name, module in core.named_modules() if isinstance(module, TaskHeads)}
+    for place, module in places.items() if task is not None else ():
+        every = f"{PREFIX}{place}.heads."
+        own = f"{every}{module.tasks.index(task)}."
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(own) or every not in name}
+        tensors = {name.replace(own, f"{PREFIX}{place}."): tensor for name, tensor in kept.items()}
+    return tensors
 
 
 def _refused_by_engines(config: RLoraConfig, others: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
@@ -259,6 +273,22 @@ def check_task(config: RLoraConfig, task: str | None) -> None:
         raise ValueError(
             f"The adapter's tasks are {first_few(map(repr, config.tasks), 10)}; got `task={shorten(task)}`. Set "
             "`task` to one of these."
+        )
+
+
+def _check_heads(core: nn.Module, task: str | None, merge: bool) -> None:
+    """Refuse what an export can't have of a model with heads of tasks: all of them, or a merged model."""
+    heads = find_task_heads(core)
+    if heads and task not in heads[0].tasks:
+        raise ValueError(
+            f"The model has a classification head for each of the tasks {first_few(map(repr, heads[0].tasks), 10)}, "
+            f"and an export has one: set `task` to one of these, got {shorten(task)}."
+        )
+    if heads and merge:
+        raise ValueError(
+            "`merge=True` can't be used with heads of tasks (`add_task_heads`). Export without it, and merge the "
+            "export into a base with the labels of the task: "
+            "`PeftModel.from_pretrained(base, export).merge_and_unload()`."
         )
 
 

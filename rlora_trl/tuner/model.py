@@ -66,7 +66,7 @@ def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     if isinstance(peft_model.base_model, RLoraModel):
         peft_model.base_model._pending_tasks = None if task_ids is None else (task_ids, describe_batch(args, kwargs))
         # Here, as a disabled adapter leaves the heads of the base in use.
-        peft_model.base_model._heads_in_use = [] if task_ids is None else find_task_heads(peft_model)
+        peft_model.base_model._heads_in_use = [] if task_ids is None else peft_model.base_model.task_heads()
         for head in peft_model.base_model._heads_in_use:
             head.begin(task_ids)
     return args, kwargs
@@ -184,6 +184,8 @@ class RLoraModel(BaseTuner):
         super().__init__(model, peft_config, *args, **kwargs)
         # Task ids of a running call of the `PeftModel`, with the sizes of its batch.
         self._pending_tasks: tuple[TaskIds, BatchShape | None] | None = None
+        # They are there before the adapters. A search in each forward pass would take a millisecond in large models.
+        self._has_heads = bool(find_task_heads(model))
         self._heads_in_use: list[TaskHeads] = []
         self._prefetch, self._shared_inputs = WeightPrefetch(), SharedInputs()
         _OnRegistration(self)
@@ -380,6 +382,10 @@ class RLoraModel(BaseTuner):
                     "can't write to its weights. Load the base in 16 bits and merge there."
                 )
 
+    def task_heads(self) -> list[TaskHeads]:
+        """The classification heads of tasks, of the base and of adapters; see [`add_task_heads`]."""
+        return find_task_heads(self) if self._has_heads else []
+
     def set_task(self, task: str | int | None) -> None:
         """
         Choose the task of all following batches, for adapters with `router="task"` and heads of tasks.
@@ -460,7 +466,7 @@ class RLoraModel(BaseTuner):
             return
 
         # Without a task router or heads of tasks, `resolve` raises.
-        heads, routings = find_task_heads(self), find_routings(self)
+        heads, routings = self.task_heads(), find_routings(self)
         routings = [routing for routing in routings if routing.kind == "task"] or ([] if heads else routings)
         _check_same_tasks(heads, routings)
         resolved = [routing.resolve(task_ids) for routing in routings]

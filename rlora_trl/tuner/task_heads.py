@@ -179,9 +179,11 @@ def save_task_heads(config: RLoraConfig, model: nn.Module) -> None:
     PEFT does so for the task types "SEQ_CLS" and "TOKEN_CLS" only, and after "all-linear" has taken their layers.
 
     Args:
-        config ([`RLoraConfig`]): The configuration of a new adapter, which is changed.
+        config ([`RLoraConfig`]): The configuration, which is changed unless it comes from a file.
         model (`torch.nn.Module`): The base.
     """
+    if config.loaded:
+        return
     names = [name for name, module in model.named_modules() if isinstance(module, TaskHeads)]
     for name in [name.split(".")[0] for name in names]:
         if name not in (config.modules_to_save or ()):

@@ -134,7 +134,9 @@ def test_vision_towers_by_choice(tmp_path, name):
         with pytest.raises(ValueError, match=r"do not fit an input.*vision encoders.*exclude_modules"):
             make_trainer(name, tmp_path, targets=tower, max_steps=1).train()
         return
-    trainer = make_trainer(name, tmp_path, targets=tower, max_steps=2)
-    trainer.train()
-    adapters = [module for module in trainer.model.modules() if isinstance(module, MultiHeadAdapter)]
-    assert len(adapters) == 4 and trainer.state.global_step == 2
+    language = r".*\.(language_model|text_model)\..*\.(gate|up|down)_proj"
+    for targets, count in {tower: 4, f"({language}|{tower})": 10}.items():
+        trainer = make_trainer(name, tmp_path, targets=targets, max_steps=2)
+        trainer.train()
+        adapters = [module for module in trainer.model.modules() if isinstance(module, MultiHeadAdapter)]
+        assert len(adapters) == count and trainer.state.global_step == 2

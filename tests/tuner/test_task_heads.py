@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from testing_utils import perturb
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlora_trl import MultiHeadAdapter, RLoraCallback, RLoraConfig, add_task_heads, set_task
+from rlora_trl import MultiHeadAdapter, RLoraCallback, RLoraConfig, add_task_heads, export_lora, set_task
 from rlora_trl.tuner.task_heads import TaskHeads
 
 
@@ -213,3 +214,35 @@ def test_what_is_refused(tmp_path):
         PeftModel.from_pretrained(build(), tmp_path)
     with pytest.raises((ValueError, RuntimeError), match="heads.1"):
         PeftModel.from_pretrained(add_task_heads(build(), {"half": 2, "third": 4}), tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_the_export_for_a_task_has_its_head(tmp_path, model_type):
+    model = adapted(add_task_heads(build(model_type), LABELS), targets=None, router="task", tasks=TASKS).eval()
+    perturb(model)
+    batch = batch_of(model)
+    with torch.no_grad():
+        expected = model(**batch, task_ids=["half"] * 4).logits[:, :2]
+    export_lora(model, tmp_path / "export", task="half")
+    base = build(model_type)
+    plain = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(model_type, **SIZES | {"num_labels": 2})
+    )
+    weights = {
+        name: value for name, value in base.state_dict().items() if value.shape == plain.state_dict()[name].shape
+    }
+    plain.load_state_dict(weights, strict=False)
+    exported = PeftModel.from_pretrained(plain, tmp_path / "export").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+    with pytest.raises(ValueError, match="'half', 'third', and an export has one"):
+        export_lora(model, tmp_path / "other", routing=[1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="can't be used with heads of tasks"):
+        export_lora(model, tmp_path / "other", task="half", merge=True)
+
+
+def test_an_adapter_without_heads_does_not_load_on_a_model_with_them(tmp_path):
+    get_peft_model(build(), RLoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="classifier"):
+        PeftModel.from_pretrained(add_task_heads(build(), LABELS), tmp_path)
