@@ -46,9 +46,19 @@ def config_from_settings(values: Mapping[str, Any], where: str, tool: str, **fix
             "Balance losses and task mixing need RLoraSFTTrainer."
         )
     config = RLoraConfig(**{**values, **fixed})
+    check_router(config, where, tool)
+    return config
+
+
+def check_router(config: RLoraConfig, where: str, tool: str) -> None:
+    """
+    Refuse head weights by task.
+
+    Raises:
+        ValueError: If `config` has `router="task"`.
+    """
     if config.router == "task":
         raise ValueError(
-            f"`router: task` in `{where}` learns head weights for each task, and batches of {tool} do not say which "
-            "task a row belongs to. Use `router: softmax` or `top_k`, which decide by token, or `rlora train`."
+            f'`router="task"` in `{where}` learns head weights for each task, and batches of {tool} do not say which '
+            "task a row belongs to. Use the router softmax or top_k, which decide by token, or `rlora train`."
         )
-    return config
