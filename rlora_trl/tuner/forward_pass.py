@@ -75,7 +75,7 @@ def _task_routers(adapters: Sequence[MultiHeadAdapter], routing: Routing) -> dic
     routers: dict[int, torch.Tensor] = {}
     for adapter in adapters:
         router = adapter._parameters.get("router")
-        if adapter.routing is routing and router is not None and is_whole(adapter):
+        if adapter.routing is routing and not adapter.num_experts and router is not None and is_whole(adapter):
             routers[adapter.layer_number] = router
     return routers
 

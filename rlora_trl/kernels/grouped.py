@@ -1,0 +1,264 @@
+"""The multi-head delta of many experts at once: one adapter for each expert, products grouped by expert.
+
+A mixture of experts sends each token to some of its E experts. Rows x [S, d_in] are pairs of a token and an expert,
+sorted by expert; the rows of expert e end at `offsets[e]`. With the concatenated weights of each expert (see
+`rank_space`), for the rows of expert e:
+
+    P = x down_e^T        Z = mix(P)        delta = Z up_e^T
+
+Only the products differ between experts. What is between them, in rank space, is the same for all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import rank_space
+from .balance import LayerProbe
+from .dropout import keep_mask
+from .operators import probe_projections
+from .rank_space import Layout
+
+
+class ExpertWeights(NamedTuple):
+    """
+    The concatenated weights of E experts, in the dtype of the parameters; autograd leads back to those.
+
+    Args:
+        down (`torch.Tensor` of shape `[E, K, d_in]`), up (`torch.Tensor` of shape `[E, d_out, Z]`): See `rank_space`.
+        layout ([`Layout`]): The columns of P and Z.
+        initial_A (`bool`): See `rank_space.has_initial_A`.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    layout: Layout
+    initial_A: bool
+
+
+class RowGroups(NamedTuple):
+    """
+    Which expert each row belongs to: the rows of one expert, or rows sorted by expert.
+
+    Args:
+        offsets (`torch.Tensor` of shape `[E]`, *optional*): Integers: the end of the rows of each expert.
+        expert (`int`, *optional*): The expert of all rows.
+    """
+
+    offsets: torch.Tensor | None = None
+    expert: int | None = None
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Expert, first row and end of each group that has rows. Waits for the device of `offsets`."""
+        assert self.offsets is not None
+        ends = self.offsets.tolist()
+        return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+
+
+def concat_experts(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    router: torch.Tensor | None,
+    anchor_A: torch.Tensor | None,
+    anchor_B: torch.Tensor | None,
+    layout: Layout,
+    *,
+    scaling: float,
+    multiple: int = 1,
+) -> ExpertWeights:
+    """
+    Concatenate the weights of all experts, as `rank_space.concat` those of one adapter.
+
+    Args:
+        A (`torch.Tensor` of shape `[E, r, d_in]` or `[E, N, r, d_in]`): Down-projections.
+        B (`torch.Tensor` of shape `[E, N, d_out, r]`): Head matrices.
+        router (`torch.Tensor` of shape `[E, N, d_in]`, *optional*): Routers; without them their rows are zero.
+        anchor_A (`torch.Tensor` like `A`, *optional*): Initial `A`.
+        anchor_B (`torch.Tensor` of shape `[E, d_out, r]` or `[E, N, d_out, r]`, *optional*): As in
+            `rank_space.concat`.
+        layout ([`Layout`]): The columns of P and Z.
+        scaling (`float`): Factor of the delta.
+        multiple (`int`, *optional*, defaults to `1`): Pad K and Z with zeros to a multiple of this.
+
+    Returns:
+        [`ExpertWeights`]: Never views of the arguments, which DeepSpeed may release.
+    """
+    experts, num_heads, d_out, r = B.shape
+    d_in = A.shape[-1]
+
+    # down = [A; R; A0]
+    downs = [A.reshape(experts, -1, d_in)]
+    if layout.routed:
+        downs.append(A.new_zeros(experts, num_heads, d_in) if router is None else router)
+    if anchor_A is not None:
+        downs.append(anchor_A.detach().reshape(experts, -1, d_in))
+    down_padding = -rank_space.p_columns(layout) % multiple
+    if down_padding:
+        downs.append(A.new_zeros(experts, down_padding, d_in))
+    down = torch.cat(downs, dim=1) if len(downs) > 1 else downs[0].clone()  # [E, K, d_in]
+
+    # up = [B_1 .. B_N, mean B - B0], or [B_i - B0_i] / N in the last part
+    ups = [B.transpose(1, 2).reshape(experts, d_out, num_heads * r)]
+    if anchor_B is not None and layout.shared:
+        ups.append(B.mean(1) - anchor_B.detach())
+    elif anchor_B is not None:
+        shift = (B - anchor_B.detach()) * (1.0 / num_heads)
+        ups.append(shift.transpose(1, 2).reshape(experts, d_out, num_heads * r))
+    up_padding = -rank_space.z_columns(layout) % multiple
+    if up_padding:
+        ups.append(B.new_zeros(experts, d_out, up_padding))
+    up = torch.cat(ups, dim=2) * scaling  # [E, d_out, Z]
+    return ExpertWeights(down, up, layout, _has_initial_A(down.detach(), layout))
+
+
+def _has_initial_A(down: torch.Tensor, layout: Layout) -> bool:
+    """`rank_space.has_initial_A` for all experts."""
+    width, start = rank_space.h_columns(layout), rank_space.anchor_start(layout)
+    if not layout.anchored or down.device.type != "cpu" or type(down) is not torch.Tensor:
+        return False
+    return torch.equal(down[:, :width], down[:, start : start + width])
+
+
+# Grouped products
+
+
+def grouped_product(x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    """
+    The product of each row with the matrix of its expert, `x weight_e^T`.
+
+    Args:
+        x (`torch.Tensor` of shape `[S, K]`): Rows.
+        weight (`torch.Tensor` of shape `[E, M, K]`): A matrix for each expert, in the dtype of `x`.
+        groups ([`RowGroups`]): The expert of each row.
+
+    Returns:
+        `torch.Tensor` of shape `[S, M]`: Zero in rows after the last group.
+    """
+    if groups.expert is not None:
+        return x @ weight[groups.expert].T
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    for expert, start, end in groups.segments():
+        torch.mm(x[start:end], weight[expert].T, out=out[start:end])
+    return out
+
+
+def grouped_outer(
+    a: torch.Tensor, b: torch.Tensor, groups: RowGroups, experts: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """
+    The sum over the rows of each expert of their outer products, `a^T b`: the gradient of its matrix.
+
+    Args:
+        a (`torch.Tensor` of shape `[S, M]`), b (`torch.Tensor` of shape `[S, K]`): Rows.
+        groups ([`RowGroups`]): The expert of each row.
+        experts (`int`): Number of experts, E.
+        dtype (`torch.dtype`): Dtype of the result.
+
+    Returns:
+        `torch.Tensor` of shape `[E, M, K]`: Zero for experts without rows.
+    """
+    out = torch.zeros(experts, a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+    segments = groups.segments() if groups.expert is None else [(groups.expert, 0, a.shape[0])]
+    for expert, start, end in segments:
+        out[expert] = (a[start:end].to(dtype).T @ b[start:end].to(dtype)).to(dtype)
+    return out
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """[`grouped_product`]; the weight may have a wider dtype than `x`, and its gradient has that dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        narrow = weight.to(x.dtype)
+        ctx.save_for_backward(x, narrow)
+        ctx.groups, ctx.dtype = groups, weight.dtype
+        return grouped_product(x, narrow, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = grouped_product(dy, weight.transpose(1, 2), ctx.groups)
+        if ctx.needs_input_grad[1]:
+            dweight = grouped_outer(dy, x, ctx.groups, weight.shape[0], ctx.dtype)
+        return dx, dweight, None
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    """[`grouped_product`] that autograd differentiates; the weight is cast to the dtype of `x`."""
+    return _GroupedProduct.apply(x, weight, groups)
+
+
+# The delta
+
+
+def grouped_delta(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    groups: RowGroups,
+    *,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dropout_position: str = "head",
+    logits: torch.Tensor | None = None,
+    probe: LayerProbe | None = None,
+) -> torch.Tensor:
+    """
+    The delta of the experts' adapters, composed of grouped products and PyTorch's own operations.
+
+    Args:
+        x (`torch.Tensor` of shape `[S, d_in]`): Rows, sorted by expert. The products run in its dtype.
+        weights ([`ExpertWeights`]): The adapters.
+        groups ([`RowGroups`]): The expert of each row.
+        dropout (`float`, *optional*, defaults to `0.0`), seed (`int`, *optional*): Probability that an element is
+            dropped, and the seed of the masks, whose rows are numbered as those of `x`.
+        dropout_position (`str`, *optional*, defaults to `"head"`): As in `multihead.multihead_delta`.
+        logits (`torch.Tensor` of shape `[S, N]`, *optional*): Logits of the heads, in place of the routers'.
+        probe (`LayerProbe`, *optional*): As in `multihead.multihead_delta`.
+
+    Returns:
+        `torch.Tensor` of shape `[S, d_out]`, in the dtype of `x`.
+    """
+    layout = weights.layout
+    start = rank_space.h_columns(layout)
+    if seed is not None and dropout > 0.0 and dropout_position == "input":
+        masked = x * keep_mask(seed, tuple(x.shape), dropout, x.device) * (1.0 / (1.0 - dropout))
+        h = grouped_linear(masked, weights.down[:, :start], groups)
+        P = torch.cat([h, grouped_linear(x, weights.down[:, start:], groups)], dim=1)
+        seed = None
+    else:
+        P = grouped_linear(x, weights.down, groups)  # [S, K]
+        if weights.initial_A:
+            # The value of A x, the gradient of A0 x.
+            first = rank_space.anchor_start(layout)
+            h, h0, rest = P[:, :start], P[:, first : first + start], P[:, first + start :]
+            P = torch.cat([P[:, :first], h.detach() + (h0 - h0.detach()), rest], dim=1)
+
+    if logits is not None:
+        P = rank_space.with_logits(P, logits, layout)
+    if probe is not None:
+        P = probe_projections(P, layout, probe)
+    Z = rank_space.mix(P, weights.up.shape[2], layout, dropout=dropout, seed=seed)  # [S, Z]
+    return grouped_linear(Z, weights.up, groups)
+
+
+def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, RowGroups]:
+    """
+    The order that sorts rows by expert.
+
+    Args:
+        experts (`torch.Tensor` of shape `[S]`): The expert of each row.
+        num_experts (`int`): Number of experts, E.
+
+    Returns:
+        `tuple[torch.Tensor, RowGroups]`: Indices of the rows `[S]` in that order, and their groups.
+    """
+    order = torch.argsort(experts, stable=True)
+    counts = F.one_hot(experts, num_experts).sum(0)
+    return order, RowGroups(offsets=counts.cumsum(0).to(torch.int32))
