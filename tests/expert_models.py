@@ -43,9 +43,9 @@ _COMMON = {
     "bos_token_id": None,
 }
 _HEADS = {"head_dim": 8}
-_QWEN = {"num_experts": 6, "moe_intermediate_size": 20}
+_QWEN = {"num_experts": 6, "moe_intermediate_size": 24}
 _LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-_GROUPS = {"n_routed_experts": 6, "moe_intermediate_size": 20, "n_group": 2, "topk_group": 1}
+_GROUPS = {"n_routed_experts": 6, "moe_intermediate_size": 24, "n_group": 2, "topk_group": 1}
 
 # Constructor, configuration, and the linear layers that are adapted by default.
 EXPERT_MODELS = {
@@ -125,7 +125,7 @@ def expert_loop(experts, adapters, masks, task_logits, hidden, index=None, weigh
     else:
         pairs = []
         for e in range(count):
-            token, slot = torch.where(index == e)
+            slot, token = torch.where(index.T == e)  # the order of rows in transformers' loop
             pairs.append((e, token, hidden[token], weights[token, slot, None]))
 
     out = torch.zeros_like(hidden)

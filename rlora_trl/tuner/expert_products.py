@@ -34,23 +34,35 @@ _LOOKS |= frozenset(("__repr__", "ndimension", "nelement", "_is_view", "__format
 _SAME = ("to", "type_as", "contiguous", "detach", "bfloat16", "half", "float")
 
 
+class ExpertRows(NamedTuple):
+    """
+    The rows of a product.
+
+    Args:
+        groups ([`RowGroups`]): Their experts.
+        tokens (`torch.Tensor` of shape `[S]`, *optional*): The token of each row; `None` if that is not known.
+        num_tokens (`int`): Number of tokens, T.
+    """
+
+    groups: RowGroups
+    tokens: torch.Tensor | None
+    num_tokens: int
+
+
 class Products(Protocol):
     """What is added to the products with one weight of an experts module."""
 
     in_features: int
     num_experts: int
 
-    def add_delta(
-        self, out: torch.Tensor, x: torch.Tensor, groups: RowGroups, tokens: torch.Tensor | None
-    ) -> torch.Tensor:
+    def add_delta(self, out: torch.Tensor, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         """
         The product with the deltas of its rows.
 
         Args:
             out (`torch.Tensor` of shape `[S, d_out]`): The product.
             x (`torch.Tensor` of shape `[S, d_in]`): Its rows, sorted by expert.
-            groups ([`RowGroups`]): Their experts.
-            tokens (`torch.Tensor` of shape `[S]`, *optional*): The token of each row in the input of the module.
+            rows ([`ExpertRows`]): Their experts and tokens.
         """
 
 
@@ -152,14 +164,14 @@ class ExpertProducts(TorchFunctionMode):
         """`grouped_mm(x, weight, offs)`, rows sorted by expert."""
         out = func(*args, **kwargs)
         offsets = kwargs["offs"] if "offs" in kwargs else args[2]
-        return self._add(weight, out, args[0], RowGroups(offsets=offsets), self._rows)
+        return self._add(weight, out, args[0], self._rows_of(RowGroups(offsets=offsets)))
 
     def _plain(self, weight: _Weight, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """`linear(x, weight_e)` or `x @ weight_e`, the rows of one expert."""
         out = func(*args, **kwargs)
         if weight.expert is None or args[0].ndim != 2:
             raise self._unknown(weight.name, f"a product with rows of shape {list(args[0].shape)}")
-        return self._add(weight, out, args[0], RowGroups(expert=weight.expert), self._rows)
+        return self._add(weight, out, args[0], self._rows_of(RowGroups(expert=weight.expert)))
 
     def _batched(
         self, weight: _Weight, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -172,7 +184,8 @@ class ExpertProducts(TorchFunctionMode):
             rows, experts = x.reshape(len(x), -1), weight.experts  # [S, d_in], [S]
             order, groups = sort_by_expert(experts, count)
             tokens = None if self._rows is None else self._rows[order]
-            result = self._add(weight, out.reshape(len(out), -1)[order], rows[order], groups, tokens)
+            of_rows = ExpertRows(groups, tokens, len(self.tokens))
+            result = self._add(weight, out.reshape(len(out), -1)[order], rows[order], of_rows)
             return result[torch.argsort(order)].view_as(out)
 
         x = args[0]  # [E, C, d_in]
@@ -181,19 +194,20 @@ class ExpertProducts(TorchFunctionMode):
         offsets = torch.arange(1, count + 1, dtype=torch.int32, device=x.device) * x.shape[1]
         # Every expert gets all tokens, those of others as zeros.
         tokens = torch.arange(x.shape[1], device=x.device).repeat(count)
-        flat = self._add(weight, out.flatten(0, 1), x.reshape(-1, x.shape[2]), RowGroups(offsets=offsets), tokens)
-        return flat.view_as(out)
+        of_rows = ExpertRows(RowGroups(offsets=offsets), tokens, x.shape[1])
+        return self._add(weight, out.flatten(0, 1), x.reshape(-1, x.shape[2]), of_rows).view_as(out)
 
-    def _add(
-        self, weight: _Weight, out: torch.Tensor, x: torch.Tensor, groups: RowGroups, tokens: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _rows_of(self, groups: RowGroups) -> ExpertRows:
+        return ExpertRows(groups, self._rows, len(self.tokens))
+
+    def _add(self, weight: _Weight, out: torch.Tensor, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         products = self.products[weight.name]
         if x.shape[1] != products.in_features:
             raise RuntimeError(
                 f"{type(self.module).__name__} multiplies `{weight.name}` by rows of {x.shape[1]} features, but its "
                 f"adapter was created for {products.in_features}. Leave it out of `target_parameters`."
             )
-        return products.add_delta(out, x, groups, tokens)
+        return products.add_delta(out, x, rows)
 
     # Failures
 

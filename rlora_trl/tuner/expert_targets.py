@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from copy import copy
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -11,6 +12,7 @@ from torch import nn
 from ..reading import first_few
 from .config import RLoraConfig
 from .experts import RLoraExperts, expert_sizes
+from .layer_names import value_for
 from .targets import is_linear
 
 
@@ -105,6 +107,42 @@ def unmatched_parameters(config: RLoraConfig, selected: list[str]) -> Iterator[s
             f"`target_parameters` names {', '.join(map(repr, unmatched))}, but no selected parameter of the model has "
             "such a name: nothing is adapted for it. Correct the name or remove it."
         )
+
+
+@contextmanager
+def patterns_of_modules(config: RLoraConfig, model: nn.Module) -> Generator[RLoraConfig, None, None]:
+    """
+    Hide patterns of ranks and alphas that match weights of experts and no module, for a `with` block.
+
+    PEFT compares patterns with names of modules, and would warn that these are ignored (no upstream issue as of peft
+    0.21.2).
+
+    Args:
+        config ([`RLoraConfig`]): The configuration.
+        model (`torch.nn.Module`): The base.
+
+    Yields:
+        [`RLoraConfig`]: A copy with all patterns.
+    """
+    every = copy(config)
+    if not config.target_parameters or not (config.rank_pattern or config.alpha_pattern):
+        yield every
+        return
+    parameters, modules = select_parameters(config, model), [name for name, _ in model.named_modules()]
+
+    def of_modules(patterns: dict) -> dict:
+        return {
+            pattern: value
+            for pattern, value in patterns.items()
+            if any(value_for({pattern: True}, name, False) for name in modules)
+            or not any(value_for({pattern: True}, name, False) for name in parameters)
+        }
+
+    config.rank_pattern, config.alpha_pattern = of_modules(config.rank_pattern), of_modules(config.alpha_pattern)
+    try:
+        yield every
+    finally:
+        config.rank_pattern, config.alpha_pattern = every.rank_pattern, every.alpha_pattern
 
 
 def experts_of(model: nn.Module) -> list[str]:

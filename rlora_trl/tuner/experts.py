@@ -7,7 +7,7 @@ Mixtures of experts, whose weights are parameters of three dimensions: an adapte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.grouped import ExpertWeights, RowGroups, concat_experts, grouped_delta
+from ..kernels.grouped import ExpertWeights, concat_experts, grouped_delta
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
-from .expert_products import ExpertProducts
+from .expert_products import ExpertProducts, ExpertRows
 from .initialization import init_heads_, init_router_
 from .layer import RLoraLayer
 from .routing import Routing
@@ -112,11 +112,9 @@ class ExpertsAdapter(MultiHeadAdapter):
             return self.fixed_logits.reshape(-1, 1, self.num_heads).expand(self.num_experts, -1, -1)  # [E, 1, N]
         return self.task_logits() if self.router_kind == "task" else None
 
-    def _row_logits(
-        self, table: torch.Tensor, rows: int, groups: RowGroups, tokens: torch.Tensor | None, shape: torch.Size
-    ) -> torch.Tensor:
+    def _row_logits(self, table: torch.Tensor, rows: int, of_rows: ExpertRows) -> torch.Tensor:
         """Logits `[S, N]` of rows, from a table `[E, K, N]`."""
-        kinds = table.shape[1]
+        kinds, groups = table.shape[1], of_rows.groups
         if groups.expert is not None:
             first = torch.full((rows,), groups.expert * kinds, device=table.device)
         else:
@@ -124,54 +122,47 @@ class ExpertsAdapter(MultiHeadAdapter):
             ends = groups.offsets.long()
             positions = torch.arange(rows, device=table.device)
             first = torch.searchsorted(ends, positions, right=True).clamp(max=len(ends) - 1) * kinds
-        return F.embedding(
-            first + self._kinds(kinds, rows, tokens, shape, table.device), table.reshape(-1, table.shape[2])
-        )
+        places = first + self._kinds(kinds, rows, of_rows, table.device)
+        return F.embedding(places, table.reshape(-1, table.shape[2]))
 
-    def _kinds(
-        self, kinds: int, rows: int, tokens: torch.Tensor | None, shape: torch.Size, device: torch.device
-    ) -> torch.Tensor:
+    def _kinds(self, kinds: int, rows: int, of_rows: ExpertRows, device: torch.device) -> torch.Tensor:
         """Which row of a table each row has: the task of its token, or the last."""
         last = torch.full((rows,), kinds - 1, device=device)
         if self.fixed_logits is not None:
             return last
-        ids = self.routing.token_task_ids(shape, device)  # [T]
+        ids = self.routing.token_task_ids(torch.Size([of_rows.num_tokens]), device)  # [T]
         if ids is None:
             self.routing.warn_of_mean_weights()
             return last
         if self.routing.batch.task_ids is None:
             return ids[:1].expand(rows)  # one task for all tokens
-        if tokens is None:
+        if of_rows.tokens is None:
             raise RuntimeError(
                 "`task_ids` need the token of each row that an expert gets, and the experts of this model do not "
                 "select rows of their input. Choose one task for all rows with `set_task`."
             )
-        of_rows = ids[tokens]
-        return torch.where(of_rows < 0, kinds - 1, of_rows)
+        tasks = ids[of_rows.tokens]
+        return torch.where(tasks < 0, kinds - 1, tasks)
 
-    def delta(
-        self, ready: ReadyExperts, x: torch.Tensor, groups: RowGroups, tokens: torch.Tensor | None, shape: torch.Size
-    ) -> torch.Tensor:
+    def delta(self, ready: ReadyExperts, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         """
         The delta of rows.
 
         Args:
             ready ([`ReadyExperts`]): The result of the call of this module.
             x (`torch.Tensor` of shape `[S, d_in]`): Rows, sorted by expert.
-            groups ([`RowGroups`]): Their experts.
-            tokens (`torch.Tensor` of shape `[S]`, *optional*): Their tokens.
-            shape (`torch.Size`): Shape of the tokens in the input of the experts, `[T]`.
+            rows ([`ExpertRows`]): Their experts and tokens.
 
         Returns:
             `torch.Tensor` of shape `[S, d_out]`: In the dtype of `x`.
         """
-        seed = ready.seed
+        seed, groups = ready.seed, rows.groups
         if seed is not None and groups.expert is not None:
             # Rows are numbered within each expert.
             seed = (seed ^ ((groups.expert + 1) * _SPREAD)) & (2**63 - 1)
         logits = None
         if ready.table is not None:
-            logits = self._row_logits(ready.table, len(x), groups, tokens, shape)
+            logits = self._row_logits(ready.table, len(x), rows)
         return grouped_delta(
             x,
             ready.weights,
@@ -309,24 +300,34 @@ class _Deltas:
         self,
         layer: RLoraExpertWeight,
         ready: list[tuple[ExpertsAdapter, ReadyExperts]],
-        shape: torch.Size,
-        rows_of: Mapping[int, torch.Tensor] | None,
+        adapter_names: Sequence[str] | None,
     ) -> None:
         self.in_features, self.num_experts = layer.in_features, layer.num_experts
-        self.ready, self.shape, self.rows_of = ready, shape, rows_of
+        self.ready, self.adapter_names = ready, adapter_names
+        self.names: dict[int, str] = {id(adapter): name for name, adapter in layer.rlora_adapters.items()}
 
-    def add_delta(
-        self, out: torch.Tensor, x: torch.Tensor, groups: RowGroups, tokens: torch.Tensor | None
-    ) -> torch.Tensor:
+    def add_delta(self, out: torch.Tensor, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         # Under autocast the product may have another dtype than its rows.
         x = x.to(out.dtype)
         for adapter, ready in self.ready:
-            delta = adapter.delta(ready, x, groups, tokens, self.shape)
-            if self.rows_of is not None:
-                assert tokens is not None
-                delta = torch.where(self.rows_of[id(adapter)][tokens].unsqueeze(1), delta, 0.0)
+            delta = adapter.delta(ready, x, rows)
+            if self.adapter_names is not None:
+                delta = torch.where(self._has(self.names[id(adapter)], rows, x.device), delta, 0.0)
             out = out + delta
         return out
+
+    def _has(self, name: str, rows: ExpertRows, device: torch.device) -> torch.Tensor:
+        """Which rows `[S, 1]` have an adapter, by the names for the rows of the batch."""
+        assert self.adapter_names is not None
+        repeats, rest = divmod(rows.num_tokens, len(self.adapter_names))
+        if rest or rows.tokens is None:
+            raise ValueError(
+                f"`adapter_names` has {len(self.adapter_names)} names, which don't fit the {rows.num_tokens} tokens "
+                "that the experts get. Pass one name for each row of the batch, or run the rows of each adapter in a "
+                "separate batch."
+            )
+        named = torch.tensor([row == name for row in self.adapter_names], device=device)
+        return named.repeat_interleave(repeats)[rows.tokens].unsqueeze(1)
 
 
 class RLoraExperts(nn.Module, BaseTunerLayer):
@@ -344,8 +345,32 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.base_layer = experts
-        self._active_adapter: str | list[str] = []
-        self.merged_adapters: list[str] = []
+
+    @property
+    def _active_adapter(self) -> str | list[str]:
+        """That of the weights, which PEFT sets."""
+        return next((layer._active_adapter for layer in self.weights().values()), [])
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | list[str]) -> None:
+        pass
+
+    @property
+    def _disable_adapters(self) -> bool:
+        """That of the weights, which PEFT sets."""
+        return any(layer._disable_adapters for layer in self.weights().values())
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, disable: bool) -> None:
+        pass
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that the weights have merged."""
+        return list(dict.fromkeys(name for layer in self.weights().values() for name in layer.merged_adapters))
+
+    def _get_available_adapters(self) -> set[str]:
+        return {name for layer in self.weights().values() for name in layer.rlora_adapters}
 
     def weights(self) -> dict[str, RLoraExpertWeight]:
         """The adapted weights by name."""
@@ -371,36 +396,17 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
                 "model without `enable_expert_parallel`, or leave the experts out with `target_parameters=[]`."
             )
 
-        ready = {name: layer(adapter_names) for name, layer in layers.items()}
+        ready = {name: layer(adapter_names=adapter_names) for name, layer in layers.items()}
         ready = {name: adapters for name, adapters in ready.items() if adapters}
         if not ready:
             return self.base_layer(*args, **kwargs)
 
         tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        shape = tokens.shape[:-1]
-        rows_of = None if adapter_names is None else self._rows_of(adapter_names, shape, tokens.device)
-        deltas = {name: _Deltas(layers[name], adapters, shape, rows_of) for name, adapters in ready.items()}
+        deltas = {name: _Deltas(layers[name], adapters, adapter_names) for name, adapters in ready.items()}
         with ExpertProducts(self.base_layer, deltas, tokens) as products:
             output = self.base_layer(*args, **kwargs)
         products.check()
         return output
-
-    def _rows_of(
-        self, adapter_names: Sequence[str], shape: torch.Size, device: torch.device
-    ) -> dict[int, torch.Tensor]:
-        """Which tokens `[T]` have each adapter, by its id, for one name per row of the batch."""
-        repeats, rest = divmod(shape.numel(), len(adapter_names))
-        if rest:
-            raise ValueError(
-                f"`adapter_names` has {len(adapter_names)} names, which do not fit experts that get {shape.numel()} "
-                "tokens. Pass one name for each row of the batch."
-            )
-        masks = {}
-        for layer in self.weights().values():
-            for name, adapter in layer.rlora_adapters.items():
-                rows = torch.tensor([row == name for row in adapter_names], device=device)
-                masks[id(adapter)] = rows.repeat_interleave(repeats)
-        return masks
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Each adapted weight merges its adapters."""

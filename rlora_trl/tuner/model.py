@@ -26,7 +26,13 @@ from .adapter import MultiHeadAdapter
 from .batch import BatchShape, TaskIds, check_task_ids, describe_batch
 from .bnb_cpu import guard_cpu_order
 from .config import RLoraConfig
-from .expert_targets import describe_targets, select_parameters, settle_experts, unmatched_parameters
+from .expert_targets import (
+    describe_targets,
+    patterns_of_modules,
+    select_parameters,
+    settle_experts,
+    unmatched_parameters,
+)
 from .experts import RLoraExperts, adapt_experts
 from .forward_pass import ForwardPass, outside_graphs
 from .layer import RLoraLayer, RLoraLinear
@@ -190,7 +196,8 @@ class RLoraModel(BaseTuner):
         self._new_routing = Routing(config.tasks, config.router)
 
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with patterns_of_modules(config, model) as self._with_patterns:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {describe_targets(model)}") from error
 
@@ -281,13 +288,13 @@ class RLoraModel(BaseTuner):
         for name in selected:
             if peft_config.loaded:
                 experts, _, weight = name.rpartition(".")
-                self._budget.take_experts(peft_config, name, model.get_submodule(experts), weight)
+                self._budget.take_experts(self._with_patterns, name, model.get_submodule(experts), weight)
         for name in selected:
             module_name, _, weight = name.rpartition(".")
             target = model.get_submodule(module_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 wrapper = adapt_experts(
-                    target, weight, adapter_name, peft_config, layer_name=name, routing=self._new_routing
+                    target, weight, adapter_name, self._with_patterns, layer_name=name, routing=self._new_routing
                 )
             if adapter_name not in self.active_adapters:
                 wrapper.get_submodule(weight).requires_grad_(False)
