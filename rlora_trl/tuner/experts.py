@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.grouped import ExpertWeights, concat_experts, grouped_delta
+from ..kernels import rank_space
+from ..kernels.grouped import ExpertWeights, concat_experts, grouped_delta, grouped_product
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .expert_products import ExpertProducts, ExpertRows
@@ -163,6 +164,8 @@ class ExpertsAdapter(MultiHeadAdapter):
         logits = None
         if ready.table is not None:
             logits = self._row_logits(ready.table, len(x), rows)
+        if not self.training and self.usage_row is not None and self.routing.batch.usage is not None:
+            self._count_rows(ready, x, rows, logits)
         return grouped_delta(
             x,
             ready.weights,
@@ -172,6 +175,27 @@ class ExpertsAdapter(MultiHeadAdapter):
             dropout_position=self.dropout_position,
             logits=logits,
         )
+
+    @torch.no_grad()
+    def _count_rows(self, ready: ReadyExperts, x: torch.Tensor, rows: ExpertRows, logits: torch.Tensor | None) -> None:
+        """Add the head weights of rows to the `HeadUsage` of the batch; a token counts once for each expert."""
+        layout, batch = ready.weights.layout, self.routing.batch
+        if logits is None and layout.routed:
+            start = rank_space.h_columns(layout)
+            routers = ready.weights.down[:, start : start + self.num_heads].to(x.dtype)
+            logits = grouped_product(x, routers, rows.groups)
+        if logits is None:
+            logits = x.new_zeros(len(x), self.num_heads)
+        weights = rank_space.routing_weights(logits, layout.top_k)
+
+        mask = task_ids = None
+        if rows.tokens is not None:
+            if batch.token_mask is not None and batch.token_mask.numel() == rows.num_tokens:
+                mask = batch.token_mask.reshape(-1)[rows.tokens]
+            ids = self.routing.token_task_ids(torch.Size([rows.num_tokens]), x.device)
+            task_ids = None if ids is None else ids[rows.tokens]
+        assert batch.usage is not None and self.usage_row is not None
+        batch.usage.add(self.usage_row, weights, task_ids, mask)
 
     def delta_weight(self) -> torch.Tensor:
         """
