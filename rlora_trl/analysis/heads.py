@@ -81,7 +81,7 @@ def mean_similarity(similarities: Mapping[str, torch.Tensor]) -> float:
 
 
 def head_cosines(B: torch.Tensor) -> torch.Tensor:
-    """Cosines `[N, N]` in float32 between heads `[N, d_out, r]`; of heads `[E, N, d_out, r]`, the mean over experts."""
+    """Cosines `[N, N]` in float32 between heads `[N, d_out, r]`; the mean over experts of heads `[E, N, d_out, r]`."""
     flat = nn.functional.normalize(B.float().flatten(-2), dim=-1)  # [N, d_out * r]
     cosines = (flat @ flat.mT).clamp(-1.0, 1.0)
     return cosines.mean(0) if B.ndim > 3 else cosines

@@ -11,6 +11,8 @@ Only the products differ between experts. What is between them, in rank space, i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from . import rank_space
 from .balance import LayerProbe
 from .dropout import keep_mask
+from .fused import backend, mm_wide
 from .operators import probe_projections
 from .rank_space import Layout
 
@@ -132,40 +135,73 @@ def grouped_product(x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) ->
 
     Args:
         x (`torch.Tensor` of shape `[S, K]`): Rows.
-        weight (`torch.Tensor` of shape `[E, M, K]`): A matrix for each expert, in the dtype of `x`.
-        groups ([`RowGroups`]): The expert of each row.
+        weight (`torch.Tensor` of shape `[E, M, K]`): A matrix for each expert, in the dtype of `x`. M or K is small: a
+            width of the rank space.
+        groups ([`RowGroups`]): The expert of each row; all rows belong to one.
 
     Returns:
-        `torch.Tensor` of shape `[S, M]`: Zero in rows after the last group.
+        `torch.Tensor` of shape `[S, M]`.
     """
     if groups.expert is not None:
         return x @ weight[groups.expert].T
+    ops = _triton(x)
+    if ops is not None and weight.shape[1] <= weight.shape[2]:
+        return ops.narrow(x, weight, groups.offsets)
     out = x.new_zeros(x.shape[0], weight.shape[1])
+    return add_product(out, x, weight, groups)
+
+
+def add_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    """
+    Add [`grouped_product`] to `out` in place, for rows that are sorted by expert.
+
+    Args:
+        out (`torch.Tensor` of shape `[S, M]`): Contiguous.
+        x (`torch.Tensor` of shape `[S, K]`), weight (`torch.Tensor` of shape `[E, M, K]`), groups ([`RowGroups`]): As
+            in [`grouped_product`].
+
+    Returns:
+        `torch.Tensor`: `out`.
+    """
+    ops = _triton(x)
+    if ops is not None and weight.shape[1] > weight.shape[2] and out.is_contiguous():
+        ops.add_wide(out, x, weight, groups.offsets)
+        return out
     for expert, start, end in groups.segments():
-        torch.mm(x[start:end], weight[expert].T, out=out[start:end])
+        out[start:end].addmm_(x[start:end], weight[expert].T)
     return out
 
 
-def grouped_outer(
-    a: torch.Tensor, b: torch.Tensor, groups: RowGroups, experts: int, dtype: torch.dtype
-) -> torch.Tensor:
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, groups: RowGroups, experts: int) -> torch.Tensor:
     """
     The sum over the rows of each expert of their outer products, `a^T b`: the gradient of its matrix.
 
     Args:
-        a (`torch.Tensor` of shape `[S, M]`), b (`torch.Tensor` of shape `[S, K]`): Rows.
+        a (`torch.Tensor` of shape `[S, M]`), b (`torch.Tensor` of shape `[S, K]`): Rows. M or K is small.
         groups ([`RowGroups`]): The expert of each row.
         experts (`int`): Number of experts, E.
-        dtype (`torch.dtype`): Dtype of the result.
 
     Returns:
-        `torch.Tensor` of shape `[E, M, K]`: Zero for experts without rows.
+        `torch.Tensor` of shape `[E, M, K]`: In float32 or wider; zero for experts without rows.
     """
-    out = torch.zeros(experts, a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    ops = _triton(a)
+    if groups.expert is None and ops is not None:
+        return ops.outer(a, b, groups.offsets, experts)
+    out = torch.zeros(experts, a.shape[1], b.shape[1], dtype=wide, device=a.device)
     segments = groups.segments() if groups.expert is None else [(groups.expert, 0, a.shape[0])]
     for expert, start, end in segments:
-        out[expert] = (a[start:end].to(dtype).T @ b[start:end].to(dtype)).to(dtype)
+        out[expert] = mm_wide(a[start:end].T, b[start:end])
     return out
+
+
+def _triton(x: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels, where `fused.backend` chooses Triton."""
+    if backend(x.device, x.dtype) is rank_space:
+        return None
+    from . import triton_grouped
+
+    return triton_grouped
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -186,7 +222,7 @@ class _GroupedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = grouped_product(dy, weight.transpose(1, 2), ctx.groups)
         if ctx.needs_input_grad[1]:
-            dweight = grouped_outer(dy, x, ctx.groups, weight.shape[0], ctx.dtype)
+            dweight = grouped_outer(dy, x, ctx.groups, weight.shape[0]).to(ctx.dtype)
         return dx, dweight, None
 
 
@@ -246,6 +282,109 @@ def grouped_delta(
         P = probe_projections(P, layout, probe)
     Z = rank_space.mix(P, weights.up.shape[2], layout, dropout=dropout, seed=seed)  # [S, Z]
     return grouped_linear(Z, weights.up, groups)
+
+
+class GroupedCall(NamedTuple):
+    """
+    The arguments of [`fused_grouped`] that have no gradient.
+
+    Args:
+        groups ([`RowGroups`]): The experts of the rows, by offsets.
+        layout ([`Layout`]), initial_A (`bool`): Of the [`ExpertWeights`].
+        dropout (`float`), seed (`int`, *optional*): As in [`grouped_delta`].
+        product (`Callable`): The product of rows with the frozen weight of the experts, `[S, d_in]` to `[S, d_out]`.
+        product_backward (`Callable`): The gradient of its rows, `[S, d_out]` to `[S, d_in]`.
+    """
+
+    groups: RowGroups
+    layout: Layout
+    initial_A: bool
+    dropout: float
+    seed: int | None
+    product: Callable[[torch.Tensor], torch.Tensor]
+    product_backward: Callable[[torch.Tensor], torch.Tensor]
+
+
+class _FusedGrouped(torch.autograd.Function):
+    """
+    `y = product(x) + delta(x)`, with head dropout. Nothing as wide as the layer is written twice.
+
+        forward    P = x down^T    Z = mix(P)                         y = x W^T, y += Z up^T
+        backward   dZ = dy up      heads, dP = mix_backward(P, dZ)    dB = dy^T heads    ddown = dP^T x
+                   dx = dy W, dx += dP down
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        logits: torch.Tensor | None,
+        call: GroupedCall,
+    ) -> torch.Tensor:
+        groups, layout = call.groups, call.layout
+        ops = backend(x.device, x.dtype)
+        narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
+
+        P = grouped_product(x, narrow_down, groups)  # [S, K]
+        if call.initial_A:
+            rank_space.repeat_h(P, layout)
+        if logits is not None:
+            rank_space.logits_of(P, layout).copy_(logits)
+        Z = ops.mix(P, up.shape[2], layout, dropout=call.dropout, seed=call.seed)  # [S, Z]
+        y = add_product(call.product(x), Z, narrow_up, groups)
+
+        # Small weights in the dtype of the products: those of the adapter may be released by then.
+        ctx.save_for_backward(x, P, narrow_down, narrow_up)
+        ctx.call, ctx.ops, ctx.dtypes = call, ops, (down.dtype, up.dtype, None if logits is None else logits.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, P, down, up = ctx.saved_tensors
+        call: GroupedCall = ctx.call
+        groups, layout, experts = call.groups, call.layout, down.shape[0]
+        need_x, need_down, need_up, need_logits, _ = ctx.needs_input_grad
+        dtype_down, dtype_up, dtype_logits = ctx.dtypes
+        dx = ddown = dup = dlogits = None
+
+        # From dy to dP, through the rank space.
+        dy = dy.contiguous()
+        dZ = grouped_product(dy, up.transpose(1, 2), groups)  # [S, Z]
+        heads, dP = ctx.ops.mix_backward(
+            *(P, dZ, layout), heads_width=up.shape[2], dropout=call.dropout, seed=call.seed
+        )  # [S, Z], [S, K]
+
+        # The heads' whole gradient; the anchor's columns, which are zero in `heads`, have none of their own.
+        if need_up:
+            dup = grouped_outer(dy, heads, groups, experts).to(dtype_up)  # [E, d_out, Z]
+        if need_down:
+            ddown = grouped_outer(dP, x, groups, experts).to(dtype_down)  # [E, K, d_in]
+        if need_logits:
+            dlogits = rank_space.logits_of(dP, layout).to(dtype_logits)
+        if need_x:
+            dx = add_product(call.product_backward(dy), dP, down.transpose(1, 2), groups)
+        return dx, ddown, dup, dlogits, None
+
+
+def fused_grouped(
+    x: torch.Tensor, weights: ExpertWeights, logits: torch.Tensor | None, call: GroupedCall
+) -> torch.Tensor:
+    """
+    The product of rows with the weights of experts and the deltas of their adapters, as one autograd function.
+
+    Args:
+        x (`torch.Tensor` of shape `[S, d_in]`): Rows, sorted by expert.
+        weights ([`ExpertWeights`]): The adapters.
+        logits (`torch.Tensor` of shape `[S, N]`, *optional*): Logits of the heads, in place of the routers'.
+        call ([`GroupedCall`]): The other arguments.
+
+    Returns:
+        `torch.Tensor` of shape `[S, d_out]`, in the dtype of `x`.
+    """
+    return _FusedGrouped.apply(x, weights.down, weights.up, logits, call)
 
 
 def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, RowGroups]:

@@ -111,8 +111,8 @@ def check_experts(args: RLoraSFTConfig, adapters: Mapping[str, MultiHeadAdapter]
     experts = [name for name, adapter in adapters.items() if adapter.num_experts]
     if args.balances and experts:
         raise NotImplementedError(
-            f"`balance_loss={args.balance_loss!r}` is not implemented for adapters of experts, whose heads belong to one "
-            f"expert each ({first_few(experts, 1)}). Set `balance_loss='none'` (the auxiliary loss of the base model's "
-            "router, `router_aux_loss_coef`, is another one), or leave experts out with `target_parameters=[]` and "
-            "`target_modules`."
+            f"`balance_loss={args.balance_loss!r}` is not implemented for adapters of experts, which have heads for "
+            f"each expert ({first_few(experts, 1)}). Set `balance_loss='none'`, or leave experts out with "
+            "`target_parameters=[]` and `target_modules`. (The loss of the base model's own router, "
+            "`router_aux_loss_coef`, is another one.)"
         )

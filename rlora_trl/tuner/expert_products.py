@@ -65,6 +65,22 @@ class Products(Protocol):
             rows ([`ExpertRows`]): Their experts and tokens.
         """
 
+    def joined_product(
+        self,
+        x: torch.Tensor,
+        rows: ExpertRows,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        product_backward: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor | None:
+        """
+        [`add_delta`] together with the product, or `None` if that has to be computed first.
+
+        Args:
+            x (`torch.Tensor` of shape `[S, d_in]`), rows ([`ExpertRows`]): As in [`add_delta`].
+            product (`Callable`): The product of rows with the weight, which is frozen.
+            product_backward (`Callable`): The gradient of its rows.
+        """
+
 
 class _Weight(NamedTuple):
     """A weight `[E, ...]` of all experts, or a part of it: of one expert, or of the expert of each row."""
@@ -162,9 +178,17 @@ class ExpertProducts(TorchFunctionMode):
         self, weight: _Weight, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         """`grouped_mm(x, weight, offs)`, rows sorted by expert."""
-        out = func(*args, **kwargs)
-        offsets = kwargs["offs"] if "offs" in kwargs else args[2]
-        return self._add(weight, out, args[0], self._rows_of(RowGroups(offsets=offsets)))
+        x, matrices, rest = args[0], args[1], args[2:]
+        rows = self._rows_of(RowGroups(offsets=kwargs["offs"] if "offs" in kwargs else rest[0]))
+        if not matrices.requires_grad:
+            out = self._checked(weight, x).joined_product(
+                *(x, rows),
+                lambda tokens: func(tokens, matrices, *rest, **kwargs),
+                lambda dy: func(dy, matrices.transpose(-2, -1), *rest, **kwargs),
+            )
+            if out is not None:
+                return out
+        return self._add(weight, func(*args, **kwargs), x, rows)
 
     def _plain(self, weight: _Weight, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """`linear(x, weight_e)` or `x @ weight_e`, the rows of one expert."""
@@ -201,13 +225,17 @@ class ExpertProducts(TorchFunctionMode):
         return ExpertRows(groups, self._rows, len(self.tokens))
 
     def _add(self, weight: _Weight, out: torch.Tensor, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
+        return self._checked(weight, x).add_delta(out, x, rows)
+
+    def _checked(self, weight: _Weight, x: torch.Tensor) -> Products:
+        """What to add to the product of rows with a weight, if they fit its adapters."""
         products = self.products[weight.name]
         if x.shape[1] != products.in_features:
             raise RuntimeError(
                 f"{type(self.module).__name__} multiplies `{weight.name}` by rows of {x.shape[1]} features, but its "
                 f"adapter was created for {products.in_features}. Leave it out of `target_parameters`."
             )
-        return products.add_delta(out, x, rows)
+        return products
 
     # Failures
 

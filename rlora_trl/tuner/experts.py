@@ -7,7 +7,7 @@ Mixtures of experts, whose weights are parameters of three dimensions: an adapte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels import rank_space
-from ..kernels.grouped import ExpertWeights, concat_experts, grouped_delta, grouped_product
+from ..kernels.grouped import (
+    ExpertWeights,
+    GroupedCall,
+    concat_experts,
+    fused_grouped,
+    grouped_delta,
+    grouped_product,
+)
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .expert_products import ExpertProducts, ExpertRows
@@ -161,11 +168,7 @@ class ExpertsAdapter(MultiHeadAdapter):
         if seed is not None and groups.expert is not None:
             # Rows are numbered within each expert.
             seed = (seed ^ ((groups.expert + 1) * _SPREAD)) & (2**63 - 1)
-        logits = None
-        if ready.table is not None:
-            logits = self._row_logits(ready.table, len(x), rows)
-        if not self.training and self.usage_row is not None and self.routing.batch.usage is not None:
-            self._count_rows(ready, x, rows, logits)
+        logits = self._logits_and_usage(ready, x, rows)
         return grouped_delta(
             x,
             ready.weights,
@@ -175,6 +178,39 @@ class ExpertsAdapter(MultiHeadAdapter):
             dropout_position=self.dropout_position,
             logits=logits,
         )
+
+    def joined_product(
+        self,
+        ready: ReadyExperts,
+        x: torch.Tensor,
+        rows: ExpertRows,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        product_backward: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        The product of rows with the weight of the experts, and their delta, without dropout on the input.
+
+        Args:
+            ready ([`ReadyExperts`]), x (`torch.Tensor`), rows ([`ExpertRows`]): As in [`delta`].
+            product (`Callable`), product_backward (`Callable`): See [`GroupedCall`].
+
+        Returns:
+            `torch.Tensor` of shape `[S, d_out]`: In the dtype of `x`.
+        """
+        logits = self._logits_and_usage(ready, x, rows)
+        layout, initial_A = ready.weights.layout, ready.weights.initial_A
+        dropout = 0.0 if ready.seed is None else self.dropout
+        call = GroupedCall(rows.groups, layout, initial_A, dropout, ready.seed, product, product_backward)
+        return fused_grouped(x, ready.weights, logits, call)
+
+    def _logits_and_usage(self, ready: ReadyExperts, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor | None:
+        """Logits of rows that replace a router's; and in an evaluation, the rows are counted."""
+        logits = None
+        if ready.table is not None:
+            logits = self._row_logits(ready.table, len(x), rows)
+        if not self.training and self.usage_row is not None and self.routing.batch.usage is not None:
+            self._count_rows(ready, x, rows, logits)
+        return logits
 
     @torch.no_grad()
     def _count_rows(self, ready: ReadyExperts, x: torch.Tensor, rows: ExpertRows, logits: torch.Tensor | None) -> None:
@@ -339,6 +375,20 @@ class _Deltas:
                 delta = torch.where(self._has(self.names[id(adapter)], rows, x.device), delta, 0.0)
             out = out + delta
         return out
+
+    def joined_product(
+        self,
+        x: torch.Tensor,
+        rows: ExpertRows,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        product_backward: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor | None:
+        if len(self.ready) != 1 or self.adapter_names is not None or torch.compiler.is_compiling():
+            return None
+        adapter, ready = self.ready[0]
+        if ready.seed is not None and adapter.dropout_position == "input":
+            return None
+        return adapter.joined_product(ready, x, rows, product, product_backward)
 
     def _has(self, name: str, rows: ExpertRows, device: torch.device) -> torch.Tensor:
         """Which rows `[S, 1]` have an adapter, by the names for the rows of the batch."""
