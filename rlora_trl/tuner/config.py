@@ -25,6 +25,8 @@ from .task_names import MAX_TASKS, task_name
 SAFETENSORS_NAME = "adapter_model.safetensors"
 ROUTERS = ("softmax", "top_k", "task", "uniform")
 DROPOUT_POSITIONS = ("head", "input")
+# PEFT compares all of them with each parameter of a model.
+_MAX_PARAMETERS = 100
 BIASES = ("none", "all", "rlora_only")
 
 
@@ -212,6 +214,11 @@ class RLoraConfig(PeftConfig):
             raise TypeError(
                 f"`target_parameters` must be a list of names, got {shorten(names)}. For example "
                 "['experts.gate_up_proj', 'experts.down_proj']; regular expressions are not accepted."
+            )
+        if names is not None and len(names) > _MAX_PARAMETERS:
+            raise ValueError(
+                f"`target_parameters` has {len(names)} names, more than {_MAX_PARAMETERS}. Name what they end in, and "
+                "select layers with `layers_to_transform`."
             )
 
     def _check_sizes(self) -> None:

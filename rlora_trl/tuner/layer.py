@@ -27,6 +27,8 @@ class RLoraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("rlora_adapters",)
     other_param_names = ("r", "num_heads", "scaling")
+    # Number of experts whose weights the layer adapts; 0 for a linear layer.
+    num_experts = 0
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
