@@ -90,32 +90,64 @@ def concat_experts(
     Returns:
         [`ExpertWeights`]: Never views of the arguments, which DeepSpeed may release.
     """
-    experts, num_heads, d_out, r = B.shape
-    d_in = A.shape[-1]
-
-    # down = [A; R; A0]
-    downs = [A.reshape(experts, -1, d_in)]
-    if layout.routed:
-        downs.append(A.new_zeros(experts, num_heads, d_in) if router is None else router)
-    if anchor_A is not None:
-        downs.append(anchor_A.detach().reshape(experts, -1, d_in))
-    down_padding = -rank_space.p_columns(layout) % multiple
-    if down_padding:
-        downs.append(A.new_zeros(experts, down_padding, d_in))
-    down = torch.cat(downs, dim=1) if len(downs) > 1 else downs[0].clone()  # [E, K, d_in]
-
-    # up = [B_1 .. B_N, mean B - B0], or [B_i - B0_i] / N in the last part
-    ups = [B.transpose(1, 2).reshape(experts, d_out, num_heads * r)]
-    if anchor_B is not None and layout.shared:
-        ups.append(B.mean(1) - anchor_B.detach())
-    elif anchor_B is not None:
-        shift = (B - anchor_B.detach()) * (1.0 / num_heads)
-        ups.append(shift.transpose(1, 2).reshape(experts, d_out, num_heads * r))
-    up_padding = -rank_space.z_columns(layout) % multiple
-    if up_padding:
-        ups.append(B.new_zeros(experts, d_out, up_padding))
-    up = torch.cat(ups, dim=2) * scaling  # [E, d_out, Z]
+    down, up = _ConcatExperts.apply(A, B, router, (anchor_A, anchor_B), layout, scaling, multiple)
     return ExpertWeights(down, up, layout, _has_initial_A(down.detach(), layout))
+
+
+class _ConcatExperts(torch.autograd.Function):
+    """
+    `down = [A; R; A0]` and `up = scaling [B_1 .. B_N, mean B - B0]` of each expert, or `[B_i - B0_i] / N` in the last
+    part, in one node of the graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        router: torch.Tensor | None,
+        anchors: tuple[torch.Tensor | None, torch.Tensor | None],
+        layout: Layout,
+        scaling: float,
+        multiple: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (experts, num_heads, d_out, r), d_in = B.shape, A.shape[-1]
+        anchor_A, anchor_B = anchors
+        ctx.shapes, ctx.layout, ctx.scaling, ctx.routed = (A.shape, B.shape), layout, scaling, router is not None
+
+        # Zeros pad to a multiple, and stand in for a router whose logits the caller writes.
+        downs = [A.reshape(experts, -1, d_in)]
+        if layout.routed:
+            downs.append(A.new_zeros(experts, num_heads, d_in) if router is None else router)
+        if anchor_A is not None:
+            downs.append(anchor_A.reshape(experts, -1, d_in))
+        downs.append(A.new_zeros(experts, -rank_space.p_columns(layout) % multiple, d_in))
+
+        ups = [B.transpose(1, 2).reshape(experts, d_out, num_heads * r)]
+        if anchor_B is not None and layout.shared:
+            ups.append(B.mean(1) - anchor_B)
+        elif anchor_B is not None:
+            shift = (B - anchor_B) * (1.0 / num_heads)
+            ups.append(shift.transpose(1, 2).reshape(experts, d_out, num_heads * r))
+        ups.append(B.new_zeros(experts, d_out, -rank_space.z_columns(layout) % multiple))
+        return torch.cat(downs, dim=1), torch.cat(ups, dim=2) * scaling  # [E, K, d_in], [E, d_out, Z]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ddown: torch.Tensor, dup: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (shape_A, shape_B), layout = ctx.shapes, ctx.layout
+        experts, num_heads, d_out, r = shape_B
+        start, columns = rank_space.h_columns(layout), num_heads * r
+        dA = ddown[:, :start].clone(memory_format=torch.contiguous_format).view(shape_A)
+        drouter = ddown[:, start : start + num_heads].clone(memory_format=torch.contiguous_format)
+
+        # [E, d_out, N, r], and the part of the anchor, which each head has a share of.
+        dheads = dup[:, :, :columns].reshape(experts, d_out, num_heads, r)
+        if layout.anchored:
+            shares = dup[:, :, columns : columns + start].reshape(experts, d_out, -1, r)
+            dheads = dheads + shares * (1.0 / num_heads)
+        dB = (dheads * ctx.scaling).transpose(1, 2).contiguous()
+        return dA, dB, drouter if ctx.routed else None, None, None, None, None
 
 
 def _has_initial_A(down: torch.Tensor, layout: Layout) -> bool:

@@ -57,7 +57,7 @@ from .task_collator import TaskCollator
 from .task_data import TaskData
 from .task_evaluation import OptionRows, count_correct_options, find_option_rows, mean_over_tasks, split_by_task
 from .task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, token_mask_of
-from .zero3 import keep_anchors_whole
+from .zero3 import keep_anchors_whole, require_input_gradients
 
 
 logger = get_logger(__name__)
@@ -194,6 +194,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if self.is_deepspeed_enabled:
             cast_for_deepspeed(self.model, self.accelerator)
             keep_anchors_whole(self.model, self.accelerator)
+            require_input_gradients(self.model, self.accelerator)
         keep_outputs_wide(self.accelerator)
         self._base_commit = self._find_base_commit()
         self._watch_adapters()

@@ -105,6 +105,7 @@ class ExpertProducts(TorchFunctionMode):
         super().__init__()
         self.module, self.products, self.tokens = module, products, tokens
         self.called: set[str] = set()
+        self._grad = torch.is_grad_enabled()
         self._parts: dict[int, _Weight] = {}
         self._rows: torch.Tensor | None = None
 
@@ -121,6 +122,9 @@ class ExpertProducts(TorchFunctionMode):
         name = name if name != "default" else str(func).split(".")[-2]
         if name in _GROUPED or name in _PLAIN or name in _BATCHED:
             self.called.add(weight.name)
+            if self._grad and not torch.is_grad_enabled():
+                # As DeepSpeed ZeRO-3 does with `linear`: a delta would get no gradient.
+                raise self._unknown(weight.name, f"`{name}` within an autograd function")
             form = self._grouped if name in _GROUPED else self._plain if name in _PLAIN else self._batched
             return form(weight, func, args, kwargs)
 
