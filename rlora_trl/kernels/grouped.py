@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -55,9 +56,12 @@ class RowGroups(NamedTuple):
     offsets: torch.Tensor | None = None
     expert: int | None = None
 
-    def segments(self) -> list[tuple[int, int, int]]:
-        """Expert, first row and end of each group that has rows. Waits for the device of `offsets`."""
+    def segments(self, rows: int) -> list[tuple[int, int, int]]:
+        """Expert, first row and end of each group that has some of `rows`. Waits for the device of `offsets`."""
         assert self.offsets is not None
+        if isinstance(self.offsets, FakeTensor):
+            # An estimate of memory, where numbers of rows are unknown: one expert has them all.
+            return [(0, 0, rows)]
         ends = self.offsets.tolist()
         return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
 
@@ -199,7 +203,7 @@ def add_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, groups
     if ops is not None and weight.shape[1] > weight.shape[2] and out.is_contiguous():
         ops.add_wide(out, x, weight, groups.offsets)
         return out
-    for expert, start, end in groups.segments():
+    for expert, start, end in groups.segments(len(x)):
         out[start:end].addmm_(x[start:end], weight[expert].T)
     return out
 
@@ -221,7 +225,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, groups: RowGroups, experts: 
     if groups.expert is None and ops is not None:
         return ops.outer(a, b, groups.offsets, experts)
     out = torch.zeros(experts, a.shape[1], b.shape[1], dtype=wide, device=a.device)
-    segments = groups.segments() if groups.expert is None else [(groups.expert, 0, a.shape[0])]
+    segments = groups.segments(len(a)) if groups.expert is None else [(groups.expert, 0, a.shape[0])]
     for expert, start, end in segments:
         out[expert] = mm_wide(a[start:end].T, b[start:end])
     return out

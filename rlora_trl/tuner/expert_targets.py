@@ -46,7 +46,7 @@ def settle_experts(config: RLoraConfig, model: nn.Module) -> None:
         if not parameters:
             return
         config.target_parameters = list(parameters)
-        names = [name for name, _ in model.named_modules()]
+        names = [name for name, module in model.named_modules() if is_linear(module)]
         config.target_modules = {end for end in modules if any(name.endswith(f".{end}") for name in names)}  # type: ignore[assignment]
     elif config.target_parameters:
         config.target_modules = set()  # type: ignore[assignment]

@@ -27,6 +27,7 @@ from ..kernels.grouped import (
 from .adapter import MultiHeadAdapter
 from .config import RLoraConfig
 from .expert_products import ExpertProducts, ExpertRows
+from .forward_pass import outside_graphs
 from .initialization import init_heads_, init_router_
 from .layer import RLoraLayer
 from .routing import Routing
@@ -383,7 +384,7 @@ class _Deltas:
         product: Callable[[torch.Tensor], torch.Tensor],
         product_backward: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
-        if len(self.ready) != 1 or self.adapter_names is not None or torch.compiler.is_compiling():
+        if len(self.ready) != 1 or self.adapter_names is not None:
             return None
         adapter, ready = self.ready[0]
         if ready.seed is not None and adapter.dropout_position == "input":
@@ -459,6 +460,10 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
         return layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # `torch.compile` (2.13) loses a `TorchFunctionMode` at graph breaks, and the counts of rows break graphs.
+        return outside_graphs(RLoraExperts._forward)(self, *args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
         layers = self.weights()
         for layer in layers.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -80,7 +81,7 @@ def _task_routers(adapters: Sequence[MultiHeadAdapter], routing: Routing) -> dic
     return routers
 
 
-def outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     A function that `torch.compile` leaves alone.
 
@@ -91,5 +92,5 @@ def outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @lru_cache(maxsize=8)
-def _disabled(function: Callable[..., None]) -> Callable[..., None]:
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function)

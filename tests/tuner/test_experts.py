@@ -11,7 +11,8 @@ from expert_models import EXPERT_MODELS, build, mean_loss, with_loops, wrappers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from testing_utils import perturb, random_ids
-from transformers import MixtralConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
+from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rlora_trl import RLoraConfig
@@ -484,3 +485,72 @@ def test_the_state_of_the_model_is_described():
     assert {f"model.{name}" for name in adapted_names(model)} < names
     with model.disable_adapter():
         assert model.get_model_status().enabled is False
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_without_grouped_products_of_pytorch(family, monkeypatch):
+    """transformers' own operator, for older versions of PyTorch and dtypes that theirs lacks."""
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
+    model = adapt(build(family), form="grouped_mm", head_dropout=0.0).train().double()
+    perturb(model)
+    compare_with_loop(model, random_ids())
+
+
+def test_products_within_an_autograd_function_are_refused(monkeypatch):
+    """DeepSpeed ZeRO-3 replaces `linear` by one: a delta would get no gradient."""
+
+    class Wrapped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x.matmul(weight.t())
+
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias=None: Wrapped.apply(x, weight))
+    model = adapt(build("mixtral"), form="eager")
+    with pytest.raises(RuntimeError, match=r"`matmul` within an autograd function.*set_experts_implementation"):
+        model(random_ids())
+
+
+def test_compiled_models_compute_the_same():
+    model = adapt_wide("qwen3_moe", form="grouped_mm", head_dropout=0.0)
+    ids = random_ids()
+    expected = model(ids).logits
+    mean_loss(expected, ids).backward()
+    grads = gradients(model)
+    model.zero_grad()
+    try:
+        compiled = torch.compile(model, backend="aot_eager")(ids).logits
+        torch.testing.assert_close(compiled, expected, **TOL[torch.float32])
+        mean_loss(compiled, ids).backward()
+    finally:
+        torch._dynamo.reset()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, grads[name], **TOL[torch.float32])
+
+
+def test_a_4_bit_base_with_experts_in_16_bits(tmp_path):
+    """bitsandbytes quantizes linear layers only."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {
+        "hidden_size": 64,
+        "moe_intermediate_size": 64,
+        "head_dim": 16,
+    }  # bitsandbytes packs blocks of these on CPU
+    build("qwen3_moe", **sizes).save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=four_bits)
+    ids = random_ids()
+    with torch.no_grad():
+        expected = base(ids).logits
+        model = adapt(base, target_modules="all-linear", target_parameters=["experts.down_proj"]).eval()
+        assert torch.equal(model(ids).logits, expected)
+    perturb(model.train())
+    mean_loss(model(ids).logits.float(), ids).backward()
+    assert all(grad.abs().max() > 0 for name, grad in gradients(model).items() if name.endswith(".B"))
+
+
+def test_quantized_experts_are_refused():
+    model = build("mixtral")
+    experts = next(module for module in model.modules() if "down_proj" in module._parameters)
+    torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
+    with pytest.raises(TypeError, match=r"parametrized \(quantized\); R-LoRA adapts parameters of experts"):
+        adapt(model)
