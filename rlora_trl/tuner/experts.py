@@ -64,6 +64,9 @@ class ExpertsAdapter(MultiHeadAdapter):
         num_experts (`int`): E. The other arguments are those of [`MultiHeadAdapter`].
     """
 
+    # Dtype of the last products, in which inference keeps its weights.
+    rows_dtype: torch.dtype | None = None
+
     def reset_parameters(self) -> None:
         """Draw new initial values and set the anchor to them."""
         for expert in range(self.num_experts):
@@ -95,14 +98,21 @@ class ExpertsAdapter(MultiHeadAdapter):
         return ReadyExperts(weights, self._table(), seed)
 
     def _inference_weights(self) -> ReadyExperts:
-        """[`_ready`], kept until a parameter changes."""
+        """[`_ready`], kept until a parameter changes, in the dtype of the last products."""
+        if "ds_id" in vars(self.A):
+            return self._ready(None)  # ZeRO-3 gathers parameters for one call
         stored = [*self._parameters.values(), *self._buffers.values()]
         tensors = [tensor for tensor in stored if tensor is not None]
-        key = [torch.is_inference_mode_enabled(), id(self.fixed_logits), self.scaling]
+        key = [torch.is_inference_mode_enabled(), id(self.fixed_logits), self.scaling, self.rows_dtype]
         key += [tensor._version for tensor in tensors] + [tensor.data_ptr() for tensor in tensors]
         kept: Any = self._cache
         if kept is None or kept[0] != key:
-            kept = self._cache = (key, self._ready(None), self.fixed_logits)  # type: ignore[assignment]
+            ready = self._ready(None)
+            if self.rows_dtype is not None:
+                weights = ready.weights
+                down, up = weights.down.to(self.rows_dtype), weights.up.to(self.rows_dtype)
+                ready = ready._replace(weights=weights._replace(down=down, up=up))
+            kept = self._cache = (key, ready, self.fixed_logits)  # type: ignore[assignment]
         return kept[1]
 
     def task_logits(self) -> torch.Tensor:
@@ -206,6 +216,8 @@ class ExpertsAdapter(MultiHeadAdapter):
 
     def _logits_and_usage(self, ready: ReadyExperts, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor | None:
         """Logits of rows that replace a router's; and in an evaluation, the rows are counted."""
+        if self.rows_dtype != x.dtype:
+            self.rows_dtype = x.dtype
         logits = None
         if ready.table is not None:
             logits = self._row_logits(ready.table, len(x), rows)

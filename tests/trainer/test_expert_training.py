@@ -89,3 +89,14 @@ def test_16_bits_with_checkpointing(tmp_path, checkpointing):
     )
     trainer.train()
     assert sum(losses(trainer)[-5:]) < 0.9 * sum(losses(trainer)[:5])
+
+
+def test_the_auxiliary_loss_of_the_base_is_logged_and_its_router_stays(tmp_path):
+    base = build("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.1)
+    routers = {name: p.clone() for name, p in base.named_parameters() if name.endswith("mlp.gate.weight")}
+    trainer = make_trainer(None, tmp_path, model=base, peft_config=RLoraConfig(), max_steps=3)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["aux_loss"] > 0 for entry in logs)
+    parameters = dict(trainer.model.get_base_model().named_parameters())
+    assert routers and all(torch.equal(parameters[name], value) for name, value in routers.items())
