@@ -47,6 +47,7 @@ JOBS = {
     "four_bit": Job(140, f"{_SHORT} {_LORA} ours ours_task --sizes 3x4 --four_bit"),
     "busy": Job(190, f"{_LONG} 6x512 {_FEW} --busy"),
     "host": Job(80, "host.py"),
+    "experts": Job(150, "experts.py"),
     "decode": Job(65, "decode.py"),
     "compile": Job(170, f"train_step.py --settings 2x512 {_FEW} --compile --layers 9"),
     "small": Job(70, f"{_LONG} 6x512 {_FEW} --shape qwen2.5-0.5b"),

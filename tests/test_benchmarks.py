@@ -177,6 +177,8 @@ SMALLEST = {
     "decode": "--batches 1 --prompt 4 --repeats 1 --warmup 1",
     "cpu": "--tokens 8 --layers 1 --repeats 1 --steps 0",
     "host": "--repeats 1",
+    "experts": "--settings 1x16 --hidden 64 --intermediate 32 --experts 4 --layers 1 --vocabulary 100 --rounds 2 "
+    "--repeats 1 --dtype float32",
     "trainer_overhead": "--settings 2x8 --steps 3 --warmup 1",
 }
 
@@ -309,7 +311,6 @@ def test_all_benchmarks_share_the_gpus(monkeypatch, tmp_path, capsys):
 
 def test_commands_of_all_benchmarks_are_valid():
     import gpu_all
-    import large
     import train_step
 
     for name, job in gpu_all.JOBS.items():
@@ -318,8 +319,8 @@ def test_commands_of_all_benchmarks_are_valid():
         if script == "train_step.py":
             args = train_step.parse(options)
             assert {v.family for v in train_step.chosen_variants(args)} >= set(args.families), name
-        elif script == "large.py":
-            large.parse(options)
+        elif script in ("large.py", "experts.py"):
+            importlib.import_module(script[:-3]).parse(options)
 
 
 # Tables and bars

@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import expert_models
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -395,3 +396,20 @@ def test_the_forward_pass_must_not_depend_on_values(monkeypatch):
 def test_unknown_arguments_are_named():
     with pytest.raises(TypeError, match="`estimate_memory` has no argument 'nope'. It takes `strategy` and num_gpus,"):
         estimate_memory("org/model", nope=1)
+
+
+def test_experts_count_as_in_a_real_run():
+    """Rows of experts are unknown without values; their number is not."""
+    base = expert_models.build("qwen3_moe")
+    small, large = (
+        # PyTorch counts grouped products of bfloat16 only.
+        estimate_memory(base.config, dtype=torch.bfloat16, per_device_train_batch_size=batch, max_length=32)
+        for batch in (1, 8)
+    )
+    model = get_peft_model(base, RLoraConfig(task_type="CAUSAL_LM"))
+    adapter = [p for name, p in model.named_parameters() if ".rlora_adapters." in name]
+    assert small.adapter == bytes_of(adapter)
+    assert small.gradients == bytes_of([p for p in adapter if p.requires_grad])
+    # Rows of both products of 2 layers, for 2 experts of each token: at least their outputs are kept.
+    rows = 7 * 32 * 2
+    assert large.activations - small.activations > 2 * rows * (48 + 32) * 2

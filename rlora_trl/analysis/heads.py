@@ -57,10 +57,10 @@ def head_similarities(source: HeadSource, adapter_name: str | None = None) -> di
 
     similarities, count = {}, 0
     for layer, B in heads:
-        count += B.shape[0] ** 2
+        count += B.shape[-3] ** 2 if B.ndim > 2 else 0
         if count > MAX_COSINES:
             raise ValueError(
-                f"There are more than {MAX_COSINES:,} cosines between the heads: {B.shape[0]} heads in {layer}. "
+                f"There are more than {MAX_COSINES:,} cosines between the heads: {B.shape[-3]} heads in {layer}. "
                 "Compare fewer layers, passed as a state dict."
             )
         similarities[layer] = head_cosines(B.detach()).cpu()
@@ -81,9 +81,10 @@ def mean_similarity(similarities: Mapping[str, torch.Tensor]) -> float:
 
 
 def head_cosines(B: torch.Tensor) -> torch.Tensor:
-    """Cosines `[N, N]` in float32 between heads `[N, d_out, r]`."""
-    flat = nn.functional.normalize(B.float().flatten(1), dim=1)  # [N, d_out * r]
-    return (flat @ flat.T).clamp(-1.0, 1.0)
+    """Cosines `[N, N]` in float32 between heads `[N, d_out, r]`; the mean over experts of heads `[E, N, d_out, r]`."""
+    flat = nn.functional.normalize(B.float().flatten(-2), dim=-1)  # [N, d_out * r]
+    cosines = (flat @ flat.mT).clamp(-1.0, 1.0)
+    return cosines.mean(0) if B.ndim > 3 else cosines
 
 
 def mean_between(matrix: torch.Tensor) -> torch.Tensor:

@@ -85,18 +85,33 @@ def constant_head_weights(layers: Mapping[str, RLoraLayer], adapter_name: str, t
     """
     The head weights `[L, N]` of an adapter whose router ignores the token; without a task the mean over tasks.
 
+    The row of a weight of experts is the mean over experts.
+
     Raises:
         ValueError: If the adapter's router is "task" and does not know the task.
     """
-    rows = []
-    for layer in layers.values():
+    weights = head_weights_by_layer(layers, adapter_name, task)
+    return torch.stack([rows.reshape(-1, rows.shape[-1]).mean(0) for rows in weights.values()])
+
+
+def head_weights_by_layer(
+    layers: Mapping[str, RLoraLayer], adapter_name: str, task: str | None
+) -> dict[str, torch.Tensor]:
+    """
+    [`constant_head_weights`] by layer, `[N]`, or `[E, N]` for the weights of experts.
+
+    Raises:
+        ValueError: If the adapter's router is "task" and does not know the task.
+    """
+    weights = {}
+    for name, layer in layers.items():
         adapter = adapter_of(layer, adapter_name)
         if adapter.router_kind == "uniform":
-            rows.append(torch.full((adapter.num_heads,), 1.0 / adapter.num_heads))
+            weights[name] = torch.full((adapter.num_heads,), 1.0 / adapter.num_heads)
         else:
             index = -1 if task is None else adapter.routing.index_of(task)
-            rows.append(adapter.task_logits()[index].detach().softmax(-1).float().cpu())
-    return torch.stack(rows)
+            weights[name] = adapter.task_logits()[..., index, :].detach().softmax(-1).float().cpu()
+    return weights
 
 
 def _spread(task: str, total: int, max_rows: int | None) -> list[int]:

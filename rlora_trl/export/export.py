@@ -25,6 +25,7 @@ from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import adapted_layers, adapter_config, core_model
 from ..tuner.task_heads import TaskHeads, find_task_heads
+from .experts import refuse_mean_weights, split_layers
 from .gap import measure_export_gap
 from .loading import load_adapted
 from .lora import (
@@ -33,6 +34,7 @@ from .lora import (
     check_targets_kept,
     lora_config,
     lora_tensors,
+    rank_of,
     save_lora_config,
     target_names,
 )
@@ -136,10 +138,12 @@ def export_lora(
             layers, adapter_name, config, task=task, routing=routing, measure=measure if rows else None, token=token
         )
 
+        refuse_mean_weights(layers, weights.exact)
+
         # Everything is written to a temporary folder and moved at the end.
         stage = Path(scratch) / "export"
         rank, others = _write_adapter(model, config, adapter_name, layers, weights.by_layer, stage, task)
-        warnings = _refused_by_engines(config, others)
+        warnings = (*_refused_by_engines(config, others), *_refused_for_experts(layers))
         if merge:
             adapter = stage.rename(stage.with_name("adapter"))
             warnings = merge_export(core, adapter, layers, stage, tokenizer)
@@ -180,9 +184,11 @@ def _write_adapter(
     """Write a LoRA adapter and check it; returns its rank, and the tensors in it that are not LoRA's."""
     core = core_model(model)
     tensors = lora_tensors(layers, adapter_name, head_weights)
-    rank = next(iter(tensors.values())).shape[0]
-    transposed = any(layer.fan_in_fan_out for layer in layers.values())
-    exported = lora_config(config, rank, target_names(layers, base_module_names(core)), transposed)
+    rank = rank_of(tensors, layers)
+    linear, experts = split_layers(layers)
+    transposed = any(layer.fan_in_fan_out for layer in linear.values())
+    targets = target_names(linear, base_module_names(core)) if linear else []
+    exported = lora_config(config, rank, targets, sorted(experts), transposed)
     check_targets_kept(exported, core)
     others = _with_head_of(task, core, other_tensors(model, adapter_name, config))
 
@@ -233,6 +239,17 @@ def _refused_by_engines(config: RLoraConfig, others: Mapping[str, torch.Tensor])
     return (
         f"The adapter trained {what} besides its heads. PEFT loads the export with them; vLLM and llama.cpp refuse "
         "it. For those, use `merge=True`.",
+    )
+
+
+def _refused_for_experts(layers: Mapping[str, RLoraLayer]) -> tuple[str, ...]:
+    """A warning that engines don't load LoRA on parameters."""
+    _, experts = split_layers(layers)
+    if not experts:
+        return ()
+    return (
+        "The adapter adapts weights of experts. PEFT loads the export; vLLM and llama.cpp don't know PEFT's form of "
+        "LoRA for them. For those, use `merge=True`.",
     )
 
 

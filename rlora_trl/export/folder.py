@@ -60,7 +60,7 @@ def export_folder(checked: CheckedAdapter, output_dir: Path, *, task: str) -> Ex
     tensors = lora_tensors(layers, _NAME, weights.by_layer)
     rank = next(iter(tensors.values())).shape[0]
     output_dir.mkdir()
-    save_lora_config(lora_config(config, rank, list(layers), config.fan_in_fan_out), output_dir)
+    save_lora_config(lora_config(config, rank, list(layers), [], config.fan_in_fan_out), output_dir)
     save_file(tensors, output_dir / WEIGHTS_NAME, metadata={"format": "pt"})
     check_deltas(load_file(output_dir / WEIGHTS_NAME), layers, _NAME, weights.by_layer)
 
@@ -87,7 +87,8 @@ def read_layers(checked: CheckedAdapter) -> dict[str, RLoraLayer]:
         `dict[str, RLoraLayer]`: By their paths in the base model. Each has one adapter, named "default", on the CPU.
 
     Raises:
-        ValueError: If the file has tensors besides the heads, which a plain LoRA adapter for engines can't have.
+        ValueError: If the file has tensors besides the heads, which a plain LoRA adapter for engines can't have, or
+            adapters of experts.
     """
     path = checked.folder / WEIGHTS_NAME
     stored = split_by_layer(path, read_safetensors_header(path))
@@ -97,6 +98,12 @@ def read_layers(checked: CheckedAdapter) -> dict[str, RLoraLayer]:
         raise ValueError(
             f"The adapter has trained {first_few(sorted(trained))} besides its heads, and engines load LoRA only. "
             "Merge it into its base with `export_lora(..., merge=True)`, and serve that model."
+        )
+    experts = [layer for layer in checked.layers if len(stored.layers[layer]["B"].shape) == 4]
+    if experts:
+        raise ValueError(
+            f"The adapter adapts experts ({first_few(experts, 1)}), whose LoRA can't be written without the base "
+            "model. Use `export_lora` or `rlora export`."
         )
     # Patterns of a stranger, as names of layers; and shapes of LoRA don't depend on how the base stores its weight.
     config = copy.copy(checked.config)

@@ -27,8 +27,10 @@ from torch.nn import functional as F
 
 from ..reading import first_few
 from ..tuner import MultiHeadAdapter, RLoraConfig
-from ..tuner.layer import RLoraLayer
+from ..tuner.experts import RLoraExperts
+from ..tuner.layer import RLoraLayer, RLoraLinear
 from ..tuner.selection import adapter_of
+from .experts import pack, peft_names, place_in_module, split_layers
 
 
 PREFIX = "base_model.model."
@@ -46,10 +48,44 @@ def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torc
         `tuple[torch.Tensor, torch.Tensor]`: A' `[k, d_in]` and B' `[d_out, k]` in float64 on the CPU, scaling
         included. The rank k depends on the parts that the adapter has.
     """
-    A, B, A0, B0 = (
-        None if tensor is None else tensor.detach().to("cpu", torch.float64)
-        for tensor in (adapter.A, adapter.B, adapter.A0, adapter.B0)
-    )
+    return _factors(adapter, weights, *_wide_tensors(adapter))
+
+
+def expert_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    [`lora_factors`] of each expert of an [`ExpertsAdapter`].
+
+    Args:
+        adapter ([`ExpertsAdapter`]): The adapter.
+        weights (`torch.Tensor` of shape `[N]` or `[E, N]`): The head weights, of all experts or of each.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: A' `[E, k, d_in]` and B' `[E, d_out, k]`.
+    """
+    experts = weights.expand(adapter.num_experts, -1)
+    tensors = _wide_tensors(adapter)
+    pairs = [
+        _factors(adapter, experts[expert], *(None if tensor is None else tensor[expert] for tensor in tensors))
+        for expert in range(adapter.num_experts)
+    ]
+    downs, ups = zip(*pairs, strict=True)
+    return torch.stack(downs), torch.stack(ups)
+
+
+def _wide_tensors(adapter: MultiHeadAdapter) -> list[torch.Tensor | None]:
+    """A, B, A0 and B0 in float64 on the CPU."""
+    tensors = (adapter.A, adapter.B, adapter.A0, adapter.B0)
+    return [None if tensor is None else tensor.detach().to("cpu", torch.float64) for tensor in tensors]
+
+
+def _factors(
+    adapter: MultiHeadAdapter,
+    weights: torch.Tensor,
+    A: torch.Tensor | None,
+    B: torch.Tensor | None,
+    A0: torch.Tensor | None,
+    B0: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     assert A is not None and B is not None
     weighted = weights.to("cpu", torch.float64)[:, None, None] * B  # [N, d_out, r]
 
@@ -66,9 +102,15 @@ def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torc
     return torch.cat(downs), adapter.scaling * torch.cat(ups, dim=1)
 
 
-def tensor_names(layer: str) -> tuple[str, str]:
-    """Names of A' and B' of a layer in PEFT's files."""
-    return f"{PREFIX}{layer}.lora_A.weight", f"{PREFIX}{layer}.lora_B.weight"
+def tensor_names(layers: Mapping[str, RLoraLayer]) -> dict[str, tuple[str, str]]:
+    """Names of A' and B' of each layer in PEFT's files."""
+    linear, experts = split_layers(layers)
+    places = {name: place_in_module(layer) for name, layer in experts.items()}
+    modules = {**dict(zip(linear, linear, strict=True)), **peft_names(experts, places)}
+    return {
+        layer: (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
+        for layer, module in modules.items()
+    }
 
 
 def lora_tensors(
@@ -84,23 +126,39 @@ def lora_tensors(
         adapter_name (`str`): The adapter.
         head_weights (`Mapping[str, torch.Tensor]`): Head weights `[N]` by layer.
     """
+    linear, experts = split_layers(layers)
     factors = {
-        name: lora_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in layers.items()
+        name: lora_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in linear.items()
     }
-    rank = max(down.shape[0] for down, _ in factors.values())
-    tensors = {}
+    of_experts = {
+        name: expert_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in experts.items()
+    }
+    rank = max(down.shape[-2] for down, _ in [*factors.values(), *of_experts.values()])
+
+    tensors: dict[str, torch.Tensor] = {}
+    names = tensor_names(layers)
+    for name, (down, up) in of_experts.items():
+        packed = pack(down, up, rank, experts[name])
+        tensors |= {part: matrix.float().contiguous() for part, matrix in zip(names[name], packed, strict=True)}
     for name, (down, up) in factors.items():
         padding = rank - down.shape[0]
-        A, B = tensor_names(name)
+        A, B = names[name]
         tensors[A] = F.pad(down, (0, 0, 0, padding)).float().contiguous()  # [rank, d_in]
         tensors[B] = F.pad(up, (0, padding)).float().contiguous()  # [d_out, rank]
     return tensors
 
 
+def rank_of(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, RLoraLayer]) -> int:
+    """The rank of the tensors of a LoRA adapter, which is that of all layers."""
+    present = ((name, tensors[A]) for name, (A, _) in tensor_names(layers).items() if A in tensors)
+    name, A = next(present)
+    return A.shape[0] // (layers[name].num_experts or 1)
+
+
 def base_module(module: nn.Module) -> nn.Module:
     """The module of the base model that adapters were put around, or the module itself."""
-    while isinstance(module, RLoraLayer | AuxiliaryTrainingWrapper):
-        module = module.base_layer if isinstance(module, RLoraLayer) else module.original_module
+    while isinstance(module, RLoraLinear | RLoraExperts | AuxiliaryTrainingWrapper):
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
     return module
 
 
@@ -135,14 +193,17 @@ def _suffix(name: str, parts: int) -> str:
     return ".".join(name.rsplit(".", parts)[-parts:])
 
 
-def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: bool) -> LoraConfig:
+def lora_config(
+    config: RLoraConfig, rank: int, targets: list[str], parameters: list[str], transposed: bool
+) -> LoraConfig:
     """
     The configuration of the exported adapter. Its scaling is 1, as B' includes the adapter's.
 
     Args:
         config ([`RLoraConfig`]): Configuration of the R-LoRA adapter.
         rank (`int`): Rank of all layers.
-        targets (`list[str]`): Names of the layers.
+        targets (`list[str]`): Names of the linear layers.
+        parameters (`list[str]`): Names of the weights of experts.
         transposed (`bool`): Whether the base stores weights as `[d_in, d_out]`.
     """
     options: dict[str, Any] = {
@@ -159,6 +220,7 @@ def lora_config(config: RLoraConfig, rank: int, targets: list[str], transposed: 
         lora_dropout=0.0,
         use_rslora=False,
         target_modules=targets,
+        target_parameters=parameters or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
         **options,

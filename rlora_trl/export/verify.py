@@ -7,10 +7,14 @@ from collections.abc import Mapping
 
 import torch
 
+from ..kernels.grouped import RowGroups
 from ..reading import first_few
 from ..tuner import MultiHeadAdapter
+from ..tuner.expert_products import ExpertRows
+from ..tuner.experts import ExpertsAdapter, RLoraExpertWeight
 from ..tuner.layer import RLoraLayer
 from ..tuner.selection import adapter_of
+from .experts import unpack
 from .lora import tensor_names
 
 
@@ -36,7 +40,8 @@ def check_deltas(
     Raises:
         ValueError: If a layer is missing, or its delta on random inputs differs by more than rounding explains.
     """
-    expected_names = {part for name in layers for part in tensor_names(name)}
+    names = tensor_names(layers)
+    expected_names = {part for parts in names.values() for part in parts}
     written_names = {name for name in tensors if ".lora_" in name}
     if written_names != expected_names:
         raise ValueError(
@@ -47,18 +52,20 @@ def check_deltas(
     for name, layer in layers.items():
         adapter = _wide_copy(adapter_of(layer, adapter_name), head_weights[name])
         inputs = _random_inputs(layer.in_features)  # [T, d_in]
-        reference = adapter(inputs)  # [T, d_out]
+        reference = _delta(adapter, inputs)  # [T, d_out], or [E, T, d_out]
         if not bool(reference.isfinite().all()):
             raise ValueError(
                 f"The adapter itself gives values that are not finite in {name}. Load a checkpoint whose parameters "
                 "are finite. Nothing was written."
             )
 
-        down, up = (tensors[part].cpu().double() for part in tensor_names(name))  # [k, d_in], [d_out, k]
-        difference = (inputs @ down.T @ up.T - reference).abs()
+        down, up = (tensors[part].cpu().double() for part in names[name])  # [k, d_in], [d_out, k]
+        if isinstance(layer, RLoraExpertWeight):
+            down, up = unpack(down, up, layer)  # [E, k, d_in], [E, d_out, k]
+        difference = (inputs @ down.mT @ up.mT - reference).abs()
 
         # Each of both factors was rounded to float32 once.
-        terms = inputs.abs() @ down.abs().T @ up.abs().T
+        terms = inputs.abs() @ down.abs().mT @ up.abs().mT
         bound = 2 * torch.finfo(torch.float32).eps * terms + _reference_rounding(adapter, inputs)
         if not bool((difference <= bound).all()):
             worst = torch.where(difference <= bound, 0.0, difference - bound).argmax()
@@ -67,6 +74,15 @@ def check_deltas(
                 f"{difference.flatten()[worst]:.2g}, where rounding explains {bound.flatten()[worst]:.2g}. Nothing "
                 "was written; please report it."
             )
+
+
+def _delta(adapter: MultiHeadAdapter, inputs: torch.Tensor) -> torch.Tensor:
+    """The delta of inputs, `[T, d_out]`; of experts that of each, `[E, T, d_out]`."""
+    if not isinstance(adapter, ExpertsAdapter):
+        return adapter(inputs)
+    ready = adapter()
+    groups = [RowGroups(expert=expert) for expert in range(adapter.num_experts)]
+    return torch.stack([adapter.delta(ready, inputs, ExpertRows(group, None, len(inputs))) for group in groups])
 
 
 def _random_inputs(in_features: int) -> torch.Tensor:

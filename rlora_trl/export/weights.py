@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..analysis.measuring import constant_head_weights
+from ..analysis.measuring import head_weights_by_layer
 from ..files.head_weights import HeadWeights
 from ..files.record import find_record
 from ..reading import first_few, printable, shorten
@@ -28,7 +28,8 @@ class ExportWeights:
     The head weights of an export.
 
     Args:
-        by_layer (`dict[str, torch.Tensor]`): Weights `[N]` by name of the layer, in float64.
+        by_layer (`dict[str, torch.Tensor]`): Weights `[N]` by name of the layer, in float64; `[E, N]` where experts
+            have their own.
         exact (`bool`): The adapter uses these weights for every token too.
         origin (`str`): Where they come from, for the report and the card.
     """
@@ -77,9 +78,8 @@ def choose_head_weights(
         weights = ExportWeights(dict.fromkeys(layers, equal), True, "equal, as in the adapter")
     elif by_task:
         task = _only_task(config) if task is None else task
-        table = constant_head_weights(layers, adapter_name, task)  # [L, N]
         origin = f"those learned for the task `{printable(task)}`"
-        weights = ExportWeights(dict(zip(layers, table, strict=True)), True, origin)
+        weights = ExportWeights(head_weights_by_layer(layers, adapter_name, task), True, origin)
     else:
         weights = _recorded_or_measured(config, task, measure, token)
     return _match_layers(weights, layers, adapter_name)
@@ -149,7 +149,7 @@ def _match_layers(weights: ExportWeights, layers: Mapping[str, RLoraLayer], adap
             f"{next(iter(layers))!r}."
         )
     by_layer = {
-        name: check_weights(weights.by_layer[name], layer.num_heads[adapter_name], f" of {name}")
+        name: check_weights(weights.by_layer[name], layer.num_heads[adapter_name], f" of {name}", layer.num_experts)
         for name, layer in layers.items()
     }
     return ExportWeights(by_layer, weights.exact, weights.origin)

@@ -274,7 +274,8 @@ def _check_export(config_path: Path) -> None:
     weights = config_path.parent / WEIGHTS_NAME
     entries = read_safetensors_header(weights, limit=WEIGHTS_LIMIT)
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {None}
-    check_lora_tensors(weights, entries, ranks, config.get("modules_to_save") or ())
+    parameters = config.get("target_parameters") or ()
+    check_lora_tensors(weights, entries, ranks, config.get("modules_to_save") or (), parameters)
     file_digest(weights, entries, finite=True)
 
 

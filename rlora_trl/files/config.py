@@ -22,8 +22,8 @@ _MAX_PATTERNS = 500
 # Fields of a plain LoRA adapter that an export may set.
 _EXPORT_FIELDS = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha "
-    "lora_dropout use_rslora fan_in_fan_out bias target_modules exclude_modules modules_to_save layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern trainable_token_indices runtime_config".split()
+    "lora_dropout use_rslora fan_in_fan_out bias target_modules target_parameters exclude_modules modules_to_save "
+    "layers_to_transform layers_pattern rank_pattern alpha_pattern trainable_token_indices runtime_config".split()
 )
 _OTHER_METHOD = "Load it with `peft.PeftModel.from_pretrained`, or convert LoRA with `rlora convert`."
 _LIBRARY = re.compile(r"transformers(\.\w+)*", re.ASCII)
@@ -94,7 +94,7 @@ def read_lora_config(path: Path) -> Mapping[str, Any]:
             "long. Export it again."
         )
     # PEFT itself loads it, and would run regular expressions.
-    refuse_expressions({name: data.get(name) for name in TARGETS}, str(path), MAX_ITEMS)
+    refuse_expressions({name: data.get(name) for name in (*TARGETS, "target_parameters")}, str(path), MAX_ITEMS)
     refuse_expressions({name: data.get(name) for name in _PATTERNS}, str(path), _MAX_PATTERNS)
     return data
 

@@ -133,7 +133,8 @@ def check_tensors(path: Path, entries: Mapping[str, TensorEntry], config: RLoraC
     if layer is not None:
         raise AdapterCheckError(
             f"{path} has an adapter for the layer {shorten(layer)}, which `target_modules` of its configuration "
-            f"({shorten(config.target_modules)}) does not select. The two files belong to different adapters; "
+            f"({shorten(config.target_modules)}) does not select, nor `target_parameters` "
+            f"({shorten(config.target_parameters)}). The two files belong to different adapters; "
             "take both from one source."
         )
     check_layers(path, stored, config)
@@ -199,7 +200,11 @@ def _is_saved(name: str, modules_to_save: Collection[str]) -> bool:
 
 
 def check_lora_tensors(
-    path: Path, entries: Mapping[str, TensorEntry], ranks: Collection[int], modules_to_save: Collection[str] = ()
+    path: Path,
+    entries: Mapping[str, TensorEntry],
+    ranks: Collection[int],
+    modules_to_save: Collection[str] = (),
+    parameters: Collection[str] = (),
 ) -> None:
     """
     Check names, shapes and types of a plain LoRA adapter's tensors.
@@ -209,9 +214,11 @@ def check_lora_tensors(
         entries (`Mapping[str, TensorEntry]`): Its header.
         ranks (`Collection[int]`): Ranks that its configuration has.
         modules_to_save (`Collection[str]`, *optional*): Modules that it holds besides.
+        parameters (`Collection[str]`, *optional*): Full names of weights of experts that it adapts.
 
     Raises:
-        AdapterCheckError: If there are others than `lora_A` and `lora_B`, in pairs of one of these ranks.
+        AdapterCheckError: If there are others than `lora_A` and `lora_B`, in pairs of one of these ranks, or for
+            experts of a multiple of one.
     """
     layers, others = split_by_layer(path, entries, _LORA)
     problem = None if layers else "it has no `lora_A` and `lora_B`"
@@ -219,10 +226,15 @@ def check_lora_tensors(
         if not _is_saved(name.removeprefix(PREFIX), modules_to_save):
             problem = problem or f"it has the tensor {shorten(name, 200)}"
 
+    modules = {name.rpartition(".")[0] for name in parameters}
     for layer, tensors in layers.items():
         shapes = [tensors[role].shape if role in tensors else () for role in ("lora_A", "lora_B")]
         d_in, d_out = (shape[-1] if shape else 0 for shape in (shapes[0], shapes[1][:1]))
-        if not any(shapes == [(r, d_in), (d_out, r)] for r in ranks):
+        accepted = set(ranks)
+        if layer.replace(".base_layer", "") in modules and len(shapes[0]) == 2:
+            # PEFT has the factors of all experts side by side.
+            accepted |= {shapes[0][0] for r in ranks if shapes[0][0] and shapes[0][0] % r == 0}
+        if not any(shapes == [(r, d_in), (d_out, r)] for r in accepted):
             problem = problem or (
                 f"{layer} has {dict(zip(('lora_A', 'lora_B'), map(list, shapes), strict=True))}, expected `lora_A` "
                 f"[r, d_in] and `lora_B` [d_out, r] with r of {' or '.join(map(str, sorted(ranks)[:8]))}"

@@ -70,7 +70,8 @@ class FirstGradients:
 
     def _add(self, layer: str, name: str, grad: torch.Tensor) -> None:
         square = grad.detach().float().pow(2)
-        square = square.flatten(1).sum(1) if name == "B" else square.sum().reshape(1)
+        # Heads of experts have one more dimension; an expert without tokens has no gradient.
+        square = square.sum((-2, -1)).reshape(-1, square.shape[-3]).sum(0) if name == "B" else square.sum().reshape(1)
         self.squares[layer, name] = self.squares.get((layer, name), 0) + square
 
     def close(self) -> None:

@@ -221,7 +221,7 @@ def head_similarity(adapters: Sequence[MultiHeadAdapter]) -> float | None:
     cosines = []
     for adapter in adapters:
         B = adapter.B.detach()
-        if B.shape[0] < 2 or type(B) is not torch.Tensor or B.numel() == 0:
+        if type(B) is not torch.Tensor or B.numel() == 0 or B.shape[-3] < 2:
             return None
         cosines.append(mean_between(head_cosines(B)))
     return torch.stack(cosines).mean().item() if cosines else None

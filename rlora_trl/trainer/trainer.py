@@ -51,13 +51,13 @@ from .optimizer import set_learning_rates
 from .precision import cast_for_deepspeed, undo_bf16_cast
 from .publishing import as_list, check_publishing, count_trainable, is_sharded, push_copy, rows_to_measure, write_card
 from .run_record import RunRecord, loaded_commit
-from .setup import as_rlora_config, check_balance, check_devices, check_optimizer, check_parallelism
+from .setup import as_rlora_config, check_balance, check_devices, check_experts, check_optimizer, check_parallelism
 from .sharding import keep_outputs_wide, wait_for_backward
 from .task_collator import TaskCollator
 from .task_data import TaskData
 from .task_evaluation import OptionRows, count_correct_options, find_option_rows, mean_over_tasks, split_by_task
 from .task_ids import ROW_STARTS, TASK_IDS, TOKEN_MASK, token_mask_of
-from .zero3 import keep_anchors_whole
+from .zero3 import keep_anchors_whole, require_input_gradients
 
 
 logger = get_logger(__name__)
@@ -194,6 +194,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
         if self.is_deepspeed_enabled:
             cast_for_deepspeed(self.model, self.accelerator)
             keep_anchors_whole(self.model, self.accelerator)
+            require_input_gradients(self.model, self.accelerator)
         keep_outputs_wide(self.accelerator)
         self._base_commit = self._find_base_commit()
         self._watch_adapters()
@@ -214,6 +215,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
             for adapter in self._adapters.values():
                 adapter.A.requires_grad_(False)
         check_parallelism(self.args, self.accelerator.parallelism_config)
+        check_experts(self.args, self._adapters)
         check_optimizer(self.args, self.optimizer)
         if self.is_deepspeed_enabled:
             check_deepspeed_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.args.nan_policy)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from peft import PeftModel
 from torch import nn
 
 from ..tuner import MultiHeadAdapter
@@ -39,6 +40,25 @@ def keep_anchors_whole(model: nn.Module, accelerator: Accelerator) -> None:
             # DeepSpeed takes the parameters of the first rank, and an anchor must agree with its A and B.
             value = broadcast(anchor.to(accelerator.device))
             setattr(adapter, name, value if moves else value.to(anchor.device))
+
+
+def require_input_gradients(model: nn.Module, accelerator: Accelerator) -> None:
+    """
+    Let gradients flow to the inputs of a model with adapters of experts, under ZeRO-3.
+
+    DeepSpeed takes blocks of experts as wholes (its "leaf modules"), and reduces their gradients when that of their
+    input is there. A block without one, such as that of the first layer, would be reduced before any gradient of its
+    adapters (`reduce_leaf_module_grads`; no upstream issue as of deepspeed 0.19).
+
+    Args:
+        model (`torch.nn.Module`): The trainer's model.
+        accelerator (`Accelerator`): The trainer's accelerator, with DeepSpeed enabled.
+    """
+    plugin: Any = accelerator.state.deepspeed_plugin
+    experts = any(isinstance(module, MultiHeadAdapter) and module.num_experts for module in model.modules())
+    if plugin.zero_stage == 3 and experts:
+        core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        core.enable_input_require_grads()
 
 
 class _GatherTogether:

@@ -108,6 +108,8 @@ class MultiHeadAdapter(nn.Module):
             See [`init_heads_`].
         init_gamma (`float`, *optional*, defaults to `64.0`):
             Constant of the paper's Table 1.
+        num_experts (`int`, *optional*, defaults to `0`):
+            For [`ExpertsAdapter`]: the first dimension of all tensors.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Dtype of the parameters.
     """
@@ -141,6 +143,7 @@ class MultiHeadAdapter(nn.Module):
         num_tasks: int = 0,
         share_a: bool = True,
         init_weights: str | bool = "rlora",
+        num_experts: int = 0,
     ) -> dict[str, tuple[int, ...]]:
         """
         The tensors of an adapter with these settings. Nothing else knows them.
@@ -148,6 +151,8 @@ class MultiHeadAdapter(nn.Module):
         Args:
             num_tasks (`int`, *optional*, defaults to `0`):
                 Number of tasks of a task router. Other arguments: see the class.
+            num_experts (`int`, *optional*, defaults to `0`):
+                Number of experts, the first dimension of all tensors; 0 for a layer without experts.
 
         Returns:
             `dict[str, tuple[int, ...]]`: Shapes by name, in the order of `tensor_names`.
@@ -163,7 +168,7 @@ class MultiHeadAdapter(nn.Module):
         # than the mean of B.
         if init_weights == "rlora":
             shapes |= {"A0": shapes["A"], "B0": (out_features, r) if share_a else shapes["B"]}
-        return shapes
+        return {name: (num_experts, *shape) for name, shape in shapes.items()} if num_experts else shapes
 
     def __init__(
         self,
@@ -182,10 +187,12 @@ class MultiHeadAdapter(nn.Module):
         dropout_position: str = "head",
         init_weights: str | bool = "rlora",
         init_gamma: float = 64.0,
+        num_experts: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.num_experts = num_experts
         self.r, self.num_heads = r, num_heads
         self.scaling = scaling
         self.router_kind, self.router_init = router, router_init
@@ -216,6 +223,7 @@ class MultiHeadAdapter(nn.Module):
             num_tasks=len(self.routing.tasks),
             share_a=share_a,
             init_weights=init_weights,
+            num_experts=num_experts,
         )
         for name in self.tensor_names:
             parameter = None
@@ -236,7 +244,7 @@ class MultiHeadAdapter(nn.Module):
 
     def _anchor_of(self, B: torch.Tensor) -> torch.Tensor:
         """The part of B that the anchor stores: with a shared A, the mean over heads."""
-        return B.mean(0) if self.share_a else B
+        return B.mean(-3) if self.share_a else B
 
     @torch.no_grad()
     def reset_anchor(self) -> None:

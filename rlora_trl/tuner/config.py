@@ -18,13 +18,15 @@ from typing_extensions import override
 from ..reading import first_few, read_safetensors_header, shorten
 from .config_fields import check_fields
 from .initialization import INIT_SCHEMES, ROUTER_INITS
-from .layer_names import module_of, value_for
+from .layer_names import is_plain, module_of, value_for
 from .task_names import MAX_TASKS, task_name
 
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 ROUTERS = ("softmax", "top_k", "task", "uniform")
 DROPOUT_POSITIONS = ("head", "input")
+# PEFT compares all of them with each parameter of a model.
+_MAX_PARAMETERS = 100
 BIASES = ("none", "all", "rlora_only")
 
 
@@ -62,6 +64,10 @@ class RLoraConfig(PeftConfig):
             which the paper trains.
         exclude_modules (`str` or `list[str]`, *optional*):
             Names, or a regular expression, of layers to leave out.
+        target_parameters (`list[str]`, *optional*):
+            Names of weights of experts to adapt, parameters of three dimensions such as `"experts.gate_up_proj"`; each
+            expert gets its own adapter. By default those of known architectures, if `target_modules` is not set;
+            `[]` for none.
         head_dropout (`float`, *optional*, defaults to `0.2`):
             Probability in `[0, 1)` that an element is dropped during training.
         dropout_position (`str`, *optional*, defaults to `"head"`):
@@ -169,6 +175,10 @@ class RLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the token embedding to train."}
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of weights of experts to adapt; by default those of known architectures."},
+    )
     saved_embeddings: list[str] | None = field(
         default=None, metadata={"help": "Embeddings that the adapter's file holds as a whole; saving sets it."}
     )
@@ -186,12 +196,30 @@ class RLoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_parameters, list | tuple | Set):
+            self.target_parameters = list(dict.fromkeys(self.target_parameters))
+        self._check_parameters()
         self._check_sizes()
         self._check_choices()
         self._check_layers()
         self._check_router()
         self._check_tasks()
         self._check_symmetry()
+
+    def _check_parameters(self) -> None:
+        names = self.target_parameters
+        if names is not None and (
+            not isinstance(names, list) or not all(isinstance(name, str) and is_plain(name) for name in names)
+        ):
+            raise TypeError(
+                f"`target_parameters` must be a list of names, got {shorten(names)}. For example "
+                "['experts.gate_up_proj', 'experts.down_proj']; regular expressions are not accepted."
+            )
+        if names is not None and len(names) > _MAX_PARAMETERS:
+            raise ValueError(
+                f"`target_parameters` has {len(names)} names, more than {_MAX_PARAMETERS}. Name what they end in, and "
+                "select layers with `layers_to_transform`."
+            )
 
     def _check_sizes(self) -> None:
         # Sizes of all layers

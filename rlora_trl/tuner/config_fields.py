@@ -43,6 +43,7 @@ class _FieldTypes(TypedDict, total=False):
     saved_embeddings: list[str] | None
     target_modules: str | list[str] | None
     exclude_modules: str | list[str] | None
+    target_parameters: list[str] | None
     modules_to_save: str | list[str] | None
     layers_pattern: str | list[str] | None
     tasks: str | list[str] | None
@@ -87,7 +88,7 @@ def _check_bounds(data: Mapping[str, Any]) -> None:
                     "the adapter again."
                 )
 
-    for name in (*TARGETS, "modules_to_save", "layers_pattern", "tasks", "saved_embeddings"):
+    for name in (*TARGETS, "target_parameters", "modules_to_save", "layers_pattern", "tasks", "saved_embeddings"):
         is_expression = isinstance(data.get(name), str) and name in TARGETS
         for text in _leaves(data.get(name)):
             if not text or (len(text) > _MAX_TEXT and not is_expression):

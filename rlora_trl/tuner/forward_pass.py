@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -75,12 +76,12 @@ def _task_routers(adapters: Sequence[MultiHeadAdapter], routing: Routing) -> dic
     routers: dict[int, torch.Tensor] = {}
     for adapter in adapters:
         router = adapter._parameters.get("router")
-        if adapter.routing is routing and router is not None and is_whole(adapter):
+        if adapter.routing is routing and not adapter.num_experts and router is not None and is_whole(adapter):
             routers[adapter.layer_number] = router
     return routers
 
 
-def outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     A function that `torch.compile` leaves alone.
 
@@ -91,5 +92,5 @@ def outside_graphs(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @lru_cache(maxsize=8)
-def _disabled(function: Callable[..., None]) -> Callable[..., None]:
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function)

@@ -27,12 +27,26 @@ class RLoraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("rlora_adapters",)
     other_param_names = ("r", "num_heads", "scaling")
+    # Number of experts whose weights the layer adapts; 0 for a linear layer.
+    num_experts = 0
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(
+                f"R-LoRA can't adapt a layer of type {type(self.get_base_layer()).__name__}, only linear layers. "
+                "Leave it out of `target_modules`, or name it in `exclude_modules`."
+            )
+        self._init_state(in_features, out_features)
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
+
+    def _init_state(self, in_features: int, out_features: int) -> None:
+        """Set the attributes that PEFT and this package read, for a layer without adapters."""
+        self.in_features, self.out_features = in_features, out_features
+        self.quantization_backend = None
         self.rlora_adapters = nn.ModuleDict()  # of MultiHeadAdapter, by adapter name
         self.r: dict[str, int] = {}
         self.num_heads: dict[str, int] = {}
@@ -40,14 +54,6 @@ class RLoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.fan_in_fan_out = False
-
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise TypeError(
-                f"R-LoRA can't adapt a layer of type {type(self.get_base_layer()).__name__}, only linear layers. "
-                "Leave it out of `target_modules`, or name it in `exclude_modules`."
-            )
-        self.in_features, self.out_features = in_features, out_features
 
     def update_layer(self, adapter_name: str, config: RLoraConfig, *, layer_name: str, routing: Routing) -> None:
         """
@@ -65,7 +71,7 @@ class RLoraLayer(BaseTunerLayer):
         self.r[adapter_name] = r
         self.num_heads[adapter_name] = config.num_heads
         self.scaling[adapter_name] = scaling
-        self.rlora_adapters[adapter_name] = MultiHeadAdapter(
+        self.rlora_adapters[adapter_name] = self._new_adapter(
             self.in_features,
             self.out_features,
             r,
@@ -83,6 +89,10 @@ class RLoraLayer(BaseTunerLayer):
         ).train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_adapter(self, *args: Any, **kwargs: Any) -> MultiHeadAdapter:
+        """An adapter for this kind of layer, by the arguments of [`MultiHeadAdapter`]."""
+        return MultiHeadAdapter(*args, **kwargs)
 
     def _stores_transposed_weight(self, config: RLoraConfig) -> bool:
         transposed = isinstance(self.get_base_layer(), Conv1D)
@@ -166,6 +176,54 @@ class RLoraLayer(BaseTunerLayer):
                 result[rows] += self.rlora_adapters[name](x[rows]).to(result.dtype)
         return result
 
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's delta in the layout of the base weight; see [`MultiHeadAdapter.delta_weight`]."""
+        delta = self.rlora_adapters[adapter_name].delta_weight()
+        return delta.mT if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Add the delta of the active adapters to the base weight.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Check the merged weight for NaN and infinity first.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; by default the active ones.
+
+        Raises:
+            ValueError: If an adapter's delta depends on the token, or a merged weight would not be finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.rlora_adapters:
+                continue
+            merged = self._shifted_weight(name, sign=1)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"Merging adapter {name!r} gives weights that are not finite: the adapter is damaged. Nothing was "
+                    "merged in this layer; load an earlier adapter."
+                )
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract the delta of all merged adapters from the base weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.rlora_adapters:
+                self.set_base_weight(self._shifted_weight(name, sign=-1))
+
+    def _shifted_weight(self, adapter_name: str, sign: int) -> torch.Tensor:
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter_name)
+        # Add in the wider of the two dtypes and round once.
+        return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        adapter = self.rlora_adapters[adapter_name] if adapter_name in self.rlora_adapters else None
+        return adapter is None or adapter.router is None
+
 
 class RLoraLinear(nn.Module, RLoraLayer):
     """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantized) with R-LoRA adapters."""
@@ -242,54 +300,6 @@ class RLoraLinear(nn.Module, RLoraLayer):
                 "train, load a base with quantized weights only, for example torchao's `Int8WeightOnlyConfig`; for "
                 "inference run the model under `torch.no_grad()`."
             )
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's delta in the layout of the base weight; see [`MultiHeadAdapter.delta_weight`]."""
-        delta = self.rlora_adapters[adapter_name].delta_weight()
-        return delta.T if self.fan_in_fan_out else delta
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Add the delta of the active adapters to the base weight.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): Check the merged weight for NaN and infinity first.
-            adapter_names (`list[str]`, *optional*): The adapters to merge; by default the active ones.
-
-        Raises:
-            ValueError: If an adapter's delta depends on the token, or a merged weight would not be finite.
-        """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.rlora_adapters:
-                continue
-            merged = self._shifted_weight(name, sign=1)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"Merging adapter {name!r} gives weights that are not finite: the adapter is damaged. Nothing was "
-                    "merged in this layer; load an earlier adapter."
-                )
-            self.set_base_weight(merged)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Subtract the delta of all merged adapters from the base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name in self.rlora_adapters:
-                self.set_base_weight(self._shifted_weight(name, sign=-1))
-
-    def _shifted_weight(self, adapter_name: str, sign: int) -> torch.Tensor:
-        weight = self.get_base_weight()
-        delta = self.get_delta_weight(adapter_name)
-        # Add in the wider of the two dtypes and round once.
-        return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        adapter = self.rlora_adapters[adapter_name] if adapter_name in self.rlora_adapters else None
-        return adapter is None or adapter.router is None
 
     def __repr__(self) -> str:
         return "rlora." + super().__repr__()

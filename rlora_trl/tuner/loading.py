@@ -10,13 +10,15 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from ..reading import AdapterCheckError, first_few, shorten
 from .adapter import MultiHeadAdapter
 from .comparison import compare_tensors
 from .config import RLoraConfig
+from .expert_targets import select_parameters
+from .experts import expert_sizes
 from .layer import RLoraLayer
 from .layer_names import PREFIX, module_of
 from .patterns import settle_patterns
@@ -56,8 +58,22 @@ class ParameterBudget:
             AdapterCheckError: If there are more than the limit.
         """
         d_in, d_out = _get_in_out_features(module)
-        if not d_in or not d_out:
-            return  # not a linear layer, which is refused by name
+        if d_in and d_out:  # else it is not a linear layer, which is refused by name
+            self._take(config, layer, d_in, d_out)
+
+    def take_experts(self, config: RLoraConfig, layer: str, experts: nn.Module, weight: str) -> None:
+        """
+        [`take`] for a weight of experts.
+
+        Args:
+            config ([`RLoraConfig`]), layer (`str`): As in [`take`].
+            experts (`torch.nn.Module`), weight (`str`): The module that holds the weight, and its name there.
+        """
+        base: Any = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+        sizes = expert_sizes(base, weight)
+        self._take(config, layer, sizes.in_features, sizes.out_features, sizes.num_experts)
+
+    def _take(self, config: RLoraConfig, layer: str, d_in: int, d_out: int, num_experts: int = 0) -> None:
         shapes = MultiHeadAdapter.expected_tensors(
             d_in,
             d_out,
@@ -67,6 +83,7 @@ class ParameterBudget:
             num_tasks=len(config.tasks or ()),
             share_a=config.share_a,
             init_weights=config.init_weights,
+            num_experts=num_experts,
         )
         self.used += sum(map(math.prod, shapes.values()))
         if self.used > self.limit:
@@ -98,6 +115,7 @@ def settle_loaded(config: RLoraConfig, model: nn.Module) -> ParameterBudget:
     source = "the adapter" if config.source is None else config.source.name
     # Checkpointing and `torch.compile` add to the names of modules, which a file does not have.
     names = [without_wrappers(name) for name, _ in model.named_modules() if name]
+    names += map(without_wrappers, select_parameters(config, model))
     settle_patterns(config, names, None if stored is None else stored.ranks, source)
     _check_token_rows(config, model, stored, source)
     if stored is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -26,6 +27,14 @@ from .adapter import MultiHeadAdapter
 from .batch import BatchShape, TaskIds, check_task_ids, describe_batch, resolve_task_ids
 from .bnb_cpu import guard_cpu_order
 from .config import RLoraConfig
+from .expert_targets import (
+    describe_targets,
+    patterns_of_modules,
+    select_parameters,
+    settle_experts,
+    unmatched_parameters,
+)
+from .experts import RLoraExperts, adapt_experts
 from .forward_pass import ForwardPass, outside_graphs
 from .layer import RLoraLayer, RLoraLinear
 from .loading import check_adapter_tensors, check_on_first_use, settle_loaded, without_wrappers
@@ -203,6 +212,7 @@ class RLoraModel(BaseTuner):
             # this name whether to save a resized embedding (no upstream issue as of peft 0.21.2).
             config.base_model_name_or_path = vars(model).get("name_or_path") or None
 
+        settle_experts(config, model)
         # Before PEFT fills in the default of the architecture.
         targets = config.target_modules
         self._user_targets = () if targets is None or isinstance(targets, str) else targets
@@ -210,13 +220,10 @@ class RLoraModel(BaseTuner):
         self._new_routing = Routing(config.tasks, config.router)
 
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with patterns_of_modules(config, model) as self._with_patterns:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)})
-            raise NoMatchingPeftModuleError(
-                f"{error} R-LoRA adapts linear layers, and this model's are named {', '.join(names) or '(none)'}. Set "
-                '`target_modules` to some of them, or to "all-linear".'
-            ) from error
+            raise NoMatchingPeftModuleError(f"{error} {describe_targets(model)}") from error
 
         self._warn_of_ignored(model, adapter_name)
         if not config.loaded:
@@ -231,8 +238,8 @@ class RLoraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: RLoraConfig, model_config: dict) -> RLoraConfig:
         if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
             raise ValueError(
-                f"`target_modules` has no default for models of type {model_config.get('model_type')!r}. Set it to "
-                'the names of the MLP projections, or to "all-linear".'
+                f"`target_modules` has no default for models of type {model_config.get('model_type')!r}. "
+                f"{describe_targets(self.model)}"
             )
         prepared = super()._prepare_adapter_config(peft_config, model_config)
         # The default of some architectures is an expression, which excludes `layers_to_transform`.
@@ -290,6 +297,35 @@ class RLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    @override
+    def _inject_parameters(
+        self, peft_config: RLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """
+        Adapt the weights of experts in `target_parameters`.
+
+        PEFT would nest a wrapper for each weight; here one wrapper holds the adapters of all.
+        """
+        selected = select_parameters(peft_config, model)
+        self._ignored += unmatched_parameters(peft_config, selected)
+        for name in selected:
+            if peft_config.loaded:
+                experts, _, weight = name.rpartition(".")
+                self._budget.take_experts(self._with_patterns, name, model.get_submodule(experts), weight)
+        for name in selected:
+            module_name, _, weight = name.rpartition(".")
+            target = model.get_submodule(module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                wrapper = adapt_experts(
+                    target, weight, adapter_name, self._with_patterns, layer_name=name, routing=self._new_routing
+                )
+            if adapter_name not in self.active_adapters:
+                wrapper.get_submodule(weight).requires_grad_(False)
+            if wrapper is not target:
+                parent, _, child = module_name.rpartition(".")
+                self._replace_module(model.get_submodule(parent), child, wrapper, target)
+        return selected
 
     @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -499,7 +535,7 @@ class RLoraModel(BaseTuner):
             encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
             in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
             for module in self.modules():
-                if isinstance(module, RLoraLayer | AuxiliaryTrainingWrapper):
+                if isinstance(module, RLoraLayer | RLoraExperts | AuxiliaryTrainingWrapper):
                     # An encoder sees the rows before beam search repeats them.
                     names = list(adapter_names) if module in in_encoder else expanded
                     hook = partial(_name_adapters, adapter_names=names)

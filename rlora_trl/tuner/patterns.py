@@ -46,7 +46,8 @@ def settle_patterns(
     Raises:
         AdapterCheckError: If a field has an expression that can't be replaced.
     """
-    names_only = {"modules_to_save": config.modules_to_save, "layers_pattern": config.layers_pattern}
+    fields = ("target_parameters", "modules_to_save", "layers_pattern")
+    names_only = {field: getattr(config, field) for field in fields}
     refuse_expressions(names_only, source)
     matcher = LinearMatcher(source)
 
@@ -265,11 +266,17 @@ def unselected(config: RLoraConfig, layers: Iterable[str], source: str) -> str |
         return None
     matcher = LinearMatcher(source)
     try:
-        targeted = matcher.selection(targets, "target_modules")
+        of_modules = matcher.selection(targets, "target_modules")
+        of_parameters = matcher.selection(config.target_parameters, "target_parameters")
         excluded = matcher.selection(config.exclude_modules, "exclude_modules")
         has_index = _index_test(config)
         return next(
-            (layer for layer in layers if not targeted(layer) or excluded(layer) or not has_index(layer)), None
+            (
+                layer
+                for layer in layers
+                if not (of_modules(layer) or of_parameters(layer)) or excluded(layer) or not has_index(layer)
+            ),
+            None,
         )
     except AdapterCheckError:  # the layers in the file replace such an expression
         return None

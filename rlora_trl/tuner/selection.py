@@ -119,22 +119,28 @@ def only_adapter(model: nn.Module, adapter_name: str) -> Generator[None, None, N
             module.training = mode
 
 
-def check_weights(weights: torch.Tensor | Sequence[float], num_heads: int, where: str = "") -> torch.Tensor:
+def check_weights(
+    weights: torch.Tensor | Sequence[float], num_heads: int, where: str = "", num_experts: int = 0
+) -> torch.Tensor:
     """
     Check head weights that a user passes.
 
     Args:
-        weights (`torch.Tensor` or `Sequence[float]`): The weights, which may be rounded.
+        weights (`torch.Tensor` or `Sequence[float]`): The weights, which may be rounded; a tensor `[E, N]` has those
+            of each expert.
         num_heads (`int`): Their number, N.
         where (`str`, *optional*): What they belong to, for the message.
+        num_experts (`int`, *optional*, defaults to `0`): Number of experts, E; 0 for a linear layer.
 
     Returns:
-        `torch.Tensor` of shape `[N]`: In float64, on the CPU, with a sum of one.
+        `torch.Tensor` of shape `[N]` or `[E, N]`: In float64, on the CPU, with a sum of one.
 
     Raises:
         ValueError: If there are not N of them, or they are not finite, negative, or sum to something else.
     """
     tensor = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    if num_experts and tensor.shape == (num_experts, num_heads):
+        return torch.stack([check_weights(row, num_heads, where) for row in tensor])
     total = float(tensor.sum()) if tensor.numel() else math.nan
     valid = tensor.shape == (num_heads,) and bool((tensor >= 0).all()) and abs(total - 1.0) <= SUM_TOLERANCE
     if not valid:
@@ -168,7 +174,7 @@ def fixed_head_weights(
             f"{', '.join(differing[:3])}{' ...' if len(differing) > 3 else ''}. Measure them on this model."
         )
     checked = {
-        name: check_weights(head_weights[name], layer.num_heads[adapter_name], f" of {name}")
+        name: check_weights(head_weights[name], layer.num_heads[adapter_name], f" of {name}", layer.num_experts)
         for name, layer in layers.items()
     }
     adapters = {name: adapter_of(layer, adapter_name) for name, layer in layers.items()}

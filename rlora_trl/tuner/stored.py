@@ -140,6 +140,7 @@ def _expected_shapes(tensors: Mapping[str, TensorEntry], r: int, config: RLoraCo
         num_tasks=len(config.tasks or ()),
         share_a=config.share_a,
         init_weights=config.init_weights,
+        num_experts=_num_experts(tensors),
     )
 
 
@@ -147,7 +148,13 @@ def _sizes(tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
     """Inputs and outputs of a layer, 0 where the file does not show them."""
     A, B = tensors.get("A"), tensors.get("B")
     d_in = A.shape[-1] if A is not None and A.shape else 0
-    return d_in, B.shape[1] if B is not None and len(B.shape) == 3 else 0
+    return d_in, B.shape[-2] if B is not None and len(B.shape) in (3, 4) else 0
+
+
+def _num_experts(tensors: Mapping[str, TensorEntry]) -> int:
+    """The number of experts, 0 for a layer without: heads of experts have four dimensions."""
+    B = tensors.get("B")
+    return B.shape[0] if B is not None and len(B.shape) == 4 else 0
 
 
 def _expected_ranks(path: str | Path, stored: StoredTensors, config: RLoraConfig) -> dict[str, int]:

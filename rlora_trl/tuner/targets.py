@@ -197,12 +197,13 @@ def ignored_indices(config: RLoraConfig, adapted: Collection[str]) -> Iterator[s
     unmatched = []
     for index in config.layers_to_transform:
         single = copy(config)
+        single.target_modules = {*(config.target_modules or ()), *(config.target_parameters or ())}  # type: ignore[assignment]
         single.layers_to_transform = index
         if not any(check_target_module_exists(single, name) for name in adapted):
             unmatched.append(index)
     if unmatched:
         yield (
-            f"`layers_to_transform` has {_quoted(unmatched)}, but `target_modules` selects no layer with such an "
+            f"`layers_to_transform` has {_quoted(unmatched)}, but no selected layer has such an "
             "index: only the others are adapted. Indices count from 0; correct or remove those."
         )
 

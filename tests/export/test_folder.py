@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
+from expert_models import build
 from exporting import MATRIX, TASKS, adapted, load_base
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from rlora_trl import export_lora
+from rlora_trl import RLoraConfig, export_lora
 from rlora_trl.export.folder import export_folder
 from rlora_trl.files.checks import check_adapter
 from rlora_trl.files.head_weights import HeadWeights
@@ -84,6 +85,15 @@ def test_what_is_refused(model_folders, tmp_path):
     with pytest.raises(ValueError, match=re.escape("has trained base_model.model.lm_head.weight besides its heads")):
         export_folder(check_adapter(tmp_path / "more"), tmp_path / "none", task="same")
     assert not (tmp_path / "none").exists()
+
+
+def test_experts_need_the_base(tmp_path):
+    """How PEFT names their LoRA depends on the base's modules."""
+    model = get_peft_model(build("mixtral"), RLoraConfig(router="uniform", tasks=TASKS, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapts experts .*, whose LoRA can't be written without the base model"):
+        export_folder(check_adapter(tmp_path / "adapter"), tmp_path / "export", task="same")
+    assert not (tmp_path / "export").exists()
 
 
 def test_expressions_of_a_stranger_are_not_run(model_folders, tmp_path):

@@ -441,7 +441,7 @@ def test_embeddings_must_be_announced(adapter):
 UNUSUAL = {
     "replication": ({"layer_replication": [[0, 1]] * 1000}, "sets layer_replication, which an export never does"),
     "pissa": ({"init_lora_weights": "pissa"}, "sets init_lora_weights, which"),
-    "parameters": ({"target_parameters": ["experts.w"]}, "sets target_parameters, which"),
+    "parameters": ({"target_parameters": ["experts.(w+)+"]}, "`target_parameters`.*must have names of modules"),
     "expression": ({"target_modules": "(a+)(?#)+b"}, "`target_modules`.*must have names of modules"),
     "pattern": ({"rank_pattern": {"(a+)+b": 4}}, "`rank_pattern`.*must have names of modules"),
     "many": ({"alpha_pattern": {f"x{i}": 4 for i in range(600)}}, "600 names, more than 500"),

@@ -5,6 +5,7 @@ import gc
 import sys
 from pathlib import Path
 
+import expert_models
 import pytest
 import torch
 from peft import get_peft_model
@@ -16,6 +17,7 @@ from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.kernels import joint
 from rlora_trl.tuner import base_product
 from rlora_trl.tuner.base_product import frozen_product
+from rlora_trl.tuner.experts import RLoraExperts
 
 
 pytestmark = [
@@ -409,3 +411,69 @@ def test_trainer_with_liger_kernels(model_folders, tmp_path, tokenizer, liger, r
         assert plain.keys() == patched.keys()
         assert patched["loss"] == pytest.approx(plain["loss"], rel=1e-3)
         assert patched["router_entropy"] == pytest.approx(plain["router_entropy"], rel=1e-3)
+
+
+# Mixtures of experts
+
+
+def adapted_experts(device, dtype=torch.float32, **kwargs):
+    # Sizes that PyTorch's grouped product takes: rows of a multiple of 16 bytes.
+    model = expert_models.build("qwen3_moe", hidden_size=64, moe_intermediate_size=48, num_experts=8).to(dtype)
+    torch.manual_seed(3)
+    return get_peft_model(model, RLoraConfig(task_type="CAUSAL_LM", **kwargs)).to(device)
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_start_at_the_base_model(form, dtype):
+    model = adapted_experts("cuda", dtype).eval()
+    model.base_model.model.set_experts_implementation(form)
+    ids = random_ids(4, 33).cuda()
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(ids).logits
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_heads": 10, "r": 16}, {"share_a": False}, {"router": "uniform"}], ids=str
+)
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm", "eager"])
+def test_gradients_of_experts_are_those_of_a_loop(form, settings):
+    """Outputs and gradients in float32 against one expert at a time in float64, on the CPU."""
+    model = adapted_experts("cpu", head_dropout=0.0, **settings)
+    model.base_model.model.set_experts_implementation(form)
+    perturb(model)
+    loop = expert_models.with_loops(copy.deepcopy(model).double())
+    loss, grads = gradients(model.cuda(), "cuda")
+    ids = random_ids(4, 33)
+    expected = loop.train()(input_ids=ids, labels=ids).loss
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    wide = {name: p.grad for name, p in loop.named_parameters() if p.grad is not None}
+    assert largest_error(grads, wide) < 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_masks_of_experts_are_recomputed(checkpointing):
+    model = adapted_experts("cuda", head_dropout=0.3)
+    perturb(model)
+    _, expected = gradients(model, "cuda")
+    model.zero_grad()
+    _, actual = gradients(model, "cuda", checkpointing)
+    assert largest_error(actual, expected) < 1e-5
+
+
+def test_the_delta_of_experts_waits_for_nothing():
+    """No kernel of the adapter needs the number of rows on the host."""
+    model = adapted_experts("cuda", torch.bfloat16).train()
+    gradients(model, "cuda")  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        experts = next(m for m in model.modules() if isinstance(m, RLoraExperts))
+        tokens = torch.randn(132, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        index = torch.arange(264, device="cuda").view(132, 2) % 8
+        weights = torch.full((132, 2), 0.5, device="cuda", dtype=torch.bfloat16)
+        experts(tokens, index, weights).backward(tokens.detach())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
