@@ -117,6 +117,7 @@ def pictures_to_classify(model: nn.Module) -> dict[str, Any]:
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 # What an architecture needs besides `SIZES`.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "bamba": {
         "attn_layer_indices": [1],
         "mamba_n_heads": 8,
@@ -172,12 +173,22 @@ LIMITS: dict[str, dict[str, tuple[str, str]]] = {
         )
     },
     **dict.fromkeys(
-        "deepseek_v3 glm4_moe gpt_oss granitemoe llama4_text mixtral olmoe phimoe qwen2_moe qwen3_moe".split(),
+        "gpt_oss granitemoe mixtral olmoe phimoe qwen3_moe".split(),
         {
-            "default targets": (
-                "the weights of experts are parameters with three dimensions, not linear layers: "
-                '`target_modules="all-linear"` adapts the other layers only',
-                "no default for models of type",
+            "4-bit": (
+                "the weights of experts are parameters, which bitsandbytes doesn't quantize: they stay in 16 bits, "
+                "and default targets have no other layers",
+                "no weight is packed",
+            )
+        },
+    ),
+    **dict.fromkeys(
+        ("deepseek_v3", "glm4_moe"),
+        {
+            "exports": (
+                "dense layers have the names of experts, and PEFT (0.21) takes these for experts wherever they are: "
+                "train with `target_parameters` or `target_modules` alone to export",
+                "takes these names for fused experts",
             )
         },
     ),

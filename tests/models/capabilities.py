@@ -17,6 +17,8 @@ from transformers import BitsAndBytesConfig
 
 from rlora_trl import RLoraConfig, export_lora
 from rlora_trl.tuner import RLoraLinear
+from rlora_trl.tuner.experts import RLoraExpertWeight
+from rlora_trl.tuner.layer import RLoraLayer
 
 
 TASKS = ["first", "second"]
@@ -137,7 +139,7 @@ def check_merges(architecture: Architecture, folder: Path) -> None:
     perturb(model)
     expected = outputs(model, batch)
     merged = model.merge_and_unload()
-    assert not any(isinstance(module, RLoraLinear) for module in merged.modules())
+    assert not any(isinstance(module, RLoraLayer) for module in merged.modules())
     close(outputs(merged, batch), expected, MERGED)
 
 
@@ -166,7 +168,8 @@ CAPABILITIES: dict[str, Callable[[Architecture, Path], None]] = {
 def default_targets(architecture: Architecture) -> list[str]:
     """The layers that get an adapter by default: the ends of their names, and the tower of a model with several."""
     model = adapted(architecture)
-    adapted_names = [name for name, module in model.named_modules() if isinstance(module, RLoraLinear)]
+    kinds = (RLoraLinear, RLoraExpertWeight)
+    adapted_names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     found = set()
     for name in adapted_names:
         parts = name.split(".")
