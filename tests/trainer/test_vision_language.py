@@ -63,7 +63,10 @@ def build_processor(name):
     if name == "smolvlm":
         # Its own processor is this one and videos.
         edge = {"longest_edge": SIZE}
-        images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+        try:
+            images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+        except ImportError as error:  # in transformers 5.17
+            pytest.skip(str(error))
         return Idefics3Processor(images, tokenizer, picture_models.PATCHES // 4, chat)
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
     images = Qwen2VLImageProcessorPil(size=pixels, patch_size=PATCH, merge_size=2, temporal_patch_size=2)
