@@ -169,6 +169,7 @@ CONTRACT = [Row(*row) for row in (
     # Transformers 5.17 has the older name only.
     ("transformers:TrainingArguments", "activation_checkpointing | gradient_checkpointing", None, "no warning of a name that the user did not set"),
     ("trl:SFTConfig", "bf16", None, "another default on a machine without an accelerator"),
+    ("trl.trainer.sft_config:SFTConfig", "learning_rate", None, "another default, for adapters"),
     ("trl:ModelConfig", "__post_init__", "", "arguments of LoRA are refused"),
     ("trl:ModelConfig", "use_rslora", None, "another default"),
     ("trl:TrlParser", "set_defaults_with_config", None, "YAML files of `rlora train`"),

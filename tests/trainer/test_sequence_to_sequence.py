@@ -91,7 +91,7 @@ def adapters_of(model):
     return [module for module in model.modules() if isinstance(module, MultiHeadAdapter)]
 
 
-@pytest.mark.parametrize("model_type", ["t5", "bart"])
+@pytest.mark.parametrize("model_type", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_the_task_decides_the_answer(tmp_path, model_type):
     config = RLoraConfig(
         task_type="SEQ_2_SEQ_LM",

@@ -19,6 +19,7 @@ TOKENS = {
     "smolvlm": ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"],
     "qwen2_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
 }
+OTHERS = ("llava", "smolvlm")
 CHAT = (
     "{{% for message in messages %}}<{{{{ message['role'] }}}}> {{% if message['content'] is string %}}"
     "{{{{ message['content'] }}}} {{% else %}}{{% for part in message['content'] %}}"
@@ -62,7 +63,10 @@ def build_processor(name):
     if name == "smolvlm":
         # Its own processor is this one and videos.
         edge = {"longest_edge": SIZE}
-        images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+        try:
+            images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+        except ImportError as error:  # in transformers 5.17
+            pytest.skip(str(error))
         return Idefics3Processor(images, tokenizer, picture_models.PATCHES // 4, chat)
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
     images = Qwen2VLImageProcessorPil(size=pixels, patch_size=PATCH, merge_size=2, temporal_patch_size=2)
@@ -111,7 +115,7 @@ def make_trainer(name, folder, targets=None, **settings):
     )
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", ["qwen2_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_tasks_on_pictures(tmp_path, name):
     trainer = make_trainer(name, tmp_path)
     targeted = trainer.model.base_model.targeted_module_names
@@ -125,7 +129,7 @@ def test_tasks_on_pictures(tmp_path, name):
         assert after[f"eval_{task}_loss"] < 0.3 < 0.69 < before[f"eval_{task}_loss"], (before, after)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", ["qwen2_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_vision_towers_by_choice(tmp_path, name):
     """Their layers see patches, so a router for tasks must know the rows: one picture for each row here."""
     tower = r".*\.(vision_tower|vision_model|visual)\..*\.mlp\.fc[12]"

@@ -100,7 +100,14 @@ def adapted(base, task_type="SEQ_CLS", targets="all-linear", **fields):
     return get_peft_model(base, config)
 
 
-@pytest.mark.parametrize(("kind", "router"), [("sequence", "softmax"), ("sequence", "task"), ("tokens", "task")])
+@pytest.mark.parametrize(
+    ("kind", "router"),
+    [
+        ("sequence", "softmax"),
+        pytest.param("sequence", "task", marks=pytest.mark.slow),
+        pytest.param("tokens", "task", marks=pytest.mark.slow),
+    ],
+)
 def test_two_tasks_with_their_own_labels(tmp_path, kind, router):
     auto = AutoModelForTokenClassification if kind == "tokens" else AutoModelForSequenceClassification
     task_type = "TOKEN_CLS" if kind == "tokens" else "SEQ_CLS"
