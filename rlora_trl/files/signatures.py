@@ -10,6 +10,7 @@ author's public key. The package `model-signing` (extra `sign`) does the cryptog
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 from importlib.util import find_spec
@@ -98,15 +99,16 @@ def verify_folder(folder: Path, public_key: str | os.PathLike, name: str | None 
             "push it with `sign=`, or pull it without `verify`."
         )
 
-    # The statement is read first with bounds; model-signing has none.
-    signed = _signed_files(path)
+    bundle, signed = read_signature(path)
     # Files in the cache of the Hub are links, which `check_adapter` checks.
     verifier.set_hashing_config(_hashing().set_allow_symlinks(True)).set_ignore_unsigned_files(True)
-    try:
-        verifier.verify(folder, path)
-    # Besides its own errors, it raises those of its parsers and of the files that the statement names.
-    except Exception as error:
-        raise AdapterCheckError(f"The signature of {name} is refused: {_reason(error)}.") from error
+    with TemporaryDirectory(prefix="rlora-verify-") as scratch:
+        Path(scratch, SIGNATURE_NAME).write_text(json.dumps(bundle), encoding="utf-8")
+        try:
+            verifier.verify(folder, Path(scratch, SIGNATURE_NAME))
+        # Besides its own errors, it raises those of its parsers and of the files that the statement names.
+        except Exception as error:
+            raise AdapterCheckError(f"The signature of {name} is refused: {_reason(error)}.") from error
     added = [file for file in published_files(folder) if classify(file) not in _NOT_COVERED and file not in signed]
     if added:
         raise AdapterCheckError(
@@ -115,12 +117,27 @@ def verify_folder(folder: Path, public_key: str | os.PathLike, name: str | None 
         )
 
 
-def _signed_files(path: Path) -> set[str]:
-    """Names in the statement of a signature, which is verified later."""
+def read_signature(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """
+    Read a signature with bounds, which model-signing has none of. Nothing is verified.
+
+    Args:
+        path (`Path`): The signature.
+
+    Returns:
+        `tuple[dict, set[str]]`: The bundle, with the fields that are verified and no others, in which another reader
+        could find another statement; and the names of files in its statement.
+
+    Raises:
+        AdapterCheckError: If it is too large or has no such statement.
+    """
     try:
-        payload = read_json(path, limit=SIGNATURE_LIMIT)["dsseEnvelope"]["payload"]
-        statement = parse_json(base64.b64decode(payload, validate=True), f"The statement in {path}")
-        return {str(resource["name"]) for resource in statement["predicate"]["resources"]}
+        found = read_json(path, limit=SIGNATURE_LIMIT)
+        bundle = {key: found[key] for key in ("mediaType", "verificationMaterial", "dsseEnvelope")}
+        bundle["dsseEnvelope"] = {key: bundle["dsseEnvelope"][key] for key in ("payload", "payloadType", "signatures")}
+        payload = base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True)
+        statement = parse_json(payload, f"The statement in {path}")
+        return bundle, {str(resource["name"]) for resource in statement["predicate"]["resources"]}
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, AdapterCheckError):
             raise

@@ -47,7 +47,7 @@ def folder(tmp_path, keys):
 
 
 def test_what_is_covered(folder, keys):
-    assert signatures._signed_files(folder / SIGNATURE_NAME) == set(FILES)
+    assert signatures.read_signature(folder / SIGNATURE_NAME)[1] == set(FILES)
     signatures.verify_folder(folder, keys[1])
     for name in ("README.md", "figures/a.png", "exports/sst2/adapter_config.json"):
         (folder / name).write_text("changed")
@@ -149,10 +149,31 @@ def test_what_is_no_signature(folder, keys, content):
         signatures.verify_folder(folder, keys[1])
 
 
+@pytest.mark.parametrize("place", ["bundle", "envelope"])
+def test_a_second_statement_is_not_read(folder, keys, place):
+    """One that covers an added file, under the other spelling of its name."""
+    (folder / "chat_template.jinja").write_text("new")
+    path = folder / SIGNATURE_NAME
+    bundle = json.loads(path.read_text())
+    envelope = bundle["dsseEnvelope"]
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    statement["predicate"]["resources"].append({"name": "chat_template.jinja", "digest": "0", "algorithm": "sha256"})
+    payload = base64.b64encode(json.dumps(statement).encode()).decode()
+    for real, other in (("dsseEnvelope", "dsse_envelope"), ("dsse_envelope", "dsseEnvelope")):
+        forged = {**envelope, "payload": payload}
+        if place == "bundle":
+            both = {**bundle, real: envelope, other: forged}
+        else:
+            both = {**bundle, "dsseEnvelope": {**envelope, "Payload": payload, "pay_load": payload}}
+        path.write_text(json.dumps(both))
+        with pytest.raises(AdapterCheckError, match="is refused"):
+            signatures.verify_folder(folder, keys[1])
+
+
 def test_a_damaged_bundle(folder, keys):
     path = folder / SIGNATURE_NAME
     bundle = json.loads(path.read_text())
-    del bundle["verificationMaterial"]
+    bundle["verificationMaterial"] = {}
     path.write_text(json.dumps(bundle))
     with pytest.raises(AdapterCheckError, match="The signature of .* is refused"):
         signatures.verify_folder(folder, keys[1])

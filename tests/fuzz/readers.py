@@ -6,10 +6,12 @@ What a reader accepts is also used as the package uses it: written again, shown 
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -32,6 +34,7 @@ from rlora_trl.files.layout import classify, task_slug
 from rlora_trl.files.names import hub_name
 from rlora_trl.files.pickled import load_pickled, read_pickled_header
 from rlora_trl.files.record import AdapterRecord
+from rlora_trl.files.signatures import read_signature, verify_folder
 from rlora_trl.files.tensors import check_lora_tensors, check_tensors, file_digest
 from rlora_trl.hub.card import render_card
 from rlora_trl.hub.card_reading import hand_written, read_card_info, read_existing
@@ -463,6 +466,53 @@ def _read_text(files: Files, folder: Path) -> None:
     assert as_message(foreign).replace("\n", "").isprintable()
 
 
+# Signatures
+
+_PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAElm5/1MbUlfZRGq/o5ozWuOGMqePR
+VTNP5kkgJCMO+UVPJfOQvWoKhi3xs8fa3TXvSzqRe5zaz8CBYpzk7isOhQ==
+-----END PUBLIC KEY-----
+"""
+_HINT = "5b1377f0f9f968765da9b911171af961b0dfaf38bedff86ab70130107adf9200"  # of that key
+
+
+def _make_signature(rng: Random) -> Files:
+    serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [CARD]}
+    resources = [{"name": name, "digest": "00" * 32, "algorithm": "sha256"} for name in (CONFIG, WEIGHTS)]
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "adapter", "digest": {"sha256": "00" * 32}}],
+        "predicateType": "https://model_signing/signature/v1.0",
+        "predicate": {"serialization": serialization, "resources": resources},
+    }
+    inside = rng.random() < 0.5
+    payload = _json(rng, statement, kinds.path) if inside else _encode(json.dumps(statement))
+    envelope = {
+        "payload": base64.b64encode(payload).decode(),
+        "payloadType": "application/vnd.in-toto+json",
+        "signatures": [{"sig": "MEUCIQ==", "keyid": ""}],
+    }
+    bundle = {
+        "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+        "verificationMaterial": {"publicKey": {"hint": _HINT}, "tlogEntries": []},
+        "dsseEnvelope": envelope,
+    }
+    return {samples.SIGNATURE: _encode(json.dumps(bundle)) if inside else _json(rng, bundle)}
+
+
+def _read_signature(files: Files, folder: Path) -> None:
+    """Read, and then refused by the verification where its package is installed, as nobody has signed it."""
+    path = write(files, folder)
+    read_signature(path / samples.SIGNATURE)
+    if find_spec("model_signing") is not None:
+        (path / "key.pub").write_text(_PUBLIC_KEY)
+        try:
+            verify_folder(path, path / "key.pub")
+        except AdapterCheckError:
+            return
+        raise AssertionError("accepted")
+
+
 # Whole folders
 
 
@@ -657,6 +707,7 @@ READERS = [
     Reader("repository", _make_repository, _read_repository, _VALUE, weight=24),
     Reader("text", _make_text, _read_text, (), weight=10),
     Reader("name", _make_name, _read_name, (*_VALUE, TypeError), weight=24),
+    Reader("signature", _make_signature, _read_signature, _CHECK, weight=8),
     Reader("adapter", _make_adapter, _read_adapter, _CHECK, weight=3),
     Reader("load", _make_load, _read_load, (*_VALUE, TypeError), weight=3),
     Reader("checkpoint", _make_checkpoint, _read_checkpoint, _VALUE, weight=6),

@@ -15,6 +15,7 @@ from typing import Any
 # An input: the contents of files by name.
 Files = dict[str, bytes]
 
+SIGNATURE = "model.sig"
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "rlora_record.json", "README.md"
 TOKENIZER, EXPORT, PICKLED = "tokenizer_config.json", "exports/first", "adapter_model.bin"
 SIZE = 4  # of each layer's input and output

@@ -86,6 +86,12 @@ def test_commands_as_written(blocks, script, adapter, model_folders, rows_folder
             assert "script.py" not in words or any(not trained[key].equal(before[key]) for key in before), line
 
 
+def test_the_stock_script_refuses_any_adapter_as_its_model(adapter, tmp_path):
+    """So that registering would not help `trl sft`, as the page says."""
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        SFTTrainer(str(adapter), SFTConfig(str(tmp_path), **STEPS), train_dataset=task_datasets(12)["first"])
+
+
 def logged_run(model_folders, folder, tracker, **options):
     args = RLoraSFTConfig(
         str(folder), **{**STEPS, "report_to": tracker, "logging_steps": 1, "max_steps": 2, **options}
