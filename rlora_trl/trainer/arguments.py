@@ -34,7 +34,7 @@ _LORA_ONLY = {
     "lora_r": "--r",
     "lora_dropout": "--head_dropout",
     "lora_target_modules": "--target_modules",
-    "lora_target_parameters": "nothing: R-LoRA adapts linear layers",
+    "lora_target_parameters": "--target_parameters",
     "lora_modules_to_save": "--modules_to_save",
     "use_dora": "nothing: R-LoRA has no such variant",
 }

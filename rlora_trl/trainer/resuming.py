@@ -28,9 +28,16 @@ logger = get_logger(__name__)
 _MUST_MATCH = (
     *("r", "num_heads", "lora_alpha", "use_rslora", "share_a", "router", "router_top_k", "init_weights", "tasks"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("modules_to_save", "bias", "trainable_token_indices"),
+    *("target_parameters", "modules_to_save", "bias", "trainable_token_indices"),
 )
-_UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+_UNORDERED = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+)
 # A run may resume with other values of these, with a warning.
 _WARN_IF_CHANGED = ("head_dropout", "dropout_position")
 # Written by one process, by FSDP, by DeepSpeed.

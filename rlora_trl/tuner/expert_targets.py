@@ -13,7 +13,7 @@ from ..reading import first_few
 from .config import RLoraConfig
 from .experts import RLoraExperts, expert_sizes
 from .layer_names import value_for
-from .targets import is_linear
+from .targets import is_linear, warn_once
 
 
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -40,6 +40,7 @@ def settle_experts(config: RLoraConfig, model: nn.Module) -> None:
         model (`torch.nn.Module`): The base.
     """
     if config.target_modules is not None:
+        _warn_of_experts(config, model)
         return
     if config.target_parameters is None:
         parameters, modules = EXPERT_TARGETS.get(_model_type(model), ((), ()))
@@ -50,6 +51,24 @@ def settle_experts(config: RLoraConfig, model: nn.Module) -> None:
         config.target_modules = {end for end in modules if any(name.endswith(f".{end}") for name in names)}  # type: ignore[assignment]
     elif config.target_parameters:
         config.target_modules = set()  # type: ignore[assignment]
+
+
+def _warn_of_experts(config: RLoraConfig, model: nn.Module) -> None:
+    """Warn about targets that look as if they included experts, which are no linear layers."""
+    targets = config.target_modules
+    if config.loaded or config.target_parameters is not None or targets is None:
+        return
+    if isinstance(targets, str):
+        looks_so = targets.lower() == "all-linear"
+    else:
+        looks_so = any(target.rpartition(".")[2] in _DENSE for target in targets)
+    experts = experts_of(model) if looks_so else []
+    if experts:
+        shown = targets if isinstance(targets, str) else sorted(targets)
+        warn_once(
+            f"`target_modules={shown!r}` selects linear layers, and the experts of this model are none: they are not "
+            f"adapted. To adapt them, set `target_parameters={experts}`; to leave them out, `target_parameters=[]`."
+        )
 
 
 def _model_type(model: nn.Module) -> str:

@@ -6,9 +6,11 @@ from expert_models import EXPERT_MODELS, build
 from peft import AutoPeftModelForCausalLM
 from testing_utils import build_tokenizer, random_ids
 from trainer_utils import TASKS, losses, make_trainer
+from transformers import HfArgumentParser
 
 from rlora_trl import RLoraConfig
 from rlora_trl.analysis.heads import head_similarities
+from rlora_trl.trainer.arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from rlora_trl.trainer.callbacks import HeadUsageCallback
 
 
@@ -100,3 +102,31 @@ def test_the_auxiliary_loss_of_the_base_is_logged_and_its_router_stays(tmp_path)
     assert all(entry["aux_loss"] > 0 for entry in logs)
     parameters = dict(trainer.model.get_base_model().named_parameters())
     assert routers and all(torch.equal(parameters[name], value) for name, value in routers.items())
+
+
+def test_the_card_names_the_experts(model_folder, tmp_path):
+    trainer = make_trainer(None, tmp_path, model=model_folder, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "| experts | experts.down_proj, experts.gate_up_proj |" in card
+    assert "target modules" not in card
+
+
+def test_other_experts_are_no_resumption(model_folder, tmp_path):
+    def run(config):
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "peft_config": config}
+        return make_trainer(None, tmp_path, model=model_folder, **options)
+
+    run(RLoraConfig()).train()
+    other = run(RLoraConfig(target_parameters=["experts.down_proj"]))
+    with pytest.raises(ValueError, match="target_parameters"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_experts_on_the_command_line():
+    args = ["--target_parameters", "experts.down_proj", "--target_modules", "q_proj", "k_proj"]
+    parsed = HfArgumentParser((RLoraArguments, RLoraModelConfig)).parse_args_into_dataclasses(args)
+    config = rlora_config_from_arguments(*parsed)
+    assert config.target_parameters == ["experts.down_proj"]
+    assert config.target_modules == {"q_proj", "k_proj"}

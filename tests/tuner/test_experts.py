@@ -5,6 +5,7 @@ import copy
 import re
 import warnings
 
+import accelerate
 import pytest
 import torch
 from expert_models import EXPERT_MODELS, build, mean_loss, with_loops, wrappers
@@ -554,3 +555,63 @@ def test_quantized_experts_are_refused():
     torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
     with pytest.raises(TypeError, match=r"parametrized \(quantized\); R-LoRA adapts parameters of experts"):
         adapt(model)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_targets_that_miss_the_experts_are_reported(targets):
+    narrow = {"exclude_modules": ["shared_expert_gate"]} if targets == "all-linear" else {}
+    with pytest.warns(UserWarning, match="the experts of this model are none: they are not adapted") as caught:
+        adapt(build("qwen2_moe"), target_modules=targets, **narrow)
+    names = ast.literal_eval(re.search(r"target_parameters=(\[.+?\])", str(caught[0].message))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = adapt(build("qwen2_moe"), target_modules=targets, **narrow, target_parameters=names)
+        assert len(wrappers(model)) == 2
+        adapt(build("qwen2_moe"), target_modules=targets, **narrow, target_parameters=[])
+        adapt(build("qwen2_moe"), target_modules=["q_proj"])
+
+
+def test_names_of_separate_experts_are_refused_with_those_that_work():
+    """As in transformers 4, where each expert was a module; PEFT converts them for LoRA."""
+    with pytest.raises(
+        ValueError, match=r"adapted by `target_parameters=\['experts.down_proj', 'experts.gate_up_proj'\]"
+    ):
+        adapt(build("qwen3_moe"), target_modules=["gate_proj", "up_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_offloaded_experts(form, to_disk, tmp_path):
+    """accelerate replaces the weights while the module runs."""
+    base, ids = build("qwen3_moe"), random_ids()
+    base.set_experts_implementation(form)
+    with torch.no_grad():
+        expected = base(ids).logits
+    device = torch.device("cpu")
+    if to_disk:
+        accelerate.disk_offload(base, tmp_path, execution_device=device)
+    else:
+        accelerate.cpu_offload(base, execution_device=device)
+    model = adapt(base).eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    mean_loss(model.train()(ids).logits, ids).backward()
+    assert all(grad.abs().max() > 0 for name, grad in gradients(model).items() if name.endswith(".B"))
+
+
+def test_a_base_that_trains_gets_its_gradient():
+    """The products of weights that are not frozen are left to autograd."""
+    model = adapt_wide("qwen3_moe", form="eager", head_dropout=0.0)
+    grouped = copy.deepcopy(model).float()
+    ids = random_ids()
+    results = []
+    for each, form in ((model, "eager"), (grouped, "grouped_mm")):
+        for wrapper in wrappers(each).values():
+            wrapper.base_layer.requires_grad_(True)
+        each.base_model.model.set_experts_implementation(form)
+        mean_loss(each(ids).logits, ids).backward()
+        results.append(gradients(each))
+    expected, actual = results
+    assert any(name.endswith("base_layer.gate_up_proj") for name in actual)
+    for name, grad in actual.items():
+        torch.testing.assert_close(grad.double(), expected[name], **TOL[torch.float32])
