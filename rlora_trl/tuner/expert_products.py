@@ -167,14 +167,21 @@ class ExpertProducts(TorchFunctionMode):
 
     def _note_rows(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Remember which tokens were selected from the input of the module."""
-        if not args or args[0] is not self.tokens:
-            return
         name = getattr(func, "__name__", "")
+        if name not in ("__getitem__", "repeat_interleave") or not self._is_input(args[0]):
+            return
         if name == "__getitem__" and isinstance(args[1], torch.Tensor) and args[1].ndim == 1:
             self._rows = args[1]
         elif name == "repeat_interleave":
             repeats = args[1] if len(args) > 1 else kwargs["repeats"]
             self._rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(repeats)
+
+    def _is_input(self, value: Any) -> bool:
+        """Whether a tensor is the input of the module. Hooks of DeepSpeed ZeRO-3 pass another one on its memory."""
+        tokens = self.tokens
+        if value is tokens or type(value) is not torch.Tensor or type(tokens) is not torch.Tensor:
+            return value is tokens
+        return value.shape == tokens.shape and value.data_ptr() == tokens.data_ptr()
 
     # Products
 

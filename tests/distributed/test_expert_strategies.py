@@ -31,12 +31,13 @@ def case(name, values):
     return {"name": name, "base": "float32", "arguments": STEPS, **values}
 
 
-@pytest.fixture(scope="module")
-def outcomes(launch, tmp_path_factory):
+# DeepSpeed takes the blocks of the first family as wholes ("leaf modules"), and gathers each part of the second's.
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
+def outcomes(launch, tmp_path_factory, request):
     """What one process and two did, by case, and the folder of the two."""
     pytest.importorskip("deepspeed")
     model = tmp_path_factory.mktemp("moe")
-    build("qwen3_moe").save_pretrained(model)
+    build(request.param).save_pretrained(model)
     build_tokenizer().save_pretrained(model)
     models = {"float32": str(model)}
     options = {"model_init_kwargs": {"dtype": "float32", "experts_implementation": "grouped_mm"}}

@@ -615,3 +615,15 @@ def test_a_base_that_trains_gets_its_gradient():
     assert any(name.endswith("base_layer.gate_up_proj") for name in actual)
     for name, grad in actual.items():
         torch.testing.assert_close(grad.double(), expected[name], **TOL[torch.float32])
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_hooks_may_pass_another_tensor(form):
+    """DeepSpeed ZeRO-3 replaces the inputs of modules by tensors on the same memory."""
+    model = adapt_wide("qwen3_moe", form=form, router="task", tasks=TASKS).eval()
+    ids, tasks = random_ids(3, 7), torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        expected = model(ids, task_ids=tasks).logits
+        for wrapper in wrappers(model).values():
+            wrapper.base_layer.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
+        assert torch.equal(model(ids, task_ids=tasks).logits, expected)
