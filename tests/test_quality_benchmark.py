@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from processes import ROOT
 from testing_utils import TINY_MODELS, perturb
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from rlora_trl import RLoraConfig
 from rlora_trl.evaluation.metrics import find_number
@@ -35,6 +36,14 @@ from quality_worker import CAUSAL, Trainer, WorkerSettings, generated
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 SMALL = {"train_rows": 10, "epochs": 2, "test_rows": 8, "batch": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verbosity():
+    """Workers are processes of their own, and silence transformers; here they share one with other tests."""
+    before = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module")

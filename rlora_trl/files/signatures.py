@@ -195,8 +195,10 @@ def _with_key(configure: Any, **key: str | os.PathLike) -> Any:
 
 
 def _require_package() -> None:
-    if find_spec("model_signing") is None:
+    # model-signing 1.1.1 imports pyOpenSSL and does not require it.
+    missing = [name for name in ("model_signing", "OpenSSL") if find_spec(name) is None]
+    if missing:
         raise ImportError(
-            "Signatures need the package model-signing, which is not installed. Install it with "
-            "`pip install rlora-trl[sign]`."
+            f"Signatures need the packages model-signing and pyOpenSSL, and {first_few(missing)} is not installed. "
+            "Install them with `pip install rlora-trl[sign]`."
         )
