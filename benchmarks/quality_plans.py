@@ -304,4 +304,12 @@ def words() -> list[Run]:
     ]
 
 
-PLANS = {"tuning": tuning, "ideas": ideas, "packaged": packaged, "by_task": by_task, "words": words}
+PLANS = {
+    "tuning": tuning,
+    "ideas": ideas,
+    "packaged": packaged,
+    "transfer": transfer,
+    "single": single,
+    "by_task": by_task,
+    "words": words,
+}
