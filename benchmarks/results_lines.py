@@ -124,10 +124,10 @@ def idea_lines(study: Study) -> list[Line]:
     if REFERENCE not in study.methods:
         return []
     reference, cells = study.methods[REFERENCE], [cell for cell in IDEA_CELLS if cell in study.cells]
-    lines = []
+    best, lines = chosen(reference, cells, TUNING_SEEDS), []
     for method in study.named(name for name in TRIED if name != REFERENCE):
         mine = chosen(method, cells, TUNING_SEEDS)
-        theirs = {cell: setting for cell, setting in chosen(reference, cells, TUNING_SEEDS).items() if cell in mine}
+        theirs = {cell: setting for cell, setting in best.items() if cell in mine}
         seeds = tuple(seed for seed in shared_seeds((method, mine), (reference, theirs)) if seed in TUNING_SEEDS)
         each, mean = at_settings(method, mine, reference, theirs, seeds)
         if each:

@@ -55,26 +55,27 @@ def _by_cell(lines: Sequence[Line], cells: Sequence[Cell], reference: str, *, wi
 
 def tuned_block(study: Study) -> str:
     """LoRA and the forms of R-LoRA, each at its best setting in each cell."""
-    lines = lines_of(study, TUNED, REFERENCE, tuned=True, cells=study.cells)
-    if not lines:
-        return NOT_MEASURED
-    text = (
+    return _forms_block(
+        study,
         f"Mean accuracy over the tasks in % (best learning rate, chosen on {with_seeds(TUNING_SEEDS)}), and "
-        f"below the difference from {REFERENCE} at its own best, in points."
+        f"below the difference from {REFERENCE} at its own best, in points.",
+        tuned=True,
     )
-    return f"{text}\n\n{_by_cell(lines, study.cells, REFERENCE, with_setting=True)}"
 
 
 def paper_rate_block(study: Study) -> str:
     """The same methods, all at the paper's learning rate."""
-    lines = lines_of(study, TUNED, REFERENCE, tuned=False, cells=study.cells)
-    if not lines:
-        return NOT_MEASURED
-    text = (
+    return _forms_block(
+        study,
         f"Mean accuracy over the tasks in % at learning rate {setting_text(PAPER_SETTING)}, and below the difference "
-        f"from {REFERENCE} at the same rate, in points."
+        f"from {REFERENCE} at the same rate, in points.",
+        tuned=False,
     )
-    return f"{text}\n\n{_by_cell(lines, study.cells, REFERENCE, with_setting=False)}"
+
+
+def _forms_block(study: Study, text: str, *, tuned: bool) -> str:
+    lines = lines_of(study, TUNED, REFERENCE, tuned=tuned, cells=study.cells)
+    return f"{text}\n\n{_by_cell(lines, study.cells, REFERENCE, with_setting=tuned)}" if lines else NOT_MEASURED
 
 
 def recipe_line(study: Study, label: str) -> Line | None:
