@@ -16,8 +16,9 @@ VLLM := vllm==0.32.0 msgspec
 
 .PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm fuzz bench results quality style clean
 
+# On one GPU, if there is one: the demo model is small, and without a launcher there is one process.
 quickstart: $(VENV)/.installed  ## Install, and train the demo
-	$(BIN)/accelerate launch examples/sft_flan.py
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python examples/sft_flan.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
