@@ -119,7 +119,7 @@ def write_report(
 
     Raises:
         AdapterCheckError: If the configuration is not that of an R-LoRA adapter.
-        ValueError: If the record or the tensors can't be read.
+        ValueError: If the record or the tensors can't be read, or the head weights are of another number of heads.
         FileNotFoundError: If the folder has no adapter.
         OSError: If the file can't be written.
     """
@@ -147,6 +147,12 @@ def collect_facts(
 ) -> Facts:
     """What the page of [`write_report`] shows."""
     weights = weights if weights is not None and weights.weights and weights.layers else None
+    measured = next(iter(weights.weights.values())).shape[-1] if weights else config.num_heads
+    if measured != config.num_heads:
+        raise ValueError(
+            f"The head weights are of {measured} heads, and the adapter has {config.num_heads}. Measure them on this "
+            "adapter with `measure_head_weights`, or `rlora analyze --data`."
+        )
     facts = Facts(
         title=_text(name or folder.resolve().name),
         subtitle=_subtitle(config, record),
@@ -210,7 +216,6 @@ def _x_labels(names: Sequence[str], most: int = _LABELS) -> list[tuple[float, st
 def _add_maps(facts: Facts, weights: HeadWeights) -> None:
     groups = group_layers(weights.layers)
     kinds = dict(list(groups.items())[:_MAX_KINDS])
-    facts.heads = next(iter(weights.weights.values())).shape[-1]
     columns = sum(map(len, kinds.values())) * facts.heads
     tasks = evenly_spaced(list(weights.weights), max(2, min(_MAX_TASKS, _MAX_CELLS // max(columns, 1))))
     table = torch.stack([weights.weights[task].float() for task in tasks])  # [tasks, L, N]

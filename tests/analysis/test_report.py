@@ -114,12 +114,17 @@ def test_foreign_names_stay_text(folder, tmp_path):
 
 def test_many_tasks_and_layers_stay_a_page(folder, tmp_path):
     layers = [f"model.layers.{depth}.mlp.{kind}" for depth in range(80) for kind in ("up", "down", "gate")]
-    weights = weights_of([f"task {n}" for n in range(300)], layers, heads=10)
+    weights = weights_of([f"task {n}" for n in range(300)], layers)
     page = write_report(folder, tmp_path / "page.html", head_weights=weights)
     assert page.stat().st_size < 8 * 2**20
     texts = Page(page.read_text(encoding="utf-8")).texts
     assert any("of 300 tasks, evenly spaced in their order" in text for text in texts)
     assert {"task 0", "task 299"} <= set(texts)
+
+
+def test_head_weights_of_another_adapter(folder, tmp_path):
+    with pytest.raises(ValueError, match="are of 5 heads, and the adapter has 3"):
+        write_report(folder, tmp_path / "page.html", head_weights=weights_of(["a"], heads=5))
 
 
 def test_one_head_and_a_new_adapter(tmp_path):
