@@ -24,7 +24,7 @@ BESIDE = (
     *("tests/conftest.py", "tests/hub/server.py"),
 )
 # Never, wherever they stand.
-_UNWANTED = re.compile(r"(^|/)(\.git|\.venv|__pycache__|build|dist|\.env)(/|$)|\.(pyc|safetensors|bin|pem|jsonl)$")
+_UNWANTED = re.compile(r"(^|/)(\.git|\.venv|__pycache__|build|dist|\.env)(/|$)|\.(pyc|safetensors|bin|pem)$")
 _FIXTURES = "tests/fixtures/"  # adapters of earlier versions are tensors
 _LARGEST = {".whl": 2 * 2**20, ".gz": 12 * 2**20}  # bytes
 
