@@ -7,6 +7,7 @@ from quality_intervals import Estimate
 from quality_report import REFERENCE
 from quality_rows import Cell, Method
 from results_lines import PAPER_SETTING, TUNING_SEEDS, Line, Study, idea_lines, is_lora, seeds_text, shared_seeds
+from results_tables import RECIPE
 
 
 # Color and marker of each line, at most five.
@@ -15,7 +16,7 @@ CURVES = {
     "R-LoRA": ("#08519c", "s"),
     "R-LoRA, no dropout": ("#6baed6", "D"),
     "ranks as heads": ("#e6550d", "^"),
-    "ranks, sigmoid": ("#31a354", "v"),
+    RECIPE: ("#31a354", "v"),
 }
 LOWEST = 8.0  # points below the best of a panel that are shown
 _COLORS = {"ours": "#08519c", "lora": "#9a9a9a"}
