@@ -101,9 +101,7 @@ def recipe_block(study: Study, label: str = RECIPE) -> str:
     body.append(["mean over cells", number(one.mean_accuracy(study.cells)), "", f"**{one.mean}**"])
     each = tuned_line(ours, lora, study.cells)
     if each.mean is not None and not set(each.seeds) <= set(TUNING_SEEDS):
-        body.append(
-            ["mean, tuned for each cell too", number(each.mean_accuracy(study.cells)), "", str(each.mean)]
-        )
+        body.append(["mean, tuned for each cell too", number(each.mean_accuracy(study.cells)), "", str(each.mean)])
     name = f"`{label}` ({METHODS[label].what})" if label in METHODS else f"`{label}`"
     setting = setting_text(one.settings[study.cells[0]])
     text = (
