@@ -110,7 +110,7 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     assert cells_in(at_rate, "rlora_trl")[-4] == "0.0002" and cells_in(at_rate, "rlora_trl")[-1].startswith("-")
     assert cells_in(tuned, "rlora_trl")[-4] == "0.001" and cells_in(tuned, "rlora_trl")[-1].startswith("+")
     assert "| HydraLoRA |" in at_rate and "| HydraLoRA |" not in tuned  # one learning rate is no tuning
-    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_rate.png", "ideas.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "learning_rate.png", "ideas.png"}
 
     write(tuning(), rows)  # without the other seeds, and the page is written over
     results_page.main(["--rows", str(rows), *pages])

@@ -363,6 +363,26 @@ class RLoraConfig(PeftConfig):
             )
 
     @classmethod
+    def paper(cls, **overrides: Any) -> RLoraConfig:
+        """
+        The method as in the paper ([arXiv 2502.15455](https://huggingface.co/papers/2502.15455), section 4).
+
+        One A, heads that start at random values of Table 1, head dropout 0.2, a softmax router. These values stay,
+        also if the defaults of [`RLoraConfig`] change. Sizes, such as `r` and `num_heads`, are the defaults.
+
+        Args:
+            overrides: Fields of [`RLoraConfig`] to override.
+        """
+        preset: dict[str, Any] = {
+            "init_weights": "rlora",
+            "init_gamma": 64.0,
+            "router": "softmax",
+            "router_init": "zeros",
+        }
+        preset |= {"share_a": True, "dropout_position": "head", "head_dropout": 0.2}
+        return cls(**{**preset, **overrides})
+
+    @classmethod
     def hydra_lora(cls, **overrides: Any) -> RLoraConfig:
         """
         HydraLoRA ([arXiv 2404.19245](https://huggingface.co/papers/2404.19245)): one A, heads that start at zero, a

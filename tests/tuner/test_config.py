@@ -97,6 +97,19 @@ def test_one_head_has_nothing_to_route(router):
         RLoraConfig(num_heads=1, router=router)
 
 
+def test_the_papers_settings():
+    config = RLoraConfig.paper(r=8, head_dropout=0.1)
+    assert (config.r, config.head_dropout, config.dropout_position) == (8, 0.1, "head")
+    config = RLoraConfig.paper()
+    assert (config.init_weights, config.init_gamma, config.router, config.router_init) == (
+        "rlora",
+        64,
+        "softmax",
+        "zeros",
+    )
+    assert (config.head_dropout, config.share_a, config.peft_type) == (0.2, True, "RLORA")
+
+
 def test_presets():
     hydra, multi, moe, mtl = (
         getattr(RLoraConfig, name)(r=8) for name in ("hydra_lora", "multi_lora", "moe_lora", "mtl_lora")
