@@ -5,6 +5,7 @@ What is not Markdown as GitHub shows it stands here: the contents of the site, r
 and docstrings, which `docs/docstrings.py` turns into reStructuredText.
 """
 
+import posixpath
 import re
 import sys
 from pathlib import Path
@@ -57,10 +58,11 @@ def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
         return
     for section in source[0].split("\n## ")[1:]:
         title = section.splitlines()[0]
-        pages = re.findall(r"^- \[.*?\]\(([^)#]+)\.md\)", section, re.MULTILINE)
-        paths = [f"/{Path('docs', page).as_posix()}" if ".." not in page else f"/{page[3:]}" for page in pages]
-        entries = "\n".join(paths)
-        source[0] += f"\n\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{entries}\n```\n"
+        entries = []
+        for label, page in re.findall(r"^- \[(.*?)\]\(([^)#]+)\.md\)", section, re.MULTILINE):
+            entries.append(f"{label} <{posixpath.normpath(f'/docs/{page}')}>")
+        contents = "\n".join(entries)
+        source[0] += f"\n\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{contents}\n```\n"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
