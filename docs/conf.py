@@ -47,7 +47,7 @@ autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = f"rlora-trl {release}"
 html_additional_pages = {"index": "entry.html"}
-templates_path = ["_site"]
+templates_path = ["_templates"]
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 

@@ -190,6 +190,14 @@ def test_json_rows(block):
         check_rows(Dataset.from_list([json.loads(line)]), "row")
 
 
+@pytest.mark.parametrize("block", of("diff"))
+def test_diff(block):
+    """Both sides are Python."""
+    lines = block.text.splitlines()
+    for side in "-+":
+        assert compile("\n".join(line[1:] for line in lines if line[:1] in (side, " ", "")), block.name, "exec")
+
+
 def test_every_block_has_a_language():
     assert {block.name: block.language for block in BLOCKS if block.language not in LANGUAGES} == {}
 
