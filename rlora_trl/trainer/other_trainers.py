@@ -24,7 +24,7 @@ class RLoraCallback(TrainerCallback):
     trainer.add_callback(RLoraCallback(trainer))
     ```
 
-    - It logs `router_entropy`, `head_load_max`, `head_load_cv` and `head_similarity` (see docs/routing.md) over the
+    - It logs `router_entropy`, `head_load_max`, `head_load_cv` and `head_similarity` (docs/routing-report.md) over the
       forward passes that are trained; rollouts and reference models don't count.
     - `disable_dropout=True` of the trainer's arguments, which knows modules of PyTorch only, ends head dropout too.
     - Adapters on a quantized base, which TRL (1.16) casts to bfloat16, are trained in float32. A new adapter gets an
