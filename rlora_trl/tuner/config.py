@@ -379,7 +379,7 @@ class RLoraConfig(PeftConfig):
             "router": "softmax",
             "router_init": "zeros",
         }
-        preset |= {"share_a": True, "dropout_position": "head", "head_dropout": 0.2}
+        preset |= {"share_a": True, "dropout_position": "head", "head_dropout": 0.2, "use_rslora": True, "lora_alpha": 32}
         return cls(**{**preset, **overrides})
 
     @classmethod

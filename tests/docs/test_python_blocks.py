@@ -30,14 +30,14 @@ from authors_code import authors_model, save, tiny_base, train
 # Part of a block, and where it is run or why it is not.
 NOT_HERE = {
     ("README.md", 'print(AutoPeftModelForCausalLM.from_pretrained("adapter")'): "tests/test_public_api.py",
-    ("README.md", "trainer.push_to_hub(exports"): "tests/hub/test_pages.py",
-    ("docs/hub.md", "push_adapter(model"): "tests/hub/test_pages.py",
-    ("docs/hub.md", 'revision="5d1f0b1e..."'): "tests/hub/test_pages.py",
-    ("docs/hub.md", "zoo.compare"): "tests/hub/test_pages.py",
+    ("README.md", "trainer.push_to_hub(exports"): "tests/hub/test_hub_pages.py",
+    ("docs/hub.md", "push_adapter(model"): "tests/hub/test_hub_pages.py",
+    ("docs/hub.md", 'revision="5d1f0b1e..."'): "tests/hub/test_hub_pages.py",
+    ("docs/hub.md", "zoo.compare"): "tests/hub/test_hub_pages.py",
     ("docs/integrations/ms-swift.md", "ms_swift import register"): "tests/integrations/test_ms_swift.py",
     ("docs/integrations/signatures.md", "sign="): "tests/hub/test_signed_push.py",
     ("docs/integrations/trl.md", "SFTTrainer("): "tests/integrations/test_trl_page.py",
-    ("docs/integrations/vllm.md", "export_data="): "tests/hub/test_pages.py",
+    ("docs/integrations/vllm.md", "export_data="): "tests/hub/test_hub_pages.py",
     ("docs/convert.md", 'model.save_pretrained("start'): "a line for the script of the authors' code",
 }
 # What a CPU needs, where transformers asks for a GPU otherwise.

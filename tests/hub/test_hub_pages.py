@@ -87,7 +87,6 @@ def test_exports_with_data(hub, run):
 @pytest.mark.parametrize(
     "block", [block for block in python_blocks("README.md") if "push_to_hub" in block or "zoo." in block]
 )
-@pytest.mark.xfail(reason="the README exports an adapter of `zoo.load` without its `adapter_name`", strict=True)
 def test_readme(hub, run, tmp_path, block):
     save_adapter(tmp_path / "second", seed=2, base=BASE, tasks=["sst2"])
     run('push_adapter("adapter", "user/adapter"); push_adapter("second", "org/other")\n' + TRAINED + block)
