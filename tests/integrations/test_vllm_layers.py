@@ -301,3 +301,30 @@ def test_ranks_that_divide_the_inputs(models, monkeypatch):
     distributed.tensor_model_parallel_all_reduce = lambda u: partial[0] + partial[1]
     expected = expected_output("down_proj", x, TOKENS, models, torch.float32)
     torch.testing.assert_close(ranks[0](x) + ranks[1](x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_compiled_in_one_graph(models):
+    """Which token has which adapter, and what is in a slot, are read from memory, as a CUDA graph does."""
+    layer = stand_in(Layer, models, MODULES["gate_up_proj"], TOKENS)
+    kernels = layer.punica_wrapper.kernels
+    # On a GPU vLLM has a buffer for the largest batch.
+    kernels.token_mapping_meta = SimpleNamespace(token_lora_mapping=torch.full((64,), -1, dtype=torch.int32))
+    buffer = kernels.token_mapping_meta.token_lora_mapping
+    x = torch.randn(len(TOKENS), layer.inputs)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: layer(x), backend=backend, fullgraph=True)
+    for slots in (TOKENS, TOKENS[::-1]):
+        kernels.token_lora_indices.copy_(torch.tensor(slots))
+        buffer[: len(slots)] = torch.tensor(slots)
+        expected = expected_output("gate_up_proj", x, slots, models, torch.float32)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    before = layer(x)
+    layer.reset_lora(0)
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert not torch.allclose(before, layer(x), atol=1e-2) and len(graphs) == 1
