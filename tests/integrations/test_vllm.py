@@ -542,7 +542,7 @@ def test_block_of_the_page(vllm, pulls, repositories, monkeypatch, tmp_path):
 def test_page_has_the_settings():
     page = (ROOT / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(RLORA_VLLM_\w+)` \| (.*?) \|", page, re.MULTILINE))
-    assert list(table) == [ADAPTERS, CACHE, CACHE_GB, MAX_KL]
+    assert list(table) == [ADAPTERS, CACHE, CACHE_GB, LAYERS, MAX_KL]
     assert float(table[CACHE_GB]) * 1e9 == Settings.from_environment({ADAPTERS: "*"}).cache_bytes
 
 
