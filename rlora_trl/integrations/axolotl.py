@@ -101,17 +101,20 @@ class RLoraArgs(BaseModel):
                 raise ValueError(f"`{name}` can't be used with `adapter: rlora`: {reason}.")
         config = adapter_config(data)
         for name, field in _LORA_SETTINGS.items():
-            if not _agrees(config, field, data.get(name)):
+            if not _agrees(config, name, data.get(name)):
                 remedy = f"Set `{field}` under `rlora`" if field else "Remove it"
                 raise ValueError(f"`{name}` has no effect with `adapter: rlora`. {remedy}.")
         return data
 
 
-def _agrees(config: RLoraConfig, field: str | None, value: Any) -> bool:
+def _agrees(config: RLoraConfig, name: str, value: Any) -> bool:
     """Whether a setting of LoRA is not set, is off, or, where zero or false mean something, is that of R-LoRA."""
     if value or value is None:
         return value is None
-    return not isinstance(value, int | float) or getattr(config, field or "", value) == value
+    # Axolotl itself sets this one to zero, before the plugin sees it.
+    if name == "lora_dropout" or not isinstance(value, int | float):
+        return True
+    return bool(getattr(config, _LORA_SETTINGS[name] or "", value) == value)
 
 
 def adapter_config(cfg: Any) -> RLoraConfig:

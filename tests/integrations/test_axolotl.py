@@ -95,7 +95,7 @@ def test_settings_of_the_page(plugin, settings):
         ({"rlora": {"router": "task", "tasks": ["a"]}}, "batches of axolotl do not say which task"),
         ({"lora_r": 8}, "`lora_r` has no effect with `adapter: rlora`. Set `r` under `rlora`"),
         (
-            {"lora_dropout": 0.0},
+            {"lora_dropout": 0.1},
             "`lora_dropout` has no effect with `adapter: rlora`. Set `head_dropout` under `rlora`",
         ),
         ({"peft_use_rslora": False}, "`peft_use_rslora` has no effect .* Set `use_rslora` under `rlora`"),
@@ -125,11 +125,12 @@ def test_refused_settings(plugin, settings, changes, message):
 
 def test_settings_that_agree(plugin, settings):
     """Off is off, and what R-LoRA does anyway is no conflict."""
-    agreeing = {"lora_dropout": 0.0, "peft_use_rslora": False, "lora_target_linear": False, "lora_mlp_kernel": False}
+    agreeing = {"peft_use_rslora": False, "lora_target_linear": False, "lora_mlp_kernel": False}
     fields = {**settings["rlora"], "head_dropout": 0, "use_rslora": False}
     config = plugin.adapter_config(plugin.RLoraArgs(**{**settings, **agreeing, "rlora": fields}).model_dump())
     assert config.head_dropout == 0 and config.use_rslora is False
     plugin.RLoraArgs(**{**settings, "rlora": None, "lora_fan_in_fan_out": False, "loraplus_lr_ratio": None})
+    plugin.RLoraArgs(**settings, lora_dropout=0.0)  # set by axolotl
 
 
 @needs_axolotl
