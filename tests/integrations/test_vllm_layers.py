@@ -4,6 +4,7 @@ vLLM is not installed, the part of them that is in this package, with stand-ins.
 """
 
 import copy
+import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -43,7 +44,8 @@ TOKENS = [0, 0, 1, 2, -1, 0, 1, -1, 2, 2, 3]
 @pytest.fixture(scope="module")
 def installed():
     """vLLM of the release that the layers are for, with one rank, and its classes replaced; or a skip."""
-    vllm = pytest.importorskip("vllm")
+    pytest.importorskip("vllm.lora.layers", exc_type=ImportError)
+    vllm = importlib.import_module("vllm")
     if vllm.__version__.partition("+")[0] != VLLM_VERSION:
         pytest.skip(f"needs vLLM {VLLM_VERSION}")
     from vllm import distributed
