@@ -316,6 +316,13 @@ CONTRACT = [Row(*row) for row in (
     ("transformers:PreTrainedModel", "base_model", None, "the model without its head, to measure heads"),
     ("transformers.integrations.peft:PeftAdapterMixin", "_hf_peft_config_loaded", None, "given models; bases to merge into"),
     ("transformers/core_model_loading.py", "_weight_conversions", None, "bases to merge into"),
+    # The experimental layers for vLLM, which also refuse other releases
+    ("vllm/lora/utils.py", "_all_lora_classes", None, "the layers are replaced by subclasses"),
+    ("vllm/lora/layers/base_linear.py", "add_lora_linear", None, "layers call it with all slices"),
+    ("vllm/lora/layers/row_parallel_linear.py", "add_expand", None, "fully sharded layers call it with complete first products"),
+    ("vllm/lora/punica_wrapper/punica_gpu.py", "token_mapping_meta", None, "the slot of each token, on a GPU"),
+    ("vllm/lora/ops/triton_ops/lora_kernel_metadata.py", "token_lora_mapping", None, "the slot of each token, on a GPU"),
+    ("vllm/lora/punica_wrapper/punica_base.py", "token_lora_indices", None, "the slot of each token, on a CPU"),
 )]
 # fmt: on
 

@@ -53,6 +53,10 @@ def test_bad_values(kwargs, received, remedy):
     [
         ({"rank_pattern": [1]}, "`rank_pattern` must be a dictionary.*got .1."),
         ({"alpha_pattern": {"a": "b"}}, "`alpha_pattern.'a'.` must be a number, got 'b'"),
+        ({"share_a": "no"}, "`share_a` must be True or False, got 'no'"),
+        ({"use_rslora": "false"}, "`use_rslora` must be True or False, got 'false'"),
+        ({"use_rslora": None}, "`use_rslora` must be True or False, got None"),
+        ({"fan_in_fan_out": 1}, "`fan_in_fan_out` must be True or False, got 1"),
         ({"lora_alpha": "x"}, "`lora_alpha` must be a number, got 'x'"),
         ({"head_dropout": "0.1"}, "`head_dropout` must be a number, got '0.1'"),
     ],
