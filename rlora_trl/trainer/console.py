@@ -1,11 +1,15 @@
-"""Selects the log entries that the console shows. Trackers get all entries."""
+"""The line that the console shows of a log: selected entries, short. Trackers get all entries in full."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from ..reading import printable
 
 
 # Entries that only trackers get, logged by Trainer, SFTTrainer and this package.
@@ -21,6 +25,9 @@ _FOR_TRACKERS = frozenset(
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 # With more tasks than this, the console shows those with the highest losses.
 _MOST_TASKS = 6
+# Characters of a line where there is no terminal to ask, and the fewest that a line is cut to.
+_WIDTH, _LEAST_WIDTH = 160, 60
+_SHORT_NAMES = {"learning_rate": "lr"}
 
 
 def select_for_console(logs: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
@@ -34,8 +41,7 @@ def select_for_console(logs: Mapping[str, Any], tasks: Sequence[str]) -> dict[st
         logs (`Mapping[str, Any]`): All entries, as `Trainer.log` gets them.
         tasks (`Sequence[str]`): Names of the tasks.
     """
-    names = {f"{prefix}{task}_loss" for task in tasks for prefix in ("", "task_")}
-    of_tasks = sorted((name for name in logs if name in names), key=lambda name: logs[name], reverse=True)
+    of_tasks = sorted(_losses_of_tasks(logs, tasks), key=lambda name: logs[name], reverse=True)
     hidden = {*(_FOR_TRACKERS - set(of_tasks)), *of_tasks[_MOST_TASKS:]}
 
     # The metrics of one dataset share a prefix, which that of its running time shows.
@@ -45,12 +51,73 @@ def select_for_console(logs: Mapping[str, Any], tasks: Sequence[str]) -> dict[st
     return {name: value for name, value in logs.items() if name not in hidden}
 
 
+def _losses_of_tasks(logs: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, str]:
+    """The task of each entry that is the loss of one in training, by name of the entry."""
+    names = {f"{prefix}{task}_loss": task for task in tasks for prefix in ("", "task_")}
+    return {name: names[name] for name in logs if name in names}
+
+
+def describe_log(logs: Mapping[str, Any], tasks: Sequence[str], *, step: int, max_steps: int, width: int) -> str:
+    """
+    A log as a line of text, for example
+
+        step 10/60  loss 4.369  lr 0.001985  head_load_max 0.3714  epoch 0.1  by task: sst2 6.388  rte 5.1  +8 tasks
+
+    Entries are those of [`select_for_console`], under the names that trackers have (`lr` is `learning_rate`). Of the
+    losses by task, the highest first, as many are shown as the line has room for; other entries go to further lines.
+
+    Args:
+        logs (`Mapping[str, Any]`): All entries, as `Trainer.log` gets them.
+        tasks (`Sequence[str]`): Names of the tasks.
+        step (`int`): The optimizer step.
+        max_steps (`int`): Steps of the run; 0 if they are unknown.
+        width (`int`): Characters of a line.
+    """
+    shown = select_for_console(logs, tasks)
+    task_of = _losses_of_tasks(logs, tasks)
+    entries = [
+        f"{printable(_SHORT_NAMES.get(name, name))} {_format(value)}"
+        for name, value in shown.items()
+        if name not in task_of
+    ]
+    lines = [f"step {step}/{max_steps}" if max_steps > 0 else f"step {step}"]
+    for entry in entries:
+        if len(lines[-1]) + 2 + len(entry) > width:
+            lines.append("")
+        lines[-1] += f"  {entry}"
+
+    # The losses by task, highest first.
+    by_task = sorted((name for name in shown if name in task_of), key=lambda name: shown[name], reverse=True)
+    losses = [f"{printable(task_of[name])} {_format(shown[name])}" for name in by_task]
+    for count in range(len(losses), 0, -1):
+        left_out = len(task_of) - count
+        more = f"  +{left_out} task{'s' if left_out > 1 else ''}" if left_out else ""
+        end = f"  by task: {'  '.join(losses[:count])}{more}"
+        if len(lines[-1]) + len(end) <= width:
+            lines[-1] += end
+            break
+    return "\n".join(lines)
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+
+
 class _OnConsole:
-    """Passes on what [`select_for_console`] selects."""
+    """Shows logs as lines of [`describe_log`]."""
 
     def __init__(self, tasks: Callable[[], Sequence[str]]) -> None:
         super().__init__()
         self._tasks = tasks
+
+    def _write(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+        width = max(_LEAST_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
+        # Above the progress bars, if there are any.
+        tqdm.write(describe_log(logs, self._tasks(), step=state.global_step, max_steps=state.max_steps, width=width))
+
+
+class TaskProgressCallback(_OnConsole, ProgressCallback):
+    """`ProgressCallback` that shows logs as lines of [`describe_log`]."""
 
     def on_log(
         self,
@@ -60,21 +127,29 @@ class _OnConsole:
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        shown = None if logs is None else select_for_console(logs, self._tasks())
-        super().on_log(args, state, control, logs=shown, **kwargs)  # type: ignore[misc]
-
-
-class TaskProgressCallback(_OnConsole, ProgressCallback):
-    """`ProgressCallback` that shows selected entries of the logs."""
+        # As in the base class, an evaluation without training shows no log.
+        if logs is not None and state.is_world_process_zero and self.training_bar is not None:
+            self._write(state, logs)
 
 
 class TaskPrinterCallback(_OnConsole, PrinterCallback):
-    """`PrinterCallback` that prints selected entries of the logs."""
+    """`PrinterCallback` that shows logs as lines of [`describe_log`]."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and state.is_local_process_zero:
+            self._write(state, logs)
 
 
 def shorten_console_logs(trainer: Trainer, tasks: Callable[[], Sequence[str]]) -> None:
     """
-    Show selected log entries on the console, in place of the default callbacks of transformers.
+    Show logs on the console as lines of [`describe_log`], in place of the default callbacks of transformers.
 
     The default is the last of its class, as `Trainer` adds it after the callbacks that it is given. Those, and
     callbacks of other classes, such as the notebook callback, are not replaced.

@@ -240,6 +240,7 @@ def _train(
     trainer.note_metrics(measured, scored)
 
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # all logs, for `rlora analyze --report`
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return TrainingResult(trainer, before, after)

@@ -30,3 +30,13 @@ def test_analyze_on_data(rlora, make_adapter, rows_folder, tmp_path):
     assert set(AdapterRecord.load(folder).mixtures.weights) == {"same", "colour", "first"}
     for name in ("head_similarity.png", "routing.png"):
         assert (tmp_path / "drawn" / "figures" / name).stat().st_size > 1000
+
+
+def test_report(rlora, make_adapter, rows_folder, tmp_path):
+    folder, page = make_adapter(), tmp_path / "new" / "page.html"
+    result = rlora("analyze", folder, "--data", rows_folder, "--report", page, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["report"] == str(page)
+    text = page.read_text()
+    assert "mlp.down_proj" in text and ">colour<" in text and str(folder) in text
+    assert f"Wrote {page}" in rlora("analyze", folder, "--report", page).stderr

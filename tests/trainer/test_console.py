@@ -9,6 +9,7 @@ from rlora_trl import RLoraSFTTrainer
 from rlora_trl.trainer.console import (
     TaskPrinterCallback,
     TaskProgressCallback,
+    describe_log,
     select_for_console,
 )
 
@@ -58,6 +59,38 @@ def test_evaluation_and_metrics_of_the_user(prefix):
     assert list(shown) == [*(f"{prefix}_{name}" for name in own), "my_metric"]
 
 
+def test_a_step_is_a_line():
+    """Losses by task come last, the highest first, as many as the terminal has room for."""
+    tasks = [f"task_{index}" for index in range(6)]
+    logs = {"loss": 4.36912, "learning_rate": 1.985e-3, "head_load_max": 0.37142, "epoch": 0.1}
+    logs |= {f"{task}_loss": 6.0 - index for index, task in enumerate(tasks)}
+    begin = "step 10/60  loss 4.369  lr 0.001985  head_load_max 0.3714  epoch 0.1"
+    everything = f"{begin}  by task: " + "  ".join(f"{task} {6 - index}" for index, task in enumerate(tasks))
+    assert describe_log(logs, tasks, step=10, max_steps=60, width=200) == everything
+    cut = describe_log(logs, tasks, step=10, max_steps=60, width=110)
+    assert cut == f"{begin}  by task: task_0 6  task_1 5  +4 tasks" and len(cut) <= 110
+    # Not a single task fits.
+    assert describe_log(logs, tasks, step=10, max_steps=60, width=75) == begin
+    assert describe_log({"loss": 1.0}, (), step=3, max_steps=0, width=85) == "step 3  loss 1"
+
+
+def test_many_tasks_are_counted():
+    tasks = [f"t{index}" for index in range(10)]
+    logs = {"loss": 1.0, **{f"{task}_loss": float(index) for index, task in enumerate(tasks)}}
+    line = describe_log(logs, tasks, step=1, max_steps=2, width=120)
+    assert line == "step 1/2  loss 1  by task: t9 9  t8 8  t7 7  t6 6  t5 5  t4 4  +4 tasks"
+
+
+def test_losses_of_tasks_in_evaluation_and_long_entries():
+    """What is not a loss of a task in training is never left out: it goes to further lines."""
+    logs = {f"eval_metric_number_{index}": index / 3 for index in range(8)} | {"note": "a\x1b[2Jb", "skipped_steps": 2}
+    lines = describe_log(logs, ["sst2"], step=10, max_steps=60, width=80).splitlines()
+    assert lines[0].startswith("step 10/60  eval_metric_number_0 0  eval_metric_number_1 0.3333")
+    assert all(len(line) <= 80 for line in lines) and all(line.startswith("  ") for line in lines[1:])
+    words = " ".join(lines).split()
+    assert words[-4:] == ["note", "a\\x1b[2Jb", "skipped_steps", "2"] and len(words) == 2 * 11
+
+
 @pytest.mark.parametrize("disable_tqdm", [True, False])
 def test_trackers_get_everything(model_folders, tmp_path, capsys, disable_tqdm):
     class Tracker(TrainerCallback):
@@ -74,7 +107,10 @@ def test_trackers_get_everything(model_folders, tmp_path, capsys, disable_tqdm):
 
     written = "".join(capsys.readouterr())
     assert {"grad_norm", "router_entropy", "first_loss"} <= set(Tracker.logs)
-    assert "'first_loss'" in written and "'grad_norm'" not in written and "'router_entropy'" not in written
+    line = next(line for line in written.replace("\r", "\n").splitlines() if " lr " in line)
+    assert line.strip().startswith("step 1/1  loss ") and len(line.strip()) <= 160
+    assert "by task: " in line and "first " in line and "grad_norm" not in written and "router_entropy" not in written
+    assert "train_loss" in written and "{" not in written
 
 
 def test_callbacks_of_the_user_stay(model_folders, tmp_path):
