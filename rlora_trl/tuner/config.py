@@ -392,13 +392,9 @@ class RLoraConfig(PeftConfig):
         Args:
             overrides: Fields of [`RLoraConfig`] to override.
         """
-        preset: dict[str, Any] = {
-            "init_weights": "rlora",
-            "init_gamma": 64.0,
-            "router": "softmax",
-            "router_init": "zeros",
-        }
-        preset |= {"share_a": True, "dropout_position": "head", "head_dropout": 0.2, "use_rslora": True, "lora_alpha": 32}
+        preset: dict[str, Any] = {"lora_alpha": 32, "use_rslora": True, "share_a": True, "router": "softmax"}
+        preset |= {"router_init": "zeros", "init_weights": "rlora", "init_gamma": 64.0}
+        preset |= {"dropout_position": "head", "head_dropout": 0.2}
         return cls(**{**preset, **overrides})
 
     @classmethod
