@@ -14,6 +14,10 @@ from ..reading import shorten
 from ..tuner import MultiHeadAdapter
 
 
+# In a state. Readers of checkpoints take files of at most four million values.
+_MOST_NUMBERS = 1_000_000
+
+
 class RoutingMonitor:
     """
     Creates the tally of each micro-batch, and sums the statistics that the layers add to it.
@@ -193,12 +197,14 @@ class RoutingMonitor:
             gather (`Callable`): Concatenates `[1, n]` of all ranks to `[ranks, n]`.
 
         Returns:
-            `list[list[float]]` or `None`: A row for each rank; `None` unless the scope is the whole step, and if a sum
-            is not finite.
+            `list[list[float]]` or `None`: A row for each rank, or one for all where experts on many ranks have too
+            many numbers for a state in JSON; `None` unless the scope is the whole step, and if a sum is not finite.
         """
         if not self.whole_step:
             return None
         sums = gather(self._share_sums()[None])
+        if sums.numel() > _MOST_NUMBERS:
+            sums = sums.sum(0, keepdim=True)
         return sums.tolist() if bool(sums.isfinite().all()) else None
 
     def load_state(self, state: list[list[float]] | None, rank: int, ranks: int) -> None:

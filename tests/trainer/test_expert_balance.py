@@ -260,6 +260,23 @@ def test_a_resumed_run_has_the_shares(tmp_path):
     assert len(whole) == 4
 
 
+def test_the_state_of_many_experts_on_many_ranks_is_bounded(monkeypatch):
+    model = adapted("qwen3_moe")
+    monitor = RoutingMonitor(adapters_of(model), "switch", 1.0, True, torch.device("cpu"))
+    monitor.step.data.copy_(torch.rand(monitor.step.data.shape) + 1.0)
+    ranks = monitor.state(lambda sums: torch.cat([sums, 3.0 * sums]))
+    assert len(ranks) == 2
+    monkeypatch.setattr("rlora_trl.trainer.monitor._MOST_NUMBERS", len(ranks[0]))
+    (summed,) = monitor.state(lambda sums: torch.cat([sums, 3.0 * sums]))
+    torch.testing.assert_close(torch.tensor(summed), torch.tensor(ranks).sum(0))
+
+    monitor.load_state(ranks, rank=1, ranks=2)
+    prior, own = monitor.prior, monitor.prior_of_rank
+    monitor.load_state([summed], rank=1, ranks=2)
+    torch.testing.assert_close(monitor.prior, prior)
+    torch.testing.assert_close(monitor.prior_of_rank, own)
+
+
 def test_a_balance_loss_evens_the_heads(tmp_path):
     def load(**settings):
         rows = task_rows("first", 160)
