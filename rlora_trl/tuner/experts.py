@@ -514,7 +514,7 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
         for layer in layers.values():
             if layer._disable_adapters and layer.merged_adapters:
                 layer.unmerge()
-        if getattr(self.base_layer, "_is_expert_parallel", False):
+        if _is_expert_parallel(self.base_layer):
             raise NotImplementedError(
                 "R-LoRA does not adapt experts that are distributed over processes (expert parallelism). Load the "
                 "model without `enable_expert_parallel`, or leave the experts out with `target_parameters=[]`."
@@ -549,6 +549,17 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "rlora." + super().__repr__()
+
+
+def _is_expert_parallel(experts: nn.Module) -> bool:
+    """Whether a module holds the experts of one process only."""
+    if getattr(experts, "_is_expert_parallel", False):
+        return True
+    # Transformers 5.17 only changes the number of experts of the module.
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    config, own = getattr(experts, "config", None), getattr(experts, "num_experts", None)
+    totals = [total for name in names if isinstance(total := getattr(config, name, None), int)]
+    return isinstance(own, int) and bool(totals) and all(own < total for total in totals)
 
 
 def _experts_per_token(tokens: torch.Tensor, others: Sequence[torch.Tensor]) -> int | None:
