@@ -30,7 +30,9 @@ root_doc = "docs/index"
 include_patterns = [
     "docs/**",
     "README.md",
+    "RELEASING.md",
     "CHANGELOG.md",
+    "COMPATIBILITY.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "deepspeed_configs/README.md",
