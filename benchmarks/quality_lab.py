@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 
-GATES = ("softmax", "competing", "sigmoid", "uniform", "sum", "top_k", "task", "task_sigmoid", "own")
-_BY_TASK = ("task", "task_sigmoid", "own")
+GATES = ("softmax", "competing", "sigmoid", "uniform", "sum", "top_k", "task", "task_sigmoid", "task_shift", "own")
+_BY_TASK = ("task", "task_sigmoid", "task_shift", "own")
+# Of gates with a shift: its unit, so that gates and shifts learn at one rate.
+_SHIFT = 0.1
 INITS = ("rlora", "zero_a", "zero_b", "orthogonal", "mirrored")
 SCALINGS = ("alpha/sqrt(r)", "alpha/r", "alpha/sqrt(rN)")
 POSITIONS = ("head", "input")
@@ -37,7 +39,8 @@ class LabOptions:
         targets (`tuple[str, ...]`): Names of the layers to adapt.
         gate (`str`): "softmax"; "competing" (N times it, so that each is 1 at the start); "sigmoid" (twice it, so that
             each is 1 at the start); "uniform" (each 1/N); "sum" (each 1); "top_k"; "task" (softmax, by task);
-            "task_sigmoid" (likewise); "own" (each task has a head of its own, and no other).
+            "task_sigmoid" (likewise); "task_shift" (likewise, and each task adds a vector to each head's A x); "own"
+            (each task has a head of its own, and no other).
         top_k (`int`): Gates that are not zero.
         temperature* (`float`): Divides the logits.
         router_init* (`str`): "zeros" or "kaiming_uniform".
@@ -114,7 +117,7 @@ class LabOptions:
     @property
     def first_gate(self) -> float:
         """Each gate at the start."""
-        return 1.0 if self.gate in ("sigmoid", "sum", "competing", "task_sigmoid") else 1.0 / self.heads
+        return 1.0 if self.gate in ("sigmoid", "sum", "competing", "task_sigmoid", "task_shift") else 1.0 / self.heads
 
 
 OPTION_NAMES = frozenset(option.name for option in fields(LabOptions))
@@ -232,6 +235,8 @@ class LabLinear(nn.Module):
         values = {"A": A, "B": B}
         if o.gate not in ("uniform", "sum", "own"):
             shape = (num_tasks, o.heads) if o.gate in _BY_TASK else (o.heads, d_in)
+            if o.gate == "task_shift":
+                shape = (num_tasks, o.heads * (1 + self.r))
             router = torch.zeros(shape)
             if o.router_init == "kaiming_uniform":
                 router.uniform_(-1 / math.sqrt(shape[1]), 1 / math.sqrt(shape[1]), generator=g)
@@ -285,7 +290,10 @@ class LabLinear(nn.Module):
                 heads = heads.expand(-1, -1, o.heads, -1)
             else:
                 logits = None if o.gate in _BY_TASK else P[..., self.rows : start]
-                heads = heads * self._gates(logits, shape).unsqueeze(-1)
+                gates = self._gates(logits, shape)
+                heads = heads * gates[..., : o.heads].unsqueeze(-1)
+                if o.gate == "task_shift":
+                    heads = heads + gates[..., o.heads :].unflatten(2, (o.heads, self.r))
             if masked:
                 heads = heads * ((torch.rand(heads.shape, device=h.device) < self.keep) / self.keep)
             if h0 is not None:
@@ -294,17 +302,19 @@ class LabLinear(nn.Module):
         return torch.cat([Z, end], 2) if end.shape[2] else Z
 
     def _gates(self, logits: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """Gates `[K, T, N]` in float32."""
+        """Gates `[K, T, N]` in float32; with a shift also this, `[K, T, N + N r]`."""
         o = self.options
         if o.gate in _BY_TASK:
             tasks = self.state.tasks.view(self.runs, -1)  # [K, rows]
             if o.gate == "own":
                 return torch.nn.functional.one_hot(tasks, o.heads).float().repeat_interleave(shape[1:-1].numel(), 1)
-            by_row = self.router.gather(1, tasks[..., None].expand(-1, -1, o.heads))
+            by_row = self.router.gather(1, tasks[..., None].expand(-1, -1, self.router.shape[2]))
             logits = by_row.repeat_interleave(shape[1:-1].numel(), 1)  # [K, T, N]
         logits = _wide(logits)
         if self.temperature is not None:
             logits = logits / self.temperature
+        if o.gate == "task_shift":
+            return torch.cat([2 * torch.sigmoid(logits[..., : o.heads]), _SHIFT * logits[..., o.heads :]], -1)
         if o.gate in ("sigmoid", "task_sigmoid"):
             return 2 * torch.sigmoid(logits)
         if o.gate == "top_k" and o.top_k < o.heads:

@@ -42,7 +42,7 @@ def setting_text(setting: Setting) -> str:
 def parameters(method: Method) -> str:
     """Trained parameters, in millions."""
     counts = {row["trainable"] for by in method.rows.values() for runs in by.values() for row in runs.values()}
-    return " / ".join(f"{count / 1e6:.2f}" for count in sorted(counts))
+    return " / ".join(dict.fromkeys(f"{count / 1e6:.2f}" for count in sorted(counts)))
 
 
 def seconds(method: Method) -> str:

@@ -6,7 +6,19 @@ from typing import Any
 from quality_intervals import Estimate
 from quality_report import REFERENCE
 from quality_rows import Cell, Method
-from results_lines import PAPER_SETTING, TUNING_SEEDS, Line, Study, idea_lines, is_lora, seeds_text, shared_seeds
+from results_lines import (
+    PAPER_SETTING,
+    TUNING_SEEDS,
+    Line,
+    Study,
+    idea_lines,
+    is_lora,
+    lines_of,
+    seeds_text,
+    shared_seeds,
+    with_seeds,
+)
+from results_tables import RECIPE
 
 
 # Color and marker of each line, at most five.
@@ -15,7 +27,7 @@ CURVES = {
     "R-LoRA": ("#08519c", "s"),
     "R-LoRA, no dropout": ("#6baed6", "D"),
     "ranks as heads": ("#e6550d", "^"),
-    "ranks, sigmoid": ("#31a354", "v"),
+    RECIPE: ("#31a354", "v"),
 }
 LOWEST = 8.0  # points below the best of a panel that are shown
 _COLORS = {"ours": "#08519c", "lora": "#9a9a9a"}
@@ -83,6 +95,42 @@ def draw_learning_rates(study: Study, path: Path) -> None:
         [handles[n] for n in ordered], ordered, loc="upper center", ncols=len(ordered), fontsize=8.5, frameon=False
     )
     figure.tight_layout(rect=(0, 0, 1, 0.95))
+    _save(figure, path)
+
+
+def draw_accuracy(study: Study, path: Path) -> None:
+    """R-LoRA, with and without head dropout, beside LoRA in each cell, all tuned; nothing without rows."""
+    lines = [
+        line
+        for line in lines_of(study, ("R-LoRA", "R-LoRA, no dropout"), REFERENCE, tuned=True, cells=study.cells)
+        if line.mean is not None
+    ]
+    if not lines:
+        return
+    plt = _pyplot()
+    seeds = lines[0].seeds
+    (reference,) = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
+    names = [f"{', '.join(cell)} ({reference.accuracy(cell):.1f} %)" for cell in study.cells]
+    figure, axis = plt.subplots(figsize=(8.2, 1.1 + 0.42 * (len(names) + 1)))
+
+    for place, line in enumerate(lines):
+        color, marker = CURVES[line.method.name]
+        found = [*(line.each[cell] for cell in study.cells), line.mean]
+        for row, estimate in enumerate(reversed(found)):
+            height = row + 0.13 * (len(lines) - 1 - 2 * place)
+            axis.plot([estimate.low, estimate.high], [height, height], color=color, linewidth=1.6)
+            axis.plot(estimate.value, height, marker, color=color, ms=5, label=line.method.name if row == 0 else None)
+
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.axhline(0.5, color="#bbbbbb", linewidth=0.6)
+    axis.set_yticks(range(len(names) + 1), ["mean", *reversed(names)], fontsize=9)
+    axis.grid(axis="x", color="#e0e0e0", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(axis="x", labelsize=8.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(f"points above tuned {REFERENCE}, with 95 % intervals ({with_seeds(seeds)})", fontsize=9)
+    axis.legend(fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    figure.tight_layout()
     _save(figure, path)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from quality_intervals import REPEATS
 from quality_rows import Row, by_model, read
 from report import HERE, ROOT, replace_block
-from results_figures import draw_ideas, draw_learning_rates
+from results_figures import draw_accuracy, draw_ideas, draw_learning_rates
 from results_lines import gaps
 from results_paper import setting_1_block, single_block, transfer_block
 from results_tables import (
@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         replace_block(args.document, name, text, Path(__file__).name)
     first = Study(next(iter(by_model(rows).values())))
     replace_block(args.readme, "accuracy", readme_block(first), Path(__file__).name)
+    draw_accuracy(first, args.figures / "accuracy.png")
     draw_learning_rates(first, args.figures / "learning_rate.png")
     draw_ideas(first, args.figures / "ideas.png")
     print(f"{args.document}: {len(rows)} rows")

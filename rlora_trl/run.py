@@ -54,7 +54,8 @@ def main(words: list[str]) -> None:
 def _run_path(path: str, arguments: list[str]) -> None:
     """Run a script, or a folder or zip file with a `__main__.py`."""
     sys.argv = [path, *arguments]
-    is_source = os.path.isfile(path) and not zipfile.is_zipfile(path)
+    # A pipe, such as `<(...)` of a shell, can be read once: only ordinary files are looked into.
+    is_source = not os.path.isdir(path) and not (os.path.isfile(path) and zipfile.is_zipfile(path))
     # `python -m` has put the working directory first. `runpy` puts a folder or a zip file there itself.
     if not sys.flags.safe_path:
         sys.path[0:1] = [os.path.dirname(os.path.realpath(path))] if is_source else []

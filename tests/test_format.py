@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from testing_utils import TINY_MODELS, VOCAB, perturb, random_ids
+from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig
-from rlora_trl.files.checks import check_adapter
+from rlora_trl.files.checks import AdapterCheckError, check_adapter
 from rlora_trl.tuner import MultiHeadAdapter
 from rlora_trl.tuner.layer import RLoraLayer
 
@@ -228,3 +229,37 @@ def test_page_names_the_tensors(tmp_path):
         assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"F32"}
     named = set(re.findall(r"^\| `(\w+)` \| `\[", PAGE, re.MULTILINE))
     assert named == roles == set(MultiHeadAdapter.tensor_names)
+
+
+def rewrite(folder, **fields):
+    """Other values in the file of an adapter's configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_field_that_is_null_has_the_default(reader, tmp_path, model_folders):
+    """All at once, of the table and of those that don't change the function; and checks agree."""
+    base = AutoModelForCausalLM.from_pretrained(model_folders["llama"]).double()
+    save(base, tmp_path / "adapter")
+    names = ["num_heads", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "router", "router_top_k"]
+    names += ["share_a", "init_weights", "tasks", "target_parameters", "bias", "modules_to_save", "saved_embeddings"]
+    names += ["trainable_token_indices", "head_dropout", "dropout_position", "init_gamma", "router_init"]
+    names += ["exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "task_type"]
+    names += ["peft_version", "inference_mode"]
+    expected = compare(reader, base, tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", **dict.fromkeys(names))
+    check_equal(compare(reader, base, tmp_path / "adapter"), expected, LOGITS)
+    check_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("field", ["use_rslora", "share_a", "fan_in_fan_out"])
+@pytest.mark.parametrize("value", ["false", 0, 1, []])
+def test_flags_are_true_or_false(tmp_path, model_folders, field, value):
+    """Python would take "false" for true."""
+    base = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    save(base, tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", **{field: value})
+    with pytest.raises(AdapterCheckError, match=f"`{field}` must be of type"):
+        check_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"`{field}` must be of type"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")

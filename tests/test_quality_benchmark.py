@@ -175,7 +175,9 @@ def test_lab_lora_is_lora():
 
 
 @pytest.mark.parametrize("init", ["rlora", "orthogonal", "mirrored", "zero_a", "zero_b"])
-@pytest.mark.parametrize("gate", ["softmax", "competing", "sigmoid", "uniform", "sum", "task", "task_sigmoid"])
+@pytest.mark.parametrize(
+    "gate", ["softmax", "competing", "sigmoid", "uniform", "sum", "task", "task_sigmoid", "task_shift"]
+)
 @pytest.mark.parametrize("share_a", [True, False])
 def test_first_delta_is_zero(init, gate, share_a):
     torch.manual_seed(0)
@@ -184,6 +186,24 @@ def test_first_delta_is_zero(init, gate, share_a):
     lab, state = add_lab(base, [LabOptions(init=init, gate=gate, share_a=share_a)], [0], 2)
     state.tasks = torch.tensor([0, 1, 0, 1])
     torch.testing.assert_close(lab(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shift_by_task_goes_through_the_heads():
+    """y = W x + s sum_i B_i (g_i A_i x + c_i), with c by task in units of 0.1."""
+    options = LabOptions(r=2, heads=3, share_a=False, gate="task_shift", init="zero_a", scaling="alpha/sqrt(rN)")
+    linear, state = torch.nn.Linear(8, 6, bias=False), LabState(tasks=torch.tensor([1, 0]))
+    layer = LabLinear(linear, "down_proj", [options], state, 2, [torch.Generator().manual_seed(0)])
+    with torch.no_grad():
+        layer.A.normal_()
+        layer.router.normal_()
+    x = torch.randn(2, 5, 8)
+    factor = 32.0 / 6**0.5
+    for row, task in enumerate(state.tasks.tolist()):
+        gates = 2 * torch.sigmoid(layer.router[0, task, :3])
+        shift = 0.1 * layer.router[0, task, 3:].view(3, 2)
+        inner = torch.einsum("td,nrd->tnr", x[row], layer.A[0]) * gates[:, None] + shift
+        expected = linear(x[row]) + factor * torch.einsum("tnr,nro->to", inner, layer.B[0])
+        torch.testing.assert_close(layer(x)[row], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("position", ["head", "input"])

@@ -58,6 +58,16 @@ def test_an_exception_ends_it_with_its_traceback(tmp_path):
     assert 'fails.py", line 2, in f' in result.stderr and result.stderr.endswith("KeyError: 'of the program'\n")
 
 
+def test_a_pipe_is_run(tmp_path):
+    """As `<(...)` of a shell gives it: it can be read once, and must not be taken for an empty program."""
+    code = "import os, subprocess, sys; r, w = os.pipe(); os.write(w, b'print(6 * 7, __name__)'); os.close(w); "
+    code += (
+        "sys.exit(subprocess.run([sys.executable, '-m', 'rlora_trl.run', f'/dev/fd/{r}'], pass_fds=[r]).returncode)"
+    )
+    result = python("-c", code, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "42 __main__\n"), result.stderr
+
+
 def test_folder_with_a_main_module(tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "__main__.py").write_text(

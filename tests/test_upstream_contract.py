@@ -210,7 +210,8 @@ CONTRACT = [Row(*row) for row in (
     ("torch.nn.modules.module", "register_module_module_registration_hook", "hook", "meet the `PeftModel`"),
     (LAYER, "get_base_layer", "", "experts, which the layer of a weight does not hold itself"),
     ("transformers/integrations/moe.py", "is_transposed", None, "which dimension of experts are inputs"),
-    ("transformers/integrations/moe.py", "_is_expert_parallel", None, "refused"),
+    # Transformers 5.17 lacks the first.
+    ("transformers/integrations/moe.py", "_is_expert_parallel | num_experts", None, "experts of other processes are refused"),
     ("transformers/integrations/moe.py", "_experts_implementation", None, "named in errors"),
     ("transformers:PreTrainedModel", "set_experts_implementation", "experts_implementation", "named in errors"),
     (LAYER, "adapter_layer_names", None, "what PEFT trains, moves, saves"),
@@ -285,7 +286,10 @@ CONTRACT = [Row(*row) for row in (
     ("torch.nn:Module", "_forward_pre_hooks", None, "whose outputs may be written over"),
     ("torch.nn:Module", "_backward_hooks", None, "whose weights may be joined"),
     ("torch.nn:Module", "_backward_pre_hooks", None, "whose weights may be joined"),
-    ("torch.nn.modules.module", "_has_any_global_hook", "", "calls that hooks expect"),
+    ("torch.nn.modules.module", "_global_forward_hooks", None, "calls that hooks expect"),
+    ("torch.nn.modules.module", "_global_forward_pre_hooks", None, "calls that hooks expect"),
+    ("torch.nn.modules.module", "_global_backward_hooks", None, "calls that hooks expect"),
+    ("torch.nn.modules.module", "_global_backward_pre_hooks", None, "calls that hooks expect"),
     ("torch:Tensor", "_version", None, "whether packed weights are stale"),
     ("torch", "_C", None, "those that follow"),
     ("torch._C", "_current_graph_task_id", None, "whether a forward pass is a recomputation"),
@@ -316,6 +320,13 @@ CONTRACT = [Row(*row) for row in (
     ("transformers:PreTrainedModel", "base_model", None, "the model without its head, to measure heads"),
     ("transformers.integrations.peft:PeftAdapterMixin", "_hf_peft_config_loaded", None, "given models; bases to merge into"),
     ("transformers/core_model_loading.py", "_weight_conversions", None, "bases to merge into"),
+    # The experimental layers for vLLM, which also refuse other releases
+    ("vllm/lora/utils.py", "_all_lora_classes", None, "the layers are replaced by subclasses"),
+    ("vllm/lora/layers/base_linear.py", "add_lora_linear", None, "layers call it with all slices"),
+    ("vllm/lora/layers/row_parallel_linear.py", "add_expand", None, "fully sharded layers call it with complete first products"),
+    ("vllm/lora/punica_wrapper/punica_gpu.py", "token_mapping_meta", None, "the slot of each token, on a GPU"),
+    ("vllm/lora/ops/triton_ops/lora_kernel_metadata.py", "token_lora_mapping", None, "the slot of each token, on a GPU"),
+    ("vllm/lora/punica_wrapper/punica_base.py", "token_lora_indices", None, "the slot of each token, on a CPU"),
 )]
 # fmt: on
 

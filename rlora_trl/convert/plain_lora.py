@@ -42,7 +42,8 @@ _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _REASONS = {
     "use_dora": "DoRA divides by the norms of the columns of base weight and delta together, which R-LoRA does not",
     "lora_bias": "its B have biases, and heads of R-LoRA have none",
-    "target_parameters": "it adapts parameters that are not layers, such as fused experts",
+    "target_parameters": "it adapts fused experts, and the files say neither how many there are nor which side of a "
+    "weight is its input",
     "layer_replication": "it repeats layers of the base model",
     "enable_lora": "it adapts parts of a fused q, k and v, and heads of R-LoRA adapt whole layers",
     "alora_invocation_tokens": "it is active only behind certain tokens (aLoRA)",

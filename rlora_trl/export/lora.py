@@ -252,8 +252,9 @@ def check_targets_kept(config: LoraConfig, base: nn.Module) -> None:
     if lost:
         raise ValueError(
             f"The adapter can't be exported as LoRA: it adapts {first_few(lost)}, and for {type(base).__name__} PEFT "
-            f"takes these names for fused experts{why}, which the adapter does not adapt. Train an adapter whose "
-            "`target_modules` do not include `gate_proj`, `up_proj` and `down_proj`. Nothing was written."
+            f"takes these names for fused experts{why}, and would leave out layers that have them. Train an adapter "
+            "whose `target_modules` do not include `gate_proj`, `up_proj` and `down_proj`: experts "
+            "(`target_parameters`) and attention are exported. Nothing was written."
         )
 
 

@@ -11,6 +11,7 @@ Axolotl looks classes up by these names. docs/integrations/axolotl.md has a whol
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.utils import logging
 
 from ..files.checks import check_adapter
 from ..files.layout import WEIGHTS_NAME
+from ..reading import shorten
 from ..tuner import RLoraConfig
 from .settings import config_from_settings
 
@@ -52,6 +54,11 @@ _LORA_SETTINGS = {
             "lora_qkv_kernel",
             "lora_o_kernel",
             "lora_embedding_kernel",
+            "loraplus_lr_ratio",
+            "loraplus_lr_embedding",
+            "peft_layer_replication",
+            "peft_ensure_weight_tying",
+            "peft",
         )
     ),
 }
@@ -92,12 +99,22 @@ class RLoraArgs(BaseModel):
         for name, reason in _REFUSED.items():
             if data.get(name):
                 raise ValueError(f"`{name}` can't be used with `adapter: rlora`: {reason}.")
+        config = adapter_config(data)
         for name, field in _LORA_SETTINGS.items():
-            if data.get(name):
+            if not _agrees(config, name, data.get(name)):
                 remedy = f"Set `{field}` under `rlora`" if field else "Remove it"
                 raise ValueError(f"`{name}` has no effect with `adapter: rlora`. {remedy}.")
-        adapter_config(data)
         return data
+
+
+def _agrees(config: RLoraConfig, name: str, value: Any) -> bool:
+    """Whether a setting of LoRA is not set, is off, or, where zero or false mean something, is that of R-LoRA."""
+    if value or value is None:
+        return value is None
+    # Axolotl itself sets this one to zero, before the plugin sees it.
+    if name == "lora_dropout" or not isinstance(value, int | float):
+        return True
+    return bool(getattr(config, _LORA_SETTINGS[name] or "", value) == value)
 
 
 def adapter_config(cfg: Any) -> RLoraConfig:
@@ -111,7 +128,12 @@ def adapter_config(cfg: Any) -> RLoraConfig:
     Raises:
         ValueError: If a field is unknown or has a wrong value, or both name modules to save, and not the same.
     """
-    values = dict(cfg.get("rlora") or {})
+    given = cfg.get("rlora")
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(
+            f"`rlora` must be a mapping of fields of RLoraConfig, got {shorten(given)}. For example {{r: 4}}."
+        )
+    values = dict(given or {})
     saved = cfg.get("lora_modules_to_save")
     if saved:
         if set(values.setdefault("modules_to_save", saved)) != set(saved):

@@ -45,7 +45,10 @@ def config_from_settings(values: Mapping[str, Any], where: str, tool: str, **fix
             f"`{where}` has {first_few(map(shorten, unknown))}, and its fields are {', '.join(field_names())}. "
             "Balance losses and task mixing need RLoraSFTTrainer."
         )
-    config = RLoraConfig(**{**values, **fixed})
+    try:
+        config = RLoraConfig(**{**values, **fixed})
+    except TypeError as error:
+        raise ValueError(str(error)) from error  # which the tools report as a wrong setting
     check_router(config, where, tool)
     return config
 

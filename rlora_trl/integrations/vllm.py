@@ -1,5 +1,5 @@
 """
-Serves tasks of R-LoRA adapters with vLLM, as plain LoRA.
+Serves tasks of R-LoRA adapters with vLLM, as plain LoRA, or exactly with the layers of `vllm_layers`.
 
 vLLM asks its LoRA resolvers for a model that it does not know, such as `user/adapter:sst2`. This one pulls and checks
 the adapter, exports the task into a cache, and answers with the folder. vLLM itself is imported when the resolver is
@@ -37,6 +37,7 @@ from ..hub.pull import pull_checked
 from ..reading import printable, shorten
 from ..tuner.task_names import MAX_TASK_NAME, task_name
 from .folder_cache import FolderCache
+from .vllm_packing import TOKEN_ROUTERS, write_packed
 
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.rlora_trl")
 
 RESOLVER = "R-LoRA"
-ADAPTERS, CACHE, CACHE_GB, MAX_KL = (f"RLORA_VLLM_{name}" for name in ("ADAPTERS", "CACHE", "CACHE_GB", "MAX_KL"))
+ADAPTERS, CACHE, CACHE_GB, MAX_KL, LAYERS = (
+    f"RLORA_VLLM_{name}" for name in ("ADAPTERS", "CACHE", "CACHE_GB", "MAX_KL", "LAYERS")
+)
 # The first is that of `validate_repo_id`.
 _MAX_REPO, _MAX_REVISION = 96, 200
 _REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
@@ -107,12 +110,15 @@ class Settings:
         cache_bytes (`int`): The most bytes of exports.
         max_kl (`float`, *optional*): The largest KL(adapter || export), in nats per token, that is served. Without it
             every export is.
+        layers (`bool`, *optional*, defaults to `False`): The server has the layers of `vllm_layers`, so that routers
+            that decide per token are served exactly, in the packed form.
     """
 
     allowed: tuple[str, ...]
     cache: Path
     cache_bytes: int
     max_kl: float | None = None
+    layers: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -131,12 +137,26 @@ class Settings:
         folder = environment.get(CACHE) or os.path.join(constants.HF_HOME, "rlora_trl", "vllm")
         gigabytes = _number(environment, CACHE_GB, 20.0)
         assert gigabytes is not None
-        return cls(allowed, Path(folder).expanduser(), int(gigabytes * 1e9), _number(environment, MAX_KL, None))
+        max_kl = _number(environment, MAX_KL, None)
+        return cls(allowed, Path(folder).expanduser(), int(gigabytes * 1e9), max_kl, layers_wanted(environment))
 
     def check_allowed(self, repo_id: str) -> None:
         """Refuse a repository that is not allowed."""
         if not any(fnmatchcase(repo_id, pattern) for pattern in self.allowed):
             raise RefusedError(f"{shorten(repo_id)} is not among the adapters in `{ADAPTERS}`. Add it to serve it.")
+
+
+def layers_wanted(environment: Mapping[str, str]) -> bool:
+    """
+    Whether `RLORA_VLLM_LAYERS` turns the experimental layers on.
+
+    Raises:
+        ValueError: If it is neither 0 nor 1.
+    """
+    value = environment.get(LAYERS, "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(f"`{LAYERS}` must be 0 or 1, got {value!r}. Leave it unset for 0.")
+    return value == "1"
 
 
 def _number(environment: Mapping[str, str], name: str, default: float | None) -> float | None:
@@ -190,6 +210,8 @@ class TaskExports:
             )
         checked = self._pull(repo_id, revision, base_model)
         check_task(checked.config, task)
+        if self.settings.layers and _decides_per_token(checked):
+            return self.cache.get(_key(checked, None, packed=True), lambda folder: self._pack(name, checked, folder))
         self._check_fidelity(name, checked, task)
 
         def export(folder: Path) -> None:
@@ -199,7 +221,15 @@ class TaskExports:
                 f"head weights are {report.mixture}."
             )
 
-        return self.cache.get(_key(checked, task), export)
+        # Equal weights for all tasks are one export.
+        return self.cache.get(_key(checked, None if checked.config.router == "uniform" else task), export)
+
+    def _pack(self, name: str, checked: CheckedAdapter, folder: Path) -> None:
+        rank = write_packed(checked, folder)
+        logger.info(
+            f"Packed {shorten(name)}, which is served exactly, for all its tasks. `--max-lora-rank` must be at least "
+            f"{rank}."
+        )
 
     def _pull(self, repo_id: str, revision: str | None, base_model: str) -> CheckedAdapter:
         """Pull and check an adapter, unless this was done a short time ago."""
@@ -218,7 +248,7 @@ class TaskExports:
 
     def _check_fidelity(self, name: str, checked: CheckedAdapter, task: str) -> None:
         """Log how far an export that is not exact is from the adapter, as measured by who published it; or refuse."""
-        if checked.config.router in ("task", "uniform") or checked.config.num_heads == 1:
+        if not _decides_per_token(checked):
             return
         kl = recorded_kl(checked, task)
         if kl is None:
@@ -250,10 +280,14 @@ def recorded_kl(checked: CheckedAdapter, task: str) -> float | None:
     return next((float(kl) for kl in measured if kl is not None and math.isfinite(kl) and kl >= 0), None)
 
 
-def _key(checked: CheckedAdapter, task: str) -> str:
+def _decides_per_token(checked: CheckedAdapter) -> bool:
+    """Whether an export as plain LoRA is an approximation."""
+    return checked.config.router in TOKEN_ROUTERS and checked.config.num_heads > 1
+
+
+def _key(checked: CheckedAdapter, task: str | None, *, packed: bool = False) -> str:
     """Name of an export in the cache: a hash of all that it is made from, and of the version that makes it."""
-    # Equal weights for all tasks are one export.
-    parts = [__version__, checked.sha256, None if checked.config.router == "uniform" else task]
+    parts = [__version__, checked.sha256, task, *(["packed"] if packed else [])]
     for name in (CONFIG_NAME, RECORD_NAME):
         path = checked.folder / name
         parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)

@@ -36,7 +36,8 @@ _ALIGNED_COLUMNS = 4
 
 class RoutingStats(NamedTuple):
     """
-    Sums over the tokens that count, one row for each of L layers, with a name for each group of columns.
+    Sums over the tokens that count, one row for each of L layers, with a name for each group of columns. Each expert
+    is a layer here, whose tokens are those that it gets.
 
     Args:
         data (`torch.Tensor` of shape `[L, at least 3 + 3 N + 1]`): The columns of `rank_space.routing_stats`, then the
@@ -102,6 +103,8 @@ class RoutingTally:
         prior (`torch.Tensor` of shape `[L, 2 N]`, *optional*):
             Shares f and P of the step before, on all ranks, for `whole_step`. They stand in for the part of the step
             that this rank has not seen.
+        prior_rows (`torch.Tensor` of shape `[L]`, *optional*):
+            Shares of the experts in the rows of their layer in the step before, with `prior`; 1 for other layers.
         upstream (`torch.Tensor`, *optional*):
             The gradient that the loss of the micro-batch receives, including any loss scaling. Set by
             [`capture_loss_grad`]; until then layers add no gradient.
@@ -116,6 +119,7 @@ class RoutingTally:
     whole_step: bool = False
     expected_tokens: float = 0.0
     prior: torch.Tensor | None = None
+    prior_rows: torch.Tensor | None = None
     upstream: torch.Tensor | None = None
     ticket: torch.Tensor = field(init=False, repr=False, compare=False)
 

@@ -21,10 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import rank_space
-from .balance import LayerProbe
+from .balance import RoutingTally
 from .dropout import keep_mask
 from .fused import backend, mm_wide
-from .operators import probe_projections
 from .rank_space import Layout
 
 
@@ -64,6 +63,15 @@ class RowGroups(NamedTuple):
             return [(0, 0, rows)]
         ends = self.offsets.tolist()
         return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+
+    def experts(self, rows: int, device: torch.device) -> torch.Tensor:
+        """The expert of each of `rows`, `[S]`."""
+        if self.expert is not None:
+            return torch.full((rows,), self.expert, device=device)
+        assert self.offsets is not None
+        ends = self.offsets.long()
+        positions = torch.arange(rows, device=device)
+        return torch.searchsorted(ends, positions, right=True).clamp(max=len(ends) - 1)
 
 
 def concat_experts(
@@ -267,6 +275,95 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> 
     return _GroupedProduct.apply(x, weight, groups)
 
 
+# Balance losses
+
+
+class ExpertsProbe(NamedTuple):
+    """
+    Collects the routing statistics of experts in the backward pass, and attaches their balance loss.
+
+    An expert has its own heads and router, and so its own statistics: those of a layer whose tokens are the rows that
+    it gets. With S_e of the S rows, and K experts for each token, the loss of the whole weight is
+    `sum_e S_e / S loss_e`. A row has a K-th of the weight that a token has in a linear layer.
+
+    Args:
+        tally ([`RoutingTally`]): The tally of the micro-batch.
+        row (`int`): The first of the E rows of this weight in it.
+        groups ([`RowGroups`]): The experts of the rows.
+        num_experts (`int`): E.
+        per_token (`int` or `torch.Tensor`): Experts that a token is sent to, K.
+        counts (`torch.Tensor` of shape `[S]`, *optional*): Which rows count (`bool`); by default all do.
+    """
+
+    tally: RoutingTally
+    row: int
+    groups: RowGroups
+    num_experts: int
+    per_token: int | torch.Tensor
+    counts: torch.Tensor | None = None
+
+    def finish(self, P: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+        """
+        Add the sums of the experts to their statistics.
+
+        Args:
+            P (`torch.Tensor` of shape `[S, K]`): Projections.
+            layout ([`Layout`]): Its columns, with logits.
+
+        Returns:
+            `torch.Tensor` of shape `[S, N]`, or `None` without a balance loss: Its gradient for the logits.
+        """
+        tally, one = self.tally, self.groups.expert
+        table = rank_space.token_stats(rank_space.logits_of(P, layout), layout.top_k)  # [S, 3 + 3 N]
+        if self.counts is not None:
+            table = torch.where(self.counts.unsqueeze(1), table, 0.0)
+        if one is None:
+            places = slice(self.row, self.row + self.num_experts)
+            sums = grouped_outer(table.new_ones(len(table), 1), table, self.groups, self.num_experts)[:, 0]
+        else:
+            places, sums = slice(self.row + one, self.row + one + 1), table.sum(0, keepdim=True)
+
+        stats, prior, expected = tally.stats.data[places], None, None
+        if tally.whole_step:
+            expected = tally.expected_tokens * self.per_token
+            if tally.prior is not None and tally.prior_rows is not None:
+                prior, expected = tally.prior[places], expected * tally.prior_rows[places]
+        coeffs = rank_space.update_stats(
+            *(sums.to(stats.dtype), stats, prior, layout.num_heads, tally.kind, expected)
+        )  # [E or 1, N + 2]
+        if coeffs is None or tally.upstream is None:
+            return None
+        coeffs = coeffs * (tally.factor * tally.upstream.to(coeffs.dtype) / self.per_token)
+        if one is None:
+            coeffs = coeffs[self.groups.experts(len(P), P.device)]
+        return rank_space.balance_gradient(P, layout, coeffs, self.counts)
+
+
+class _ProbedRows(torch.autograd.Function):
+    """The identity on projections; the backward pass adds the gradient of the balance loss to the logits'."""
+
+    @staticmethod
+    def forward(ctx: Any, P: torch.Tensor, layout: Layout, probe: ExpertsProbe) -> torch.Tensor:
+        ctx.save_for_backward(P)
+        ctx.layout, ctx.probe = layout, probe
+        return P.view_as(P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dP: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (P,) = ctx.saved_tensors
+        dP = dP.clone()
+        _add_balance(P, dP, ctx.layout, ctx.probe)
+        return dP, None, None
+
+
+def _add_balance(P: torch.Tensor, dP: torch.Tensor, layout: Layout, probe: ExpertsProbe) -> None:
+    """Add the gradient of the balance loss to that of P in place."""
+    gradient = probe.finish(P, layout)
+    if gradient is not None:
+        rank_space.logits_of(dP, layout).add_(gradient)
+
+
 # The delta
 
 
@@ -279,7 +376,7 @@ def grouped_delta(
     seed: int | None = None,
     dropout_position: str = "head",
     logits: torch.Tensor | None = None,
-    probe: LayerProbe | None = None,
+    probe: ExpertsProbe | None = None,
 ) -> torch.Tensor:
     """
     The delta of the experts' adapters, composed of grouped products and PyTorch's own operations.
@@ -292,7 +389,8 @@ def grouped_delta(
             dropped, and the seed of the masks, whose rows are numbered as those of `x`.
         dropout_position (`str`, *optional*, defaults to `"head"`): As in `multihead.multihead_delta`.
         logits (`torch.Tensor` of shape `[S, N]`, *optional*): Logits of the heads, in place of the routers'.
-        probe (`LayerProbe`, *optional*): As in `multihead.multihead_delta`.
+        probe ([`ExpertsProbe`], *optional*): Makes the backward pass report how heads are used, and add the gradient
+            of the balance loss.
 
     Returns:
         `torch.Tensor` of shape `[S, d_out]`, in the dtype of `x`.
@@ -315,7 +413,7 @@ def grouped_delta(
     if logits is not None:
         P = rank_space.with_logits(P, logits, layout)
     if probe is not None:
-        P = probe_projections(P, layout, probe)
+        P = _ProbedRows.apply(P, layout, probe)
     Z = rank_space.mix(P, weights.up.shape[2], layout, dropout=dropout, seed=seed)  # [S, Z]
     return grouped_linear(Z, weights.up, groups)
 
@@ -330,6 +428,7 @@ class GroupedCall(NamedTuple):
         dropout (`float`), seed (`int`, *optional*): As in [`grouped_delta`].
         product (`Callable`): The product of rows with the frozen weight of the experts, `[S, d_in]` to `[S, d_out]`.
         product_backward (`Callable`): The gradient of its rows, `[S, d_out]` to `[S, d_in]`.
+        probe ([`ExpertsProbe`], *optional*): As in [`grouped_delta`].
     """
 
     groups: RowGroups
@@ -339,6 +438,7 @@ class GroupedCall(NamedTuple):
     seed: int | None
     product: Callable[[torch.Tensor], torch.Tensor]
     product_backward: Callable[[torch.Tensor], torch.Tensor]
+    probe: ExpertsProbe | None = None
 
 
 class _FusedGrouped(torch.autograd.Function):
@@ -392,6 +492,8 @@ class _FusedGrouped(torch.autograd.Function):
         heads, dP = ctx.ops.mix_backward(
             *(P, dZ, layout), heads_width=up.shape[2], dropout=call.dropout, seed=call.seed
         )  # [S, Z], [S, K]
+        if call.probe is not None:
+            _add_balance(P, dP, layout, call.probe)
 
         # The heads' whole gradient; the anchor's columns, which are zero in `heads`, have none of their own.
         if need_up:

@@ -414,19 +414,33 @@ def routing_stats(P: torch.Tensor, layout: Layout, token_mask: torch.Tensor | No
         of tokens for which it is the most probable (equal heads share the token), the sum of its probabilities, and
         the sum of its weights.
     """
-    logits = logits_of(P, layout).to(_accumulation_dtype(P.dtype))  # [T, N]
+    table = token_stats(logits_of(P, layout), layout.top_k)
+    if token_mask is not None:
+        # Selected rather than multiplied: padding may compute NaN.
+        table = torch.where(token_mask.bool().unsqueeze(1), table, 0.0)
+    return table.sum(0)
+
+
+def token_stats(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """
+    What [`routing_stats`] sums, for each token.
+
+    Args:
+        logits (`torch.Tensor` of shape `[T, N]`): The router's logits.
+        top_k (`int`): See [`Layout`].
+
+    Returns:
+        `torch.Tensor` of shape `[T, 3 + 3 N]`: In float32 or wider.
+    """
+    logits = logits.to(_accumulation_dtype(logits.dtype))
     log_z = torch.logsumexp(logits, -1)  # [T]
     log_p = logits - log_z.unsqueeze(-1)
     p = log_p.exp()
     top = (logits == logits.amax(-1, keepdim=True)).to(p.dtype)
 
     scalars = torch.stack([torch.ones_like(log_z), log_z**2, -(p * log_p).sum(-1)], 1)  # [T, 3]
-    heads = [top / top.sum(-1, keepdim=True), p, routing_weights(logits, layout.top_k)]
-    table = torch.cat([scalars, *heads], dim=1)  # [T, 3 + 3 N]
-    if token_mask is not None:
-        # Selected rather than multiplied: padding may compute NaN.
-        table = torch.where(token_mask.bool().unsqueeze(1), table, 0.0)
-    return table.sum(0)
+    heads = [top / top.sum(-1, keepdim=True), p, routing_weights(logits, top_k)]
+    return torch.cat([scalars, *heads], dim=1)
 
 
 def finalize_routing_stats(
@@ -457,40 +471,71 @@ def finalize_routing_stats(
     Returns:
         `torch.Tensor` of shape `[N + 2]` or `None`: Coefficients for [`balance_gradient`].
     """
-    num_heads, columns = layout.num_heads, stats_columns(layout.num_heads)
-    sums = partials.sum(0).to(stats.dtype)  # [3 + 3 N]
-    stats[:columns] += sums
+    update = update_stats(
+        partials.sum(0).to(stats.dtype), stats, prior, layout.num_heads, kind, expected_tokens if whole_step else None
+    )
+    return None if update is None or upstream is None else update * (factor * upstream.to(update.dtype))
+
+
+def update_stats(
+    sums: torch.Tensor,
+    stats: torch.Tensor,
+    prior: torch.Tensor | None,
+    num_heads: int,
+    kind: str,
+    expected_tokens: float | torch.Tensor | None,
+) -> torch.Tensor | None:
+    """
+    [`finalize_routing_stats`] without the factor, for one layer or for several, which are the first dimensions.
+
+    Args:
+        sums (`torch.Tensor` of shape `[..., 3 + 3 N]`): The result of [`routing_stats`], in the dtype of `stats`.
+        stats (`torch.Tensor` of shape `[..., at least 3 + 3 N + 1]`): Sums of the step so far; written to.
+        prior (`torch.Tensor` of shape `[..., at least 2 N]`, *optional*): Shares f and P of the step before.
+        num_heads (`int`): N.
+        kind (`str`): The balance loss.
+        expected_tokens (`float` or `torch.Tensor` of shape `[...]`, *optional*): Tokens of the whole step, if the
+            shares of heads are those of the step.
+
+    Returns:
+        `torch.Tensor` of shape `[..., N + 2]`, or `None` if there is no balance loss.
+    """
+    columns, shares = stats_columns(num_heads), slice(3, 3 + 2 * num_heads)
+    stats[..., :columns] += sums
     if kind == "none":
         return None
 
     # Shares of heads: of this micro-batch, or of the step so far.
-    count = sums[0].clamp(min=1.0)
-    f, P = (sums[3 : 3 + 2 * num_heads] / count).split(num_heads)  # [N] each
+    count = sums[..., :1].clamp(min=1.0)
+    f, P = (sums[..., shares] / count).split(num_heads, -1)  # [..., N] each
     micro_P = P
-    if whole_step:
-        seen = stats[0].clamp(min=1.0)
-        left = (expected_tokens - seen).clamp(min=0.0) if prior is not None else torch.zeros_like(seen)
-        rest = prior if prior is not None else torch.zeros_like(sums[: 2 * num_heads])
-        f, P = ((stats[3 : 3 + 2 * num_heads] + left * rest[: 2 * num_heads]) / (seen + left)).split(num_heads)
+    if expected_tokens is not None:
+        seen = stats[..., :1].clamp(min=1.0)
+        left, rest = torch.zeros_like(seen), torch.zeros_like(sums[..., : 2 * num_heads])
+        if prior is not None:
+            each = isinstance(expected_tokens, torch.Tensor)
+            expected = expected_tokens.unsqueeze(-1) if each else expected_tokens  # type: ignore[union-attr]
+            left, rest = (expected - seen).clamp(min=0.0), prior[..., : 2 * num_heads]
+        f, P = ((stats[..., shares] + left * rest) / (seen + left)).split(num_heads, -1)
 
     # The loss, and its derivatives for p_i, for the entropy and for the squared log-sum-exp of one token.
-    coeffs = stats.new_zeros(num_heads + 2)
+    coeffs = stats.new_zeros(*sums.shape[:-1], num_heads + 2)
     if kind == "switch":
-        loss = num_heads * (f * micro_P).sum()
-        coeffs[:num_heads] = num_heads * f
+        loss = num_heads * (f * micro_P).sum(-1)
+        coeffs[..., :num_heads] = num_heads * f
     elif kind == "importance":
-        loss = num_heads * (P * P).sum() - 1.0
-        coeffs[:num_heads] = 2.0 * num_heads * P
+        loss = num_heads * (P * P).sum(-1) - 1.0
+        coeffs[..., :num_heads] = 2.0 * num_heads * P
     elif kind == "mutual_information":
         log_P = P.clamp(min=torch.finfo(P.dtype).tiny).log()
-        loss = (P * log_P).sum() + sums[2] / count
-        coeffs[:num_heads] = log_P
-        coeffs[num_heads] = 1.0
+        loss = (P * log_P).sum(-1) + sums[..., 2] / count[..., 0]
+        coeffs[..., :num_heads] = log_P
+        coeffs[..., num_heads] = 1.0
     else:
-        loss = sums[1] / count
-        coeffs[num_heads + 1] = 1.0
-    stats[columns] += loss * sums[0]
-    return None if upstream is None else coeffs * (factor * upstream.to(coeffs.dtype))
+        loss = sums[..., 1] / count[..., 0]
+        coeffs[..., num_heads + 1] = 1.0
+    stats[..., columns] += loss * sums[..., 0]
+    return coeffs
 
 
 def balance_gradient(
@@ -502,8 +547,8 @@ def balance_gradient(
     Args:
         P (`torch.Tensor` of shape `[T, K]`): Projections.
         layout ([`Layout`]): Its columns.
-        coeffs (`torch.Tensor` of shape `[N + 2]`): Derivatives `a` of the loss for the probability of each head in
-            one token, `e` for the entropy of one token, and `z` for the squared log-sum-exp of one token.
+        coeffs (`torch.Tensor` of shape `[N + 2]` or `[T, N + 2]`): Derivatives `a` of the loss for the probability of
+            each head in one token, `e` for the entropy of one token, and `z` for the squared log-sum-exp of one token.
         token_mask (`torch.Tensor` of shape `[T]`, *optional*): Non-zero for the tokens that count; by default all do.
 
     Returns:
@@ -516,7 +561,7 @@ def balance_gradient(
     entropy = -(p * log_p).sum(-1, keepdim=True)  # [T, 1]
 
     coeffs = coeffs.to(p.dtype)
-    a = coeffs[: layout.num_heads]
-    inner = a - (p * a).sum(-1, keepdim=True) - coeffs[-2] * (log_p + entropy) + 2.0 * coeffs[-1] * log_z
+    a, of_entropy, of_z = coeffs[..., : layout.num_heads], coeffs[..., -2:-1], coeffs[..., -1:]
+    inner = a - (p * a).sum(-1, keepdim=True) - of_entropy * (log_p + entropy) + 2.0 * of_z * log_z
     gradient = p * inner
     return gradient if token_mask is None else torch.where(token_mask.bool().unsqueeze(1), gradient, 0.0)

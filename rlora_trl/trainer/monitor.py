@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +14,17 @@ from ..reading import shorten
 from ..tuner import MultiHeadAdapter
 
 
+# In a state. Readers of checkpoints take files of at most four million values.
+_MOST_NUMBERS = 1_000_000
+
+
 class RoutingMonitor:
     """
     Creates the tally of each micro-batch, and sums the statistics that the layers add to it.
 
     A balance loss is the mean over layers, and over micro-batches and ranks by the tokens that count, so that its
-    coefficient means the same however a batch is split.
+    coefficient means the same however a batch is split. A weight of experts is one layer: each expert has a row of
+    statistics, and counts by the tokens that it gets.
 
     Args:
         adapters (`Sequence[MultiHeadAdapter]`): The adapters in training that have a router, with equally many heads.
@@ -50,16 +56,19 @@ class RoutingMonitor:
         self.kind, self.coefficient, self.whole_step = kind, coefficient, whole_step
         self.factor = 0.0
         self.expected_tokens = 0.0
-        # For the scope of the whole step: remaining tokens of this rank and of the other ranks, and shares [L, 2 N] in
-        # the step before, over all ranks, on this rank and on the others.
+        # For the scope of the whole step: remaining tokens of this rank and of the other ranks, and sums of the step
+        # before for one token of a layer [R, 1 + 2 N], over all ranks, on this rank and on the others.
         self.rank_tokens = self.other_tokens = torch.zeros((), device=device)
         self.prior: torch.Tensor | None = None
         self.prior_of_rank = self.prior_of_others = torch.zeros((), device=device)
+        # Rows of statistics: one for a linear layer, and one for each expert.
+        sizes = [adapter.num_experts or 1 for adapter in self.adapters]
+        for adapter, end, size in zip(self.adapters, itertools.accumulate(sizes), sizes, strict=True):
+            adapter.routing_row = end - size
+        self.layer_of_row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)  # [R]
         # Of the running step, and of the steps since the last summary.
-        self.step = RoutingStats.zeros(len(adapters), self.num_heads, device)
-        self.unlogged = RoutingStats.zeros(len(adapters), self.num_heads, device)
-        for row, adapter in enumerate(self.adapters):
-            adapter.routing_row = row
+        self.step = RoutingStats.zeros(sum(sizes), self.num_heads, device)
+        self.unlogged = RoutingStats.zeros(sum(sizes), self.num_heads, device)
 
     def begin_step(
         self, tokens: torch.Tensor, average_over: int, reduce: Callable[[torch.Tensor], torch.Tensor]
@@ -87,20 +96,26 @@ class RoutingMonitor:
         self.factor = self.coefficient * average_over / (len(self.adapters) * max(self.expected_tokens, 1.0))
 
     def _share_sums(self) -> torch.Tensor:
-        """The tokens `[L]` and the sums behind f and P `[L, 2 N]` of the step, in one row."""
+        """The tokens `[R]` and the sums behind f and P `[R, 2 N]` of the step, in one row."""
         return torch.cat([self.step.tokens, self.step.head_shares.flatten()])
 
-    def _shares(self, sums: torch.Tensor) -> torch.Tensor:
-        """f and P `[L, 2 N]` from [`_share_sums`]."""
-        layers = len(self.adapters)
-        return sums[layers:].view(layers, -1) / sums[:layers, None].clamp(min=1.0)
+    def _of_layers(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the rows of each layer, `[R]` or `[R, n]` to `[L]` or `[L, n]`."""
+        return values.new_zeros(len(self.adapters), *values.shape[1:]).index_add_(0, self.layer_of_row, values)
+
+    def _rates(self, sums: torch.Tensor) -> torch.Tensor:
+        """Tokens, f and P of rows for one token of their layer `[R, 1 + 2 N]`, from [`_share_sums`]."""
+        rows = len(self.layer_of_row)
+        tokens, shares = sums[:rows], sums[rows:].view(rows, -1)
+        of_layer = self._of_layers(tokens).clamp(min=1.0)[self.layer_of_row]
+        return torch.cat([tokens[:, None], shares], 1) / of_layer[:, None]
 
     def _set_prior(self, sums: torch.Tensor, rank_sums: torch.Tensor) -> None:
         # No tokens at the start of a run, nor in the first step after a checkpoint, which has loaded the shares.
-        if not bool((sums[: len(self.adapters)] > 0).all()):
+        if not bool((self._of_layers(sums[: len(self.layer_of_row)]) > 0).all()):
             return
-        self.prior, self.prior_of_rank = self._shares(sums), self._shares(rank_sums)
-        self.prior_of_others = self._shares(sums - rank_sums)
+        self.prior, self.prior_of_rank = self._rates(sums), self._rates(rank_sums)
+        self.prior_of_others = self._rates(sums - rank_sums)
 
     def tally(self, divided_by: int, tokens: torch.Tensor | int) -> RoutingTally:
         """
@@ -110,13 +125,15 @@ class RoutingMonitor:
             divided_by (`int`): Divisor that the trainer applies to the loss of a micro-batch, besides the loss's own.
             tokens (`torch.Tensor` or `int`): Tokens of the micro-batch that count.
         """
-        prior = None
+        prior = rows = None
         if self.whole_step and self.prior is not None:
             # For tokens not seen yet, the shares of the step before are used: those of the other ranks, and those of
             # this rank for the rest of its micro-batches.
             self.rank_tokens = self.rank_tokens - tokens
             left = (self.other_tokens + self.rank_tokens).clamp(min=1.0)
-            prior = (self.other_tokens * self.prior_of_others + self.rank_tokens * self.prior_of_rank) / left
+            rates = (self.other_tokens * self.prior_of_others + self.rank_tokens * self.prior_of_rank) / left
+            rows = rates[:, 0]
+            prior = rates[:, 1:] / rows[:, None].clamp(min=torch.finfo(rates.dtype).tiny)
         return RoutingTally(
             self.step,
             self.kind,
@@ -124,6 +141,7 @@ class RoutingMonitor:
             self.whole_step,
             self.expected_tokens,
             prior,
+            rows,
         )
 
     def restart(self) -> None:
@@ -145,26 +163,31 @@ class RoutingMonitor:
         Returns:
             `dict[str, float]`: `balance_loss` (without the coefficient), `router_entropy` (nats, of one token's
             probabilities), `head_load_max` (mean weight of the most used head of a layer) and `head_load_cv` (standard
-            deviation over mean of the heads' mean weights). Layers without tokens are left out; empty if all are.
+            deviation over mean of the heads' mean weights). Layers without tokens are left out; empty if all are. In
+            a layer of experts, these are means over experts by their tokens.
         """
         stats = self.step._replace(data=reduce(self.unlogged.data + self.step.data).cpu().double())
         # The sums of the running step are logged now, and must not be counted again at its end.
         self.unlogged.data.copy_(-self.step.data)
         # A layer may have had no tokens: a tower without its input, a head that the loss doesn't use.
-        stats = stats._replace(data=stats.data[stats.tokens > 0])
-        if not len(stats.data):
+        tokens, layers = stats.tokens, self.layer_of_row.cpu()
+        of_layer = tokens.new_zeros(len(self.adapters)).index_add_(0, layers, tokens)  # [L]
+        if not bool((of_layer > 0).any()):
             return {}
 
-        load = stats.head_weights / stats.tokens[:, None]  # [L, N]
-        by_layer = {
-            "balance_loss": stats.loss / stats.tokens,
-            "router_entropy": stats.entropy / stats.tokens,
+        load = stats.head_weights / tokens[:, None]  # [R, N]
+        by_row = {
+            "balance_loss": stats.loss / tokens,
+            "router_entropy": stats.entropy / tokens,
             "head_load_max": load.amax(1),
             "head_load_cv": load.std(1, correction=0) / load.mean(1),
         }
         if self.kind == "none":
-            del by_layer["balance_loss"]
-        return dict(zip(by_layer, torch.stack(list(by_layer.values())).mean(1).tolist(), strict=True))
+            del by_row["balance_loss"]
+        # Experts by their tokens, then the mean over layers.
+        values = torch.where(tokens > 0, torch.stack(list(by_row.values())), 0.0)  # [4, R]
+        shares = tokens / of_layer.clamp(min=1.0)[layers] / (of_layer > 0).sum()
+        return dict(zip(by_row, (values * shares).sum(1).tolist(), strict=True))
 
     def state(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[list[float]] | None:
         """
@@ -174,12 +197,14 @@ class RoutingMonitor:
             gather (`Callable`): Concatenates `[1, n]` of all ranks to `[ranks, n]`.
 
         Returns:
-            `list[list[float]]` or `None`: A row for each rank; `None` unless the scope is the whole step, and if a sum
-            is not finite.
+            `list[list[float]]` or `None`: A row for each rank, or one for all where experts on many ranks have too
+            many numbers for a state in JSON; `None` unless the scope is the whole step, and if a sum is not finite.
         """
         if not self.whole_step:
             return None
         sums = gather(self._share_sums()[None])
+        if sums.numel() > _MOST_NUMBERS:
+            sums = sums.sum(0, keepdim=True)
         return sums.tolist() if bool(sums.isfinite().all()) else None
 
     def load_state(self, state: list[list[float]] | None, rank: int, ranks: int) -> None:

@@ -55,8 +55,7 @@ class StepObserver:
         self.ledger = TaskLedger(tasks, args.device) if tasks else None
         self.nan_guard = NanGuard(args.nan_policy, model)
         self.monitor: RoutingMonitor | None = None
-        # Heads of one expert have nothing in common with those of another, so experts have no statistics of a layer.
-        routed = [a for a in self.adapters.values() if a.router is not None and not a.num_experts]
+        routed = [adapter for adapter in self.adapters.values() if adapter.router is not None]
         if routed:
             scope = args.balance_scope == "global"
             self.monitor = RoutingMonitor(routed, args.balance_loss, args.balance_coef, scope, args.device)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import MultiHeadAdapter, Routing
+from ..tuner.batch import IN_TRAINERS
 from ..tuner.routing import find_routings
 from .monitor import RoutingMonitor, head_similarity
 from .trainer import RLoraSFTTrainer
@@ -24,7 +25,7 @@ class RLoraCallback(TrainerCallback):
     trainer.add_callback(RLoraCallback(trainer))
     ```
 
-    - It logs `router_entropy`, `head_load_max`, `head_load_cv` and `head_similarity` (see docs/routing.md) over the
+    - It logs `router_entropy`, `head_load_max`, `head_load_cv` and `head_similarity` (docs/routing-report.md) over the
       forward passes that are trained; rollouts and reference models don't count.
     - `disable_dropout=True` of the trainer's arguments, which knows modules of PyTorch only, ends head dropout too.
     - Adapters on a quantized base, which TRL (1.16) casts to bfloat16, are trained in float32. A new adapter gets an
@@ -157,7 +158,7 @@ def _check_has_task(routings: list[Routing], trainer: str) -> None:
             f'{trainer} trains an adapter with `router="task"` and passed no task: the head weights of all its tasks '
             f"({', '.join(missing.tasks)}) would be trained alike. After creating the trainer call "
             f"`trainer.model.set_task({missing.tasks[0]!r})` for a run of one task, or pass `task_ids` with each "
-            "batch, or use another router."
+            f"batch ({IN_TRAINERS}), or use another router."
         )
 
 

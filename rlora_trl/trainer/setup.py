@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
-from ..reading import first_few
-from ..tuner import MultiHeadAdapter, RLoraConfig
+from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
 
 
@@ -95,24 +93,3 @@ def as_rlora_config(args: TrainingArguments | None, model: Any) -> RLoraSFTConfi
         if entry.name not in names:  # a field of a subclass of the user's
             setattr(config, entry.name, getattr(args, entry.name))
     return config
-
-
-def check_experts(args: RLoraSFTConfig, adapters: Mapping[str, MultiHeadAdapter]) -> None:
-    """
-    Refuse balance losses for adapters of experts.
-
-    Args:
-        args ([`RLoraSFTConfig`]): Configuration of the run.
-        adapters (`Mapping[str, MultiHeadAdapter]`): The adapters in training, by name.
-
-    Raises:
-        NotImplementedError: If there is a balance loss, and an adapter of experts.
-    """
-    experts = [name for name, adapter in adapters.items() if adapter.num_experts]
-    if args.balances and experts:
-        raise NotImplementedError(
-            f"`balance_loss={args.balance_loss!r}` is not implemented for adapters of experts, which have heads for "
-            f"each expert ({first_few(experts, 1)}). Set `balance_loss='none'`, or leave experts out with "
-            "`target_parameters=[]` and `target_modules`. (The loss of the base model's own router, "
-            "`router_aux_loss_coef`, is another one.)"
-        )

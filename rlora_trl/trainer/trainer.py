@@ -51,7 +51,7 @@ from .optimizer import set_learning_rates
 from .precision import cast_for_deepspeed, undo_bf16_cast
 from .publishing import as_list, check_publishing, count_trainable, is_sharded, push_copy, rows_to_measure, write_card
 from .run_record import RunRecord, loaded_commit
-from .setup import as_rlora_config, check_balance, check_devices, check_experts, check_optimizer, check_parallelism
+from .setup import as_rlora_config, check_balance, check_devices, check_optimizer, check_parallelism
 from .sharding import keep_outputs_wide, wait_for_backward
 from .task_collator import TaskCollator
 from .task_data import TaskData
@@ -215,7 +215,6 @@ class RLoraSFTTrainer(StagedCheckpoints):
             for adapter in self._adapters.values():
                 adapter.A.requires_grad_(False)
         check_parallelism(self.args, self.accelerator.parallelism_config)
-        check_experts(self.args, self._adapters)
         check_optimizer(self.args, self.optimizer)
         if self.is_deepspeed_enabled:
             check_deepspeed_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.args.nan_policy)

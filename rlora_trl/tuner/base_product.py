@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.four_bit import dequantize
@@ -16,6 +21,8 @@ from ..kernels.four_bit import dequantize
 JOINED_DEVICES = {"cuda"}
 # A subclass may do anything with the operations of the function.
 JOINED_TYPES: set[type] = {torch.Tensor, nn.Parameter}
+# Of all modules. (Newer versions of PyTorch have a function for this, 2.6 has not.)
+_GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
 
 
 class QuantizedWeight:
@@ -71,7 +78,7 @@ def is_hooked(layer: nn.Module) -> bool:
 
 def may_join(x: torch.Tensor) -> bool:
     """Whether nothing but the device keeps products of `x` from running together with deltas in training."""
-    return type(x) in JOINED_TYPES and not _has_any_global_hook()  # which calls of the layers would run
+    return type(x) in JOINED_TYPES and not any(_GLOBAL_HOOKS)  # which calls of the layers would run
 
 
 def product_dtype(x: torch.Tensor, device_type: str | None = None) -> torch.dtype:

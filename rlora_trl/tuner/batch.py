@@ -15,6 +15,7 @@ from .head_usage import HeadUsage
 
 # Names of tasks, or their indices in `RLoraConfig.tasks`.
 TaskIds: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | Sequence[str]
+IN_TRAINERS = "for `transformers.Trainer` a column of integers, and `remove_unused_columns=False`"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

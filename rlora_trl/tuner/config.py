@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -186,9 +186,12 @@ class RLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         # In a file the method is text, and PEFT has filled in these fields.
         saved = self.inference_mode or self.peft_version is not None
-        self.loaded = saved and type(vars(self).get("peft_type")) is str  # type: ignore[misc]
+        from_file = type(vars(self).get("peft_type")) is str
+        self.loaded = saved and from_file  # type: ignore[misc]
         if self.loaded:
             check_fields(vars(self))
+        if from_file:
+            self._fill_in_defaults()
         super().__post_init__()
         self.peft_type = RLoraPeftType.RLORA
         # PEFT tests names one by one, and JSON has no sets.
@@ -205,6 +208,14 @@ class RLoraConfig(PeftConfig):
         self._check_router()
         self._check_tasks()
         self._check_symmetry()
+
+    def _fill_in_defaults(self) -> None:
+        """Null in a file stands for the default (docs/format.md), of the fields that are not PEFT's."""
+        inherited = {field.name for field in fields(PeftConfig)}
+        for entry in fields(self):
+            if entry.init and entry.name not in inherited and getattr(self, entry.name) is None:
+                value = entry.default if entry.default_factory is MISSING else entry.default_factory()
+                setattr(self, entry.name, value)
 
     def _check_parameters(self) -> None:
         names = self.target_parameters
@@ -228,6 +239,14 @@ class RLoraConfig(PeftConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
                     f"`{name}` must be an integer of at least 1, got {shorten(value)}. Set `{name}=4`, for example."
+                )
+
+        # Flags: Python takes any text for true
+        for name in ("use_rslora", "share_a", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"`{name}` must be True or False, got {shorten(getattr(self, name))}. Remove the quotes if it is "
+                    "text."
                 )
 
         # Types of patterns, whose values follow
@@ -361,6 +380,22 @@ class RLoraConfig(PeftConfig):
                 "HydraLoRA does), `head_dropout` above 0 or `init_weights='rlora'`.",
                 stacklevel=4,
             )
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> RLoraConfig:
+        """
+        The method as in the paper ([arXiv 2502.15455](https://huggingface.co/papers/2502.15455), section 4).
+
+        One A, heads that start at random values of Table 1, head dropout 0.2, a softmax router. These values stay,
+        also if the defaults of [`RLoraConfig`] change. Sizes, such as `r` and `num_heads`, are the defaults.
+
+        Args:
+            overrides: Fields of [`RLoraConfig`] to override.
+        """
+        preset: dict[str, Any] = {"lora_alpha": 32, "use_rslora": True, "share_a": True, "router": "softmax"}
+        preset |= {"router_init": "zeros", "init_weights": "rlora", "init_gamma": 64.0}
+        preset |= {"dropout_position": "head", "head_dropout": 0.2}
+        return cls(**{**preset, **overrides})
 
     @classmethod
     def hydra_lora(cls, **overrides: Any) -> RLoraConfig:

@@ -38,6 +38,9 @@ class _FieldTypes(TypedDict, total=False):
     init_gamma: int | float | None
     rank_pattern: dict[str, int] | None
     alpha_pattern: dict[str, int | float] | None
+    use_rslora: bool | None
+    share_a: bool | None
+    fan_in_fan_out: bool | None
     layers_to_transform: int | list[int] | None
     trainable_token_indices: list[int] | dict[str, list[int]] | None
     saved_embeddings: list[str] | None

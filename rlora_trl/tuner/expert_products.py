@@ -42,11 +42,15 @@ class ExpertRows(NamedTuple):
         groups ([`RowGroups`]): Their experts.
         tokens (`torch.Tensor` of shape `[S]`, *optional*): The token of each row; `None` if that is not known.
         num_tokens (`int`): Number of tokens, T.
+        per_token (`int`, *optional*): Experts that each token is sent to; `None` if that is not known.
+        sparse (`bool`, *optional*, defaults to `False`): Rows of zeros stand for tokens that an expert does not get.
     """
 
     groups: RowGroups
     tokens: torch.Tensor | None
     num_tokens: int
+    per_token: int | None = None
+    sparse: bool = False
 
 
 class Products(Protocol):
@@ -99,11 +103,18 @@ class ExpertProducts(TorchFunctionMode):
         module (`torch.nn.Module`): The module, with weights of three dimensions.
         products (`Mapping[str, Products]`): What to add, by the name of the weight.
         tokens (`torch.Tensor` of shape `[T, d_in]`): The input of the module.
+        per_token (`int`, *optional*): See [`ExpertRows`].
     """
 
-    def __init__(self, module: nn.Module, products: Mapping[str, Products], tokens: torch.Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        products: Mapping[str, Products],
+        tokens: torch.Tensor,
+        per_token: int | None = None,
+    ) -> None:
         super().__init__()
-        self.module, self.products, self.tokens = module, products, tokens
+        self.module, self.products, self.tokens, self.per_token = module, products, tokens, per_token
         self.called: set[str] = set()
         self._grad = torch.is_grad_enabled()
         self._parts: dict[int, _Weight] = {}
@@ -219,7 +230,7 @@ class ExpertProducts(TorchFunctionMode):
             rows, experts = x.reshape(len(x), -1), weight.experts  # [S, d_in], [S]
             order, groups = sort_by_expert(experts, count)
             tokens = None if self._rows is None else self._rows[order]
-            of_rows = ExpertRows(groups, tokens, len(self.tokens))
+            of_rows = ExpertRows(groups, tokens, len(self.tokens), self.per_token)
             result = self._add(weight, out.reshape(len(out), -1)[order], rows[order], of_rows)
             return result[torch.argsort(order)].view_as(out)
 
@@ -229,11 +240,11 @@ class ExpertProducts(TorchFunctionMode):
         offsets = torch.arange(1, count + 1, dtype=torch.int32, device=x.device) * x.shape[1]
         # Every expert gets all tokens, those of others as zeros.
         tokens = torch.arange(x.shape[1], device=x.device).repeat(count)
-        of_rows = ExpertRows(RowGroups(offsets=offsets), tokens, x.shape[1])
+        of_rows = ExpertRows(RowGroups(offsets=offsets), tokens, x.shape[1], sparse=True)
         return self._add(weight, out.flatten(0, 1), x.reshape(-1, x.shape[2]), of_rows).view_as(out)
 
     def _rows_of(self, groups: RowGroups) -> ExpertRows:
-        return ExpertRows(groups, self._rows, len(self.tokens))
+        return ExpertRows(groups, self._rows, len(self.tokens), self.per_token)
 
     def _add(self, weight: _Weight, out: torch.Tensor, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         return self._checked(weight, x).add_delta(out, x, rows)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..kernels import rank_space
 from ..kernels.grouped import (
+    ExpertsProbe,
     ExpertWeights,
     GroupedCall,
     concat_experts,
@@ -133,15 +134,8 @@ class ExpertsAdapter(MultiHeadAdapter):
 
     def _row_logits(self, table: torch.Tensor, rows: int, of_rows: ExpertRows) -> torch.Tensor:
         """Logits `[S, N]` of rows, from a table `[E, K, N]`."""
-        kinds, groups = table.shape[1], of_rows.groups
-        if groups.expert is not None:
-            first = torch.full((rows,), groups.expert * kinds, device=table.device)
-        else:
-            assert groups.offsets is not None
-            ends = groups.offsets.long()
-            positions = torch.arange(rows, device=table.device)
-            first = torch.searchsorted(ends, positions, right=True).clamp(max=len(ends) - 1) * kinds
-        places = first + self._kinds(kinds, rows, of_rows, table.device)
+        kinds = table.shape[1]
+        places = of_rows.groups.experts(rows, table.device) * kinds + self._kinds(kinds, rows, of_rows, table.device)
         return F.embedding(places, table.reshape(-1, table.shape[2]))
 
     def _kinds(self, kinds: int, rows: int, of_rows: ExpertRows, device: torch.device) -> torch.Tensor:
@@ -188,6 +182,7 @@ class ExpertsAdapter(MultiHeadAdapter):
             seed=seed,
             dropout_position=self.dropout_position,
             logits=logits,
+            probe=self._probe(x, rows),
         )
 
     def joined_product(
@@ -211,7 +206,8 @@ class ExpertsAdapter(MultiHeadAdapter):
         logits = self._logits_and_usage(ready, x, rows)
         layout, initial_A = ready.weights.layout, ready.weights.initial_A
         dropout = 0.0 if ready.seed is None else self.dropout
-        call = GroupedCall(rows.groups, layout, initial_A, dropout, ready.seed, product, product_backward)
+        probe = self._probe(x, rows)
+        call = GroupedCall(rows.groups, layout, initial_A, dropout, ready.seed, product, product_backward, probe)
         return fused_grouped(x, ready.weights, logits, call)
 
     def _logits_and_usage(self, ready: ReadyExperts, x: torch.Tensor, rows: ExpertRows) -> torch.Tensor | None:
@@ -224,6 +220,32 @@ class ExpertsAdapter(MultiHeadAdapter):
         if not self.training and self.usage_row is not None and self.routing.batch.usage is not None:
             self._count_rows(ready, x, rows, logits)
         return logits
+
+    def _probe(self, x: torch.Tensor, rows: ExpertRows) -> ExpertsProbe | None:
+        """The probe that collects statistics in the backward pass, if the batch has a tally."""
+        routing, row = self.routing, self.routing_row
+        tally = routing.batch.tally
+        # With reentrant checkpointing the first pass has no backward pass; the recomputation reports.
+        if not self.training or not torch.is_grad_enabled() or tally is None or row is None:
+            return None
+        if self.router is None or self.fixed_logits is not None:
+            return None
+
+        # Rows of padding, and those that stand for tokens of other experts, don't count.
+        mask = routing.mask_for(len(x) if rows.tokens is None else rows.num_tokens)
+        counts = mask if mask is None or rows.tokens is None else mask[rows.tokens]
+        counts = None if counts is None else counts.bool()
+        if rows.sparse:
+            used = (x != 0).any(-1)
+            counts = used if counts is None else counts & used
+        per_token = _per_token(rows, counts, mask, len(x))
+        if per_token is None and tally.kind != "none":
+            raise RuntimeError(
+                "A balance loss needs the number of experts of each token, and the experts of this model compute one "
+                "by one, without the indices of a token's experts among their arguments. Call "
+                '`model.set_experts_implementation("grouped_mm")`, or set `balance_loss="none"`.'
+            )
+        return ExpertsProbe(tally, row, rows.groups, self.num_experts, 1 if per_token is None else per_token, counts)
 
     @torch.no_grad()
     def _count_rows(self, ready: ReadyExperts, x: torch.Tensor, rows: ExpertRows, logits: torch.Tensor | None) -> None:
@@ -268,6 +290,17 @@ class ExpertsAdapter(MultiHeadAdapter):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {super().extra_repr()}"
+
+
+def _per_token(
+    rows: ExpertRows, counts: torch.Tensor | None, mask: torch.Tensor | None, total: int
+) -> int | torch.Tensor | None:
+    """Experts that a token is sent to; where the model doesn't say, on average, or `None` if one expert computes."""
+    if rows.per_token is not None or rows.groups.expert is not None:
+        return rows.per_token
+    tokens = max(rows.num_tokens, 1) if mask is None else mask.bool().sum().clamp(min=1)
+    counted = torch.tensor(float(total)) if counts is None else counts.sum()
+    return (counted / tokens).clamp(min=1.0 / max(total, 1))
 
 
 class ExpertSizes(NamedTuple):
@@ -481,7 +514,7 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
         for layer in layers.values():
             if layer._disable_adapters and layer.merged_adapters:
                 layer.unmerge()
-        if getattr(self.base_layer, "_is_expert_parallel", False):
+        if _is_expert_parallel(self.base_layer):
             raise NotImplementedError(
                 "R-LoRA does not adapt experts that are distributed over processes (expert parallelism). Load the "
                 "model without `enable_expert_parallel`, or leave the experts out with `target_parameters=[]`."
@@ -492,9 +525,9 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
         if not ready:
             return self.base_layer(*args, **kwargs)
 
-        tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        tokens, *others = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         deltas = {name: _Deltas(layers[name], adapters, adapter_names) for name, adapters in ready.items()}
-        with ExpertProducts(self.base_layer, deltas, tokens) as products:
+        with ExpertProducts(self.base_layer, deltas, tokens, _experts_per_token(tokens, others)) as products:
             output = self.base_layer(*args, **kwargs)
         products.check()
         return output
@@ -516,6 +549,23 @@ class RLoraExperts(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "rlora." + super().__repr__()
+
+
+def _is_expert_parallel(experts: nn.Module) -> bool:
+    """Whether a module holds the experts of one process only."""
+    if getattr(experts, "_is_expert_parallel", False):
+        return True
+    # Transformers 5.17 only changes the number of experts of the module.
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    config, own = getattr(experts, "config", None), getattr(experts, "num_experts", None)
+    totals = [total for name in names if isinstance(total := getattr(config, name, None), int)]
+    return isinstance(own, int) and bool(totals) and all(own < total for total in totals)
+
+
+def _experts_per_token(tokens: torch.Tensor, others: Sequence[torch.Tensor]) -> int | None:
+    """The width of the indices `[T, K]` of the experts of each token, among the arguments of their module."""
+    indices = (other for other in others if other.ndim == 2 and not other.is_floating_point())
+    return next((index.shape[1] for index in indices if len(index) == len(tokens)), None)
 
 
 def adapt_experts(

@@ -437,9 +437,14 @@ class RLoraModel(BaseTuner):
 
     @override
     def forward(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
-        # `task_ids` are here only if the tuner itself is called; with a `PeftModel` they reach
-        # `_enable_peft_forward_hooks`.
-        with self._with_tasks(task_ids, describe_batch(args, kwargs)):
+        # Still here are those of a call of the tuner itself, and of a `PeftModel` around an MPT, for which PEFT enters
+        # no hooks (no upstream issue as of peft 0.21.2).
+        if task_ids is not None:
+            self._pending_tasks = (task_ids, describe_batch(args, kwargs))
+        if self._pending_tasks is None and kwargs.get("adapter_names") is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names", None)
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:

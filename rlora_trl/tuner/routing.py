@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..kernels import LayerProbe
-from .batch import BatchContext, TaskIds, resolve_task_ids, task_index
+from .batch import IN_TRAINERS, BatchContext, TaskIds, resolve_task_ids, task_index
 from .recomputation import ContextHistory, in_backward
 from .task_heads import find_task_heads
 from .task_tables import TaskTable, task_tables
@@ -244,7 +244,7 @@ class Routing:
             "mean",
             'An adapter with `router="task"` got no task and uses the mean of the head weights of its tasks '
             f'({", ".join(self.tasks)}). Call `model.set_task("{self.tasks[0]}")`, or pass `task_ids=` with each '
-            "batch.",
+            f"batch ({IN_TRAINERS}).",
         )
 
     def _warn_once(self, key: str, text: str) -> None:

@@ -66,9 +66,12 @@ MLP_TARGET_MODULES: dict[str, list[str] | str] = {
     **dict.fromkeys("t5 mt5 umt5".split(), ["wi", "wi_0", "wi_1", "wo"]),
     # Pictures, and pictures with text: vision towers of language models are adapted only if `target_modules` says so.
     **dict.fromkeys("vit dinov2 beit swin".split(), ["mlp.fc1", "mlp.fc2"]),
-    **dict.fromkeys("clip clip_vision_model".split(), ["mlp.fc1", "mlp.fc2"]),
+    **dict.fromkeys("clip clip_vision_model clip_text_model".split(), ["mlp.fc1", "mlp.fc2"]),
     # Not the MLP of the pooling head, which a classifier doesn't use.
-    **dict.fromkeys("siglip siglip_vision_model siglip2".split(), r"(.*\.)?layers\.\d+\.mlp\.fc[12]"),
+    **dict.fromkeys(
+        "siglip siglip_vision_model siglip_text_model siglip2 siglip2_vision_model siglip2_text_model".split(),
+        r"(.*\.)?layers\.\d+\.mlp\.fc[12]",
+    ),
     **dict.fromkeys(
         "llava llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 smolvlm idefics2 idefics3 "
         "paligemma gemma4 internvl mistral3 mllama glm4v exaone4_5".split(),

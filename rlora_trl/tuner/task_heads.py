@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..reading import first_few, shorten
-from .batch import TaskIds, resolve_task_ids, task_index
+from .batch import IN_TRAINERS, TaskIds, resolve_task_ids, task_index
 from .config import RLoraConfig
 from .task_names import task_name
 
@@ -24,7 +25,8 @@ class TaskHeads(nn.Module):
     The classification heads of several tasks, in place of the head of a model. Created by [`add_task_heads`].
 
     All heads see all rows, so that each has a gradient in each step (DDP needs that), and the one of the row's task
-    is kept. Labels that a task lacks have the lowest finite logit.
+    is kept. Labels that a task lacks have a logit of -1.8e19 (-256 in float16): their probability is zero, and means
+    over tokens, which some models take of logits, stay finite.
 
     Args:
         head (`torch.nn.Module`): The head of the model: a linear layer, or a module with such a layer at its end.
@@ -76,8 +78,8 @@ class TaskHeads(nn.Module):
         return every[ids, torch.arange(len(ids), device=ids.device)]
 
     def _padded(self, logits: torch.Tensor) -> torch.Tensor:
-        lowest = torch.finfo(logits.dtype).min
-        return nn.functional.pad(logits, (0, self.num_labels - logits.shape[-1]), value=lowest)
+        absent = -math.sqrt(torch.finfo(logits.dtype).max)
+        return nn.functional.pad(logits, (0, self.num_labels - logits.shape[-1]), value=absent)
 
     def _ids_of(self, x: torch.Tensor) -> torch.Tensor:
         """The tasks of the rows `[B]`, or of the tokens `[B, S]`."""
@@ -87,7 +89,9 @@ class TaskHeads(nn.Module):
         if ids is None or bool((ids < 0).any()):
             raise ValueError(
                 f"The model has a head for each of the tasks {first_few(map(repr, self.tasks))}, and a row without a "
-                f"task. Pass `task_ids=` with each batch, one for each row, or call `set_task({self.tasks[0]!r})`."
+                f"task. Pass `task_ids=` with each batch, one for each row ({IN_TRAINERS}), or call "
+                f"`set_task({self.tasks[0]!r})`. A model that is no `PeftModel` takes no `task_ids`: call "
+                f"`rlora_trl.set_task(model, {self.tasks[0]!r})`."
             )
         if tuple(ids.shape) != tuple(x.shape[: ids.ndim]) or ids.ndim >= x.ndim:
             raise ValueError(

@@ -179,7 +179,10 @@ def refused(folder, message, error=AdapterCheckError, **arguments):
         ({"init_lora_weights": "mica"}, "`init_lora_weights` 'mica'"),
         ({"init_lora_weights": ["pissa"]}, "`init_lora_weights`"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "it repeats layers"),
-        ({"target_parameters": ["experts.up"]}, "parameters that are not layers"),
+        (
+            {"target_parameters": ["experts.up"]},
+            "fused experts, and the files say neither how many there are nor which side",
+        ),
         ({"alora_invocation_tokens": [1]}, "active only behind certain tokens"),
         ({"enable_lora": [True, False, True]}, "fused q, k and v"),
         ({"megatron_config": {"a": 1}}, "it names code to import"),

@@ -1,8 +1,9 @@
 """
 Train small cases, each for a step or two, in one process or as a rank of several, and save what came of each.
 
-Each case has a `name`, `rows` with their task, `arguments` of `RLoraSFTConfig`, and may have a DeepSpeed `stage`, and
-`by_name`, with which the trainer loads the model and makes the adapter. For each rank, `<name>.<rank>.pt` holds the
+Each case has a `name`, `rows` with their task, `arguments` of `RLoraSFTConfig`, and may have a DeepSpeed `stage`,
+`by_name`, with which the trainer loads the model and makes the adapter, and `experts`, the same on a mixture of
+experts. For each rank, `<name>.<rank>.pt` holds the
 weights before and after, the logs, the counts by task, the statistics and priors of the monitor, the collectives of a
 step, and the strategy that was used.
 """
@@ -10,6 +11,7 @@ step, and the strategy that was used.
 import os
 from contextlib import ExitStack
 
+import expert_models
 import torch
 import torch.distributed as dist
 from cases import BACKEND, DEEPSPEED, SMALL, rank, run_each, start_deepspeed
@@ -85,8 +87,11 @@ def run(case, folder, model_folder, adapter_folder):
     if stage is not None:
         start_deepspeed()
 
-    model = model_folder
-    if not case.get("by_name"):
+    model, is_new = model_folder, case.get("by_name") or case.get("experts")
+    if case.get("experts"):
+        # Without the base's own loss, which is no mean over rows.
+        model = expert_models.build("qwen3_moe", router_aux_loss_coef=0.0)
+    elif not is_new:
         # Before the arguments, so that DeepSpeed does not load it in parts.
         model = AutoModelForCausalLM.from_pretrained(model_folder)
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
@@ -110,7 +115,7 @@ def run(case, folder, model_folder, adapter_folder):
         arguments,
         train_dataset=Dataset.from_list(case["rows"]),
         processing_class=build_tokenizer(),
-        peft_config=RLoraConfig(head_dropout=0.0, router_init="kaiming_uniform") if case.get("by_name") else None,
+        peft_config=RLoraConfig(head_dropout=0.0, router_init="kaiming_uniform") if is_new else None,
     )
 
     outcome = {"reduces": [], "all_reduces": [], "records": [], "priors": []}

@@ -42,15 +42,19 @@ def twice(rows):
     return rows[:4] + rows[:4]
 
 
+# A mixture of experts: rows of the cases, and their loss.
+EXPERTS = [("experts", uneven_rows, "z"), ("experts_same", lambda: twice(uneven_rows()), "switch")]
+
+
 def by_task():
     """Four rows of one task, then four of the other, so that each rank has one task."""
     return [{**row, "task": task} for task in TASKS for row in task_rows(task, 4, seed=3)]
 
 
 def case(name, rows, kind, *, coef=1.0, **kwargs):
-    """A case for `balance_run.py`; all keywords but `stage`, `by_name` and `save` are arguments of the trainer."""
+    """A case for `balance_run.py`; all keywords but the four here are arguments of the trainer."""
     entry = {"name": name, "rows": rows}
-    for key in ("stage", "by_name", "save"):
+    for key in ("stage", "by_name", "save", "experts"):
         if key in kwargs:
             entry[key] = kwargs.pop(key)
     defaults = {"max_steps": 1, "per_device_train_batch_size": 4, "balance_loss": kind, "balance_coef": coef}
@@ -84,6 +88,8 @@ def alone(launch, start, tmp_path_factory):
     cases += [case("tasks", by_task() * 2, "switch", max_steps=2, balance_scope="global", **whole)]
     cases += [case("by_name-z", uneven, "z", by_name=True, **whole)]
     cases += [case("by_name-none", uneven, "none", by_name=True, **whole)]
+    for name, rows, kind in EXPERTS:
+        cases += [case(f"{name}-{loss}", rows(), loss, experts=True, **whole) for loss in (kind, "none")]
     outcomes = launch(tmp_path_factory.mktemp("alone"), "balance_run", cases, *start)
     return {name: ranks[0] for name, ranks in outcomes.items()}
 
@@ -143,6 +149,8 @@ def agreement_cases(strategy):
     cases += [case(f"{strategy}.same-{kind}", twice(uneven_rows()), kind, **kwargs, **saved) for kind in LOSSES]
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     cases.append(case(f"{strategy}.uneven-z@accumulation", uneven_rows(), "z", **sizes, **kwargs))
+    for rows, make, kind in EXPERTS:
+        cases.append(case(f"{strategy}.{rows}-{kind}", make(), kind, experts=True, **kwargs, **saved))
     if name == "ddp":
         cases.append(case("ddp.uneven-z@checkpointing", uneven_rows(), "z", gradient_checkpointing=True))
     return cases
@@ -190,7 +198,7 @@ def test_each_case_has_its_strategy(ranks):
 
 
 def test_ddp_update_is_that_of_one_process(alone, ranks):
-    assert len(assert_cases_agree(alone, ranks, "ddp")) == 7
+    assert len(assert_cases_agree(alone, ranks, "ddp")) == 9
 
 
 def test_ddp_balance_part_where_ranks_divide_by_their_own_tokens(alone, ranks):
@@ -209,7 +217,7 @@ def test_ddp_balance_part_where_ranks_divide_by_their_own_tokens(alone, ranks):
 
 def test_zero_2_update_is_that_of_one_process(alone, ranks):
     pytest.importorskip("deepspeed")
-    assert len(assert_cases_agree(alone, ranks, "zero2")) == 6
+    assert len(assert_cases_agree(alone, ranks, "zero2")) == 8
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "zero3-checkpointing"])
@@ -217,7 +225,7 @@ def test_zero_3_update_is_that_of_one_process(alone, ranks, strategy):
     pytest.importorskip("deepspeed")
     names = assert_cases_agree(alone, ranks, strategy)
     saved = [ranks[name][0] for name in names if "saved" in ranks[name][0]]
-    assert len(names) == 6 and len(saved) == 5
+    assert len(names) == 8 and len(saved) == 7
     for outcome in saved:
         trained = {name.replace(".default", ""): value for name, value in outcome["after"].items()}
         for name, value in trained.items():
@@ -251,7 +259,7 @@ def test_global_scope_takes_shares_from_both_ranks(alone, ranks, strategy):
     expected = shares(closed, heads)
     for outcome in tasks:
         assert torch.equal(outcome["priors"][1], first["priors"][1])
-        torch.testing.assert_close(outcome["priors"][1][:, : 2 * heads], expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(outcome["priors"][1][:, 1:], expected, rtol=1e-6, atol=1e-7)
     # The ranks differ, so that neither alone has these shares.
     for record in closed:
         assert (shares([record], heads) - expected).abs().max() > 1e-3

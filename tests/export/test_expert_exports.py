@@ -106,8 +106,15 @@ def test_shared_experts_are_exported_beside_experts(family, tmp_path):
 
 
 def test_shared_experts_that_peft_takes_for_others_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="PEFT takes these names for fused experts"):
+    with pytest.raises(ValueError, match="takes these names for fused experts.* and attention are exported"):
         export_lora(adapted("deepseek_v3", router="uniform"), tmp_path / "lora")
+
+    # The remedy of that error.
+    targets = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["o_proj"]}
+    model = adapted("deepseek_v3", router="uniform", **targets)
+    expected = logits(model)
+    export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(model.unload(), tmp_path / "lora")), expected, **TOL)
 
 
 def test_files_of_experts_pass_the_checks_of_a_push(tmp_path):

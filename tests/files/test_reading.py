@@ -108,7 +108,7 @@ def test_yaml_scalars_are_those_of_pyyaml(text):
         ("<<: {a: 1}", "key '<<'"),
         ("? [a]\n: b", "list or mapping is a key"),
         ("a: " + "[" * 33 + "]" * 33, "nested more than 32 deep"),
-        ("{" * 100_000, "nested|key"),
+        ("{" * 100_000, "nested|nesting|key"),
         ("- 1\n" * 300_000, "more than 250000 values"),
         ("a: [" + "{}," * 300_000 + "]", "more than 250000 values"),
         ("a\n--- b", "second document"),

@@ -1,8 +1,10 @@
 """vLLM's own server with the plugin, where the command `vllm` is installed, on a CPU or a GPU."""
 
+import ast
 import json
 import os
 import shutil
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlora_trl import RLoraConfig
 from rlora_trl.files.layout import published_files
+from rlora_trl.integrations.vllm_layers import VLLM_VERSION
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("vllm") is None, reason="vLLM is not installed")]
@@ -26,8 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("vllm") is None,
 ROOT = Path(__file__).parents[2]
 TASKS = ["sst2", "rte"]
 PROMPT = [10, 20, 33, 12, 41, 7, 9, 22]
-# Of the logarithms of probabilities, computed in float32 by other kernels; measured 1.9e-6 on a CPU. The adapters
-# change them by more than 2.
+# Of the logarithms of probabilities, computed in float32 by other kernels; measured 2.6e-6 on a CPU. The adapters
+# change them by more than 1.
 TOLERANCE = 1e-3
 VLLM = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -36,7 +39,7 @@ VLLM = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 # Fewer places than adapters, so that vLLM reads exports again later.
-OPTIONS = "--enable-lora --max-lora-rank 8 --max-loras 2 --max-cpu-loras 2 --enforce-eager --dtype float32".split()
+OPTIONS = "--enable-lora --max-lora-rank 16 --max-loras 2 --max-cpu-loras 2 --enforce-eager --dtype float32".split()
 SIZES = ["--max-model-len", "64", "--max-num-seqs", "8"]
 
 
@@ -55,9 +58,11 @@ def adapters(hub, tmp_path):
     build_tokenizer().save_pretrained(tmp_path / "base")
 
     expected = {"base": predicted(base)}
-    for router in ("task", "uniform"):
+    top_k = {"router_top_k": 2, "router_init": "kaiming_uniform"}
+    for router, fields in {"task": {}, "uniform": {}, "softmax": {}, "top_k": top_k}.items():
         model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-        model = get_peft_model(model, RLoraConfig(router=router, tasks=TASKS, task_type="CAUSAL_LM")).eval()
+        config = RLoraConfig(router=router, tasks=TASKS, task_type="CAUSAL_LM", **fields)
+        model = get_peft_model(model, config).eval()
         perturb(model, 1.0)
         model.peft_config["default"].base_model_name_or_path = "user/base"
         model.save_pretrained(tmp_path / router)
@@ -70,19 +75,39 @@ def adapters(hub, tmp_path):
     return expected
 
 
-@pytest.fixture
-def server(hub, adapters, tmp_path):
-    """The address of the server."""
+def installed_version():
+    """The version of vLLM that the command runs."""
+    code = "import importlib.metadata as m; print({d.metadata['Name']: d.version for d in m.distributions()})"
+    python = Path(shutil.which("vllm")).with_name("python")
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return next(version for name, version in ast.literal_eval(found.stdout).items() if name in ("vllm", "vllm-cpu"))
+
+
+KINDS = ["exports", "layers", "layers, compiled", "layers, two ranks", "layers, two ranks, fully sharded"]
+
+
+@pytest.fixture(params=KINDS)
+def server(request, hub, adapters, tmp_path):
+    """The address of the server, and the models that it is asked for."""
+    layers = request.param.startswith("layers")
+    options = [option for option in OPTIONS if "compiled" not in request.param or option != "--enforce-eager"]
+    ranks = ["--tensor-parallel-size", "2"] if "two ranks" in request.param else []
+    ranks += ["--fully-sharded-loras"] if "fully sharded" in request.param else []
+    if layers and installed_version().partition("+")[0] != VLLM_VERSION:
+        pytest.skip(f"the layers are for vLLM {VLLM_VERSION}")
     entry_point = tmp_path / "installed" / "rlora_plugin_of_this_test-0.dist-info"
     entry_point.mkdir(parents=True)
     (entry_point / "METADATA").write_text("Metadata-Version: 2.1\nName: rlora-plugin-of-this-test\nVersion: 0\n")
     (entry_point / "entry_points.txt").write_text("[vllm.general_plugins]\nrlora = rlora_plugins.vllm:register\n")
     path = os.pathsep.join([str(ROOT), str(entry_point.parent), os.environ.get("PYTHONPATH", "")])
     environment = hub.env(PYTHONPATH=path, RLORA_VLLM_ADAPTERS="user/*", HF_HUB_OFFLINE="0", **VLLM)
+    environment["RLORA_VLLM_LAYERS"] = str(int(layers))
 
     port = free_port()
     command = ["vllm", "serve", str(tmp_path / "base"), "--served-model-name", "base", "--port", str(port)]
-    program = Program([*command, "--host", "127.0.0.1", *OPTIONS, *SIZES], tmp_path / "log.txt", env=environment)
+    program = Program(
+        [*command, "--host", "127.0.0.1", *options, *SIZES, *ranks], tmp_path / "log.txt", env=environment
+    )
     try:
         for _ in range(240):
             assert program.process.poll() is None, program.tail()
@@ -91,7 +116,9 @@ def server(hub, adapters, tmp_path):
                 break
             except OSError:
                 time.sleep(2)
-        yield f"http://127.0.0.1:{port}/v1/completions"
+        served = ("user/",) if layers else ("user/task:", "user/uniform:")
+        names = [name for name in adapters if name.startswith(served)]
+        yield f"http://127.0.0.1:{port}/v1/completions", names
     finally:
         program.stop()
 
@@ -114,17 +141,20 @@ def largest_difference(answer, expected):
 
 
 def test_tasks_are_served(server, adapters, hub):
-    names = [name for name in adapters if name != "base"]
+    address, names = server
+    exact = "user/softmax:sst2" in names
+    # vLLM's own kernels for CPUs give requests for the base wrong results in a batch with adapters.
+    others = ["base", "base"] if exact else []
     for _ in range(2):  # the second time from other places in vLLM's memory
-        with ThreadPoolExecutor(8) as threads:
-            asked = [*names, names[0], "user/none:sst2", "user/task:none", "other/task:sst2", "../task:sst2"]
-            answers = list(threads.map(lambda name: ask(server, name), asked))
+        with ThreadPoolExecutor(16) as threads:
+            asked = [*names, names[0], *others, "user/none:sst2", "user/task:none", "other/task:sst2", "../task:sst2"]
+            answers = list(threads.map(lambda name: ask(address, name), asked))
         assert answers[-4:] == [404] * 4
         for name, answer in zip(asked, answers[:-4], strict=False):
             assert largest_difference(answer, adapters[name]) < TOLERANCE, name
-            assert largest_difference(answer, adapters["base"]) > 1, name
+            assert name == "base" or largest_difference(answer, adapters["base"]) > 1, name
 
-    assert largest_difference(ask(server, "base"), adapters["base"]) < TOLERANCE
+    assert largest_difference(ask(address, "base"), adapters["base"]) < TOLERANCE
     exports = list((hub.home / "rlora_trl" / "vllm" / "entries").iterdir())
-    assert len(exports) == 3, "two tasks, and one for both tasks of the uniform router"
+    assert len(exports) == (5 if exact else 3), "two tasks, and one for both tasks of each other router"
     assert all(load_file(path / "adapter_model.safetensors") for path in exports)

@@ -94,6 +94,18 @@ def test_settings_of_the_page(plugin, settings):
         ({"rlora": {"r": 0}}, "`r` must be an integer of at least 1, got 0"),
         ({"rlora": {"router": "task", "tasks": ["a"]}}, "batches of axolotl do not say which task"),
         ({"lora_r": 8}, "`lora_r` has no effect with `adapter: rlora`. Set `r` under `rlora`"),
+        (
+            {"lora_dropout": 0.1},
+            "`lora_dropout` has no effect with `adapter: rlora`. Set `head_dropout` under `rlora`",
+        ),
+        ({"peft_use_rslora": False}, "`peft_use_rslora` has no effect .* Set `use_rslora` under `rlora`"),
+        ({"peft_init_lora_weights": False}, "`peft_init_lora_weights` has no effect .* Set `init_weights`"),
+        ({"loraplus_lr_ratio": 16.0}, "`loraplus_lr_ratio` has no effect with `adapter: rlora`. Remove it"),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "`peft` has no effect with `adapter: rlora`. Remove it"),
+        ({"rlora": "r: 4"}, "`rlora` must be a mapping of fields of RLoraConfig, got 'r: 4'"),
+        ({"rlora": 4}, "`rlora` must be a mapping of fields of RLoraConfig, got 4"),
+        ({"rlora": {"tasks": "sst2"}}, "`tasks` must be a list of names, got 'sst2'"),
+        ({"rlora": {"share_a": "no"}}, "`share_a` must be True or False, got 'no'"),
         ({"lora_target_linear": True}, "Set `target_modules: all-linear` under `rlora`"),
         ({"lora_mlp_kernel": True}, "`lora_mlp_kernel` has no effect with `adapter: rlora`. Remove it"),
         ({"load_in_4bit": True}, "`load_in_4bit` can't be used .* stored quantized"),
@@ -109,6 +121,27 @@ def test_settings_of_the_page(plugin, settings):
 def test_refused_settings(plugin, settings, changes, message):
     with pytest.raises(ValidationError, match=message):
         plugin.RLoraArgs(**{**settings, **changes})
+
+
+def test_settings_that_agree(plugin, settings):
+    """Off is off, and what R-LoRA does anyway is no conflict."""
+    agreeing = {"peft_use_rslora": False, "lora_target_linear": False, "lora_mlp_kernel": False}
+    fields = {**settings["rlora"], "head_dropout": 0, "use_rslora": False}
+    config = plugin.adapter_config(plugin.RLoraArgs(**{**settings, **agreeing, "rlora": fields}).model_dump())
+    assert config.head_dropout == 0 and config.use_rslora is False
+    plugin.RLoraArgs(**{**settings, "rlora": None, "lora_fan_in_fan_out": False, "loraplus_lr_ratio": None})
+    plugin.RLoraArgs(**settings, lora_dropout=0.0)  # set by axolotl
+
+
+@needs_axolotl
+def test_every_setting_of_lora_is_known(plugin):
+    """What axolotl reads for LoRA has an effect, is refused, or belongs to what is refused."""
+    from axolotl.utils.schemas.peft import LoraConfig as AxolotlLora
+
+    effective = {"adapter", "lora_model_dir", "lora_modules_to_save", "peft_autocast_adapter_dtype"}
+    with_others = {"gptq", "bnb_config_kwargs", "qlora_sharded_model_loading", "merge_method", "lora_on_cpu"}
+    known = {*plugin._LORA_SETTINGS, *plugin._REFUSED, *effective, *with_others}
+    assert {name for name in AxolotlLora.model_fields if name not in known} <= {"load_in_8bit", "load_in_4bit"}
 
 
 def test_other_adapters_are_left_alone(plugin):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import vllm_stand_ins
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from testing_utils import perturb, random_ids
 from transformers import AutoModelForCausalLM
 
@@ -28,10 +29,12 @@ from rlora_trl.files.checks import AdapterCheckError, check_adapter
 from rlora_trl.files.head_weights import HeadWeights
 from rlora_trl.files.record import AdapterRecord
 from rlora_trl.integrations import vllm as integration
+from rlora_trl.integrations import vllm_layers
 from rlora_trl.integrations.vllm import (
     ADAPTERS,
     CACHE,
     CACHE_GB,
+    LAYERS,
     MAX_KL,
     RESOLVER,
     AdapterTask,
@@ -118,8 +121,8 @@ def log():
     integration.logger.setLevel(level)
 
 
-def settings(tmp_path, allowed=("*",), max_kl=None, cache_bytes=10**9):
-    return Settings(tuple(allowed), tmp_path / "cache", cache_bytes, max_kl)
+def settings(tmp_path, allowed=("*",), max_kl=None, cache_bytes=10**9, layers=False):
+    return Settings(tuple(allowed), tmp_path / "cache", cache_bytes, max_kl, layers)
 
 
 @pytest.fixture
@@ -358,6 +361,25 @@ def test_a_threshold_is_not_passed_by_nonsense(repositories, tmp_path, kl):
     assert integration.recorded_kl(checked, "sst2") is None
 
 
+def test_with_layers_routers_of_tokens_are_served_exactly(resolve, exports, log):
+    """Packed once for all tasks, beside exports; a threshold on the gap and a record don't matter."""
+    names = ["user/softmax:sst2", "user/softmax:rte", "org/unrecorded:sst2", "user/task:sst2", "user/uniform:rte"]
+    answers = resolve(*names, layers=True, max_kl=0.0)
+    folders = [Path(answer.lora_path) for answer in answers]
+    assert folders[0] == folders[1] and len(set(folders)) == 4
+    assert sorted(exports) == ["rte", "sst2"], "of the routers by task"
+    packed = load_file(folders[0] / "adapter_model.safetensors")
+    plain = load_file(folders[3] / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    assert packed[name].shape[1] == plain[name].shape[1] + 8
+    assert any("which is served exactly" in m and "`--max-lora-rank` must be at least 16" in m for m in log)
+    assert not any("approximation" in message for message in log)
+
+    (answer,) = resolve("user/softmax:sst2")
+    assert Path(answer.lora_path) not in folders, "a server without the layers shares the cache"
+    assert resolve("user/softmax:unknown", layers=True) == [None]
+
+
 def test_head_weights_must_be_known(resolve, log):
     assert resolve("org/unrecorded:sst2") == [None]
     assert "no mean weights are known for task 'sst2'" in log[-1]
@@ -400,7 +422,7 @@ def test_many_requests_use_few_threads(resolve, monkeypatch):
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    for name in (ADAPTERS, CACHE, CACHE_GB, MAX_KL):
+    for name in (ADAPTERS, CACHE, CACHE_GB, MAX_KL, LAYERS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(CACHE, str(tmp_path / "of-variable"))
     return monkeypatch
@@ -424,6 +446,22 @@ def test_registers_when_it_is_turned_on(vllm, environment, tmp_path):
     assert isinstance(resolver, vllm.LoRAResolver)
     expected = Settings(("user/*", "org/adapter"), tmp_path / "of-variable", 500_000_000, 0.05)
     assert resolver.exports.settings == expected
+
+
+@pytest.mark.parametrize("value", ["0", "1", " 1 ", "", "yes", "2"])
+def test_layers_are_registered_when_they_are_turned_on(vllm, environment, value):
+    registered = []
+    environment.setattr(vllm_layers, "register_layers", lambda: registered.append(True))
+    environment.setenv(LAYERS, value)
+    if value in ("yes", "2"):
+        with pytest.raises(ValueError, match=f"`{LAYERS}` must be 0 or 1, got '{value}'"):
+            register()
+        return
+    register()
+    assert len(registered) == int(value or "0") and not list(vllm.LoRAResolverRegistry.get_supported_resolvers())
+    environment.setenv(ADAPTERS, "*")
+    register()
+    assert vllm.LoRAResolverRegistry.get_resolver(RESOLVER).exports.settings.layers == (value.strip() == "1")
 
 
 @pytest.mark.parametrize("name", [CACHE_GB, MAX_KL])
@@ -504,7 +542,7 @@ def test_block_of_the_page(vllm, pulls, repositories, monkeypatch, tmp_path):
 def test_page_has_the_settings():
     page = (ROOT / "docs" / "integrations" / "vllm.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(RLORA_VLLM_\w+)` \| (.*?) \|", page, re.MULTILINE))
-    assert list(table) == [ADAPTERS, CACHE, CACHE_GB, MAX_KL]
+    assert list(table) == [ADAPTERS, CACHE, CACHE_GB, LAYERS, MAX_KL]
     assert float(table[CACHE_GB]) * 1e9 == Settings.from_environment({ADAPTERS: "*"}).cache_bytes
 
 

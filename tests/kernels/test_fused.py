@@ -335,6 +335,7 @@ def test_triton_in_its_interpreter():
         "kernels/test_triton_ops.py",
         "kernels/test_joint.py",
         "kernels/test_four_bit.py",
+        "kernels/test_slots.py",
         "tuner/test_prefetch.py",
     ]
     files = [str(tests / name) for name in names]

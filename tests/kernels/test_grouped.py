@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_helpers import DEVICE, INTERPRETED, TOLERANCE, relative_error
 
-from rlora_trl.kernels import grouped, rank_space
+from rlora_trl.kernels import RoutingStats, RoutingTally, balance_loss, capture_loss_grad, grouped, rank_space
 from rlora_trl.kernels.dropout import keep_mask
 from rlora_trl.kernels.reference import multihead_delta_reference
 
@@ -242,6 +242,55 @@ def test_an_adapter_at_its_initial_values_adds_nothing(form, dtype):
         call = grouped.GroupedCall(groups, layout, weights.initial_A, 0.0, None, product, product)
         y = grouped.fused_grouped(x, weights, None, call)
     assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", ["composed", "fused", "one_by_one"])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("kind", ["switch", "importance", "mutual_information", "z"])
+def test_balance_losses_are_those_of_each_expert(kind, counts, form, masked):
+    counts, (heads, r, d_in, d_out), per_token = COUNTS[counts], SIZES["small"], 2
+    dtype = torch.float32 if INTERPRETED or DEVICE == "cuda" else torch.float64
+    params, rows = parameters(SIZES["small"], len(counts), dtype), sum(counts)
+    layout = rank_space.Layout(heads, r)
+    weights = grouped.concat_experts(*params.values(), layout, scaling=1.7)
+    x, W = draw(rows, d_in, dtype=dtype).requires_grad_(), draw(len(counts), d_out, d_in, dtype=dtype)
+    mask = (torch.arange(rows, device=DEVICE) % 3 > 0) if masked else None
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    pieces = [(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+    stats = RoutingStats.zeros(2 + len(counts), heads, DEVICE)
+    stats = stats._replace(data=stats.data.to(dtype))
+    counted = rows if mask is None else int(mask.sum())
+    tally = RoutingTally(stats, kind, 0.7 / max(counted / per_token, 1.0))
+    probe = grouped.ExpertsProbe(tally, 2, groups_of(counts), len(counts), per_token, mask)
+    if form == "composed":
+        y = grouped.grouped_delta(x, weights, probe.groups, probe=probe)
+    elif form == "fused":
+        product = lambda rows: loop_product(rows, W, probe.groups)  # noqa: E731
+        back = lambda rows: loop_product(rows, W.transpose(1, 2), probe.groups)  # noqa: E731
+        call = grouped.GroupedCall(probe.groups, layout, weights.initial_A, 0.0, None, product, back, probe)
+        y = grouped.fused_grouped(x, weights, None, call)
+    else:
+        parts = []
+        for expert, (start, end) in enumerate(pieces):
+            one = grouped.RowGroups(expert=expert)
+            own = probe._replace(groups=one, counts=None if mask is None else mask[start:end])
+            parts.append(grouped.grouped_delta(x[start:end], weights, one, probe=own))
+        y = torch.cat(parts)
+    actual = torch.autograd.grad(capture_loss_grad(0.0 * y.sum(), tally), [x, params["router"]])
+
+    formula = 0.0 * x.sum() + 0.0 * params["router"].sum()
+    for expert, (start, end) in enumerate(pieces):
+        part, own = x[start:end], None if mask is None else mask[start:end]
+        size = len(part) if own is None else int(own.sum())
+        if size:
+            loss = balance_loss(part @ params["router"][expert].T, kind, own)
+            formula = formula + size / counted * loss
+            assert (stats.loss / stats.tokens)[2 + expert].item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    assert stats.tokens.sum() == counted and not stats.data[:2].any()
+    for a, b in zip(actual, torch.autograd.grad(0.7 * formula, [x, params["router"]]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-9 if dtype == torch.float64 else 2e-6)
 
 
 def test_rows_are_sorted_by_expert():

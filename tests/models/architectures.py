@@ -187,7 +187,7 @@ LIMITS: dict[str, dict[str, tuple[str, str]]] = {
         {
             "exports": (
                 "dense layers have the names of experts, and PEFT (0.21) takes these for experts wherever they are: "
-                "train with `target_parameters` or `target_modules` alone to export",
+                "train experts (`target_parameters`), attention, or both to export",
                 "takes these names for fused experts",
             )
         },

@@ -50,8 +50,8 @@ def render() -> str:
     """The part of the page between its marks."""
     lines: list[str] = []
     for group, rows in GROUPS.items():
-        lines += [f"### {group}", "", *table(rows), ""]
-    lines += ["### Why not", "", *reasons(), ""]
+        lines += [f"## {group}", "", *table(rows), ""]
+    lines += ["## Why not", "", *reasons(), ""]
     others = sorted(set(MLP_TARGET_MODULES) - set(ARCHITECTURES))
     lines += [f"Default targets, but no row: {', '.join(others)}.", ""]
     return "\n".join(lines)

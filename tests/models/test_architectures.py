@@ -2,21 +2,24 @@
 
 import models_page
 import pytest
+import torch
 from architectures import ARCHITECTURES
-from capabilities import CAPABILITIES, base_of, default_targets
+from capabilities import CAPABILITIES, adapted, base_of, default_targets, outputs, row_of
 from models_page import TARGETS, works
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from testing_utils import perturb
 
 from rlora_trl import RLoraConfig
 
 
-FAST = ("trains", "reloads exactly")
-# Cells of an architecture follow each other, as they share a model.
-CELLS = [
-    pytest.param(name, capability, marks=() if capability in FAST else pytest.mark.slow)
-    for name in ARCHITECTURES
-    for capability in CAPABILITIES
-]
+# Cells of an architecture follow each other, as they share models.
+CELLS = [(name, capability) for name in ARCHITECTURES for capability in CAPABILITIES]
+
+
+@pytest.fixture(autouse=True)
+def without_cards(monkeypatch):
+    """PEFT writes a card with each adapter, which takes longer than the adapter."""
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *args: None)
 
 
 @pytest.mark.parametrize(("name", "capability"), CELLS)
@@ -49,6 +52,18 @@ def test_a_default_that_changes_changes_the_page(monkeypatch):
 def test_size_of_the_table():
     complete = [a for a in ARCHITECTURES.values() if all(works(a, capability) for capability in CAPABILITIES)]
     assert len(complete) >= 90
+
+
+def test_rows_of_mpt_have_their_own_adapters():
+    """PEFT calls the tuner of this architecture without its hooks."""
+    architecture = ARCHITECTURES["mpt"]
+    model = adapted(architecture)
+    perturb(model)
+    batch = row_of(architecture).batch
+    mixed = outputs(model, {**batch, "adapter_names": ["default", "__base__", "default", "__base__"]})
+    base, both = row_of(architecture).expected, outputs(model, batch)
+    torch.testing.assert_close(mixed, torch.stack([both[0], base[1], both[2], base[3]]))
+    assert not torch.allclose(both, base, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba"])

@@ -79,11 +79,6 @@ def test_a_resumed_run_is_the_same(model_folder, tmp_path):
     assert losses(resumed)[-3:] == losses(whole)[-3:]
 
 
-def test_balance_losses_are_refused(model_folder, tmp_path):
-    with pytest.raises(NotImplementedError, match=r"not implemented for adapters of experts.*target_parameters=\[\]"):
-        make_trainer(None, tmp_path, model=model_folder, balance_loss="switch", balance_coef=0.01)
-
-
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_16_bits_with_checkpointing(tmp_path, checkpointing):
     trainer = make_trainer(

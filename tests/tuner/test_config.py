@@ -53,6 +53,10 @@ def test_bad_values(kwargs, received, remedy):
     [
         ({"rank_pattern": [1]}, "`rank_pattern` must be a dictionary.*got .1."),
         ({"alpha_pattern": {"a": "b"}}, "`alpha_pattern.'a'.` must be a number, got 'b'"),
+        ({"share_a": "no"}, "`share_a` must be True or False, got 'no'"),
+        ({"use_rslora": "false"}, "`use_rslora` must be True or False, got 'false'"),
+        ({"use_rslora": None}, "`use_rslora` must be True or False, got None"),
+        ({"fan_in_fan_out": 1}, "`fan_in_fan_out` must be True or False, got 1"),
         ({"lora_alpha": "x"}, "`lora_alpha` must be a number, got 'x'"),
         ({"head_dropout": "0.1"}, "`head_dropout` must be a number, got '0.1'"),
     ],
@@ -95,6 +99,19 @@ def test_tasks_are_names(tasks):
 def test_one_head_has_nothing_to_route(router):
     with pytest.warns(UserWarning, match="parameters of `router='.*'` get no gradient"):
         RLoraConfig(num_heads=1, router=router)
+
+
+def test_the_papers_settings():
+    config = RLoraConfig.paper(r=8, head_dropout=0.1)
+    assert (config.r, config.head_dropout, config.dropout_position) == (8, 0.1, "head")
+    config = RLoraConfig.paper()
+    assert (config.init_weights, config.init_gamma, config.router, config.router_init) == (
+        "rlora",
+        64,
+        "softmax",
+        "zeros",
+    )
+    assert (config.head_dropout, config.share_a, config.peft_type) == (0.2, True, "RLORA")
 
 
 def test_presets():

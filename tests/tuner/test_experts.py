@@ -376,10 +376,13 @@ def test_kernels_that_nothing_sees_are_refused():
             model(random_ids())
 
 
-def test_expert_parallelism_is_refused():
+@pytest.mark.parametrize("mark", [{"_is_expert_parallel": True}, {"num_experts": 3}], ids=str)
+def test_expert_parallelism_is_refused(mark):
+    """By the mark of transformers, and in 5.17, which has none, by the number of experts of this process."""
     model = adapt(build("qwen3_moe"))
     for wrapper in wrappers(model).values():
-        wrapper.base_layer._is_expert_parallel = True
+        for name, value in mark.items():
+            setattr(wrapper.base_layer, name, value)
     with pytest.raises(NotImplementedError, match="expert parallelism"):
         model(random_ids())
 
@@ -511,6 +514,9 @@ def test_products_within_an_autograd_function_are_refused(monkeypatch):
         model(random_ids())
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 loses outputs of transformers' models where graphs break"
+)
 def test_compiled_models_compute_the_same():
     model = adapt_wide("qwen3_moe", form="grouped_mm", head_dropout=0.0)
     ids = random_ids()

@@ -14,7 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rlora_trl import RLoraConfig
 from rlora_trl.kernels import joint
-from rlora_trl.tuner import base_product
+from rlora_trl.tuner import base_product, shared_inputs
+
+
+grouping = pytest.mark.skipif(shared_inputs._top_hooks is None, reason="layers are not grouped with torch 2.6")
 
 
 TARGETS = ["q", "k", "v", "gate", "up", "down"]
@@ -102,6 +105,7 @@ def assert_same(found, wanted, rtol=1e-9):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
 
 
+@grouping
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize(
     "options",
@@ -119,6 +123,7 @@ def test_a_step_is_the_same_and_later_ones_are_grouped(options, reentrant, sizes
     assert set(sizes) == ({1} if reentrant else {1, 2, 3})
 
 
+@grouping
 def test_the_first_pass_is_observed(sizes):
     model, x = adapted(), batch()
     step(model, x)
@@ -128,6 +133,7 @@ def test_the_first_pass_is_observed(sizes):
     assert sizes == [3, 2, 1] * 2
 
 
+@grouping
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("given", ["rows", "tokens", "partly", "one", "none"])
 def test_task_router(given, reentrant, sizes, monkeypatch):
@@ -165,6 +171,7 @@ def test_task_router_with_several_backward_passes(monkeypatch):
         hook.remove()
 
 
+@grouping
 def test_layers_that_get_other_inputs_are_left_alone(sizes, monkeypatch):
     """A pass with other inputs than those observed: computed again, and not grouped any more."""
 
@@ -347,6 +354,7 @@ def test_adapters_that_are_replaced_under_their_name(monkeypatch):
     assert_same(step(model, x), alone(model, x, monkeypatch))
 
 
+@grouping
 def test_a_first_pass_that_fails_is_observed_again(sizes):
     model, x = adapted(), batch()
     handle = model.base_model.model.blocks[1].down.register_forward_pre_hook(lambda *args: 1 / 0)

@@ -1,10 +1,12 @@
 """A configuration that names what the model does not have, or asks more than a layer allows: one warning for it."""
 
+import re
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from safetensors.torch import load_file
 from testing_utils import TINY_MODELS, perturb, random_ids
@@ -227,6 +229,21 @@ def test_default_targets_of_siblings(name):
     targeted = model.base_model.targeted_module_names
     assert {name.rpartition(".")[2] for name in targeted} == expected
     assert len(targeted) == 2 * len(expected)
+
+
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_PATCHES, _WORDS = {"image_size": 16, "patch_size": 8}, {"vocab_size": 96, "max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip", "Siglip2"])
+@pytest.mark.parametrize("tower", ["Vision", "Text"])
+def test_default_targets_of_towers(name, tower):
+    """A tower that is loaded alone has the MLPs of its layers, and not that of a pooling head."""
+    sizes = _WORDS if tower == "Text" else {"num_patches": 4, "patch_size": 8} if name == "Siglip2" else _PATCHES
+    config = getattr(transformers, f"{name}{tower}Config")(**_TOWER, **sizes)
+    model = get_peft_model(getattr(transformers, f"{name}{tower}Model")(config), RLoraConfig())
+    adapted = model.base_model.targeted_module_names
+    assert len(adapted) == 4 and all(re.search(r"layers\.\d\.mlp\.fc[12]$", path) for path in adapted)
 
 
 def test_targets_that_match_nothing():
