@@ -181,17 +181,14 @@ BY_TASK = {
     "10 ranks by task": _by_task("ten ranks with such gates, slightly more parameters than LoRA has", heads=10),
     "ranks by task, router 0.01": _by_task("nine ranks with gates by task that learn slower", router_rate=0.01),
     "ranks by task, router 0.2": _by_task("nine ranks with gates by task that learn faster", router_rate=0.2),
-    "10 ranks by task, router 0.2": _by_task(
-        "ten ranks with gates by task that learn faster", heads=10, router_rate=0.2
+    "ranks by task, router 0.2, EMA 0.98": _by_task(
+        "gates by task that learn faster, scored with an average of the weights", router_rate=0.2, ema=0.98
     ),
-    "10 ranks by task, router 0.2, EMA 0.98": _by_task(
-        "the same ten ranks, scored with an average of the weights", heads=10, router_rate=0.2, ema=0.98
+    "ranks by task, shift": _by_task(
+        "nine ranks with gates by task, and a vector by task that is added to A x", gate="task_shift"
     ),
-    "10 ranks by task, shift": _by_task(
-        "ten ranks with gates by task, and a vector by task that is added to A x", heads=10, gate="task_shift"
-    ),
-    "10 ranks by task, shift, router 0.2": _by_task(
-        "gates and vectors by task that learn faster", heads=10, gate="task_shift", router_rate=0.2
+    "ranks by task, shift, router 0.2": _by_task(
+        "gates and vectors by task that learn faster", gate="task_shift", router_rate=0.2
     ),
     "ranks by task, EMA 0.98": _by_task("gates by task, scored with an average of the weights", ema=0.98),
     "ranks by task, gamma 256": _by_task("gates by task, smaller initial values", gamma=256.0),

@@ -92,7 +92,9 @@ def test_losses_of_tasks_in_evaluation_and_long_entries():
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
-def test_trackers_get_everything(model_folders, tmp_path, capsys, disable_tqdm):
+def test_trackers_get_everything(model_folders, tmp_path, capsys, monkeypatch, disable_tqdm):
+    monkeypatch.setenv("COLUMNS", "160")  # pytest-xdist gives its workers 80
+
     class Tracker(TrainerCallback):
         logs = None
 
