@@ -90,7 +90,7 @@ def delta_factors(
         tensors (`Mapping[str, torch.Tensor]`):
             A `[r, d_in]` or `[N, r, d_in]`, B `[N, d_out, r]`, and A0 and B0 if there is an anchor; of experts with E
             as a first dimension.
-        weights (`torch.Tensor` of shape `[N]`, *optional*): Defaults to equal ones.
+        weights (`torch.Tensor` of shape `[N]`, or `[E, N]` of experts, *optional*): Defaults to equal ones.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Factors `[..., d_out, k]` and `[..., k, d_in]`.
@@ -99,7 +99,7 @@ def delta_factors(
     A0, B0 = tensors.get("A0"), tensors.get("B0")
     heads = B.shape[-3]
     weights = torch.full((heads,), 1.0 / heads) if weights is None else weights
-    weighted = weights.to(B)[:, None, None] * B  # [..., N, d_out, r]
+    weighted = weights.to(B)[..., None, None] * B  # [..., N, d_out, r]
 
     if A.ndim < B.ndim:
         downs, ups = [A], [weighted.sum(-3)]

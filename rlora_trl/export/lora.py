@@ -25,6 +25,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from torch.nn import functional as F
 
+from ..analysis.ranks import delta_factors
 from ..reading import first_few
 from ..tuner import MultiHeadAdapter, RLoraConfig
 from ..tuner.experts import RLoraExperts
@@ -41,65 +42,18 @@ def lora_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torc
     Factor the delta of an adapter under fixed head weights as B' A'.
 
     Args:
-        adapter ([`MultiHeadAdapter`]): The adapter.
-        weights (`torch.Tensor` of shape `[N]`): The head weights.
+        adapter ([`MultiHeadAdapter`]): The adapter, or an [`ExpertsAdapter`].
+        weights (`torch.Tensor` of shape `[N]`): The head weights; of experts also `[E, N]`, for each its own.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: A' `[k, d_in]` and B' `[d_out, k]` in float64 on the CPU, scaling
-        included. The rank k depends on the parts that the adapter has.
+        `tuple[torch.Tensor, torch.Tensor]`: A' `[k, d_in]` and B' `[d_out, k]`, of experts `[E, k, d_in]` and
+        `[E, d_out, k]`, in float64 on the CPU, scaling included. The rank k depends on the parts that the adapter has.
     """
-    return _factors(adapter, weights, *_wide_tensors(adapter))
-
-
-def expert_factors(adapter: MultiHeadAdapter, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    [`lora_factors`] of each expert of an [`ExpertsAdapter`].
-
-    Args:
-        adapter ([`ExpertsAdapter`]): The adapter.
-        weights (`torch.Tensor` of shape `[N]` or `[E, N]`): The head weights, of all experts or of each.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: A' `[E, k, d_in]` and B' `[E, d_out, k]`.
-    """
-    experts = weights.expand(adapter.num_experts, -1)
-    tensors = _wide_tensors(adapter)
-    pairs = [
-        _factors(adapter, experts[expert], *(None if tensor is None else tensor[expert] for tensor in tensors))
-        for expert in range(adapter.num_experts)
-    ]
-    downs, ups = zip(*pairs, strict=True)
-    return torch.stack(downs), torch.stack(ups)
-
-
-def _wide_tensors(adapter: MultiHeadAdapter) -> list[torch.Tensor | None]:
-    """A, B, A0 and B0 in float64 on the CPU."""
-    tensors = (adapter.A, adapter.B, adapter.A0, adapter.B0)
-    return [None if tensor is None else tensor.detach().to("cpu", torch.float64) for tensor in tensors]
-
-
-def _factors(
-    adapter: MultiHeadAdapter,
-    weights: torch.Tensor,
-    A: torch.Tensor | None,
-    B: torch.Tensor | None,
-    A0: torch.Tensor | None,
-    B0: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    assert A is not None and B is not None
-    weighted = weights.to("cpu", torch.float64)[:, None, None] * B  # [N, d_out, r]
-
-    if adapter.share_a:
-        downs, ups = [A], [weighted.sum(0)]
-        if A0 is not None and B0 is not None:
-            downs, ups = [A - A0, A0], [ups[0], ups[0] - B0]
-    else:
-        downs, ups = list(A), list(weighted)
-        if A0 is not None and B0 is not None:
-            downs = [*(A - A0), *A0]
-            ups = [*weighted, *(weighted - B0 / adapter.num_heads)]
-
-    return torch.cat(downs), adapter.scaling * torch.cat(ups, dim=1)
+    names = ("A", "B", "A0", "B0")
+    tensors = {name: tensor for name in names if (tensor := getattr(adapter, name)) is not None}
+    wide = {name: tensor.detach().to("cpu", torch.float64) for name, tensor in tensors.items()}
+    ups, downs = delta_factors(wide, weights)
+    return downs, adapter.scaling * ups
 
 
 def tensor_names(layers: Mapping[str, RLoraLayer]) -> dict[str, tuple[str, str]]:
@@ -131,7 +85,7 @@ def lora_tensors(
         name: lora_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in linear.items()
     }
     of_experts = {
-        name: expert_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in experts.items()
+        name: lora_factors(adapter_of(layer, adapter_name), head_weights[name]) for name, layer in experts.items()
     }
     rank = max(down.shape[-2] for down, _ in [*factors.values(), *of_experts.values()])
 
