@@ -98,6 +98,16 @@ def draw_learning_rates(study: Study, path: Path) -> None:
     _save(figure, path)
 
 
+def _lay_out_differences(axis: Any, label: str) -> None:
+    """The axes of a figure whose horizontal axis is a difference."""
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.grid(axis="x", color="#e0e0e0", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(axis="x", labelsize=8.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(label, fontsize=9)
+
+
 def draw_accuracy(study: Study, path: Path) -> None:
     """R-LoRA, with and without head dropout, beside LoRA in each cell, all tuned; nothing without rows."""
     lines = [
@@ -121,14 +131,9 @@ def draw_accuracy(study: Study, path: Path) -> None:
             axis.plot([estimate.low, estimate.high], [height, height], color=color, linewidth=1.6)
             axis.plot(estimate.value, height, marker, color=color, ms=5, label=line.method.name if row == 0 else None)
 
-    axis.axvline(0, color="black", linewidth=0.8)
     axis.axhline(0.5, color="#bbbbbb", linewidth=0.6)
     axis.set_yticks(range(len(names) + 1), ["mean", *reversed(names)], fontsize=9)
-    axis.grid(axis="x", color="#e0e0e0", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.tick_params(axis="x", labelsize=8.5)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(f"points above tuned {REFERENCE}, with 95 % intervals ({with_seeds(seeds)})", fontsize=9)
+    _lay_out_differences(axis, f"points above tuned {REFERENCE}, with 95 % intervals ({with_seeds(seeds)})")
     axis.legend(fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     figure.tight_layout()
     _save(figure, path)
@@ -146,16 +151,11 @@ def draw_ideas(study: Study, path: Path) -> None:
         kind = "lora" if is_lora(line.method.name) else "ours"
         axis.plot([mean.low, mean.high], [place, place], color=_COLORS[kind], linewidth=1.4)
         (shown[kind],) = axis.plot(mean.value, place, "o", color=_COLORS[kind], ms=5)
-    axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(lines)), [line.method.name for line, _ in reversed(lines)], fontsize=8.5)
     axis.set_ylim(-0.8, len(lines) - 0.2)
-    axis.grid(axis="x", color="#e0e0e0", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.tick_params(axis="x", labelsize=8.5)
-    axis.spines[["top", "right"]].set_visible(False)
     cells = len(lines[0][0].settings)
     where = f"mean over {cells} cells, seeds of {seeds_text(TUNING_SEEDS)}"
-    axis.set_xlabel(f"points above {REFERENCE}, each tuned in each cell: {where}", fontsize=9)
+    _lay_out_differences(axis, f"points above {REFERENCE}, each tuned in each cell: {where}")
     names = {"ours": "forms of R-LoRA", "lora": "forms of LoRA"}
     kinds = [kind for kind in names if kind in shown]
     # Above the axes, as intervals may be anywhere within.

@@ -88,9 +88,9 @@ class RankSpaceKernels:
 
             # Logits must be complete. Each rank then adds its share of the delta, as vLLM adds up the outputs.
             u = tensor_model_parallel_all_reduce(u)
-            z = mix_slots(u, self._slots(x.shape[0]), self.layouts) / self.partial_ranks
-        else:
-            z = mix_slots(u, self._slots(x.shape[0]), self.layouts)
+        z = mix_slots(u, self._slots(x.shape[0]), self.layouts)
+        if self.partial_ranks > 1:
+            z = z / self.partial_ranks
         return self.kernels.add_expand(y, z, lora_b_stacked, output_slices, add_inputs=add_inputs, **kwargs)
 
     def _slots(self, tokens: int) -> torch.Tensor:
