@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..files.tensors import check_tensors
+from ..kernels import mean_of_heads
 from ..reading import AdapterCheckError, TensorEntry, first_few, shorten
 from ..tuner.layer_names import PREFIX, endings, is_plain
 from ..tuner.stored import FLOATING, split_by_layer
@@ -242,7 +243,7 @@ def _anchors(
     for layer in layers:
         prefix = f"{PREFIX}{layer}.rlora_adapters."
         anchors[f"{prefix}A0"] = initial[f"{prefix}A"]
-        anchors[f"{prefix}B0"] = initial[f"{prefix}B"].mean(0)
+        anchors[f"{prefix}B0"] = mean_of_heads(initial[f"{prefix}B"])
     return anchors
 
 

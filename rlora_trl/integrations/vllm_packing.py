@@ -23,6 +23,7 @@ from ..export.lora import lora_config, save_lora_config, tensor_names
 from ..files.checks import CheckedAdapter
 from ..files.layout import WEIGHTS_NAME
 from ..kernels.multihead import multihead_delta
+from ..kernels.rank_space import mean_of_heads
 from ..kernels.slots import SlotLayout, mix_slots
 from ..reading import first_few
 from ..tuner import MultiHeadAdapter
@@ -113,7 +114,7 @@ def pack_layer(adapter: MultiHeadAdapter, name: str) -> tuple[torch.Tensor, torc
     if adapter.A0 is not None:
         A0, B0 = _wide(adapter.A0), _wide(adapter.B0)
         downs = [(A - A0).flatten(0, -2), R, A0.flatten(0, -2)]
-        ups += [B.mean(0) - B0] if adapter.share_a else list((B - B0) / num_heads)
+        ups += [mean_of_heads(B) - B0] if adapter.share_a else list((B - B0) / num_heads)
     header = torch.zeros(layout.down_rows, HEADER_COLUMNS, dtype=torch.float64)
     header[0, : 1 + len(layout)] = torch.tensor([_FORM, *layout], dtype=torch.float64)
     down = torch.cat([torch.cat(downs), header], dim=1)  # [rows, d_in + 8]

@@ -4,7 +4,7 @@ from .balance import LayerProbe, RoutingStats, RoutingTally, capture_loss_grad
 from .compiled import compiled_multihead
 from .dropout import draw_seed, draw_seed_tensor, keep_mask
 from .multihead import multihead_delta
-from .rank_space import routing_weights
+from .rank_space import mean_of_heads, routing_weights
 from .reference import BALANCE_LOSSES, balance_loss
 
 
@@ -19,6 +19,7 @@ __all__ = [
     "draw_seed",
     "draw_seed_tensor",
     "keep_mask",
+    "mean_of_heads",
     "multihead_delta",
     "routing_weights",
 ]

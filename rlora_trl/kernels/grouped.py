@@ -137,7 +137,7 @@ class _ConcatExperts(torch.autograd.Function):
 
         ups = [B.transpose(1, 2).reshape(experts, d_out, num_heads * r)]
         if anchor_B is not None and layout.shared:
-            ups.append(B.mean(1) - anchor_B)
+            ups.append(rank_space.mean_of_heads(B) - anchor_B)
         elif anchor_B is not None:
             shift = (B - anchor_B) * (1.0 / num_heads)
             ups.append(shift.transpose(1, 2).reshape(experts, d_out, num_heads * r))

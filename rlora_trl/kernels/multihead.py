@@ -54,8 +54,8 @@ def multihead_delta(
         router (`torch.Tensor` of shape `[N, d_in]`, *optional*):
             Router. Without it, and without `logits`, every head weighs `1 / N`.
         anchor_A (`torch.Tensor` like `A`, *optional*), anchor_B (`torch.Tensor` of shape `[d_out, r]`, *optional*):
-            Initial `A` and mean over heads of the initial `B`, both or neither. They get no gradient. With an A for
-            each head `anchor_B` is the initial `B` itself.
+            Initial `A` and mean of the initial `B` ([`mean_of_heads`]), both or neither. They get no gradient. With an
+            A for each head `anchor_B` is the initial `B` itself.
         scaling (`float`, *optional*, defaults to `1.0`):
             Factor of the delta.
         dropout (`float`, *optional*, defaults to `0.0`):

@@ -124,7 +124,7 @@ def concat(
     # up = [B_1 .. B_N, mean B - B0], or [B_i - B0_i] / N in the last part
     up = B.transpose(0, 1).reshape(d_out, num_heads * r)
     if anchor_B is not None and layout.shared:
-        up = torch.cat([up, B.mean(0) - anchor_B], dim=1)  # [d_out, (N + 1) r]
+        up = torch.cat([up, mean_of_heads(B) - anchor_B], dim=1)  # [d_out, (N + 1) r]
     elif anchor_B is not None:
         shift = (B - anchor_B) * (1.0 / num_heads)
         up = torch.cat([up, shift.transpose(0, 1).reshape(d_out, num_heads * r)], dim=1)  # [d_out, 2 N r]
@@ -136,6 +136,27 @@ def concat(
     if up_columns > up.shape[1]:
         up = torch.nn.functional.pad(up, (0, up_columns - up.shape[1]))
     return down, up
+
+
+def mean_of_heads(B: torch.Tensor) -> torch.Tensor:
+    """
+    The mean of the head matrices, with the same bits on all devices and in the Triton kernels.
+
+    The anchor stores it, often computed on a CPU, and a delta starts at exactly zero only if it is the same number
+    wherever the model runs. `Tensor.mean` sums in another order on each device, and multiplies by 1 / N on a GPU.
+
+    Args:
+        B (`torch.Tensor` of shape `[..., N, d_out, r]`): Head matrices.
+
+    Returns:
+        `torch.Tensor` of shape `[..., d_out, r]`.
+    """
+    first, *others = B.unbind(-3)
+    total = first
+    for head in others:
+        total = total + head
+    # A number would be turned into a product with its inverse on a GPU; a tensor is divided by.
+    return total / total.new_full((), 1 + len(others))
 
 
 def addresses_of(layers: list[AdapterTensors]) -> torch.Tensor | None:

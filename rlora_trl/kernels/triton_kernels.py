@@ -720,7 +720,9 @@ def concat_kernel(
         # The shared shift of the mean, and the padding.
         used: tl.constexpr = N * R + H if ANCHORED else N * R
         if ANCHORED and SHARED:
-            shift = total / N - tl.load(anchor_b_ptr + index, mask=mask, other=0.0).to(tl.float32)
+            # Divided as `mean_of_heads` does: `/` rounds in another way.
+            mean = tl.div_rn(total, tl.full([BLOCK_W], N, tl.float32))
+            shift = mean - tl.load(anchor_b_ptr + index, mask=mask, other=0.0).to(tl.float32)
             tl.store(up_row + N * R + index % R, (shift * scaling).to(up_ptr.dtype.element_ty), mask=mask)
         if Z > used:
             pad = used + tl.arange(0, Z2)

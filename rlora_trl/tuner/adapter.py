@@ -11,7 +11,7 @@ from torch import nn
 
 from ..kernels import LayerProbe, compiled_multihead, draw_seed, draw_seed_tensor, multihead_delta, routing_weights
 from ..kernels.fused import ConcatLayers, ConcatWeights, DeltaSpec, InferenceDelta, concat_weights, fused_delta
-from ..kernels.rank_space import AdapterTensors, Layout
+from ..kernels.rank_space import AdapterTensors, Layout, mean_of_heads
 from .initialization import init_heads_, init_router_
 from .recomputation import in_backward
 from .routing import Routing
@@ -244,7 +244,7 @@ class MultiHeadAdapter(nn.Module):
 
     def _anchor_of(self, B: torch.Tensor) -> torch.Tensor:
         """The part of B that the anchor stores: with a shared A, the mean over heads."""
-        return B.mean(-3) if self.share_a else B
+        return mean_of_heads(B) if self.share_a else B
 
     @torch.no_grad()
     def reset_anchor(self) -> None:
@@ -573,7 +573,7 @@ class MultiHeadAdapter(nn.Module):
             )
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         A, B = self.A.to(dtype), self.B.to(dtype)
-        delta = B.mean(0) @ A if self.share_a else (B @ A).mean(0)
+        delta = mean_of_heads(B) @ A if self.share_a else (B @ A).mean(0)
         if self.A0 is not None and self.B0 is not None:
             offset = self.B0.to(dtype) @ self.A0.to(dtype)
             delta = delta - (offset if self.share_a else offset.mean(0))

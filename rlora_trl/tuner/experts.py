@@ -282,7 +282,7 @@ class ExpertsAdapter(MultiHeadAdapter):
             return super().delta_weight()  # raises
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         A, B = self.A.to(dtype), self.B.to(dtype)
-        delta = B.mean(1) @ A if self.share_a else (B @ A).mean(1)
+        delta = rank_space.mean_of_heads(B) @ A if self.share_a else (B @ A).mean(1)
         if self.A0 is not None and self.B0 is not None:
             offset = self.B0.to(dtype) @ self.A0.to(dtype)
             delta = delta - (offset if self.share_a else offset.mean(1))

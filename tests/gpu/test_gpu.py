@@ -13,7 +13,7 @@ from testing_utils import perturb, random_ids, task_datasets
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
+from rlora_trl import MultiHeadAdapter, RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.kernels import joint
 from rlora_trl.tuner import base_product
 from rlora_trl.tuner.base_product import frozen_product
@@ -413,6 +413,16 @@ def test_trainer_with_liger_kernels(model_folders, tmp_path, tokenizer, liger, r
         assert patched["router_entropy"] == pytest.approx(plain["router_entropy"], rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_of_a_cpu_add_exactly_nothing(dtype):
+    for d_in, d_out, r, num_heads in [(576, 96, 4, 3), (100, 37, 3, 7), (64, 33, 8, 5), (96, 128, 16, 10)]:
+        for share_a in (True, False):
+            adapter = MultiHeadAdapter(d_in, d_out, r, num_heads, 16.0, share_a=share_a).cuda()
+            for training in (False, True):
+                x = torch.randn(33, d_in, device="cuda", dtype=dtype)
+                assert not adapter.train(training)(x).any(), (d_in, d_out, r, num_heads, share_a, training)
+
+
 # Mixtures of experts
 
 
@@ -425,8 +435,10 @@ def adapted_experts(device, dtype=torch.float32, **kwargs):
 
 @pytest.mark.parametrize("form", ["grouped_mm", "batched_mm", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_start_at_the_base_model(form, dtype):
-    model = adapted_experts("cuda", dtype).eval()
+@pytest.mark.parametrize("num_heads", [3, 5, 10])
+def test_experts_start_at_the_base_model(form, dtype, num_heads):
+    """The anchor was computed on the CPU."""
+    model = adapted_experts("cuda", dtype, num_heads=num_heads).eval()
     model.base_model.model.set_experts_implementation(form)
     ids = random_ids(4, 33).cuda()
     with torch.no_grad(), model.disable_adapter():

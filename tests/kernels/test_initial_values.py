@@ -1,5 +1,6 @@
 """At its initial values an adapter adds exactly nothing: in every form of the function, dtype and shape."""
 
+import numpy as np
 import pytest
 import torch
 from testing_utils import TINY_MODELS, random_ids
@@ -7,7 +8,7 @@ from testing_utils import TINY_MODELS, random_ids
 from rlora_trl import MultiHeadAdapter, RLoraConfig
 from rlora_trl.kernels import compiled_multihead, multihead_delta
 from rlora_trl.kernels.multihead import multihead_delta as composed
-from rlora_trl.kernels.rank_space import Layout, has_initial_A, logits_of
+from rlora_trl.kernels.rank_space import Layout, has_initial_A, logits_of, mean_of_heads
 
 
 # Columns of A and of A0 that begin at other places in a vector register, and numbers of heads whose 1 / N rounds.
@@ -33,6 +34,16 @@ def test_exactly_zero(dtype):
             assert torch.equal(adapter(x, base=base), base)
             assert not multihead_delta(x, *adapter.kernel_tensors(), scaling=16.0).any()
             assert not compiled_multihead(x, *adapter.kernel_tensors(), scaling=16.0).any()
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 5, 7, 10, 33])
+def test_the_mean_of_heads_is_summed_in_order_and_divided(num_heads):
+    """So that the anchor, computed on one device, is the mean on all of them."""
+    B = torch.randn(2, num_heads, 96, 16)
+    total = np.zeros((2, 96, 16), dtype=np.float32)
+    for head in B.unbind(1):
+        total = total + head.numpy()
+    assert np.array_equal(mean_of_heads(B).numpy(), total / np.float32(num_heads))
 
 
 def test_training_starts_there_too():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from rlora_trl.kernels import keep_mask, multihead_delta
+from rlora_trl.kernels import keep_mask, mean_of_heads, multihead_delta
 from rlora_trl.kernels.reference import multihead_delta_reference
 
 
@@ -86,7 +86,7 @@ def test_zero_at_the_anchor_in_every_dtype(dtype, num_heads):
     """With A and B at their initial values and equal weights, nothing is left to round."""
     A, B = torch.randn(5, 33), torch.randn(num_heads, 29, 5)
     y = multihead_delta(
-        torch.randn(10, 33, dtype=dtype), A, B, torch.zeros(num_heads, 33), A.clone(), B.mean(0), scaling=16.0
+        torch.randn(10, 33, dtype=dtype), A, B, torch.zeros(num_heads, 33), A.clone(), mean_of_heads(B), scaling=16.0
     )
     assert y.dtype == dtype
     assert torch.count_nonzero(y) == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_helpers import DEVICE, INTERPRETED
 
+from rlora_trl.kernels.rank_space import mean_of_heads
 from rlora_trl.kernels.reference import multihead_delta_reference
 from rlora_trl.kernels.slots import SlotLayout, mix_slots, mix_slots_torch
 
@@ -51,7 +52,7 @@ def packed(layout, A, B, R, A0, B0):
     down = torch.cat([(A if A0 is None else A - A0).reshape(-1, D_IN), *downs])
     up = list(B)
     if A0 is not None:
-        up += [B.mean(0) - B0] if layout.shared else list((B - B0) / N)
+        up += [mean_of_heads(B) - B0] if layout.shared else list((B - B0) / N)
     return down, torch.cat(up, dim=1)
 
 
@@ -109,7 +110,7 @@ def test_an_untrained_adapter_changes_nothing():
     """A = A0 and B = B0: the terms cancel before anything is rounded."""
     layout = SlotLayout(3, 4, 0, 1, 1)
     A, B, R, _, _ = adapter(layout)
-    down, up = packed(layout, A, B, torch.zeros_like(R), A, B.mean(0))
+    down, up = packed(layout, A, B, torch.zeros_like(R), A, mean_of_heads(B))
     u = (draw(5, D_IN) @ down.T).unsqueeze(0).to(DEVICE, torch.float32)
     u = torch.nn.functional.pad(u, (0, 16 - u.shape[-1]))
     z = mix_slots(u, torch.zeros(5, device=DEVICE, dtype=torch.long), torch.tensor([[layout]]).int().to(DEVICE))
