@@ -38,7 +38,7 @@ _LOOPS = ("hydra_loop", "rlora_loop", "rlora_loop_a_once")
 _OURS = ("ours", "ours_task", "ours_uniform")
 _ORDER = (*_LORA, *_LOOPS, *_OURS)
 # Files of `results/` whose rows come from a GPU.
-ON_A_GPU = ("train_step", "decode", "host", "large", "time_to_loss", "trainer_overhead")
+ON_A_GPU = ("train_step", "decode", "experts", "host", "large", "time_to_loss", "trainer_overhead")
 
 
 # Rows
@@ -211,6 +211,14 @@ def heads_table(rows: list[Row]) -> str:
         return ""
     lines = [[f"{n}", *(f"{times[n, r]:.0f}" if (n, r) in times else "" for r in ranks)] for n in heads]
     return _table(["heads", *(f"r={r}" for r in ranks)], lines)
+
+
+def experts_table(rows: list[Row]) -> str:
+    """Steps of a mixture of experts with adapters on all experts, by setting, at the model's full depth."""
+    deepest = max((row["layers"] for row in rows), default=0)
+    settings = dict.fromkeys(row["setting"] for row in rows)
+    columns = [Column(_title(one), chosen(rows, layers=deepest, setting=one)) for one in settings]
+    return steps_table(columns, is_usual, memory=True)
 
 
 def compiled_table(rows: list[Row]) -> str:
@@ -509,6 +517,13 @@ def sections(files: dict[str, list[Row]], cpu: list[Row]) -> str:
             "One head as plain LoRA",
             '`num_heads=1, router="uniform"` is a LoRA of the same rank, which merges and exports exactly.',
             settings_table(train, (*_LORA, "ours_uniform"), needed="ours_uniform"),
+        ),
+        (
+            "Experts",
+            "A mixture of experts of hidden size 2048 with 64 experts, 8 for each token, as Qwen3-30B-A3B has them; "
+            "adapters on all experts, by batch x tokens, with gradient checkpointing. LoRA is PEFT's on the same "
+            "parameters (`target_parameters`).",
+            experts_table(files["experts"]),
         ),
         (
             "With Liger's kernels",

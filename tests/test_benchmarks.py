@@ -457,6 +457,8 @@ def test_sections_without_rows_are_left_out(monkeypatch):
         for name in ("lora", "ours")
     ]
     decode = [row(LORA_16, "lora_16bit", 5.0, batch=16, tokens_per_second=1.0)]
+    experts = [row(name, family, 10.0, setting="2x2048") for name, family in list(names.items())[:3]]
+    assert headings(experts=experts) == ["Experts"]
     assert headings(host=host, large=sharded, decode=decode) == ["ZeRO-3", "Host time of a call", "Decoding"]
 
 
