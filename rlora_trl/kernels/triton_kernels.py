@@ -52,11 +52,15 @@ def _keep(rows, head, columns, first, second, threshold, N: tl.constexpr, R: tl.
 
 @triton.jit
 def _softmax(logits):
-    """Probabilities `[BLOCK_T, N2]` and the log-sum-exp `[BLOCK_T]`; logits beyond N are minus infinity."""
+    """
+    Probabilities `[BLOCK_T, N2]` and the log-sum-exp `[BLOCK_T]`; logits beyond N are minus infinity.
+
+    The division is rounded correctly, so that equal logits give exactly 1 / N.
+    """
     top = tl.max(logits, axis=1)
     e = tl.exp(logits - top[:, None])
     total = tl.sum(e, axis=1)
-    return e / total[:, None], top + tl.log(total)
+    return tl.div_rn(e, tl.broadcast_to(total[:, None], e.shape)), top + tl.log(total)
 
 
 @triton.jit
@@ -183,13 +187,16 @@ def _mix_rows(
                 head_h0 = z_row[:, None] + (N + i) * R + columns[None, :]
                 tl.store(head_h0, h0.to(z_row.dtype.element_ty), mask=inside)
 
-        # z_i = w_i (m_i . h) / (1 - p) - h0 / N
-        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)  # [BLOCK_T]
-        z = wi[:, None] * h
+        # z_i = w_i (m_i . h) / (1 - p) - h0 / N, as terms that are zero one by one where h = h0 and w_i = 1 / N:
+        # a fused multiply-add rounds one product of a difference and not the other.
+        wi = tl.sum(tl.where((heads == i)[None, :], w, 0.0), axis=1)[:, None]  # [BLOCK_T, 1]
+        kept = h
         if DROPOUT:
-            z = tl.where(_keep(rows, i, columns, first, second, threshold, N, R), z * keep_scale, 0.0)
+            kept = tl.where(_keep(rows, i, columns, first, second, threshold, N, R), h * keep_scale, 0.0)
         if ANCHORED:
-            z -= h0 * (1.0 / N)
+            z = wi * (kept - h0) + (wi - 1.0 / N) * h0
+        else:
+            z = wi * kept
         tl.store(z_row[:, None] + i * R + columns[None, :], z.to(z_row.dtype.element_ty), mask=inside)
 
     # The shared h0, and the padding.
@@ -620,9 +627,11 @@ def project_mix_kernel(
     z_row = z_ptr + token * Z
     logits = tl.where(heads < N, logits, -float("inf"))
     e = tl.exp(logits - tl.max(logits, axis=0))
-    w = e / tl.sum(e, axis=0)  # [N2]
+    w = tl.div_rn(e, tl.sum(e, axis=0) + tl.zeros_like(e))  # [N2]
     for i in tl.static_range(N):
-        z = tl.sum(tl.where(heads == i, w, 0.0), axis=0) * h - h0 * (1.0 / N)
+        wi = tl.sum(tl.where(heads == i, w, 0.0), axis=0)
+        # As in `_mix_rows`. Without an anchor h0 is zero.
+        z = wi * (h - h0) + (wi - 1.0 / N) * h0
         tl.store(z_row + i * R + ranks, z.to(z_ptr.dtype.element_ty), mask=ranks < R)
 
     # h0, and the padding.
@@ -721,7 +730,7 @@ def concat_kernel(
         used: tl.constexpr = N * R + H if ANCHORED else N * R
         if ANCHORED and SHARED:
             # Divided as `mean_of_heads` does: `/` rounds in another way.
-            mean = tl.div_rn(total, tl.full([BLOCK_W], N, tl.float32))
+            mean = tl.div_rn(total, tl.zeros_like(total) + N)
             shift = mean - tl.load(anchor_b_ptr + index, mask=mask, other=0.0).to(tl.float32)
             tl.store(up_row + N * R + index % R, (shift * scaling).to(up_ptr.dtype.element_ty), mask=mask)
         if Z > used:
