@@ -39,6 +39,7 @@ class BatchContext(NamedTuple):
         lengths (`tuple[int]`, *optional*): Sequence lengths of the batch (those of encoder and decoder may differ);
             empty where they are unknown.
         groups (`InputGroups`, *optional*): Layers that get the same input.
+        copies (`int`, *optional*): How often `generate` repeats each row at present. An encoder gets each row once.
     """
 
     task_ids: torch.Tensor | None = None
@@ -51,6 +52,7 @@ class BatchContext(NamedTuple):
     rows_repeat: bool = False
     lengths: tuple[int, ...] = ()
     groups: Any = None
+    copies: int | None = None
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether `task_ids` determine the task of each token of an input `[*shape, d_in]`."""
@@ -63,6 +65,8 @@ class BatchContext(NamedTuple):
         rows = self.task_ids.shape[0]
         if rows == 1:
             return True
+        if len(shape) > 1 and self.copies is not None:
+            return shape[0] in (rows, rows * self.copies)
         if len(shape) > 1:
             return shape[0] == rows or (self.rows_repeat and rows > 0 and shape[0] % rows == 0)
 

@@ -58,6 +58,13 @@ from .task_heads import TaskHeads, find_task_heads, save_task_heads
 logger = logging.get_logger(__name__)
 
 
+def _rows_of_call(args: tuple, kwargs: dict) -> BatchShape | None:
+    """Sizes of the batch that `generate` calls a model with; a decoder gets its own tokens."""
+    if kwargs.get("input_ids") is None and isinstance(kwargs.get("decoder_input_ids"), torch.Tensor):
+        kwargs = {**kwargs, "input_ids": kwargs["decoder_input_ids"]}
+    return describe_batch(args, kwargs)
+
+
 class _NamedRows:
     """
     The adapter of each row of a batch, for layers that get these rows, several copies of each, or their tokens.
@@ -70,12 +77,11 @@ class _NamedRows:
     def __init__(self, adapter_names: list[str], batch: BatchShape | None) -> None:
         self.given = self.current = list(adapter_names)
         self.lengths = () if batch is None else batch.lengths
+        self.rows_repeat = batch is not None and batch.rows_repeat
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the model: `generate` repeats rows, for beams and for several answers."""
-        if kwargs.get("input_ids") is None and isinstance(kwargs.get("decoder_input_ids"), torch.Tensor):
-            kwargs = {**kwargs, "input_ids": kwargs["decoder_input_ids"]}
-        batch = describe_batch(args, kwargs)
+        batch = _rows_of_call(args, kwargs)
         if batch is not None and batch.rows and batch.rows % len(self.given) == 0:
             self.current = [name for name in self.given for _ in range(batch.rows // len(self.given))]
             self.lengths = batch.lengths
@@ -83,9 +89,13 @@ class _NamedRows:
     def pass_on(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of a layer."""
         x = args[0] if args else None
-        kwargs["adapter_names"] = self.current  # experts compare them with all tokens
+        names = self.current  # experts compare them with all tokens
         if isinstance(x, torch.Tensor) and x.ndim and not isinstance(module, RLoraExperts):
-            kwargs["adapter_names"] = self._for_input(x)
+            names = self._for_input(x)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            # Adapters that don't train the module use that of the base.
+            names = [name if name in module._adapters else "__base__" for name in names]
+        kwargs["adapter_names"] = names
         return args, kwargs
 
     def _for_input(self, x: torch.Tensor) -> list[str]:
@@ -93,6 +103,10 @@ class _NamedRows:
         for names in (self.current, self.given):
             if len(x) == len(names):
                 return names
+        # Each choice of a multiple choice is a row to the layers.
+        copies, rest = divmod(len(x), len(self.given))
+        if self.rows_repeat and not rest:
+            return [name for name in self.given for _ in range(copies)]
         # Shared experts see all tokens in one dimension.
         for length in self.lengths:
             if x.ndim == 2 and len(x) == len(self.current) * length:
@@ -143,6 +157,8 @@ class _OnRegistration:
         # `PeftModel` (transformers loads the adapter).
         self.handle.remove()
         if isinstance(parent, PeftModel) and child is not None and child is self.tuner():
+            # A class without a task type passes other arguments on to `generate` of the model, which refuses them.
+            parent.special_peft_forward_args.add("task_ids")
             parent.register_forward_pre_hook(_take_task_ids, with_kwargs=True)
             parent.register_forward_hook(_drop_task_ids, always_call=True)
 
@@ -560,9 +576,27 @@ class RLoraModel(BaseTuner):
             self.check_picture_tasks(batch, resolved[0])
             sizes = {"rows_repeat": batch.rows_repeat, "lengths": batch.lengths}
 
+        if generates:
+            sizes["copies"] = 1
         contexts = [(routing, {"task_ids": ids, **sizes}) for routing, ids in zip(routings, resolved, strict=False)]
-        with using_all(contexts):
+        with using_all(contexts), self._counted_copies(routings, len(resolved[0])) if generates else nullcontext():
             yield
+
+    @contextmanager
+    def _counted_copies(self, routings: list[Routing], rows: int) -> Generator[None, None, None]:
+        """Tell layers how often `generate` repeats each of the rows that it got, in each call of the model."""
+
+        def count(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            present = _rows_of_call(args, kwargs)
+            if present is not None and rows and present.rows % rows == 0:
+                for routing in routings:
+                    routing.update(copies=present.rows // rows)
+
+        handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def check_picture_tasks(self, batch: BatchShape | None, task_ids: torch.Tensor) -> None:
         """
@@ -593,7 +627,15 @@ class RLoraModel(BaseTuner):
         self._check_adapter_names(adapter_names, batch)
         rows = _NamedRows(adapter_names, batch)
         handles = [self.model.register_forward_pre_hook(rows.begin, with_kwargs=True)]
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        before = [(wrapper, wrapper._active_adapter, wrapper._disable_adapters) for wrapper in wrappers]
+        disabled = any(layer._disable_adapters for layer in self._adapted)
         try:
+            for wrapper in wrappers:
+                # PEFT runs the module of the base for all rows if the active adapter doesn't train it (no upstream
+                # issue as of peft 0.21.2).
+                if not disabled and wrapper._adapters:
+                    wrapper._active_adapter, wrapper._disable_adapters = [sorted(wrapper._adapters)[0]], False
             for module in self.modules():
                 if isinstance(module, RLoraLayer | RLoraExperts | AuxiliaryTrainingWrapper):
                     handles.append(module.register_forward_pre_hook(rows.pass_on, with_kwargs=True))
@@ -601,6 +643,8 @@ class RLoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+            for wrapper, active, disables in before:
+                wrapper._active_adapter, wrapper._disable_adapters = active, disables
 
     def _check_adapter_names(self, adapter_names: list[str], batch: BatchShape | None) -> None:
         if self.training:

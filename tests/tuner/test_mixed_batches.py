@@ -5,7 +5,7 @@ import torch
 from expert_models import build
 from peft import get_peft_model
 from testing_utils import TINY_MODELS, perturb, random_ids
-from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMultipleChoice, GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from rlora_trl import RLoraConfig
 
@@ -86,9 +86,48 @@ def test_without_a_task_type():
         assert torch.equal(mixed[1], model.generate(**settings)[1])
 
 
+@torch.no_grad()
+def test_choices_are_of_their_row():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = BertForMultipleChoice(BertConfig(vocab_size=80, **sizes))
+    model = get_peft_model(base, RLoraConfig()).eval()
+    perturb(model, scale=1.0)
+    ids = random_ids(6).view(2, 3, -1)
+    expected = model(input_ids=ids).logits
+    mixed = model(input_ids=ids, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(mixed[0], expected[0])
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], model(input_ids=ids).logits[1])
+
+
 @pytest.mark.parametrize("names", [["other"] * 2, ["other"] * 8, []])
 def test_the_names_must_be_those_of_the_rows(names):
     model, ids = with_two_adapters("llama"), random_ids(4)
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=rf"one name for each of the 4 rows of the batch, got {len(names)}"):
             call(input_ids=ids, adapter_names=names)
+
+
+@pytest.mark.parametrize("active", ["default", "other"])
+@torch.no_grad()
+def test_modules_that_one_adapter_trains(active):
+    """The other uses those of the base, whichever of the two is active."""
+    torch.manual_seed(0)
+    saved = ["embed_tokens", "lm_head"]
+    model = get_peft_model(TINY_MODELS["llama"](), RLoraConfig(task_type="CAUSAL_LM", modules_to_save=saved))
+    perturb(model, scale=1.0)
+    model.add_adapter("other", RLoraConfig(task_type="CAUSAL_LM", r=2))
+    model.set_adapter("other")
+    perturb(model, scale=1.0, seed=1)
+    model.eval()
+    ids = random_ids(3)
+    expected = alone(model, lambda: model(input_ids=ids).logits)
+    model.set_adapter(active)
+    names = ["other", "__base__", "default"]
+    mixed = model(input_ids=ids, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], expected[name][row], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected[active])
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=ids, adapter_names=["__base__"] * 3).logits, expected["__base__"])
