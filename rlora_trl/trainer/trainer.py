@@ -32,7 +32,7 @@ from ..files.record import AdapterRecord, select_hyperparameters
 from ..hub.card_reading import read_card
 from ..kernels import RoutingTally, capture_loss_grad, draw_seed
 from ..publish import push_adapter
-from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, Routing
+from ..tuner import MultiHeadAdapter, RLoraConfig, RLoraLayer, RLoraModel, Routing
 from ..tuner.batch import describe_batch
 from ..tuner.bnb_cpu import kept_quantized
 from ..tuner.routing import using_all
@@ -409,9 +409,12 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def _batch_context(self, inputs: dict[str, Any], tally: RoutingTally | None = None) -> Generator[None, None, None]:
         """Give the layers the tasks and the padding of a batch."""
         mask, batch = token_mask_of(inputs), describe_batch((), inputs)
+        tuner, task_ids = self.model.base_model, inputs.get(TASK_IDS)
+        if task_ids is not None and isinstance(tuner, RLoraModel):
+            tuner.check_picture_tasks(batch, task_ids)
         draws_seed = self.model.training and self._recomputes_with_other_seeds
         values = {
-            "task_ids": inputs.get(TASK_IDS),
+            "task_ids": task_ids,
             "token_mask": None if mask is None else mask.to(torch.uint8),
             "tally": tally,
             "lengths": () if batch is None else batch.lengths,

@@ -39,6 +39,7 @@ class BatchContext(NamedTuple):
         lengths (`tuple[int]`, *optional*): Sequence lengths of the batch (those of encoder and decoder may differ);
             empty where they are unknown.
         groups (`InputGroups`, *optional*): Layers that get the same input.
+        copies (`int`, *optional*): How often `generate` repeats each row at present. An encoder gets each row once.
     """
 
     task_ids: torch.Tensor | None = None
@@ -51,6 +52,7 @@ class BatchContext(NamedTuple):
     rows_repeat: bool = False
     lengths: tuple[int, ...] = ()
     groups: Any = None
+    copies: int | None = None
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether `task_ids` determine the task of each token of an input `[*shape, d_in]`."""
@@ -59,8 +61,12 @@ class BatchContext(NamedTuple):
         if self.task_ids.ndim == 2:
             return self.task_ids.shape == shape or (len(shape) == 1 and shape.numel() == self.task_ids.numel())
 
-        # One task for each row.
+        # One task for each row. All of a batch of one row belongs to it, such as the patches of its pictures.
         rows = self.task_ids.shape[0]
+        if rows == 1:
+            return True
+        if len(shape) > 1 and self.copies is not None:
+            return shape[0] in (rows, rows * self.copies)
         if len(shape) > 1:
             return shape[0] == rows or (self.rows_repeat and rows > 0 and shape[0] % rows == 0)
 
@@ -78,12 +84,14 @@ class BatchShape(NamedTuple):
         rows (`int`): Number of rows, B.
         shape (`torch.Size`, *optional*): `[B, S]`, where a row is one sequence of tokens.
         rows_repeat (`bool`), lengths (`tuple[int]`): See [`BatchContext`].
+        input_ids (`torch.Tensor` of shape `[B, S]`, *optional*): The tokens, if they are passed as such.
     """
 
     rows: int
     shape: torch.Size | None
     rows_repeat: bool
     lengths: tuple[int, ...]
+    input_ids: torch.Tensor | None = None
 
 
 def describe_batch(args: Sequence[Any], kwargs: Mapping[str, Any], generates: bool = False) -> BatchShape | None:
@@ -112,7 +120,9 @@ def describe_batch(args: Sequence[Any], kwargs: Mapping[str, Any], generates: bo
     axes = tokens.ndim - tokens.is_floating_point()
     sequences = [tokens] + [tensors[name] for name in ("decoder_input_ids", "labels") if name in tensors]
     lengths = () if generates or axes != 2 else tuple({x.shape[1] for x in sequences if x.ndim > 1})
-    return BatchShape(tokens.shape[0], tokens.shape[:2] if axes == 2 else None, generates or axes > 2, lengths)
+    shape = tokens.shape[:2] if axes == 2 else None
+    input_ids = None if tokens.is_floating_point() else tokens
+    return BatchShape(tokens.shape[0], shape, generates or axes > 2, lengths, input_ids)
 
 
 def task_index(task: str | int, tasks: Sequence[str]) -> int:

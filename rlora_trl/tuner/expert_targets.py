@@ -11,9 +11,10 @@ from torch import nn
 
 from ..reading import first_few
 from .config import RLoraConfig
+from .direct_use import bypassed_layers
 from .experts import RLoraExperts, expert_sizes
 from .layer_names import value_for
-from .targets import is_linear, warn_once
+from .targets import is_linear, unlike_linear, warn_once
 
 
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -183,7 +184,9 @@ def experts_of(model: nn.Module) -> list[str]:
 
 def describe_targets(model: nn.Module) -> str:
     """What can be adapted in a model, for an error: only remedies that work."""
-    linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)})
+    left_out = {*bypassed_layers(model, is_linear), *unlike_linear(model)}
+    every = [name for name, module in model.named_modules() if is_linear(module) and name not in left_out]
+    linear = sorted({name.rsplit(".", 1)[-1] for name in every})
     experts = experts_of(model)
     if not experts:
         return (

@@ -6,7 +6,6 @@ import os
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -40,6 +39,7 @@ from .layer import RLoraLayer, RLoraLinear
 from .loading import check_adapter_tensors, check_on_first_use, settle_loaded, without_wrappers
 from .offload import refuse_offloaded
 from .patterns import make_portable
+from .pictures import PictureLayers
 from .prefetch import WeightPrefetch
 from .routing import Routing, find_routings, set_task, using_all
 from .shared_inputs import SharedInputs
@@ -58,21 +58,74 @@ from .task_heads import TaskHeads, find_task_heads, save_task_heads
 logger = logging.get_logger(__name__)
 
 
-def _name_adapters(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    """Forward pre-hook that passes the adapter of each row to a layer."""
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
+def _rows_of_call(args: tuple, kwargs: dict) -> BatchShape | None:
+    """Sizes of the batch that `generate` calls a model with; a decoder gets its own tokens."""
+    if kwargs.get("input_ids") is None and isinstance(kwargs.get("decoder_input_ids"), torch.Tensor):
+        kwargs = {**kwargs, "input_ids": kwargs["decoder_input_ids"]}
+    return describe_batch(args, kwargs)
+
+
+class _NamedRows:
+    """
+    The adapter of each row of a batch, for layers that get these rows, several copies of each, or their tokens.
+
+    Args:
+        adapter_names (`list[str]`): One name for each row that the caller passes.
+        batch ([`BatchShape`], *optional*): Sizes of these rows.
+    """
+
+    def __init__(self, adapter_names: list[str], batch: BatchShape | None) -> None:
+        self.given = self.current = list(adapter_names)
+        self.lengths = () if batch is None else batch.lengths
+        self.rows_repeat = batch is not None and batch.rows_repeat
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the model: `generate` repeats rows, for beams and for several answers."""
+        batch = _rows_of_call(args, kwargs)
+        if batch is not None and batch.rows and batch.rows % len(self.given) == 0:
+            self.current = [name for name in self.given for _ in range(batch.rows // len(self.given))]
+            self.lengths = batch.lengths
+
+    def pass_on(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook of a layer."""
+        x = args[0] if args else None
+        names = self.current  # experts compare them with all tokens
+        if isinstance(x, torch.Tensor) and x.ndim and not isinstance(module, RLoraExperts):
+            names = self._for_input(x)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            # Adapters that don't train the module use that of the base.
+            names = [name if name in module._adapters else "__base__" for name in names]
+        kwargs["adapter_names"] = names
+        return args, kwargs
+
+    def _for_input(self, x: torch.Tensor) -> list[str]:
+        # An encoder sees the rows before they are repeated.
+        for names in (self.current, self.given):
+            if len(x) == len(names):
+                return names
+        # Each choice of a multiple choice is a row to the layers.
+        copies, rest = divmod(len(x), len(self.given))
+        if self.rows_repeat and not rest:
+            return [name for name in self.given for _ in range(copies)]
+        # Shared experts see all tokens in one dimension.
+        for length in self.lengths:
+            if x.ndim == 2 and len(x) == len(self.current) * length:
+                return [name for name in self.current for _ in range(length)]
+        return self.current  # the layer refuses them
 
 
 def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
-    Forward pre-hook of a `PeftModel`: passes `task_ids` to the tuner.
+    Forward pre-hook of a `PeftModel`: passes `task_ids`, and the sizes of a batch with `adapter_names`, to the tuner.
 
     `PeftModelForCausalLM.forward` has a parameter of that name, for prompt tuning, and drops it otherwise (no upstream
     issue as of peft 0.21.2).
     """
     task_ids = kwargs.pop("task_ids", None)
     if isinstance(peft_model.base_model, RLoraModel):
+        # Some classes of PEFT enter the hooks of the tuner without the tensors of the batch.
+        names = kwargs.get("adapter_names")
+        peft_model.base_model._pending_rows = None if names is None else describe_batch(args, kwargs)
         peft_model.base_model._pending_tasks = None if task_ids is None else (task_ids, describe_batch(args, kwargs))
         # Here, as a disabled adapter leaves the heads of the base in use.
         peft_model.base_model._heads_in_use = [] if task_ids is None else peft_model.base_model.task_heads()
@@ -84,7 +137,7 @@ def _take_task_ids(peft_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
 def _drop_task_ids(peft_model: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of a `PeftModel`: drops task ids, also those that the tuner did not use (disabled adapters)."""
     if isinstance(peft_model.base_model, RLoraModel):
-        peft_model.base_model._pending_tasks = None
+        peft_model.base_model._pending_tasks = peft_model.base_model._pending_rows = None
         for head in peft_model.base_model._heads_in_use:
             head.end()
 
@@ -104,6 +157,8 @@ class _OnRegistration:
         # `PeftModel` (transformers loads the adapter).
         self.handle.remove()
         if isinstance(parent, PeftModel) and child is not None and child is self.tuner():
+            # A class without a task type passes other arguments on to `generate` of the model, which refuses them.
+            parent.special_peft_forward_args.add("task_ids")
             parent.register_forward_pre_hook(_take_task_ids, with_kwargs=True)
             parent.register_forward_hook(_drop_task_ids, always_call=True)
 
@@ -193,6 +248,7 @@ class RLoraModel(BaseTuner):
         super().__init__(model, peft_config, *args, **kwargs)
         # Task ids of a running call of the `PeftModel`, with the sizes of its batch.
         self._pending_tasks: tuple[TaskIds, BatchShape | None] | None = None
+        self._pending_rows: BatchShape | None = None
         # They are there before the adapters. A search in each forward pass would take a millisecond in large models.
         self._has_heads = bool(find_task_heads(model))
         self._heads_in_use: list[TaskHeads] = []
@@ -233,6 +289,7 @@ class RLoraModel(BaseTuner):
         guard_cpu_order(model)
         # Collected once, as a model has thousands of modules.
         self._adapted = [module for module in model.modules() if isinstance(module, RLoraLayer)]
+        self._picture_layers = PictureLayers(model)
 
     @override
     def _prepare_adapter_config(self, peft_config: RLoraConfig, model_config: dict) -> RLoraConfig:
@@ -370,6 +427,7 @@ class RLoraModel(BaseTuner):
         unloaded = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
         self._forget_layers()
         self._adapted = []
+        self._picture_layers.layers = {}
         return unloaded
 
     @override
@@ -515,11 +573,47 @@ class RLoraModel(BaseTuner):
         sizes: dict[str, Any] = {"rows_repeat": generates}
         if batch is not None:
             check_task_ids(resolved[0], batch, generates)
+            self.check_picture_tasks(batch, resolved[0])
             sizes = {"rows_repeat": batch.rows_repeat, "lengths": batch.lengths}
 
+        if generates:
+            sizes["copies"] = 1
         contexts = [(routing, {"task_ids": ids, **sizes}) for routing, ids in zip(routings, resolved, strict=False)]
-        with using_all(contexts):
+        with using_all(contexts), self._counted_copies(routings, len(resolved[0])) if generates else nullcontext():
             yield
+
+    @contextmanager
+    def _counted_copies(self, routings: list[Routing], rows: int) -> Generator[None, None, None]:
+        """Tell layers how often `generate` repeats each of the rows that it got, in each call of the model."""
+
+        def count(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            present = _rows_of_call(args, kwargs)
+            if present is not None and rows and present.rows % rows == 0:
+                for routing in routings:
+                    routing.update(copies=present.rows // rows)
+
+        handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def check_picture_tasks(self, batch: BatchShape | None, task_ids: torch.Tensor) -> None:
+        """
+        Check that layers which see pictures know the row of each.
+
+        Args:
+            batch ([`BatchShape`], *optional*): The batch.
+            task_ids (`torch.Tensor` of shape `[B]` or `[B, S]`): Its tasks.
+
+        Raises:
+            ValueError: If they don't; see [`PictureLayers.check`].
+        """
+        if self._picture_layers.layers and task_ids.ndim == 1:
+            # One task for each token would be refused by the layers.
+            adapters = [name for name, config in self.peft_config.items() if config.router == "task"]
+            if adapters:
+                self._picture_layers.check(batch, task_ids.tolist(), "task_ids", adapters)
 
     @contextmanager
     def _mixed_adapters(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
@@ -528,29 +622,31 @@ class RLoraModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        self._check_adapter_names(adapter_names)
-
-        # Beam search repeats each row of the batch.
-        num_beams = kwargs.get("num_beams")
-        repeats = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
-        expanded = [name for name in adapter_names for _ in range(repeats)]
-
-        handles = []
+        pending, self._pending_rows = self._pending_rows, None
+        batch = pending or describe_batch(args, kwargs)
+        self._check_adapter_names(adapter_names, batch)
+        rows = _NamedRows(adapter_names, batch)
+        handles = [self.model.register_forward_pre_hook(rows.begin, with_kwargs=True)]
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        before = [(wrapper, wrapper._active_adapter, wrapper._disable_adapters) for wrapper in wrappers]
+        disabled = any(layer._disable_adapters for layer in self._adapted)
         try:
-            encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-            in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+            for wrapper in wrappers:
+                # PEFT runs the module of the base for all rows if the active adapter doesn't train it (no upstream
+                # issue as of peft 0.21.2).
+                if not disabled and wrapper._adapters:
+                    wrapper._active_adapter, wrapper._disable_adapters = [sorted(wrapper._adapters)[0]], False
             for module in self.modules():
                 if isinstance(module, RLoraLayer | RLoraExperts | AuxiliaryTrainingWrapper):
-                    # An encoder sees the rows before beam search repeats them.
-                    names = list(adapter_names) if module in in_encoder else expanded
-                    hook = partial(_name_adapters, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    handles.append(module.register_forward_pre_hook(rows.pass_on, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for wrapper, active, disables in before:
+                wrapper._active_adapter, wrapper._disable_adapters = active, disables
 
-    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+    def _check_adapter_names(self, adapter_names: list[str], batch: BatchShape | None) -> None:
         if self.training:
             raise ValueError(
                 "`adapter_names` mixes adapters in one batch for inference, but the model is in training mode. Call "
@@ -562,6 +658,13 @@ class RLoraModel(BaseTuner):
                 f"`adapter_names` has unknown adapters: {', '.join(unknown)}. Loaded are "
                 f'{", ".join(sorted(self.peft_config))}; use "__base__" for rows without an adapter.'
             )
+        if not adapter_names or (batch is not None and batch.rows != len(adapter_names)):
+            rows = "each row" if batch is None else f"each of the {batch.rows} rows"
+            raise ValueError(
+                f"`adapter_names` needs one name for {rows} of the batch, got {len(adapter_names)}. Use "
+                '"__base__" for rows without an adapter.'
+            )
+        self._picture_layers.check(batch, adapter_names, "adapter_names", self.peft_config)
 
     @classmethod
     @override

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TrainableTokensWrapper, resolve_quantization_backend
@@ -92,7 +93,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def leave_out_bypassed(config: RLoraConfig, model: nn.Module) -> None:
     """
-    Leave layers that are not called out of "all-linear", and refuse them if they are named.
+    Leave layers that are not called, or are no linear maps, out of "all-linear", and refuse them if they are named.
 
     Args:
         config ([`RLoraConfig`]): The configuration; "all-linear" is replaced by the names of the other layers.
@@ -102,18 +103,21 @@ def leave_out_bypassed(config: RLoraConfig, model: nn.Module) -> None:
         ValueError: If `target_modules` names such a layer.
     """
     readers = bypassed_layers(model, is_linear)
-    if not readers:
+    unlike = unlike_linear(model)
+    if not readers and not unlike:
         return
 
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != "all-linear":
         _refuse_bypassed(config, readers)
+        _refuse_unlike(config, unlike)
         return
 
     every: Any = _maybe_include_all_linear_layers(config, model).target_modules
-    config.target_modules = every - set(readers)
+    left_out = {**readers, **unlike}
+    config.target_modules = every - set(left_out)
     # PEFT also matches names by their endings.
-    matching = [name for name in readers if check_target_module_exists(config, name)]
+    matching = [name for name in left_out if check_target_module_exists(config, name)]
     if matching:
         config.exclude_modules = _exclude_also(config.exclude_modules, matching)
 
@@ -135,6 +139,56 @@ def _refuse_bypassed(config: RLoraConfig, readers: Mapping[str, type]) -> None:
             "weight of that layer instead of calling it: an adapter would have no effect there, or not on every path. "
             "R-LoRA adapts layers that are called. Remove it from `target_modules`, or name it in `exclude_modules`; "
             '"all-linear" leaves such layers out.'
+        )
+
+
+def unlike_linear(model: nn.Module) -> dict[str, type]:
+    """
+    The layers of a model that derive from `torch.nn.Linear` and compute something else, as some routers of experts do.
+
+    One layer of each class with a `forward` of its own is called with zeros.
+
+    Args:
+        model (`torch.nn.Module`): The model, with adapters or without.
+
+    Returns:
+        `dict[str, type]`: The class of each, by the name of the layer.
+    """
+    found: dict[str, type] = {}
+    known: dict[type, bool] = {nn.Linear: False}
+    for name, module in model.named_modules():
+        cls = type(module)
+        if not isinstance(module, nn.Linear) or cls.forward is nn.Linear.forward:
+            continue
+        # Not quantized layers, nor those whose parameters are elsewhere (ZeRO-3).
+        if module.weight.shape != (module.out_features, module.in_features) or hasattr(module, "_hf_hook"):
+            continue
+        if cls not in known:
+            known[cls] = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None) is None and (
+                not _maps_linearly(module)
+            )
+        if known[cls]:
+            found[name] = cls
+    return found
+
+
+@torch.no_grad()
+def _maps_linearly(module: nn.Linear) -> bool:
+    """Whether a layer gives one output `[T, d_out]` for an input `[T, d_in]`."""
+    try:
+        output = module(module.weight.new_zeros(2, module.in_features))
+    except Exception:
+        return True  # it may need more than the input; an adapter reports what is wrong
+    return isinstance(output, torch.Tensor) and output.shape == (2, module.out_features)
+
+
+def _refuse_unlike(config: RLoraConfig, unlike: Mapping[str, type]) -> None:
+    selected = {name: cls for name, cls in unlike.items() if check_target_module_exists(config, name)}
+    if selected:
+        raise ValueError(
+            f"`target_modules` selects {first_few(selected)}, and {_names_of(selected.values())} derives from "
+            "`torch.nn.Linear` but computes something else, as routers of experts do. R-LoRA adapts linear maps. "
+            'Remove it from `target_modules`, or name it in `exclude_modules`; "all-linear" leaves such layers out.'
         )
 
 

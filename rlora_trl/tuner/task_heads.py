@@ -17,7 +17,7 @@ from .config import RLoraConfig
 from .task_names import task_name
 
 
-_HEADS = ("classifier", "score")
+_HEADS = ("classifier", "score", "classification_head")
 
 
 class TaskHeads(nn.Module):
@@ -134,7 +134,8 @@ def add_task_heads(model: PreTrainedModel, labels: Mapping[str, int], head: str 
     Args:
         model (`PreTrainedModel`): The base model, which is changed. Its `num_labels` becomes the largest of `labels`.
         labels (`Mapping[str, int]`): Number of labels by task: at least 2, or 1 for all (regression).
-        head (`str`, *optional*): Name of the head in the model; by default `"classifier"` or `"score"`.
+        head (`str`, *optional*): Name of the head in the model; by default `"classifier"`, `"score"` or
+            `"classification_head"`.
 
     Returns:
         `PreTrainedModel`: The model.

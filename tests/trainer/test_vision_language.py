@@ -107,7 +107,7 @@ def make_trainer(name, folder, targets=None, **settings):
     defaults = {"max_steps": 30, "learning_rate": 5e-3, "mixing": "equal", "max_length": None}
     return RLoraSFTTrainer(
         build_model(name, processor),
-        arguments(folder, per_device_train_batch_size=8, **{**defaults, **settings}),
+        arguments(folder, **{"per_device_train_batch_size": 8, **defaults, **settings}),
         train_dataset={"this": rows("this", 24), "other": rows("other", 8)},
         eval_dataset={task: rows(task, 4) for task in TASKS},
         processing_class=processor,
@@ -137,6 +137,10 @@ def test_vision_towers_by_choice(tmp_path, name):
         # All patches of a batch in one sequence: no row is known.
         with pytest.raises(ValueError, match=r"do not fit an input.*vision encoders.*exclude_modules"):
             make_trainer(name, tmp_path, targets=tower, max_steps=1).train()
+        # All patches of a batch of one row are of that row.
+        trainer = make_trainer(name, tmp_path, targets=tower, max_steps=2, per_device_train_batch_size=1)
+        trainer.train()
+        assert trainer.state.global_step == 2
         return
     language = r".*\.(language_model|text_model)\..*\.(gate|up|down)_proj"
     for targets, count in {tower: 4, f"({language}|{tower})": 10}.items():

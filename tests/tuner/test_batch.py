@@ -168,7 +168,8 @@ def test_lengths_are_those_of_all_sequences_of_a_row():
     ids, decoded = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
     batch = describe_batch((), {"input_ids": ids, "labels": decoded, "attention_mask": ids})
     assert (batch.rows, batch.shape, batch.rows_repeat, set(batch.lengths)) == (2, ids.shape, False, {9, 4})
-    assert describe_batch((ids,), {}, True) == (2, ids.shape, True, ())
+    assert batch.input_ids is ids and describe_batch((), {"inputs_embeds": torch.zeros(3, 5, 8)}).input_ids is None
+    assert describe_batch((ids,), {}, True)[:4] == (2, ids.shape, True, ())
     assert describe_batch((), {"inputs_embeds": torch.zeros(3, 5, 8)})[:2] == (3, torch.Size([3, 5]))
-    assert describe_batch((), {"pixel_values": torch.zeros(3, 3, 8, 8)}) == (3, None, False, ())
+    assert describe_batch((), {"pixel_values": torch.zeros(3, 3, 8, 8)}) == (3, None, False, (), None)
     assert describe_batch((), {"use_cache": False}) is None

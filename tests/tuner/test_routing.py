@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from testing_utils import perturb, random_ids
-from transformers import AutoModelForCausalLM
+from testing_utils import TINY_MODELS, perturb, random_ids
+from transformers import AutoModelForCausalLM, LEDConfig, LEDForConditionalGeneration
 
 from rlora_trl import MultiHeadAdapter, RLoraConfig, set_task
 from rlora_trl.tuner import find_routings
@@ -181,3 +181,43 @@ def test_a_batch_has_no_other_values():
     routing = Routing(("a", "b"), "softmax")
     with pytest.raises(TypeError, match="A batch has no sead; it has task_ids"):
         routing.update(sead=3)
+
+
+def test_tasks_of_rows_in_generate_without_a_task_type():
+    """PEFT passes arguments on in another way; rows are repeated for beams."""
+    torch.manual_seed(0)
+    model = get_peft_model(TINY_MODELS["llama"](), RLoraConfig(router="task", tasks=["one", "two"])).eval()
+    perturb(model, scale=1.0)
+    settings = {"input_ids": random_ids(2), "max_new_tokens": 4, "do_sample": False, "num_beams": 3}
+    alone = []
+    for task in ("one", "two"):
+        model.set_task(task)
+        alone.append(model.generate(**settings))
+    model.set_task(None)
+    mixed = model.generate(**settings, task_ids=["one", "two"])
+    assert torch.equal(mixed[0], alone[0][0]) and torch.equal(mixed[1], alone[1][1])
+
+
+def test_layers_that_see_positions_before_rows_are_refused_in_generate():
+    """The attention of LED's encoder has the positions first: 8 of them are no 4 copies of 2 rows."""
+    config = LEDConfig(
+        vocab_size=80,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        attention_window=4,
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+    )
+    torch.manual_seed(0)
+    targets = r".*encoder.*self_attn.*query"
+    settings = {"task_type": "SEQ_2_SEQ_LM", "router": "task", "tasks": ["one", "two"]}
+    model = get_peft_model(LEDForConditionalGeneration(config), RLoraConfig(target_modules=targets, **settings)).eval()
+    with pytest.raises(ValueError, match=r"do not fit an input of shape \[8, 2, 'd_in'\]"):
+        model.generate(input_ids=random_ids(2, 8), task_ids=["one", "two"], max_new_tokens=2, num_beams=2)

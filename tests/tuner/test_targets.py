@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from expert_models import build
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from safetensors.torch import load_file
 from testing_utils import TINY_MODELS, perturb, random_ids
@@ -24,6 +25,14 @@ def messages_of(model, config):
         warnings.simplefilter("always")
         get_peft_model(model, config)
     return [str(entry.message) for entry in caught if issubclass(entry.category, UserWarning | RuntimeWarning)]
+
+
+def phimoe():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.PhimoeForCausalLM(
+        transformers.PhimoeConfig(**sizes, vocab_size=80, num_key_value_heads=2, num_local_experts=4)
+    ).eval()
 
 
 IGNORED = {
@@ -261,3 +270,51 @@ def test_architecture_without_a_default():
     with pytest.raises(ValueError, match="no default for models of type.*all-linear"):
         get_peft_model(model, RLoraConfig())
     assert get_peft_model(nn.Sequential(nn.Linear(4, 4)), RLoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("family", ["llama4", "phimoe"])
+def test_routers_that_derive_from_linear_layers_are_left_out(family):
+    """They return scores and indices, so that no adapter can add to their output."""
+    base = build(family) if family == "llama4" else phimoe()
+    with pytest.warns(match="experts"):
+        model = get_peft_model(base, RLoraConfig(target_modules="all-linear", router="uniform")).eval()
+    ends = {path.rpartition(".")[2] for path in model.base_model.targeted_module_names}
+    assert "q_proj" in ends and "router" not in ends
+    perturb(model)
+    with torch.no_grad():
+        expected = model(random_ids()).logits
+        torch.testing.assert_close(model.merge_and_unload()(random_ids()).logits, expected, rtol=1e-4, atol=1e-4)
+
+    base = build(family) if family == "llama4" else phimoe()
+    with pytest.raises(ValueError, match=r"selects model\.layers\.0.*router.*derives from `torch\.nn\.Linear`"):
+        get_peft_model(base, RLoraConfig(target_modules=["q_proj", "router"]))
+    with pytest.raises(ValueError, match=r"are named (?!.*router)"):
+        get_peft_model(base, RLoraConfig(target_modules=["no_such"]))
+
+
+def test_own_classes_of_linear_layers():
+    """Those that compute what their parent does are adapted, and those that need more than an input; others not."""
+
+    class Same(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class Scores(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).topk(2)
+
+    class Wider(nn.Linear):
+        def forward(self, x):
+            return torch.cat([super().forward(x)] * 2, -1)
+
+    class Gated(nn.Linear):
+        def forward(self, x, gate):
+            return gate * super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.same, self.scores, self.wider, self.gated = Same(8, 8), Scores(8, 8), Wider(8, 8), Gated(8, 8)
+
+    model = get_peft_model(Model(), RLoraConfig(target_modules="all-linear"))
+    assert set(model.base_model.targeted_module_names) == {"same", "gated"}

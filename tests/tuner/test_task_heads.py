@@ -40,7 +40,8 @@ SIZES = {
 
 def build(model_type="bert", auto=AutoModelForSequenceClassification):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES)
+    decoder = {"decoder_start_token_id": 0} if model_type == "t5" else {}
+    config = AutoConfig.for_model(model_type, **SIZES, **decoder)
     return auto.from_config(config).eval()
 
 
@@ -138,10 +139,15 @@ def test_two_tasks_with_their_own_labels(tmp_path, kind, router):
 
 
 def batch_of(model, rows=4):
-    return {"input_ids": torch.randint(5, 11, (rows, LENGTH), generator=torch.Generator().manual_seed(1))}
+    ids = torch.randint(5, 11, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+    if model.config.is_encoder_decoder:
+        ids[:, -1] = model.config.eos_token_id  # where such a model classifies
+    return {"input_ids": ids}
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "llama", "modernbert", "distilbert", "electra", "eurobert"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "llama", "modernbert", "distilbert", "electra", "eurobert", "t5"]
+)
 def test_each_row_gets_the_head_of_its_task(model_type):
     """Heads of one linear layer, or of several; of encoders and of decoders."""
     # PEFT (0.21) takes "pre_classifier" for a head when it looks for "classifier".
