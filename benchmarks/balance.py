@@ -149,6 +149,7 @@ def train_and_score(run: Run, args: argparse.Namespace) -> dict:
             peft_config=RLoraConfig(
                 r=run.r,
                 num_heads=run.num_heads,
+                head_dropout=0.2,
                 router=run.router,
                 router_init=run.router_init,
                 target_modules=list(TARGETS),

@@ -51,7 +51,7 @@ def train(run: Run, args: argparse.Namespace, rows: dict[str, list[dict]]) -> RL
             model=str(args.model),
             args=training_arguments(run, output_dir, 10),
             train_dataset=datasets,
-            peft_config=RLoraConfig(**config),
+            peft_config=RLoraConfig(**{"head_dropout": 0.2, **config}),
         )
         trainer.train()
     return trainer

@@ -140,7 +140,7 @@ def make_trainer(job: dict, model: Any, output: str, steps: Steps) -> SFTTrainer
         arguments,
         train_dataset=random_rows(count, job["length"], shape.vocabulary, tasks=ours),
         processing_class=tokenizer(),
-        peft_config=RLoraConfig(r=R, num_heads=NUM_HEADS) if ours else lora,
+        peft_config=RLoraConfig(r=R, num_heads=NUM_HEADS, head_dropout=0.2) if ours else lora,
         callbacks=[steps],
     )
 

@@ -21,7 +21,7 @@ LAB = {
 # Methods of the library and of PEFT, with the settings that their configurations get by default.
 PACKAGED: dict[str, dict[str, Any]] = {
     "lora": {"r": 10, "lora_alpha": 32, "use_rslora": True, "lora_dropout": 0.0},
-    "rlora": {"r": 4, "num_heads": 3},
+    "rlora": {"r": 4, "num_heads": 3, "head_dropout": 0.2},
     "hydra": {"r": 4, "num_heads": 3},
     "multi_lora": {"r": 2, "num_heads": 5},
     "moe_lora": {"r": 3, "num_heads": 3},

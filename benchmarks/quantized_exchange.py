@@ -68,7 +68,7 @@ def train(run: Run, args: argparse.Namespace, base: str, folder: str) -> float:
         model=str(args.model),
         args=training_arguments(run, folder, 50),
         train_dataset=datasets,
-        peft_config=RLoraConfig(r=run.r, num_heads=run.num_heads, target_modules=list(TARGETS)),
+        peft_config=RLoraConfig(r=run.r, num_heads=run.num_heads, head_dropout=0.2, target_modules=list(TARGETS)),
         quantization_config=quantization(base),
     )
     runtime = trainer.train().metrics["train_runtime"]

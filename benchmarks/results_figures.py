@@ -1,5 +1,6 @@
 """Figures of docs/results.md, from the rows of `quality.py`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from results_lines import (
     shared_seeds,
     with_seeds,
 )
-from results_tables import RECIPE
+from results_tables import FORMS, RECIPE, accuracy_lines
 
 
 # Color and marker of each line, at most five.
@@ -108,35 +109,46 @@ def _lay_out_differences(axis: Any, label: str) -> None:
     axis.set_xlabel(label, fontsize=9)
 
 
-def draw_accuracy(study: Study, path: Path) -> None:
-    """R-LoRA, with and without head dropout, beside LoRA in each cell, all tuned; nothing without rows."""
-    lines = [
-        line
-        for line in lines_of(study, ("R-LoRA", "R-LoRA, no dropout"), REFERENCE, tuned=True, cells=study.cells)
-        if line.mean is not None
-    ]
-    if not lines:
+def draw_accuracy(studies: Sequence[Study], path: Path) -> None:
+    """R-LoRA, with and without head dropout, beside LoRA in each cell, all tuned, by model; nothing without rows."""
+    found = [(study, accuracy_lines(study)) for study in studies]
+    found = [(study, lines) for study, lines in found if lines]
+    if not found:
         return
     plt = _pyplot()
-    seeds = lines[0].seeds
-    (reference,) = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
-    names = [f"{', '.join(cell)} ({reference.accuracy(cell):.1f} %)" for cell in study.cells]
-    figure, axis = plt.subplots(figsize=(8.2, 1.1 + 0.42 * (len(names) + 1)))
-
-    for place, line in enumerate(lines):
-        color, marker = CURVES[line.method.name]
-        found = [*(line.each[cell] for cell in study.cells), line.mean]
-        for row, estimate in enumerate(reversed(found)):
-            height = row + 0.13 * (len(lines) - 1 - 2 * place)
-            axis.plot([estimate.low, estimate.high], [height, height], color=color, linewidth=1.6)
-            axis.plot(estimate.value, height, marker, color=color, ms=5, label=line.method.name if row == 0 else None)
-
-    axis.axhline(0.5, color="#bbbbbb", linewidth=0.6)
-    axis.set_yticks(range(len(names) + 1), ["mean", *reversed(names)], fontsize=9)
-    _lay_out_differences(axis, f"points above tuned {REFERENCE}, with 95 % intervals ({with_seeds(seeds)})")
-    axis.legend(fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    heights = [len(study.cells) + 1 for study, _ in found]
+    figure, axes = plt.subplots(
+        len(found),
+        figsize=(8.2, 1.0 + 0.5 * len(found) + 0.36 * sum(heights)),
+        squeeze=False,
+        sharex=True,
+        height_ratios=heights,
+    )
+    for axis, (study, lines) in zip(axes[:, 0], found, strict=True):
+        _draw_accuracy_of(axis, study, lines)
+    axes[-1, 0].set_xlabel(f"points above tuned {REFERENCE}, with 95 % intervals", fontsize=9)
+    axes[0, 0].legend(fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1.08), ncols=2, frameon=False)
     figure.tight_layout()
     _save(figure, path)
+
+
+def _draw_accuracy_of(axis: Any, study: Study, lines: Sequence[Line]) -> None:
+    """A panel of [`draw_accuracy`]: the cells of one model, and their mean."""
+    (reference,) = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
+    names = [f"{', '.join(cell)} ({reference.accuracy(cell):.1f} %)" for cell in study.cells]
+    for place, line in enumerate(lines):
+        color, marker = CURVES[line.method.name]
+        estimates = [*(line.each[cell] for cell in study.cells), line.mean]
+        for row, estimate in enumerate(reversed(estimates)):
+            if estimate is not None:
+                height = row + 0.13 * (len(lines) - 1 - 2 * place)
+                axis.plot([estimate.low, estimate.high], [height, height], color=color, linewidth=1.6)
+                label = FORMS[line.method.name] if row == 0 else None
+                axis.plot(estimate.value, height, marker, color=color, ms=5, label=label)
+    axis.axhline(0.5, color="#bbbbbb", linewidth=0.6)
+    axis.set_yticks(range(len(names) + 1), ["mean", *reversed(names)], fontsize=9)
+    axis.set_title(f"{study.model}, {with_seeds(lines[0].seeds)}", fontsize=9.5, loc="left")
+    _lay_out_differences(axis, "")
 
 
 def draw_ideas(study: Study, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/results.md, its figures and a sentence of the README, from all rows of `quality.py` in `results/`.
+"""docs/results.md, its figures and a block of the README, from all rows of `quality.py` in `results/`.
 
     python benchmarks/results_page.py       # what `make results` does
 
@@ -70,9 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("There are no rows without an error. Run benchmarks/quality.py first.")
     for name, text in page(rows).items():
         replace_block(args.document, name, text, Path(__file__).name)
-    first = Study(next(iter(by_model(rows).values())))
-    replace_block(args.readme, "accuracy", readme_block(first), Path(__file__).name)
-    draw_accuracy(first, args.figures / "accuracy.png")
+    studies = [Study(same) for same in by_model(rows).values()]
+    first = studies[0]
+    replace_block(args.readme, "accuracy", readme_block(studies), Path(__file__).name)
+    draw_accuracy(studies, args.figures / "accuracy.png")
     draw_learning_rates(first, args.figures / "learning_rate.png")
     draw_ideas(first, args.figures / "ideas.png")
     print(f"{args.document}: {len(rows)} rows")

@@ -24,6 +24,8 @@ from results_lines import (
 # The best of the ideas with one setting for all cells, on the seeds that settings are chosen on.
 RECIPE = "ranks by task, router 0.2"
 OURS = "R-LoRA"
+# Forms of R-LoRA as readers know them: the default first.
+FORMS = {"R-LoRA, no dropout": "default", "R-LoRA": "with the paper's head dropout"}
 NOT_MEASURED = "Not measured."
 
 
@@ -190,18 +192,27 @@ def summary_block(study: Study) -> str:
     return "\n".join(found) or NOT_MEASURED
 
 
-def readme_block(study: Study) -> str:
-    """The answer in one sentence, for readers who look at nothing else."""
-    lines = lines_of(study, [OURS], REFERENCE, tuned=True, cells=study.cells)
-    if not lines or lines[0].mean is None:
+def accuracy_lines(study: Study) -> list[Line]:
+    """The forms of R-LoRA that the README compares with LoRA, each tuned; only those with rows in all cells."""
+    lines = lines_of(study, FORMS, REFERENCE, tuned=True, cells=study.cells)
+    return [line for line in lines if line.mean is not None]
+
+
+def readme_block(studies: Sequence[Study]) -> str:
+    """The answer in a few lines, for readers who look at nothing else."""
+    found = []
+    for study in studies:
+        lines = accuracy_lines(study)
+        if lines:
+            each = ", ".join(f"{FORMS[line.method.name]} {line.mean}" for line in lines)
+            found.append(f"- {study.model} ({with_seeds(lines[0].seeds)}): {each}.")
+    if not found:
         return NOT_MEASURED
-    (line,) = lines
-    where = f"mean over {len(study.cells)} settings of real tasks with {study.model}"
-    return (
-        f"**Accuracy**, each method at its own learning rate ({where}, {with_seeds(line.seeds)}): {OURS} differs from "
-        f"{REFERENCE}, which has as many parameters, by {line.mean.value:+.2f} points, with 95 % confidence between "
-        f"{line.mean.low:+.2f} and {line.mean.high:+.2f}."
+    text = (
+        f"**Accuracy** of R-LoRA less that of {REFERENCE}, which has as many parameters, each at its own learning rate: "
+        f"points with 95 % intervals, mean over {len(studies[0].cells)} settings of real tasks."
     )
+    return "\n".join([text, "", *found])
 
 
 def facts_block(study: Study) -> str:

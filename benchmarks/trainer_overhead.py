@@ -86,7 +86,7 @@ def step_times(name, model_factory, batch, length, checkpointing, steps, warmup)
         ),
         train_dataset=rows,
         processing_class=tokenizer(),
-        peft_config=RLoraConfig(target_modules=list(TARGETS)),
+        peft_config=RLoraConfig(head_dropout=0.2, target_modules=list(TARGETS)),
         callbacks=[times],
     )
     trainer.train()

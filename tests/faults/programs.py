@@ -118,7 +118,7 @@ def build_trainer(folder, settings):
         arguments,
         train_dataset=task_datasets(),
         processing_class=TOKENIZER,
-        peft_config=RLoraConfig(**settings.get("config", {})),
+        peft_config=RLoraConfig(**{"head_dropout": 0.2, **settings.get("config", {})}),
         callbacks=[Losses(folder / "losses.jsonl")],
     )
 

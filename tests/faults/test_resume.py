@@ -35,7 +35,7 @@ def build(model, output, config=None, tasks=None, **arguments):
         model,
         RLoraSFTConfig(str(output), **{**ARGUMENTS, "max_steps": 5, **arguments}),
         train_dataset={(tasks or {}).get(name, name): rows for name, rows in data.items()},
-        peft_config=RLoraConfig(**(config or {})),
+        peft_config=RLoraConfig(**{"head_dropout": 0.2, **(config or {})}),
     )
 
 

@@ -44,7 +44,7 @@ def make_trainer(model, folder, *, peft_config=None, callbacks=None, processing_
         args,
         train_dataset=task_datasets(),
         eval_dataset=task_datasets(8, seed=1) if "eval_strategy" in kwargs else None,
-        peft_config=RLoraConfig() if peft_config is None else peft_config or None,
+        peft_config=RLoraConfig(head_dropout=0.2) if peft_config is None else peft_config or None,
         processing_class=processing_class,
         callbacks=callbacks,
     )

@@ -12,7 +12,7 @@ from rlora_trl import RLoraConfig
 def test_defaults():
     config = RLoraConfig()
     assert (config.r, config.num_heads, config.lora_alpha, config.use_rslora) == (4, 3, 32, True)
-    assert (config.head_dropout, config.dropout_position) == (0.2, "head")
+    assert (config.head_dropout, config.dropout_position) == (0.0, "head")
     assert (config.init_weights, config.init_gamma) == ("rlora", 64)
     assert (config.router, config.router_init, config.router_top_k, config.share_a) == ("softmax", "zeros", None, True)
     assert config.tasks is None and config.target_modules is None
