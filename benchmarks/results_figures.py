@@ -44,7 +44,7 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=160)
     _pyplot().close(figure)
 
 
@@ -120,8 +120,9 @@ def draw_accuracy(study: Study, path: Path) -> None:
     plt = _pyplot()
     seeds = lines[0].seeds
     (reference,) = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
-    names = [f"{', '.join(cell)} ({reference.accuracy(cell):.1f} %)" for cell in study.cells]
-    figure, axis = plt.subplots(figsize=(8.2, 1.1 + 0.42 * (len(names) + 1)))
+    # The README has it, too: a reader should not need the page to know what a row is.
+    names = [f"{', '.join(cell)} (LoRA {reference.accuracy(cell):.1f} %)" for cell in study.cells]
+    figure, axis = plt.subplots(figsize=(7.0, 1.1 + 0.42 * (len(names) + 1)))
 
     for place, line in enumerate(lines):
         color, marker = CURVES[line.method.name]
@@ -132,7 +133,7 @@ def draw_accuracy(study: Study, path: Path) -> None:
             axis.plot(estimate.value, height, marker, color=color, ms=5, label=line.method.name if row == 0 else None)
 
     axis.axhline(0.5, color="#bbbbbb", linewidth=0.6)
-    axis.set_yticks(range(len(names) + 1), ["mean", *reversed(names)], fontsize=9)
+    axis.set_yticks(range(len(names) + 1), [f"mean of {len(names)}", *reversed(names)], fontsize=9)
     _lay_out_differences(axis, f"points above tuned {REFERENCE}, with 95 % intervals ({with_seeds(seeds)})")
     axis.legend(fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     figure.tight_layout()
