@@ -458,24 +458,30 @@ def draw(train: list[Row], path: Path) -> None:
     if not panels:
         return
     names = [name for name in _SHOWN if any(name in ratios for ratios in panels.values())][::-1]
+    # Two columns: on the pages of the site, a wider figure has letters too small to read.
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (2.0 + 2.9 * columns, 0.4 + lines * (0.55 + 0.26 * len(names)))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.0 + 2.4 * len(panels), 0.8 + 0.32 * len(names)), sharey=True
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, (setting, ratios) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (setting, ratios) in zip(axes.flat, panels.items(), strict=False):
         for place, name in enumerate(names):
             if name in ratios:
                 color = _COLORS["ours" if name.startswith("rlora_trl") else "others"]
                 axis.barh(place, ratios[name] - 1, left=1, color=color, height=0.62)
-                axis.text(ratios[name] + 0.01, place, f"{ratios[name]:.2f}", va="center", fontsize=8)
+                axis.text(ratios[name] + 0.01, place, f"{ratios[name]:.2f}", va="center", fontsize=8.5)
         axis.set_title(f"{_title(setting)} tokens", fontsize=10)
-        axis.set_xlim(1, 1 + 1.25 * max(0.1, max(ratios.values()) - 1))
         axis.spines[["top", "right"]].set_visible(False)
-    first = figure.axes[0]
-    first.set_yticks(range(len(names)), names, fontsize=8.5)
-    figure.supxlabel("step time / frozen base", fontsize=9)
-    figure.tight_layout()
+        axis.tick_params(labelsize=8.5)
+    highest = max(ratio for ratios in panels.values() for ratio in ratios.values())
+    axes[0, 0].set_xlim(1, 1 + 1.15 * max(0.1, highest - 1))
+    axes[0, 0].set_yticks(range(len(names)), names)
+    figure.supxlabel("step time / that of the frozen base, which has no adapter", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=160)
     plt.close(figure)
 
 

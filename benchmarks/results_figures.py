@@ -45,7 +45,7 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=160)
     _pyplot().close(figure)
 
 
@@ -119,7 +119,7 @@ def draw_accuracy(studies: Sequence[Study], path: Path) -> None:
     heights = [len(study.cells) + 1 for study, _ in found]
     figure, axes = plt.subplots(
         len(found),
-        figsize=(8.2, 1.0 + 0.5 * len(found) + 0.36 * sum(heights)),
+        figsize=(7.0, 1.0 + 0.5 * len(found) + 0.36 * sum(heights)),
         squeeze=False,
         sharex=True,
         height_ratios=heights,
@@ -135,7 +135,8 @@ def draw_accuracy(studies: Sequence[Study], path: Path) -> None:
 def _draw_accuracy_of(axis: Any, study: Study, lines: Sequence[Line]) -> None:
     """A panel of [`draw_accuracy`]: the cells of one model, and their mean."""
     (reference,) = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
-    names = [f"{', '.join(cell)} ({reference.accuracy(cell):.1f} %)" for cell in study.cells]
+    # The README has it, too: a reader should not need the page to know what a row is.
+    names = [f"{', '.join(cell)} (LoRA {reference.accuracy(cell):.1f} %)" for cell in study.cells]
     for place, line in enumerate(lines):
         color, marker = CURVES[line.method.name]
         estimates = [*(line.each[cell] for cell in study.cells), line.mean]
@@ -146,7 +147,7 @@ def _draw_accuracy_of(axis: Any, study: Study, lines: Sequence[Line]) -> None:
                 label = FORMS[line.method.name] if row == 0 else None
                 axis.plot(estimate.value, height, marker, color=color, ms=5, label=label)
     axis.axhline(0.5, color="#bbbbbb", linewidth=0.6)
-    axis.set_yticks(range(len(names) + 1), ["mean", *reversed(names)], fontsize=9)
+    axis.set_yticks(range(len(names) + 1), [f"mean of {len(names)}", *reversed(names)], fontsize=9)
     axis.set_title(f"{study.model}, {with_seeds(lines[0].seeds)}", fontsize=9.5, loc="left")
     _lay_out_differences(axis, "")
 

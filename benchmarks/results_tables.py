@@ -209,7 +209,7 @@ def readme_block(studies: Sequence[Study]) -> str:
     if not found:
         return NOT_MEASURED
     text = (
-        f"**Accuracy** of R-LoRA less that of {REFERENCE}, which has as many parameters, each at its own learning rate: "
+        f"**Accuracy** of R-LoRA less that of {REFERENCE}, which has as many parameters, each at its own rate: "
         f"points with 95 % intervals, mean over {len(studies[0].cells)} settings of real tasks."
     )
     return "\n".join([text, "", *found])

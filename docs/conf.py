@@ -51,6 +51,7 @@ html_title = f"rlora-trl {release}"
 html_additional_pages = {"index": "entry.html"}
 templates_path = ["_templates"]
 html_copy_source = False
+html_show_copyright = False  # the license is on the first page
 html_theme_options = {"navigation_with_keys": True}
 
 

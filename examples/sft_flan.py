@@ -35,7 +35,6 @@ All fields of RLoraConfig, RLoraSFTConfig and TRL's ModelConfig are arguments, o
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,7 +76,6 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
-    "dataloader_pin_memory": False,
 }
 # What the demonstration prints and runs at its end, with a question of each of two tasks that is in no training row.
 DEMO_TASKS = ("struct_to_text", "commonsense_outcome")
@@ -143,15 +141,6 @@ def load_data(args: FlanArguments, training_args: RLoraSFTConfig) -> script.Trai
     return script.TrainingData(train, evaluated if evaluates else None, test if args.score_rows > 0 else {})
 
 
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    # AMX of Intel, AVX-512 BF16 of both. A training step then takes about half the time of one in float32.
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
 def is_demo(script_args: FlanArguments, model_args: RLoraModelConfig) -> bool:
     """Whether neither a model nor data are named."""
     return model_args.model_name_or_path is None and script_args.dataset_name is None and not script_args.flan
@@ -172,7 +161,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
             "a copy of the repository."
         )
     if is_demo(script_args, model_args):
-        fast_bf16 = has_fast_bf16()
+        fast_bf16 = script.has_fast_bf16()
         on_gpu = torch.cuda.is_available()
         parser.set_defaults_with_config(
             **DEMO_DEFAULTS,
@@ -189,8 +178,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
 
 def quieten_demo() -> None:
     """Leave the screen to the progress of scoring and training, and to the results."""
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed (no upstream issue as of these versions).
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # Bars of steps that take less than a second.
     transformers_logging.disable_progress_bar()
     disable_progress_bars()

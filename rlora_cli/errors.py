@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping
 
 from .output import stderr_console
@@ -31,6 +32,10 @@ class _NotAboutKernels(logging.Filter):
 def quieten_libraries() -> None:
     """Drop messages of libraries that users can't act on. Call it before the libraries are imported."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_NotAboutKernels())
+    # PEFT 0.21 and TRL 1.16 read an attribute that transformers 5.23 renamed (no upstream issue as of these versions).
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    # The default of transformers, on a machine without an accelerator.
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
 
 
 def report(error: BaseException, *, debug: bool = False, names: Mapping[str, str] | None = None) -> int:

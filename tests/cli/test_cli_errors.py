@@ -2,6 +2,7 @@
 
 import logging
 import types
+import warnings
 from typing import Annotated
 
 import pytest
@@ -136,6 +137,20 @@ def test_errors_of_libraries_about_files():
         yaml.safe_load("a: [")
     except yaml.YAMLError as error:
         assert "Traceback" not in _raise(error).stderr
+
+
+def test_warnings_of_libraries_that_users_cannot_act_on_are_left_out():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quieten_libraries()
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1
+        )
+        warnings.warn(
+            "'pin_memory' argument is set as true but no accelerator is found, then", UserWarning, stacklevel=1
+        )
+        warnings.warn("`something` is deprecated", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["`something` is deprecated"]
 
 
 def test_only_the_remark_about_a_missing_kernel_is_left_out(caplog):

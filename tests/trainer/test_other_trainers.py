@@ -93,7 +93,7 @@ def log_probs(model, rollout):
 
 @pytest.mark.parametrize("make", [dpo, grpo])
 def test_training_changes_the_adapter_only_and_logs_the_router(tmp_path, make):
-    trainer = make(tmp_path, peft_config=RLoraConfig(head_dropout=0.2))
+    trainer = make(tmp_path, peft_config=RLoraConfig.paper())
     before = frozen(trainer.model)
     start = [adapter.A.detach().clone() for adapter in adapters_of(trainer.model)]
     trainer.train()
@@ -116,7 +116,7 @@ def test_training_changes_the_adapter_only_and_logs_the_router(tmp_path, make):
 
 
 def test_preferences_are_learned_against_the_base_model(tmp_path):
-    trainer = dpo(tmp_path, peft_config=RLoraConfig(head_dropout=0.2), max_steps=8)
+    trainer = dpo(tmp_path, peft_config=RLoraConfig.paper(), max_steps=8)
     start = trainer.evaluate()
     # The policy is the reference at step 0.
     assert start["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
@@ -157,9 +157,7 @@ def test_rollouts_use_the_adapter_and_the_reference_does_not(tmp_path):
 
 def test_log_probabilities_of_rollouts(tmp_path):
     """Those of the policy come from the adapter, those of the reference from the base model."""
-    trainer = grpo(
-        tmp_path, peft_config=RLoraConfig(head_dropout=0.2), max_steps=4, num_iterations=2, disable_dropout=True
-    )
+    trainer = grpo(tmp_path, peft_config=RLoraConfig.paper(), max_steps=4, num_iterations=2, disable_dropout=True)
     trainer.train()
     weights, rollout = trainer.rollouts[-1]
     mask = rollout["completion_mask"].bool()
@@ -190,11 +188,9 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path, make):
 
 
 def test_disabled_dropout_is_that_of_heads_too(tmp_path):
-    assert dpo(
-        tmp_path, peft_config=RLoraConfig(head_dropout=0.2), callback=False
-    ).args.disable_dropout  # TRL's default
+    assert dpo(tmp_path, peft_config=RLoraConfig.paper(), callback=False).args.disable_dropout  # TRL's default
     for disabled in (True, False):
-        trainer = dpo(tmp_path, peft_config=RLoraConfig(head_dropout=0.2), disable_dropout=disabled)
+        trainer = dpo(tmp_path, peft_config=RLoraConfig.paper(), disable_dropout=disabled)
         assert {adapter.dropout for adapter in adapters_of(trainer.model)} == {0.0 if disabled else 0.2}
     assert trainer.model.peft_config["default"].head_dropout == 0.2
 
@@ -207,9 +203,7 @@ def test_trackers_get_the_figures_but_not_of_evaluations(tmp_path):
         def on_log(self, args, state, control, logs, **kwargs):
             self.entries.append(dict(logs))
 
-    trainer = dpo(
-        tmp_path, peft_config=RLoraConfig(head_dropout=0.2), callback=False, eval_strategy="steps", eval_steps=2
-    )
+    trainer = dpo(tmp_path, peft_config=RLoraConfig.paper(), callback=False, eval_strategy="steps", eval_steps=2)
     tracker = Tracker()
     trainer.callback_handler.callbacks.insert(0, tracker)
     trainer.add_callback(RLoraCallback(trainer))
@@ -278,9 +272,9 @@ def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path):
             tmp_path / "base", quantization_config=config, dtype=torch.bfloat16
         )
 
-    trainer = dpo(tmp_path, quantized(), RLoraConfig(head_dropout=0.2), callback=False)
+    trainer = dpo(tmp_path, quantized(), RLoraConfig.paper(), callback=False)
     assert {adapter.A.dtype for adapter in adapters_of(trainer.model)} == {torch.bfloat16}  # TRL's
-    trainer = dpo(tmp_path, quantized(), RLoraConfig(head_dropout=0.2))
+    trainer = dpo(tmp_path, quantized(), RLoraConfig.paper())
     assert {p.dtype for adapter in adapters_of(trainer.model) for p in adapter.parameters()} == {torch.float32}
     model, ids = trainer.model.eval(), random_ids()
     with torch.no_grad(), model.disable_adapter():
@@ -292,14 +286,14 @@ def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path):
 
 
 def test_what_is_refused(model_folders, tmp_path):
-    trainer = dpo(tmp_path, peft_config=RLoraConfig(head_dropout=0.2))
+    trainer = dpo(tmp_path, peft_config=RLoraConfig.paper())
     with pytest.raises(ValueError, match="needs a model with R-LoRA adapters that train.*is_trainable=True"):
         trainer.model.requires_grad_(False)
         RLoraCallback(trainer)
     sft = RLoraSFTTrainer.__new__(RLoraSFTTrainer)
     with pytest.raises(TypeError, match="is for other trainers"):
         RLoraCallback(sft)
-    trainer = dpo(tmp_path, peft_config=RLoraConfig(head_dropout=0.2))
+    trainer = dpo(tmp_path, peft_config=RLoraConfig.paper())
     trainer.args.use_vllm = True
     with pytest.raises(ValueError, match=r"`use_vllm=True`.*router='softmax'.*router=\"uniform\""):
         RLoraCallback(trainer)
