@@ -94,7 +94,7 @@ class RankSpaceKernels:
         return self.kernels.add_expand(y, z, lora_b_stacked, output_slices, add_inputs=add_inputs, **kwargs)
 
     def _slots(self, tokens: int) -> torch.Tensor:
-        """The slot of each token, negative for those without an adapter."""
+        """The slot of each token: negative for those without an adapter, any number for those that pad a batch."""
         on_gpu = getattr(self.kernels, "token_mapping_meta", None)
         if on_gpu is not None:
             # The buffer that graphs read; it also covers the tokens that pad a batch.

@@ -65,8 +65,8 @@ def mix_slots_torch(u: torch.Tensor, slots: torch.Tensor, layouts: torch.Tensor)
     """
     [`mix_slots`] in plain torch, without a decision that depends on values, so that it can be captured in a graph.
     """
-    width = u.shape[-1]
-    rows = layouts[:, slots.clamp(min=0)].unsqueeze(-1)  # [S, T, 5, 1]
+    width, num_slots = u.shape[-1], layouts.shape[1]
+    rows = layouts[:, slots.clamp(0, num_slots - 1)].unsqueeze(-1)  # [S, T, 5, 1]
     num_heads, r, top_k, anchored, shared = rows.long().unbind(2)  # [S, T, 1] each
     column = torch.arange(width, device=u.device)
     packed, heads_end = num_heads > 0, num_heads * r
@@ -91,7 +91,7 @@ def mix_slots_torch(u: torch.Tensor, slots: torch.Tensor, layouts: torch.Tensor)
     in_anchor = (anchored > 0) & (column < heads_end + h_rows)
     z_anchor = torch.where(in_anchor, columns_of_u(anchor + column - heads_end), 0.0)
     z = torch.where(packed, torch.where(column < heads_end, z, z_anchor), u)
-    return torch.where((slots >= 0)[:, None], z, 0.0)
+    return torch.where(((slots >= 0) & (slots < num_slots))[:, None], z, 0.0)
 
 
 def _mix_slots(u: torch.Tensor, slots: torch.Tensor, layouts: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,8 @@ def mix_slots(u: torch.Tensor, slots: torch.Tensor, layouts: torch.Tensor) -> to
         u (`torch.Tensor` of shape `[S, T, M]`):
             Products with `down`, in float32 or float64, of S linear layers that read the same input.
         slots (`torch.Tensor` of shape `[T]`):
-            Slot of each token, an integer; negative for a token without an adapter.
+            Slot of each token, an integer; negative for a token without an adapter. Numbers from L on are treated
+            alike: a server may leave the slots of the tokens that pad a batch uninitialized.
         layouts (`torch.Tensor` of shape `[S, L, 5]`, int32):
             A [`SlotLayout`] for each layer and slot.
 

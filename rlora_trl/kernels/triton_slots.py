@@ -27,10 +27,12 @@ def mix_slots_kernel(
     inside = column < M
     row = (layer.to(tl.int64) * tokens + token) * M
     slot = tl.load(slots_ptr + token).to(tl.int64)
-    layout = layouts_ptr + (layer * num_slots + tl.maximum(slot, 0)) * 5
+    # The slots of the tokens that pad a batch may be uninitialized: only those in range are read.
+    known = (slot >= 0) & (slot < num_slots)
+    layout = layouts_ptr + (layer * num_slots + tl.where(known, slot, 0)) * 5
     N = tl.load(layout)
 
-    if slot < 0:
+    if not known:
         tl.store(z_ptr + row + column, tl.zeros([M2], tl.float32), mask=inside)
     elif N == 0:
         tl.store(z_ptr + row + column, tl.load(u_ptr + row + column, mask=inside), mask=inside)

@@ -202,6 +202,13 @@ def test_head_usage(plugin, settings, model_folders, tmp_path):
     assert len(usage["layers"]) == 6 and len(usage["usage"]["3"]["(unknown)"][0]) == 3
 
 
+def test_head_usage_needs_no_trainer_of_trl():
+    """Axolotl requires another release of TRL than `RLoraSFTTrainer`: the callback comes without it."""
+    code = "import sys; sys.modules['trl'] = None; from rlora_trl.trainer.callbacks import HeadUsageCallback"
+    result = processes.run([sys.executable, "-c", code], cwd=processes.ROOT, env={**os.environ, **processes.CPU})
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 def test_the_saved_adapter_is_checked(plugin, adapter, monkeypatch):
     cfg = {"adapter": "rlora", "output_dir": str(adapter)}
     plugin.RLoraPlugin().post_train_unload(cfg)

@@ -127,6 +127,18 @@ def test_other_slots_do_not_matter():
     assert bool(z.isfinite().all())
 
 
+def test_slots_that_were_never_written():
+    """vLLM leaves those of the tokens that pad a batch uninitialized: they give zeros, and nothing else is read."""
+    downs, _, layouts, _ = slot_buffers()
+    slots = torch.tensor([0, len(SLOTS), 2**30, 2**31 - 1, -(2**31), 2], dtype=torch.int32)
+    u = torch.einsum("tmi,ti->tm", downs[slots.clamp(0, 2).long()], draw(len(slots), D_IN)).to(DEVICE, DTYPE)
+    layouts = layouts.unsqueeze(0).to(DEVICE)
+    z = mix_slots(u.unsqueeze(0), slots.to(DEVICE), layouts)
+    assert bool((z[:, 1:5] == 0).all())
+    known = mix_slots(u[[0, 5]].unsqueeze(0), slots[[0, 5]].to(DEVICE), layouts)
+    assert torch.equal(z[:, [0, 5]], known) and bool((known != 0).any())
+
+
 def test_a_compiled_graph_has_no_break():
     downs, _, layouts, _ = slot_buffers()
     u = torch.randn(1, 4, WIDTH, device=DEVICE, dtype=DTYPE)
