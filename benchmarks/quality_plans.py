@@ -53,7 +53,7 @@ def _heads(what: str, wave: int = 0, rates: tuple[float, ...] = _USUAL, **option
 
 
 _RANKS = _ranks("seven heads of rank 1, each with an A of its own, softmax router, no dropout")
-_NO_DROPOUT = "R-LoRA without head dropout"
+_NO_DROPOUT = "R-LoRA without head dropout, as the library has it by default"
 
 TUNED = {
     "LoRA r=10": _lora("LoRA of rank 10 with alpha/sqrt(r), the reference"),
@@ -226,8 +226,8 @@ PACKAGED = {
         "mtl_lora", {}, "one A, and learned head weights for each task; without its transformation of A x"
     ),
     "PEFT Lily": Method("lily", {}, "PEFT's Lily: matrices shared between layers"),
-    "rlora_trl": Method("rlora", {}, "R-LoRA as the library has it"),
-    "rlora_trl, no dropout": Method("rlora", {"head_dropout": 0.0}, "without head dropout"),
+    "rlora_trl": Method("rlora", {}, "R-LoRA as in the paper"),
+    "rlora_trl, no dropout": Method("rlora", {"head_dropout": 0.0}, "without head dropout, the default"),
     "rlora_trl, zero B": Method("rlora", {"init_weights": "zero_b"}, "B starts at zero"),
     "rlora_trl, zero A": Method("rlora", {"init_weights": "zero_a"}, "A starts at zero"),
 }
