@@ -95,7 +95,7 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     write([*tuning(), *final(), *packaged, failed], rows)
     results_page.main(["--rows", str(rows), *pages])
     text = document.read_text()
-    assert "parameters, by +0.00 points, with 95 % confidence between +0.00 and +0.00" in readme.read_text()
+    assert "- small (seed 0): with the paper's head dropout +0.00 [+0.00, +0.00].\n" in readme.read_text()
 
     marks = r"<!-- ([\w ]+): written by benchmarks/results_page.py -->\n\n(.*?)\n\n<!-- end of \1 -->"
     blocks = dict(re.findall(marks, text, re.DOTALL))
@@ -111,6 +111,12 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     assert cells_in(tuned, "rlora_trl")[-4] == "0.001" and cells_in(tuned, "rlora_trl")[-1].startswith("+")
     assert "| HydraLoRA |" in at_rate and "| HydraLoRA |" not in tuned  # one learning rate is no tuning
     assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "learning_rate.png", "ideas.png"}
+
+    second = [made("R-LoRA, no dropout", 0.7, cell=cell, model="large") for cell in CELLS]
+    second += [made(LORA, 0.7, cell=cell, model="large") for cell in CELLS]
+    write([*tuning(), *second], rows)
+    results_page.main(["--rows", str(rows), *pages])
+    assert "- large (seed 0): default +0.00 [+0.00, +0.00].\n" in readme.read_text()
 
     write(tuning(), rows)  # without the other seeds, and the page is written over
     results_page.main(["--rows", str(rows), *pages])
