@@ -27,7 +27,8 @@ _STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from quality_plans import CELLS, METHODS, PLANS, RATES, grid
+from quality_finals import FINAL_SEEDS, finals
+from quality_plans import CELLS, LABELS, METHODS, PLANS, RATES, grid
 from quality_rows import read
 from quality_runs import LAB, Run, group_cost, groups_of, with_model
 from quality_worker import WorkerSettings, run_facts, work
@@ -178,7 +179,11 @@ def planned(args: argparse.Namespace) -> list[Run]:
         runs += grid(chosen, tuple(args.rates), tuple(args.seeds), cells, batch=args.batch)
     for path in args.runs:
         runs += [Run.from_dict(values) for values in json.loads(path.read_text())]
-    done = {row["key"] for row in read(args.out)}
+    rows = read(args.out)
+    if args.finals:
+        known = [row for row in rows if row["model"] == args.model.name]
+        runs += finals(known, args.finals, args.final_seeds)
+    done = {row["key"] for row in rows}
     return [run for run in with_model(runs, args.model.name) if run.key not in done]
 
 
@@ -215,6 +220,15 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> No
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --methods")
     parser.add_argument("--cells", nargs="+", default=["/".join(cell) for cell in CELLS], help="of --methods")
     parser.add_argument("--batch", type=int, default=32, help="of --methods")
+    parser.add_argument(
+        "--finals",
+        nargs="+",
+        default=[],
+        choices=list(LABELS),
+        metavar="LABEL",
+        help="at the settings that the rows of --out choose, on other seeds",
+    )
+    parser.add_argument("--final_seeds", "--final-seeds", type=int, nargs="+", default=FINAL_SEEDS, help="of --finals")
     parser.add_argument("--gpus", type=int, default=0, help="0 trains on the CPU")
     parser.add_argument("--workers_per_gpu", "--workers-per-gpu", type=int, default=1)
     parser.add_argument("--side_by_side", "--side-by-side", type=int, default=8, help="runs of a group, at most")

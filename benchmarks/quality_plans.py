@@ -316,8 +316,29 @@ def words() -> list[Run]:
     ]
 
 
+def second_model() -> list[Run]:
+    """The learning rates of LoRA and R-LoRA on another model, which may need lower ones."""
+    names = ("LoRA r=10", "R-LoRA", "R-LoRA, no dropout", "ranks by task, router 0.2")
+    return grid({name: METHODS[name] for name in names}, (1e-4, *RATES[:4]))
+
+
+def batches() -> list[Run]:
+    """Smaller and larger batches for LoRA and R-LoRA, each with rates that may suit them."""
+    methods = {name: TUNED[name] for name in ("LoRA r=10", "R-LoRA", "R-LoRA, no dropout")}
+    return [
+        run
+        for batch, rates in ((16, (5e-4, 1e-3)), (64, (1e-3, 2e-3)))
+        for run in grid(methods, rates, (0, 1, 2), batch=batch)
+    ]
+
+
+# All labels that rows can have.
+LABELS = (*METHODS, *(word_label(name, prompt) for prompt, names in WORDS.items() for name in names))
+
 PLANS = {
     "tuning": tuning,
+    "second_model": second_model,
+    "batches": batches,
     "ideas": ideas,
     "packaged": packaged,
     "transfer": transfer,

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from quality_plans import PLANS
 from quality_rows import all_rows
 from quality_runs import LAB, METHODS, Run, groups_of, with_model
 from quality_train import Adapted, FlatAdamW, TrainingOptions, score, train
-from quality_worker import CAUSAL, Trainer, WorkerSettings, generated
+from quality_worker import CAUSAL, Trainer, WorkerSettings, generated, run_facts
 
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -571,6 +572,25 @@ def test_plans(name, smol):
     for label, run in sizes.items():
         count = 30 // smol.config.num_hidden_layers * adapt(smol, [run], SUITES["multitask"]).trainable()
         assert count <= 1_900_800 or label in larger, (label, count)
+
+
+def test_finals_are_at_the_chosen_settings_on_other_seeds():
+    from quality_finals import finals
+
+    def row(label, rate, accuracy, cell=("multitask", "plenty"), seed=0):
+        run = replace(Run("lab_lora", *cell, rate, seed=seed, label=label, batch=16), model="small")
+        return {**run_facts(run), "mean_accuracy": accuracy}
+
+    rows = [row("LoRA r=10", rate, accuracy) for rate, accuracy in ((1e-3, 70.0), (2e-3, 71.0))]
+    rows += [row("LoRA r=10", 1e-3, 50.0, ("words", "plenty")), row("LoRA r=10", 5e-4, 99.0, seed=3)]
+    runs = finals(rows, ["LoRA r=10"], (3, 4))
+    assert {(run.suite, run.learning_rate, run.batch, run.seed, run.model) for run in runs} == {
+        (suite, rate, 16, seed, "small") for suite, rate in (("multitask", 2e-3), ("words", 1e-3)) for seed in (3, 4)
+    }
+    with pytest.raises(ValueError, match="needs rows of 'R-LoRA' with a seed of"):
+        finals(rows, ["R-LoRA"])
+    with pytest.raises(ValueError, match="needs rows of 'R-LoRA'"):
+        finals([], ["R-LoRA"])
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers import TrainingArguments
 
 
 # An environment variable that `accelerate launch` sets in each process.
@@ -32,6 +33,30 @@ def has_fast_bf16() -> bool:
     # AMX of Intel, AVX-512 BF16 of both. A training step then takes about half the time of one in float32.
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def slow_precision(arguments: TrainingArguments, model: torch.nn.Module) -> str | None:
+    """
+    What to change where a run computes in bfloat16 on a CPU without instructions for it.
+
+    Args:
+        arguments (`TrainingArguments`): The arguments of the run; `bf16` is TRL's default.
+        model (`torch.nn.Module`): The model, whose weights may be in bfloat16.
+
+    Returns:
+        `str`, *optional*: A message; `None` on other devices, on CPUs that are fast, and in other precisions.
+    """
+    if arguments.device.type != "cpu" or has_fast_bf16():
+        return None
+    stored = any(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
+    changes = ["load the model in float32 (`--dtype float32`)"] if stored else []
+    changes += ["set `bf16=False` (`--bf16 false`)"] if arguments.bf16 else []
+    if not changes:
+        return None
+    return (
+        "This CPU has no instructions for bfloat16, and a step may take ten times longer than in float32. To change "
+        f"that, {' and '.join(changes)}."
+    )
 
 
 def available_cores(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -27,7 +26,7 @@ from ..evaluation.loading import READING_ERRORS, explain_read_errors, load_split
 from ..evaluation.rows import is_scorable, rows_by_task
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
-from .cores import has_fast_bf16, use_all_cores
+from .cores import use_all_cores
 from .stopping import StopOnSignal
 from .trainer import RLoraSFTTrainer
 
@@ -223,10 +222,6 @@ def _train(
         callbacks=callbacks,
     )
 
-    slow = slow_precision(training_args, trainer.model)
-    if slow and trainer.accelerator.is_main_process:
-        tqdm.write(slow, file=sys.stderr)
-
     # Scores before. DeepSpeed places and shards the model only when training starts.
     scored = {} if trainer.is_deepspeed_enabled else data.scored
     tokenizer = trainer.processing_class
@@ -249,28 +244,6 @@ def _train(
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return TrainingResult(trainer, before, after)
-
-
-def slow_precision(training_args: RLoraSFTConfig, model: torch.nn.Module) -> str | None:
-    """
-    What to change where a run computes in bfloat16 on a CPU without instructions for it.
-
-    Args:
-        training_args ([`RLoraSFTConfig`]): The arguments of the run; `bf16` is TRL's default.
-        model (`torch.nn.Module`): The model, whose weights may be in bfloat16.
-
-    Returns:
-        `str`, *optional*: A message; `None` on other devices, on CPUs that are fast, and in other precisions.
-    """
-    if training_args.device.type != "cpu" or has_fast_bf16():
-        return None
-    stored = any(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
-    changes = [*(["--dtype float32"] if stored else []), *(["--bf16 false"] if training_args.bf16 else [])]
-    if not changes:
-        return None
-    return (
-        f"This CPU has no instructions for bfloat16. A step may take ten times longer than with `{' '.join(changes)}`."
-    )
 
 
 class ExpectedTime(TrainerCallback):

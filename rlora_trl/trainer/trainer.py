@@ -41,6 +41,7 @@ from .callbacks import HeadUsageCallback
 from .checkpoints import KeptState, StagedCheckpoints
 from .config import RLoraSFTConfig
 from .console import shorten_console_logs
+from .cores import slow_precision
 from .early_stopping import EarlyStopping
 from .given_model import active_config, choose_peft_config, how_to_train, name_revision
 from .lost_rows import warn_of_unseen_tasks
@@ -198,6 +199,9 @@ class RLoraSFTTrainer(StagedCheckpoints):
         keep_outputs_wide(self.accelerator)
         self._base_commit = self._find_base_commit()
         self._watch_adapters()
+        slow = slow_precision(args, self.model)
+        if slow is not None:
+            logger.warning(slow)
         shorten_console_logs(self, lambda: self._task_data.names)
         # Pushes wait for each other in the queue of one client.
         self._hub_api = HfApi()

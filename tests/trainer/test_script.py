@@ -13,7 +13,7 @@ import torch
 
 import rlora_cli
 from rlora_trl import RLoraSFTConfig
-from rlora_trl.trainer import script
+from rlora_trl.trainer import cores, script
 
 
 ROW = {"prompt": "a", "completion": "b"}
@@ -92,18 +92,18 @@ def test_a_file_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch, line
     "stored, bf16, fast, said",
     [
         (torch.float32, False, False, None),
-        (torch.float32, True, False, "than with `--bf16 false`"),
-        (torch.bfloat16, False, False, "than with `--dtype float32`"),
-        (torch.bfloat16, True, False, "than with `--dtype float32 --bf16 false`"),
+        (torch.float32, True, False, "To change that, set `bf16=False` (`--bf16 false`)."),
+        (torch.bfloat16, False, False, "To change that, load the model in float32 (`--dtype float32`)."),
+        (torch.bfloat16, True, False, "(`--dtype float32`) and set `bf16=False` (`--bf16 false`)."),
         (torch.bfloat16, True, True, None),
     ],
 )
 def test_a_precision_that_this_cpu_emulates_is_named_before_the_first_step(
     tmp_path, monkeypatch, stored, bf16, fast, said
 ):
-    monkeypatch.setattr(script, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(cores, "has_fast_bf16", lambda: fast)
     arguments = RLoraSFTConfig(str(tmp_path), bf16=bf16, use_cpu=True)
-    message = script.slow_precision(arguments, torch.nn.Linear(2, 2, dtype=stored))
+    message = cores.slow_precision(arguments, torch.nn.Linear(2, 2, dtype=stored))
     assert message is None if said is None else said in message
 
 
