@@ -100,7 +100,7 @@ test-vllm-cpu:  ## vLLM's server and its layers with those of the plugin, on a C
 	    mkdir -p $$site/vllm-0.32.0.dist-info && \
 	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0.dist-info/METADATA
 	PATH=$$PWD/.venv-vllm/bin:$$PATH python -m pytest -q tests/integrations/test_vllm.py \
-	    tests/integrations/test_vllm_layers.py tests/hub/test_vllm_server.py
+	    tests/integrations/test_vllm_layers.py tests/integrations/test_vllm_benchmark.py tests/hub/test_vllm_server.py
 
 test-multi-gpu:  ## Tests that need two CUDA devices
 	RLORA_TRL_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/distributed/test_strategies.py tests/distributed/test_balance_ranks.py
