@@ -231,9 +231,9 @@ def test_zero_3_settings_are_those_of_the_file():
 def test_input_dropout_and_other_adapters_are_counted():
     config = small()
     options = {"per_device_train_batch_size": 2, "max_length": 64, "gradient_checkpointing": False}
-    head = estimate_memory(config, RLoraConfig(target_modules=TARGETS), **options)
-    none = estimate_memory(config, RLoraConfig(target_modules=TARGETS, head_dropout=0.0), **options)
-    inputs = RLoraConfig(target_modules=TARGETS, dropout_position="input")
+    head = estimate_memory(config, RLoraConfig(target_modules=TARGETS, head_dropout=0.1), **options)
+    none = estimate_memory(config, RLoraConfig(target_modules=TARGETS), **options)
+    inputs = RLoraConfig(target_modules=TARGETS, dropout_position="input", head_dropout=0.1)
     assert head == none
     # A masked copy of the input of each of the three layers.
     more = estimate_memory(config, inputs, **options).activations - head.activations

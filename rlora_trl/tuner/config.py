@@ -74,7 +74,7 @@ class RLoraConfig(PeftConfig):
             points.
         dropout_position (`str`, *optional*, defaults to `"head"`):
             `"head"`: one independent mask for each head on A x (the paper's multi-head dropout). `"input"`: one mask
-            on the x that A sees (HydraLoRA).
+            on the x that A sees (HydraLoRA). Where `head_dropout` is 0 it has no effect.
         init_weights (`str` or `bool`, *optional*, defaults to `"rlora"`):
             `"rlora"`: Table 1 of the paper. `"zero_a"`: B random, A zero. `"zero_b"`: A Kaiming-uniform, B zero
             (HydraLoRA, LoRA). `False`: a delta that is not zero, for tests.

@@ -21,7 +21,7 @@ ROUTERS = {
     "task": {"router": "task", "tasks": ["first", "same"]},
     "uniform": {"router": "uniform"},
     "own_a": {"share_a": False},
-    "input_dropout": {"dropout_position": "input"},
+    "input_dropout": {"dropout_position": "input", "head_dropout": 0.2},
     "no_anchor": {"init_weights": "zero_b", "router_init": "kaiming_uniform"},
 }
 TASKS = {task: task_rows(task, 12) for task in ("first", "same")}

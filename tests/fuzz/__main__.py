@@ -22,7 +22,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="READER", help="only this reader; may be repeated")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: 2)")
     parser.add_argument("--output", type=Path, help="folder for inputs that fail")
-    parser.add_argument("--limit", type=float, default=2.0, help="seconds that an input may take (default: 2)")
+    parser.add_argument(
+        "--limit", type=float, default=2.0, help="seconds that an input may take on a usual machine (default: 2)"
+    )
     parser.add_argument("--report", type=Path, help="file for the counts and failures, as JSON")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--readers", default="fuzz.readers", metavar="MODULE", help=argparse.SUPPRESS)
@@ -42,11 +44,13 @@ def main() -> int:
         return 2
     readers = [reader for reader in readers if not args.only or reader.name in args.only]
 
+    from .cases import slowness
     from .runner import Plan, fuzz
 
     seed = random.randrange(2**31) if args.seed is None else args.seed
     print(f"seed {seed}, {len(readers)} readers, {args.workers} workers", flush=True)
-    plan = Plan(readers, seed, args.seconds, args.cases, args.first, args.workers, args.output, args.limit, args.once)
+    limit = args.limit * slowness()
+    plan = Plan(readers, seed, args.seconds, args.cases, args.first, args.workers, args.output, limit, args.once)
     report = fuzz(plan)
     if args.report is not None:
         failures = [[*kind, failures[0].outcome.detail] for kind, failures in report.failures.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -18,7 +19,8 @@ from random import Random
 from .samples import Files
 
 
-SECONDS = 2.0  # of processor time that one input may take
+SECONDS = 2.0  # of processor time that one input may take, where `slowness` is 1
+USUAL = 0.012  # seconds of what `slowness` measures
 MEGABYTES = 500  # that one input may add to the memory of the process
 # At this many times the limits an input is ended with its process, as it may never return.
 FATAL = 2
@@ -72,6 +74,21 @@ class Outcome:
     @property
     def failed(self) -> bool:
         return self.verdict not in ("accepted", "refused")
+
+
+def slowness() -> float:
+    """How many times longer than on a usual machine small operations take here, at least 1: limits scale with it."""
+    import torch
+
+    values, times = torch.zeros(4), []
+    for _ in range(5):
+        start = time.thread_time()
+        for number in range(1_000):
+            torch.isfinite(values).all()
+            values.split(2)
+            json.dumps({"number": number})
+        times.append(time.thread_time() - start)
+    return max(1.0, min(times) / USUAL)
 
 
 def limit_memory() -> None:

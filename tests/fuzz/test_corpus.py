@@ -14,7 +14,7 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "report.json"
     words = [sys.executable, "-m", "fuzz", "--readers", "fuzz.corpus", "--once", "--report", str(path)]
     env = {"PYTHONPATH": f"{processes.ROOT}:{processes.TESTS}"}
-    done = processes.run(words, cwd=processes.ROOT, env={**processes.os.environ, **env}, timeout=300)
+    done = processes.run(words, cwd=processes.ROOT, env={**processes.os.environ, **env}, timeout=900)
     assert path.is_file(), done.stderr
     return json.loads(path.read_text())
 

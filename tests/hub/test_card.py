@@ -27,7 +27,7 @@ DIGEST, OTHER_DIGEST = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
 
 def config(**fields):
     defaults = {"target_modules": ["up_proj", "down_proj"], "task_type": "CAUSAL_LM", "base_model_name_or_path": BASE}
-    return RLoraConfig(**{**defaults, "tasks": ["sst2", "rte", "en_fr"], **fields})
+    return RLoraConfig.paper(**{**defaults, "tasks": ["sst2", "rte", "en_fr"], **fields})
 
 
 def record(**fields):

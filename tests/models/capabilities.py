@@ -72,7 +72,7 @@ def base_of(architecture: Architecture) -> Any:
 
 
 def adapted(architecture: Architecture, base: nn.Module | None = None, **fields: Any) -> Any:
-    config = RLoraConfig(task_type=architecture.task_type, **fields)
+    config = RLoraConfig(task_type=architecture.task_type, **{"head_dropout": 0.2, **fields})
     return get_peft_model(base_of(architecture) if base is None else base, config).eval()
 
 

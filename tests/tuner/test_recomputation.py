@@ -24,7 +24,7 @@ KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant"
 
 def build(model_folders, **options):
     base = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
-    config = RLoraConfig(task_type="CAUSAL_LM", router="task", tasks=TASKS, **options)
+    config = RLoraConfig(task_type="CAUSAL_LM", router="task", tasks=TASKS, **{"head_dropout": 0.2, **options})
     model = get_peft_model(base, config).train()
     perturb(model, scale=2.0)
     return model
