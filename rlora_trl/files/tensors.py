@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         header = json.dumps([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)])
         state.update(header.encode() + b"\n")
 
-        for chunk in tensor.detach().cpu().contiguous().reshape(-1).split(_CHUNK):
+        for chunk in _chunks(tensor.detach().cpu().contiguous()):
             data = chunk.view(torch.uint8)
             if sys.byteorder == "big":
                 data = data.view(-1, tensor.element_size()).flip(-1).contiguous()
@@ -101,8 +101,16 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor has neither NaN nor infinity, found without a copy of it."""
     # Types of 8 bits have no test of their own.
-    chunks = tensor.reshape(-1).split(_CHUNK) if tensor.is_floating_point() else ()
+    chunks = _chunks(tensor) if tensor.is_floating_point() else ()
     return all(bool(torch.isfinite(chunk if chunk.element_size() > 1 else chunk.float()).all()) for chunk in chunks)
+
+
+def _chunks(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The values of a tensor in parts that need little memory. Most tensors are small; a file may have many."""
+    values = tensor.reshape(-1)
+    if values.numel() <= _CHUNK:
+        return (values,) if values.numel() else ()
+    return values.split(_CHUNK)
 
 
 def count_parameters(entries: Mapping[str, TensorEntry]) -> int:
