@@ -94,7 +94,7 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
             data = chunk.view(torch.uint8)
             if sys.byteorder == "big":
                 data = data.view(-1, tensor.element_size()).flip(-1).contiguous()
-            state.update(data.numpy())
+            state.update(data.numpy().data)
     return f"sha256:{state.hexdigest()}"
 
 
