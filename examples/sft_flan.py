@@ -53,6 +53,7 @@ from transformers.utils import logging as transformers_logging
 from rlora_trl import RLoraSFTConfig
 from rlora_trl.trainer import script
 from rlora_trl.trainer.arguments import RLoraModelConfig
+from rlora_trl.trainer.cores import has_fast_bf16
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -161,7 +162,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[FlanArguments, RLora
             "a copy of the repository."
         )
     if is_demo(script_args, model_args):
-        fast_bf16 = script.has_fast_bf16()
+        fast_bf16 = has_fast_bf16()
         on_gpu = torch.cuda.is_available()
         parser.set_defaults_with_config(
             **DEMO_DEFAULTS,
