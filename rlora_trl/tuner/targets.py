@@ -155,7 +155,7 @@ def unlike_linear(model: nn.Module) -> dict[str, type]:
         `dict[str, type]`: The class of each, by the name of the layer.
     """
     found: dict[str, type] = {}
-    known: dict[type, bool] = {nn.Linear: False}
+    known: dict[type, bool] = {}
     for name, module in model.named_modules():
         cls = type(module)
         if not isinstance(module, nn.Linear) or cls.forward is nn.Linear.forward:
