@@ -134,9 +134,9 @@ def test_many_tasks_are_a_selection_that_says_so(drawn):
 
 
 def test_time_and_size_do_not_grow_with_tasks(tmp_path):
-    start = time.perf_counter()
+    start = time.process_time()
     path = plot_routing(head_weights(tasks=5000, depth=24), tmp_path / "routing.png")
-    assert time.perf_counter() - start < 15, "takes about 1 s"
+    assert time.process_time() - start < 15, "takes about 1 s"
     assert struct.unpack(">II", chunks(path)["IHDR"][0][:8])[1] < 6000
 
 
@@ -150,10 +150,10 @@ def test_many_kinds_of_layers_are_a_selection_that_says_so(drawn):
 
 
 def test_many_layers_of_one_kind(tmp_path):
-    start = time.perf_counter()
+    start = time.process_time()
     plot_routing(head_weights(tasks=5, depth=20_000, kinds=MLP[:1]), tmp_path / "routing.png")
     plot_head_similarity(similarities(depth=20_000, kinds=MLP[:1]), tmp_path / "similarity.png")
-    assert time.perf_counter() - start < 20, "takes about 2 s"
+    assert time.process_time() - start < 20, "takes about 2 s"
 
 
 def test_names_show_only_printable_characters(drawn):

@@ -108,9 +108,9 @@ def test_target_names_of_many_layers():
     """Names that share no suffix, as where layers are chosen one by one."""
     modules = [f"model.layers.{i}.mlp.{kind}_proj" for i in range(10_000) for kind in ("gate", "up", "down")]
     chosen = modules[::2]
-    start = time.perf_counter()
+    start = time.process_time()
     assert target_names(chosen, modules) == sorted(f"{i}.mlp.{name}" for i, name in _depths(chosen))
-    assert time.perf_counter() - start < 10, "takes about 0.3 s"
+    assert time.process_time() - start < 10, "takes about 0.3 s"
 
 
 def _depths(names):
@@ -124,15 +124,15 @@ def test_export_of_many_layers(tmp_path):
     base = LlamaForCausalLM(config)
     model = get_peft_model(copy.deepcopy(base), RLoraConfig(task_type="CAUSAL_LM")).eval()
     perturb(model)
-    start = time.perf_counter()
+    start = time.process_time()
     report = export_lora(model, tmp_path / "export", routing=[0.2, 0.3, 0.5])
-    assert report.layers == 501 and time.perf_counter() - start < 20, "takes about 0.5 s"
+    assert report.layers == 501 and time.process_time() - start < 20, "takes about 0.5 s"
     saved = json.loads((tmp_path / "export" / "adapter_config.json").read_text())
     assert saved["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
     assert saved["rank_pattern"] == saved["alpha_pattern"] == {}
-    start = time.perf_counter()
+    start = time.process_time()
     PeftModel.from_pretrained(base, tmp_path / "export")
-    assert time.perf_counter() - start < 20, "takes about 1 s"
+    assert time.process_time() - start < 20, "takes about 1 s"
 
 
 def mixture_of_experts(targets):

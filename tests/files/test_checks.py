@@ -234,10 +234,10 @@ JSON = {
 def test_bad_json(adapter, name):
     data, message = JSON[name]
     (adapter / CONFIG_NAME).write_bytes(data)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(AdapterCheckError, match=message):
         check_adapter(adapter)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_json_that_is_fine(tmp_path):
@@ -327,10 +327,10 @@ RAW_HEADERS = {
 def test_bad_raw_header(adapter, name):
     data, message = RAW_HEADERS[name]
     write_weights(adapter, data, b"")
-    start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(AdapterCheckError, match=message):
         check_adapter(adapter)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000  # KiB
 
 
@@ -631,9 +631,9 @@ def test_card_that_is_fine(adapter, text):
 @pytest.mark.parametrize("part", ["---\n", "a: &a [*a]\n", "<a x='"])
 def test_card_is_read_in_linear_time(adapter, part):
     (adapter / CARD_NAME).write_text((FRONT + part * (2**20 // len(part)))[: 2**20])
-    start = time.monotonic()
+    start = time.process_time()
     check_adapter(adapter)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 # Base model and record
@@ -809,7 +809,7 @@ def test_random_damage_to_the_weights(adapter, seed):
     whole = (adapter / WEIGHTS_NAME).read_bytes()
     digest = adapter_digest(adapter)
     refused = 0
-    start = time.monotonic()
+    start = time.process_time()
     for _ in range(75):
         (adapter / WEIGHTS_NAME).write_bytes(mutate(whole, len(split_weights_of(whole)), draw))
         try:
@@ -818,7 +818,7 @@ def test_random_damage_to_the_weights(adapter, seed):
             assert len(str(error)) < 3000
             refused += 1
     assert refused > 60
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
 
 
 def split_weights_of(data):
@@ -833,11 +833,11 @@ def test_random_damage_to_other_files(adapter, name):
     draw = random.Random(0)
     whole = (adapter / name).read_bytes()
     digest = adapter_digest(adapter)
-    start = time.monotonic()
+    start = time.process_time()
     for _ in range(150):
         (adapter / name).write_bytes(mutate(whole, len(whole) - 8, draw))
         try:
             assert check_adapter(adapter).digest == digest
         except AdapterCheckError:
             pass
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30

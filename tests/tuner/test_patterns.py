@@ -106,12 +106,12 @@ def test_no_expression_hangs(long_names, tmp_path, field, name):
         lambda: PeftModel.from_pretrained(create(), tmp_path),
         lambda: create_with_config(create(), tmp_path),
     ):
-        start = time.monotonic()
+        start = time.process_time()
         try:
             run()
         except ValueError as error:  # `AdapterCheckError` and PEFT's error of no matching module among them
             assert "adapter_config.json" in str(error) or "modules" in str(error)
-        assert time.monotonic() - start < SECONDS
+        assert time.process_time() - start < SECONDS
 
 
 def create_with_config(base, folder):
@@ -186,10 +186,10 @@ def test_names_and_sizes_stay_as_they_are(base, save):
 def test_sizes_are_compared_before_anything_is_created(base, save, way, changes, message):
     folder, _ = save()
     set_config(folder, **changes)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(AdapterCheckError, match=message):
         LOADERS[way](base, folder)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_many_patterns_take_linear_time(base, save):
@@ -197,10 +197,10 @@ def test_many_patterns_take_linear_time(base, save):
     folder, expected = save(rank_pattern={"up_proj": 2}, alpha_pattern={"up_proj": 5})
     for field, value in (("rank_pattern", 2), ("alpha_pattern", 5)):
         set_config(folder, **{field: {f".*{i}" if i < 0 else f"x{i}": 1 for i in range(9_999)} | {"up_proj": value}})
-    start = time.monotonic()
+    start = time.process_time()
     check_adapter(folder)
     assert torch.equal(logits(PeftModel.from_pretrained(base, folder)), expected)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_many_targets_take_linear_time(tmp_path):
@@ -214,9 +214,9 @@ def test_many_targets_take_linear_time(tmp_path):
     config.rank_pattern = {f"layers.{i}.mlp.up_proj": 1 for i in range(9_000)}
     config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    start = time.monotonic()
+    start = time.process_time()
     assert len(check_adapter(tmp_path).layers) == 8_000
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_a_layer_that_another_rank_does_not_explain(save):
