@@ -370,9 +370,7 @@ def has(owner, name):
         return True
     if not inspect.isclass(owner):
         return False
-    return any(name in vars(base).get("__annotations__", {}) for base in owner.__mro__) or name in own_attributes(
-        owner
-    )
+    return any(name in inspect.get_annotations(base) for base in owner.__mro__) or name in own_attributes(owner)
 
 
 def own_attributes(cls):
@@ -676,9 +674,7 @@ def test_inherited_names_exist():
         around = {base for other in OURS if issubclass(other, cls) for base in other.__mro__}
         ours = {base for base in around if base.__module__.startswith("rlora_trl.")}
         theirs = around - ours
-        own = set().union(
-            *({*vars(base), *vars(base).get("__annotations__", {}), *set_on_self(base)} for base in ours)
-        )
+        own = set().union(*({*vars(base), *inspect.get_annotations(base), *set_on_self(base)} for base in ours))
         for name in sorted(attributes_of(nodes_of(cls), None) - own):
             if not any(has(base, name) for base in theirs):
                 problems.append(f"{cls.__name__} reads `self.{name}`, which nothing upstream has")
@@ -740,7 +736,7 @@ def test_overrides_take_what_upstream_passes():
 def test_recorded_settings_exist():
     """`select_hyperparameters` leaves out what is not there, so a renamed field would vanish from records."""
     gone_fields = [name for name in record._HYPERPARAMETERS if not hasattr(RLoraSFTConfig, name)]
-    annotated = {name for base in RLoraSFTConfig.__mro__ for name in vars(base).get("__annotations__", {})}
+    annotated = {name for base in RLoraSFTConfig.__mro__ for name in inspect.get_annotations(base)}
     assert not set(gone_fields) - annotated
 
 

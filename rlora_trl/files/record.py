@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from huggingface_hub.dataclasses import strict, validated_field
@@ -438,7 +439,9 @@ def _fill(record: _Strict, data: Mapping[str, Any], where: str = "") -> _Strict:
         try:
             setattr(record, entry.name, value)
         except StrictDataclassError as error:
-            kind = getattr(entry.type, "__name__", str(entry.type)).removesuffix(" | None")
+            # Unions have a name since Python 3.14, "Union".
+            is_union = isinstance(entry.type, UnionType)
+            kind = str(entry.type).removesuffix(" | None") if is_union else getattr(entry.type, "__name__", entry.type)
             accepted = error.__cause__ if isinstance(error.__cause__, ValueError) else f"of type {kind}"
             raise ValueError(
                 f"`{where}{entry.name}` must be {accepted}, got {shorten(value)}. Correct it, or leave it out."
