@@ -324,23 +324,26 @@ def test_errors(monkeypatch):
     fused_multihead(**tensors)
 
 
+IN_INTERPRETER = [
+    "kernels/test_fused.py",
+    "kernels/test_balance.py",
+    "kernels/test_rank_space.py",
+    "kernels/test_triton_ops.py",
+    "kernels/test_joint.py",
+    "kernels/test_four_bit.py",
+    "kernels/test_slots.py",
+    "tuner/test_prefetch.py",
+]
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="runs this file again, in the interpreter")
-def test_triton_in_its_interpreter():
+@pytest.mark.parametrize("name", IN_INTERPRETER)
+def test_triton_in_its_interpreter(name):
     """This and other files once more with Triton's kernels, interpreted on the CPU."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", fused.KERNELS_VARIABLE: "triton", "PYTEST_XDIST_WORKER": ""}
-    tests = Path(__file__).parents[1]
-    names = ["kernels/test_fused.py", "kernels/test_balance.py", "kernels/test_rank_space.py"]
-    names += [
-        "kernels/test_triton_ops.py",
-        "kernels/test_joint.py",
-        "kernels/test_four_bit.py",
-        "kernels/test_slots.py",
-        "tuner/test_prefetch.py",
-    ]
-    files = [str(tests / name) for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", f"tests/{name}"],
         env=environment,
         capture_output=True,
         text=True,
