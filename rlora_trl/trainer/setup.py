@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments
 
+from ..requirements import require_bitsandbytes
 from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
 
@@ -25,6 +26,23 @@ def check_devices(args: RLoraSFTConfig) -> None:
             "(`torch.nn.DataParallel`), which R-LoRA does not support. Start one process for each GPU with "
             "`accelerate launch` or `torchrun`, or show it a single one with `CUDA_VISIBLE_DEVICES=0`."
         )
+
+
+def check_quantization(args: RLoraSFTConfig, quantization_config: Any) -> None:
+    """
+    Refuse to quantize a base without the package that does it, before data are prepared and the model is loaded.
+
+    Args:
+        args ([`RLoraSFTConfig`]): Configuration of the run.
+        quantization_config (`BitsAndBytesConfig`, *optional*): That of the trainer, else the one in
+            `args.model_init_kwargs` counts.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+    """
+    given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    if isinstance(given, BitsAndBytesConfig):
+        require_bitsandbytes("`quantization_config=BitsAndBytesConfig(...)`")
 
 
 def check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:

@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+from datasets import Dataset
 from peft import PeftConfig
+from transformers import BitsAndBytesConfig
 from trl import TrlParser
 
-from rlora_trl import RLoraConfig, RLoraSFTConfig
+from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer, requirements
 from rlora_trl.trainer.arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 
 
@@ -67,6 +69,35 @@ def test_yaml(tmp_path):
 def test_arguments_of_lora_are_refused(argument, value, instead):
     with pytest.raises(ValueError, match=f"configures LoRA.*{instead}"):
         parse(argument, value)
+
+
+@pytest.mark.parametrize("argument", ["--load_in_4bit", "--load_in_8bit"])
+def test_a_quantized_base_needs_bitsandbytes_before_anything_is_loaded(monkeypatch, argument):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"^`{argument}` needs bitsandbytes.*pip install rlora-trl\[quant\]"):
+        parse(argument, "true")
+    parse(argument, "false")
+
+
+def test_the_trainer_needs_bitsandbytes_before_it_loads_the_model(monkeypatch, tmp_path):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    rows = Dataset.from_list([{"prompt": "a", "completion": " b"}])
+    for settings, given in (({}, four_bits), ({"quantization_config": four_bits}, None)):
+        args = RLoraSFTConfig(str(tmp_path), bf16=False, model_init_kwargs=settings)
+        with pytest.raises(ImportError, match="BitsAndBytesConfig.* needs bitsandbytes, which is not installed"):
+            RLoraSFTTrainer("no/model", args, train_dataset=rows, quantization_config=given)
+
+
+@pytest.mark.parametrize("name", ["./model", "/models/a", "~/model", "a/b/c"])
+def test_a_path_without_a_model_is_no_name_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"^There is no model in {name}. Give the folder of a model, or its"):
+        parse("--model_name_or_path", name)
+
+
+def test_a_model_is_a_folder_or_a_name_on_the_hub(tmp_path):
+    for name in (str(tmp_path), "gpt2", "user/model"):
+        parse("--model_name_or_path", name)
 
 
 def test_bad_json():
