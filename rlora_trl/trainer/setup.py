@@ -12,6 +12,10 @@ from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
 
 
+# Parts of the names of bitsandbytes' optimizers. Those of torchao have "torch" in theirs.
+_BITSANDBYTES_OPTIMIZERS = ("8bit", "paged", "bnb", "lion", "ademamix")
+
+
 def check_devices(args: RLoraSFTConfig) -> None:
     """
     Refuse a process with several GPUs.
@@ -28,9 +32,11 @@ def check_devices(args: RLoraSFTConfig) -> None:
         )
 
 
-def check_quantization(args: RLoraSFTConfig, quantization_config: Any) -> None:
+def check_packages(args: RLoraSFTConfig, quantization_config: Any) -> None:
     """
-    Refuse to quantize a base without the package that does it, before data are prepared and the model is loaded.
+    Refuse settings whose package is missing, before data are prepared and the model is loaded.
+
+    transformers looks for that of the optimizer when training begins.
 
     Args:
         args ([`RLoraSFTConfig`]): Configuration of the run.
@@ -38,11 +44,14 @@ def check_quantization(args: RLoraSFTConfig, quantization_config: Any) -> None:
             `args.model_init_kwargs` counts.
 
     Raises:
-        ImportError: If bitsandbytes is not installed.
+        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, and is not installed.
     """
     given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     if isinstance(given, BitsAndBytesConfig):
         require_bitsandbytes("`quantization_config=BitsAndBytesConfig(...)`")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if "torch" not in optimizer and any(part in optimizer for part in _BITSANDBYTES_OPTIMIZERS):
+        require_bitsandbytes(f"`optim={optimizer!r}`")
 
 
 def check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:

@@ -57,8 +57,8 @@ from .setup import (
     check_balance,
     check_devices,
     check_optimizer,
+    check_packages,
     check_parallelism,
-    check_quantization,
 )
 from .sharding import keep_outputs_wide, wait_for_backward
 from .task_collator import TaskCollator
@@ -117,7 +117,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     Raises:
         TypeError: If the adapter is not an R-LoRA adapter.
-        ImportError: If the base is to be quantized with bitsandbytes, which is not installed.
+        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, and is not installed.
         ValueError: If a task is empty, formats of tasks differ, the task column is missing, or preparation removes all
             rows (with `router="task"`, all rows of one task).
     """
@@ -163,7 +163,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
             name_revision(peft_config, args.model_init_kwargs)
         config = peft_config if peft_config is not None else active_config(model)
         check_devices(args)
-        check_quantization(args, quantization_config)
+        check_packages(args, quantization_config)
         check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
         check_balance(args, config)
 
