@@ -19,6 +19,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 # `name` or `name=value` in a message of the library.
 _ARGUMENT = re.compile(r"`(\w+)(?:=(['\"]?)([^`]*?)\2)?`")
+# A package that a library lacks, and raises a `RuntimeError` for.
+_NOT_INSTALLED = re.compile(r"\bto be installed\b|\bpip3? install\b")
 _REJECTED_TOKEN = re.compile(r"invalid (credentials|user token|username or password)", re.IGNORECASE)
 
 
@@ -106,6 +108,8 @@ def explain(error: BaseException) -> str | None:
 
     if isinstance(error, OutOfMemoryError):
         return "The device is out of memory. Use a smaller batch, or add `--load-in-4bit`."
+    if isinstance(error, RuntimeError) and _NOT_INSTALLED.search(str(error)):
+        return str(error).strip()
     if isinstance(error, (YAMLError, DatasetsError, SafetensorError)):
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         return str(cause).strip() or type(error).__name__

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .loading import LoadedAdapter, by_task_setting, find_adapter, load_adapter, load_rows, local_record, note_saved
+from .loading import LoadedAdapter, find_adapter, load_adapter, load_rows, local_record, note_saved
 from .output import note, print_json, results_only
 from .ranks import Ranks
 from .scores import CONFIDENCE, Scores
@@ -151,10 +151,11 @@ def _score(
 ) -> dict[str, TaskScore]:
     """Scores of all rows, of which each process computes a share."""
     from rlora_trl.evaluation import score_tasks
+    from rlora_trl.evaluation.scoring import by_task_setting
 
     scores: dict[str, TaskScore] = {}
     with ranks.together():
-        for portion in by_task_setting(loaded, ranks.share(tasks)):
+        for portion in by_task_setting(loaded.model, ranks.share(tasks)):
             scores |= score_tasks(
                 loaded.model,
                 loaded.tokenizer,

@@ -127,6 +127,6 @@ def _facts(values: dict[str, Any]) -> dict[str, Any]:
         "Layers": values.get("layers"),
         "Weights": values.get("mixture"),
         "Fidelity": "exact: the same function as the adapter" if values.get("exact") else None,
-        "KL to routing": None if divergence is None else f"{divergence:.4f} nats per token",
-        "Accuracy": None if None in accuracies else f"{accuracies[0]}%, with routing by token {accuracies[1]}%",
+        "KL to adapter": None if divergence is None else f"{divergence:.4f} nats per token",
+        "Accuracy": None if None in accuracies else f"{accuracies[0]}%, of the adapter {accuracies[1]}%",
     }

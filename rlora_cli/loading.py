@@ -12,8 +12,6 @@ from .terminal import guarded_descriptors
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,7 +128,9 @@ def _load_base(name: str, device: torch.device | None, **options: Any) -> PreTra
     from transformers import AutoModelForCausalLM
 
     from rlora_trl.foreign import explain_failure
+    from rlora_trl.requirements import require_model_folder
 
+    require_model_folder(name, "It is the base model of the adapter: name where it is with `--base`.")
     if device is None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     place = None if device.type == "cpu" else {"": device}
@@ -180,24 +180,6 @@ def load_rows(
     tasks = checked.config.tasks or ()
     only = tasks[0] if len(tasks) == 1 else None
     return load_task_rows(data, split=split, task_column=task_column, limit=limit, default_task=only, answers=answers)
-
-
-def by_task_setting(loaded: LoadedAdapter, tasks: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """
-    Split data into portions, and set the adapter up for each.
-
-    A task router is set to one task after the other. All other adapters take the data at once.
-    """
-    if loaded.checked.config.router != "task":
-        yield tasks
-        return
-    from rlora_trl.tuner import set_task
-
-    known = loaded.checked.config.tasks or ()
-    for task, rows in tasks.items():
-        set_task(loaded.model, task if task in known else None)
-        yield {task: rows}
-    set_task(loaded.model, None)
 
 
 def local_record(checked: CheckedAdapter, name: str) -> AdapterRecord:

@@ -14,6 +14,17 @@ from .errors import report
 from .terminal import guarded_streams, shown
 
 
+def _needs_bitsandbytes(quantize: bool) -> bool:
+    if quantize:
+        from rlora_trl.requirements import require_bitsandbytes
+
+        try:
+            require_bitsandbytes("`--load-in-4bit`")
+        except ImportError as error:
+            raise typer.BadParameter(str(error)) from error
+    return quantize
+
+
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")]
 AdapterFolder = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of an adapter.")]
 Repositories = Annotated[list[str], typer.Argument(metavar="REPO...", help="user/name or user/name@revision.")]
@@ -23,7 +34,10 @@ Base = Annotated[
     str | None,
     typer.Option("--base", metavar="MODEL", help="Base model to load.", show_default="the one that the adapter names"),
 ]
-LoadIn4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantize the base model to 4 bits (QLoRA).")]
+LoadIn4Bit = Annotated[
+    bool,
+    typer.Option("--load-in-4bit", help="Quantize the base model to 4 bits (QLoRA).", callback=_needs_bitsandbytes),
+]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
     typer.Option(

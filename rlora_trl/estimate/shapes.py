@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..foreign import explain_failure
+from ..requirements import require_model_folder
 from .attention import ATTENTION
 
 
@@ -99,10 +100,12 @@ def load_config(model: str | os.PathLike[str] | PretrainedConfig) -> PretrainedC
         model (`str`, path or `PretrainedConfig`): A folder, a `config.json`, a name on the Hub, or a configuration.
 
     Raises:
+        FileNotFoundError: If the model is a path, and nothing is there.
         ValueError: If it has values of another type or out of range.
     """
     if isinstance(model, PretrainedConfig):
         return type(model).from_dict(model.to_dict())
+    require_model_folder(os.fspath(model), "Give the folder or the `config.json` of a model, or its name on the Hub.")
     with explain_failure(f"The configuration of {model} can't be read", _REMEDY, unchanged=(OSError, HTTPError)):
         # If it is not set, transformers asks on a terminal whether to run the code.
         config = AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False)

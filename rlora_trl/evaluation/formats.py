@@ -24,6 +24,7 @@ COMPANIONS_OF_TEXT = ("tools", "chat_template_kwargs")
 # The keys of a message in ShareGPT's format, by its column; all other columns have OpenAI's.
 SHAREGPT_KEYS = {"conversations": ("from", "value")}
 _OPENAI_KEYS = ("role", "content")
+_FORMATS = (*PAIR, "messages", "conversations", "text")
 _MAX_LISTED = 20  # columns in a message
 _ACCEPTED = {
     "tools": "null, a list of tools, or such a list in JSON",
@@ -171,7 +172,8 @@ def check_rows(dataset: Any, where: str, *, text_column: str = "text") -> Any:
         names = check_format(columns, first, where, text_column=text_column)
         names += _companions(names, first, text_column)
 
-    check = partial(check_row, names=names, where=where, text_column=text_column, first=first)
+    others = [name for name in columns if name in _FORMATS and name not in names]
+    check = partial(check_row, names=names, where=where, text_column=text_column, first=first, others=others)
     for index, row in _suspects(plain, first, [name for name in names if name in columns]):
         check(row, index)
     if is_tokenized:
@@ -197,6 +199,7 @@ def check_row(
     where: str,
     text_column: str,
     first: Mapping[str, Any] | None = None,
+    others: Sequence[str] = (),
 ) -> Mapping[str, Any]:
     """
     Check one row.
@@ -207,6 +210,7 @@ def check_row(
         names (`Sequence[str]`): The columns to check.
         where (`str`), text_column (`str`): See [`check_rows`].
         first (`Mapping[str, Any]`, *optional*): The first row; all others must have the same kind of values.
+        others (`Sequence[str]`, *optional*): Columns of other formats that the data have, for messages.
 
     Returns:
         `Mapping[str, Any]`: The row.
@@ -221,6 +225,8 @@ def check_row(
         problem = _value_problem(value, name, is_text=name == text_column)
         if problem is None and name in PAIR and isinstance(value, list) and isinstance((first or {}).get(name), str):
             problem = "it is a list, and row 1 has text. Give all rows as text, or all as lists of messages."
+        if problem is not None and value is None and others and name not in _ACCEPTED:
+            problem += f" If it has {list_columns(others)} instead: rows have one format, so bring all to one."
         if problem is not None:
             raise ValueError(f"{where}, row {index + 1}, column {name!r}: {problem}")
 

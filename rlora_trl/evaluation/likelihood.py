@@ -42,7 +42,8 @@ def _tokenize(
     options = list(row.get("options") or [])
     if options and row["completion"] not in options:
         raise ValueError(
-            f"Row {index} has completion {row['completion']!r}, which is not among its options {options}."
+            f"Row {index + 1} has completion {row['completion']!r}, which is not among its options {options}. Write "
+            "it exactly as one of them, spaces included."
         )
     sequences, begin = encode_row(tokenizer, row["prompt"], options or [row["completion"]], limits, end=not options)
     return [_Candidate(index, i, ids, begin) for i, ids in enumerate(sequences)]

@@ -38,6 +38,7 @@ def rows_by_task(
     *,
     where: str = "The data",
     scored: bool = False,
+    answers: bool = False,
     warn: Callable[[str], Any] | None = None,
 ) -> dict[str, list[dict]]:
     """
@@ -49,6 +50,7 @@ def rows_by_task(
         limit (`int`, *optional*): Only the first rows of each task.
         where (`str`, *optional*): Name of the data in messages.
         scored (`bool`, *optional*, defaults to `False`): Check that prompts, completions and options can be scored.
+        answers (`bool`, *optional*, defaults to `False`): Check that completions of text are among their options.
         warn (`Callable`, *optional*): For a column that the user did not choose; see [`encode_default_tasks`].
 
     Returns:
@@ -71,6 +73,8 @@ def rows_by_task(
     indices = np.sort(np.concatenate(firsts))
     rows: dict[str, list[dict]] = {name: [] for name in names}
     for index, row in zip(indices.tolist(), dataset.select(indices), strict=True):
+        if answers:
+            _check_options(row, f"{where}, row {index + 1}")
         rows[names[numbers[index]]].append(_scorable_row(row, index, where) if scored else row)
     return rows
 
@@ -78,7 +82,23 @@ def rows_by_task(
 def _scorable_row(row: dict[str, Any], index: int, where: str) -> dict[str, Any]:
     texts = dict.fromkeys(PAIR, "")
     check_row(row, index, names=PAIR, where=where, text_column="completion", first=texts)
-    return {**row, "options": _options(row.get("options"), f"{where}, row {index + 1}")}
+    return {**row, "options": _check_options(row, f"{where}, row {index + 1}")}
+
+
+def _check_options(row: Mapping[str, Any], where: str) -> list[str]:
+    """
+    The options of a row.
+
+    Raises:
+        ValueError: If they are no texts, or the completion, if it is text, is none of them.
+    """
+    options, completion = _options(row.get("options"), where), row.get("completion")
+    if options and isinstance(completion, str) and completion not in options:
+        raise ValueError(
+            f"{where} has completion {shorten(completion, 60)}, which is not among its options "
+            f"{shorten(options, 200)}. Write it exactly as one of them, spaces included."
+        )
+    return options
 
 
 def is_scorable(dataset: Any) -> bool:
@@ -114,7 +134,7 @@ def load_task_rows(
         default_task (`str`, *optional*):
             Name of that one task. Defaults to the name of the data.
         answers (`bool`, *optional*, defaults to `False`):
-            Rows must have an answer to score, which plain text has not.
+            Rows must have an answer to score, which plain text has not, and which is among the options, if any.
 
     Returns:
         `dict[str, list[dict]]`: Rows by task; `conversations` have become `messages`.
@@ -142,9 +162,13 @@ def load_task_rows(
     column, tasks = task_column or "task", {}
     if column in dataset.column_names:
         warn = None if task_column else lambda text: warnings.warn(f"{name}: {text}", stacklevel=4)
-        tasks = rows_by_task(dataset, column, limit, where=where, warn=warn)
-    one_task = default_task or Path(name).stem
-    return tasks or {one_task: dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()}
+        tasks = rows_by_task(dataset, column, limit, where=where, answers=answers, warn=warn)
+    if tasks:
+        return tasks
+    rows = dataset.select(range(min(len(dataset), limit or len(dataset)))).to_list()
+    for number, row in enumerate(rows if answers else (), start=1):
+        _check_options(row, f"{where}, row {number}")
+    return {default_task or Path(name).stem: rows}
 
 
 def _load_split(name: str, split: str | None) -> tuple[Dataset, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..tuner.routing import find_routings, set_task
 from .encoding import TokenLimits, position_limit
 from .generation import generate_answers
 from .likelihood import score_likely
@@ -64,6 +65,32 @@ def choose_metric(metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
     if metric not in ("auto", *METRICS):
         raise ValueError(f"`metric` is {metric!r}, and must be one of {', '.join(('auto', *METRICS))}. Choose one.")
     return metric if metric in GENERATED and not any(row.get("options") for row in rows) else "accuracy"
+
+
+def by_task_setting(model: torch.nn.Module, tasks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """
+    Divide rows into portions that [`score_tasks`] may take at once, and set the model up for each.
+
+    Task routers are set to one task after the other, and to the mean over tasks for a task that they lack. All other
+    adapters take the rows at once.
+
+    Args:
+        model (`torch.nn.Module`): A model, with adapters or without.
+        tasks (`Mapping[str, Any]`): Rows by task.
+
+    Yields:
+        `Mapping[str, Any]`: A part of `tasks`, for which the model is set up until the next one is asked for.
+    """
+    routers = [routing for routing in find_routings(model) if routing.kind == "task"]
+    if not routers:
+        yield tasks
+        return
+    try:
+        for task, rows in tasks.items():
+            set_task(model, task if all(task in routing.tasks for routing in routers) else None)
+            yield {task: rows}
+    finally:
+        set_task(model, None)
 
 
 def score_tasks(

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from peft import PeftConfig
 from trl import ModelConfig
 
+from ..requirements import require_bitsandbytes, require_model_folder
 from ..tuner import RLoraConfig
 
 
@@ -64,6 +65,8 @@ class RLoraModelConfig(ModelConfig):
 
     Raises:
         ValueError: If an argument is set that configures LoRA; the message names its replacement.
+        FileNotFoundError: If the model is a path, and nothing is there.
+        ImportError: If the base is to be quantized, and bitsandbytes is not installed.
     """
 
     use_rslora: bool = field(
@@ -78,6 +81,11 @@ class RLoraModelConfig(ModelConfig):
                     f"`--{name} {getattr(self, name)}` configures LoRA, and this command trains R-LoRA. Use instead: "
                     f"{replacement}."
                 )
+        if self.model_name_or_path is not None:
+            require_model_folder(self.model_name_or_path, "Give the folder of a model, or its name on the Hub.")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name):
+                require_bitsandbytes(f"`--{name}`")
 
 
 def _one_or_many(value: list[Any] | None) -> Any:

@@ -110,6 +110,7 @@ class StagedCheckpoints(SFTTrainer):
         self._stage: Path | None = None  # set while a checkpoint is written
         self._digests: dict[str, str] = {}
         self._full_tensors: FullTensors | None = None
+        self._checked_resume: tuple[str | bool | None, Path | None] | None = None
         self._resumed_from: Path | None = None
         self._resumed_state: dict[str, Any] = {}
         self._is_checked = False
@@ -323,18 +324,42 @@ class StagedCheckpoints(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         is_trial = bool(args) or kwargs.get("trial") is not None  # it has a folder of its own
-        with ExitStack() as lock:
-            with self._raise_on_all_ranks():
-                if self.is_world_process_zero() and not is_trial:
-                    lock.enter_context(sole_run(Path(self.args.output_dir)))
-            with self._raise_on_all_ranks():
-                checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        with self._sole_run(is_trial):
+            checked, self._checked_resume = self._checked_resume, None
+            if checked is not None and checked[0] == resume_from_checkpoint:
+                checkpoint = checked[1]
+            else:
+                with self._raise_on_all_ranks():
+                    checkpoint = self._choose_checkpoint(resume_from_checkpoint)
             self._resumed_from, self._is_checked = checkpoint, False
             self._resumed_state = {} if checkpoint is None else read_state(checkpoint)
             try:
                 return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             finally:
                 self._resumed_from = None
+
+    def check_resume(self, resume_from_checkpoint: str | bool | None) -> None:
+        """
+        Check already now what `train` checks before it resumes a run, so that nothing is computed in vain before it.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): As for the call of `train` that follows.
+
+        Raises:
+            ValueError: If there is no checkpoint, it is damaged or belongs to another adapter, base model or run, or
+                another run trains into the folder.
+        """
+        with self._sole_run(), self._raise_on_all_ranks():
+            self._checked_resume = (resume_from_checkpoint, self._choose_checkpoint(resume_from_checkpoint))
+
+    @contextmanager
+    def _sole_run(self, is_trial: bool = False) -> Generator[None, None, None]:
+        """Refuse other runs with the same output folder meanwhile."""
+        with ExitStack() as lock:
+            with self._raise_on_all_ranks():
+                if self.is_world_process_zero() and not is_trial:
+                    lock.enter_context(sole_run(Path(self.args.output_dir)))
+            yield
 
     def _begin_attempt(self) -> None:
         """

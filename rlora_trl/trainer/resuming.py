@@ -135,13 +135,19 @@ def check_files(checkpoint: Path) -> None:
     Check the files of a checkpoint.
 
     Raises:
-        ValueError: If some are missing or damaged.
+        ValueError: If there is no such folder, or files are missing or damaged.
     """
+    if not checkpoint.is_dir():
+        others = ", ".join(path.name for path in list_checkpoints(checkpoint.parent)) or "no checkpoint"
+        raise ValueError(
+            f"There is no checkpoint {str(checkpoint)!r}; {str(checkpoint.parent)!r} has {others}. Pass the folder of "
+            "a checkpoint, or `True` for the newest one in `output_dir`."
+        )
     problem = checkpoint_problem(checkpoint)
     if problem is not None:
         raise ValueError(
-            f"The run can't be resumed from {str(checkpoint)!r}: {problem}. Resume from another checkpoint. "
-            f"{FRESH_START_HINT}"
+            f"The run can't be resumed from {str(checkpoint)!r}: {problem.rstrip('.')}. Resume from another "
+            f"checkpoint. {FRESH_START_HINT}"
         )
 
 

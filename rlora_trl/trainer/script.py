@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -24,6 +25,7 @@ from ..evaluation import TaskScore, score_tasks
 from ..evaluation.formats import check_rows
 from ..evaluation.loading import READING_ERRORS, explain_read_errors, load_splits
 from ..evaluation.rows import is_scorable, rows_by_task
+from ..evaluation.scoring import by_task_setting
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
 from .cores import use_all_cores
@@ -149,7 +151,10 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
             used = {args.dataset_train_split: data.train, args.dataset_test_split: evaluation}
             for name, split in used.items():
                 if split is not None:
-                    check_rows(split, _split_name(args, splits, name), text_column=training_args.dataset_text_field)
+                    where = _split_name(args, splits, name)
+                    check_rows(split, where, text_column=training_args.dataset_text_field)
+                    if isinstance(split, Dataset):
+                        _rows_to_score(split, training_args.task_column, 1, where, scored=False)
         if args.score_rows > 0 and test is not None and is_scorable(test):
             where = _split_name(args, splits, args.dataset_test_split)
             data.scored = _rows_to_score(test, training_args.task_column, args.score_rows, where)
@@ -160,12 +165,14 @@ def _split_name(args: RLoraScriptArguments, splits: Mapping[str, Any], split: st
     return args.dataset_name if len(splits) == 1 else f"{args.dataset_name}, split {split!r}"
 
 
-def _rows_to_score(test: Any, column: str, limit: int, where: str) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+def _rows_to_score(
+    test: Any, column: str, limit: int, where: str, *, scored: bool = True
+) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     if column not in test.column_names:
         return {}
     # As in training, the default column need not name tasks; the trainer warns of that.
     warn = (lambda text: None) if column == "task" else None
-    return rows_by_task(test, column, limit, where=where, scored=True, warn=warn)
+    return rows_by_task(test, column, limit, where=where, scored=scored, warn=warn)
 
 
 def train(
@@ -222,19 +229,22 @@ def _train(
         callbacks=callbacks,
     )
 
+    # On the command line "true" is the last checkpoint in the output folder.
+    resume = training_args.resume_from_checkpoint
+    resume = True if str(resume).lower() == "true" else resume
+    trainer.check_resume(resume)
+
     # Scores before. DeepSpeed places and shards the model only when training starts.
     scored = {} if trainer.is_deepspeed_enabled else data.scored
-    tokenizer = trainer.processing_class
     start = time.perf_counter()
-    before = score_tasks(trainer.model, tokenizer, scored, description="Scoring, before") if scored else {}
+    before = _score(trainer, scored, "Scoring, before")
     trainer.add_callback(ExpectedTime(time.perf_counter() - start if scored else 0.0))
 
-    # Training. On the command line "true" is the last checkpoint in the output folder.
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    # Training.
+    trainer.train(resume_from_checkpoint=resume)
 
     # Scores after, which are saved and published in the adapter's record.
-    after = score_tasks(trainer.model, tokenizer, scored, description="Scoring, after") if scored else {}
+    after = _score(trainer, scored, "Scoring, after")
     measured = {f"eval_{task}_accuracy": score.accuracy for task, score in after.items()}
     measured |= {f"eval_{task}_base_accuracy": score.accuracy for task, score in before.items()}
     trainer.note_metrics(measured, scored)
@@ -244,6 +254,17 @@ def _train(
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return TrainingResult(trainer, before, after)
+
+
+def _score(
+    trainer: RLoraSFTTrainer, rows: Mapping[str, Sequence[Mapping[str, Any]]], description: str
+) -> dict[str, TaskScore]:
+    """Scores by task, each with the head weights of the task where the router has them."""
+    scores: dict[str, TaskScore] = {}
+    if rows:
+        for portion in by_task_setting(trainer.model, rows):
+            scores |= score_tasks(trainer.model, trainer.processing_class, portion, description=description)
+    return scores
 
 
 class ExpectedTime(TrainerCallback):

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments
 
+from ..requirements import require_bitsandbytes
 from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
+
+
+# Parts of the names of bitsandbytes' optimizers. Those of torchao have "torch" in theirs.
+_BITSANDBYTES_OPTIMIZERS = ("8bit", "paged", "bnb", "lion", "ademamix")
 
 
 def check_devices(args: RLoraSFTConfig) -> None:
@@ -25,6 +30,28 @@ def check_devices(args: RLoraSFTConfig) -> None:
             "(`torch.nn.DataParallel`), which R-LoRA does not support. Start one process for each GPU with "
             "`accelerate launch` or `torchrun`, or show it a single one with `CUDA_VISIBLE_DEVICES=0`."
         )
+
+
+def check_packages(args: RLoraSFTConfig, quantization_config: Any) -> None:
+    """
+    Refuse settings whose package is missing, before data are prepared and the model is loaded.
+
+    transformers looks for that of the optimizer when training begins.
+
+    Args:
+        args ([`RLoraSFTConfig`]): Configuration of the run.
+        quantization_config (`BitsAndBytesConfig`, *optional*): That of the trainer, else the one in
+            `args.model_init_kwargs` counts.
+
+    Raises:
+        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, and is not installed.
+    """
+    given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    if isinstance(given, BitsAndBytesConfig):
+        require_bitsandbytes("`quantization_config=BitsAndBytesConfig(...)`")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if "torch" not in optimizer and any(part in optimizer for part in _BITSANDBYTES_OPTIMIZERS):
+        require_bitsandbytes(f"`optim={optimizer!r}`")
 
 
 def check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:

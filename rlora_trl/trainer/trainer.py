@@ -52,7 +52,14 @@ from .optimizer import set_learning_rates
 from .precision import cast_for_deepspeed, undo_bf16_cast
 from .publishing import as_list, check_publishing, count_trainable, is_sharded, push_copy, rows_to_measure, write_card
 from .run_record import RunRecord, loaded_commit
-from .setup import as_rlora_config, check_balance, check_devices, check_optimizer, check_parallelism
+from .setup import (
+    as_rlora_config,
+    check_balance,
+    check_devices,
+    check_optimizer,
+    check_packages,
+    check_parallelism,
+)
 from .sharding import keep_outputs_wide, wait_for_backward
 from .task_collator import TaskCollator
 from .task_data import TaskData
@@ -110,6 +117,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
 
     Raises:
         TypeError: If the adapter is not an R-LoRA adapter.
+        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, and is not installed.
         ValueError: If a task is empty, formats of tasks differ, the task column is missing, or preparation removes all
             rows (with `router="task"`, all rows of one task).
     """
@@ -155,6 +163,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
             name_revision(peft_config, args.model_init_kwargs)
         config = peft_config if peft_config is not None else active_config(model)
         check_devices(args)
+        check_packages(args, quantization_config)
         check_publishing(args, model if isinstance(model, str) else getattr(model.config, "_name_or_path", None))
         check_balance(args, config)
 

@@ -77,6 +77,10 @@ EXPECTED = [
         hub_errors.LocalEntryNotFoundError("no x"),
         "Error: The files are not in the cache, and the Hub can't be reached: no x\n",
     ),
+    (
+        RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`."),
+        "Error: WandbCallback requires wandb to be installed. Run `pip install wandb`.\n",
+    ),
     (hub_errors.HTTPError("refused"), "can't be reached: refused\n"),
 ]
 

@@ -7,8 +7,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rlora_cli.loading import by_task_setting, load_adapter, local_record
-from rlora_trl import RLoraConfig
+from rlora_cli.loading import load_adapter, local_record
+from rlora_trl import RLoraConfig, requirements
+from rlora_trl.evaluation.scoring import by_task_setting
 from rlora_trl.files.checks import check_adapter
 from rlora_trl.tuner.routing import find_routings
 
@@ -39,11 +40,26 @@ def test_dtype_and_quantization_of_the_base(make_adapter, model_folders, tmp_pat
     assert loaded.model.get_base_model().is_loaded_in_4bit
 
 
+@pytest.mark.parametrize("command", ["eval", "analyze", "export"])
+def test_4_bits_need_bitsandbytes_before_anything_is_read(rlora, monkeypatch, command):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    output = ["out"] if command == "export" else []
+    result = rlora(command, "no-adapter", *output, "--data", "no-data", "--load-in-4bit")
+    assert result.exit_code == 2
+    assert "needs bitsandbytes, which is not installed. Run `pip" in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_a_base_in_a_folder_that_is_not_here(rlora, make_adapter, rows_folder):
+    result = rlora("eval", make_adapter(), "--data", rows_folder, "--base", "/models/moved")
+    assert result.exit_code == 1
+    assert "There is no model in /models/moved. It is the base model of the adapter" in result.stderr
+
+
 def test_a_task_router_is_set_to_each_task(make_adapter):
     loaded = load_adapter(check_adapter(make_adapter(router="task")))
     routing = find_routings(loaded.model)[0]
     tasks = {"first": [], "other": [], "same": []}
-    shown = [(list(portion), routing.batch.task) for portion in by_task_setting(loaded, tasks)]
+    shown = [(list(portion), routing.batch.task) for portion in by_task_setting(loaded.model, tasks)]
     assert shown == [(["first"], 2), (["other"], None), (["same"], 0)]
     assert routing.batch.task is None
 

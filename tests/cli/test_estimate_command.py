@@ -70,3 +70,8 @@ def test_errors(rlora, model_folders, tmp_path):
     assert result.exit_code == 2
     result = rlora("estimate", tmp_path)
     assert result.exit_code == 1 and result.stdout == ""
+
+
+def test_a_path_without_a_model(rlora):
+    result = rlora("estimate", "./nothing")
+    assert result.exit_code == 1 and "There is no model in ./nothing. Give the folder or" in result.stderr

@@ -15,6 +15,7 @@ OTHERS = {
     "CUDA out of memory": None,  # PyTorch
     "'Parameter' object has no attribute 'CB'": "docs/quantization.md",
     "KeyError: 'RLORA'": "tests/integrations/test_trl_page.py",
+    "You set `ignore_mismatched_sizes` to `False`, thus raising an error.": None,  # transformers
     "Unknown PEFT type passed": "docs/integrations/axolotl.md",
     "missing 1 required positional argument: 'peft_config'": "tests/integrations/test_trl_page.py",
     "Failed to load CPU gemm_4bit_forward from kernels-community": None,  # bitsandbytes 0.50, backends/cpu/ops.py

@@ -50,6 +50,10 @@ NOT_TRAINABLE = {
         [{"conversations": [{"role": "user", "content": "a"}]}],
         "Rename the column to 'messages'",
     ),
+    "two_formats.jsonl": (
+        [PAIR, {"messages": [{"role": "user", "content": "a"}]}],
+        "row 2, column 'prompt': it is missing .* If it has 'messages' instead: rows have one format",
+    ),
     "both.jsonl": (
         [{"prompt": "a", "completion": [{"role": "assistant", "content": "a"}]}],
         "one is text and the other a",

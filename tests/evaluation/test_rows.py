@@ -174,6 +174,12 @@ def test_rows_to_score_have_an_answer(tmp_path):
         ValueError, match="rows.jsonl has the columns 'text'; .* no answer to score. Rename its columns"
     ):
         load_task_rows(path, answers=True)
+    wrong = {**PAIR, "options": [" wrong"]}
+    for named in ({"task": "a"}, {}):
+        path = write(tmp_path / "options.jsonl", [{**PAIR, **named}, {**wrong, **named}])
+        with pytest.raises(ValueError, match="options.jsonl, row 2 has completion .* not among its options .' wrong'"):
+            load_task_rows(path, answers=True)
+        assert load_task_rows(path, answers=True, limit=1)
     path = write(tmp_path / "both.jsonl", [{"conversations": "x", "text": "a"}])
     assert load_task_rows(path) == {"both": [{"text": "a"}]}
     path = write(tmp_path / "chat.jsonl", [{"conversations": [{"from": "human", "value": "a"}]}])

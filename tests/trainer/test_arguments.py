@@ -1,13 +1,25 @@
 """Command line and YAML through TRL's parser."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
+from datasets import Dataset
 from peft import PeftConfig
+from transformers import BitsAndBytesConfig
+from transformers.training_args import OptimizerNames
 from trl import TrlParser
 
-from rlora_trl import RLoraConfig, RLoraSFTConfig
+from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer, requirements
 from rlora_trl.trainer.arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
+from rlora_trl.trainer.setup import check_packages
+
+
+BITSANDBYTES_OPTIMIZERS = {
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "ademamix_8bit"),
+    *("paged_ademamix_32bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+}
 
 
 def parse(*argv):
@@ -67,6 +79,44 @@ def test_yaml(tmp_path):
 def test_arguments_of_lora_are_refused(argument, value, instead):
     with pytest.raises(ValueError, match=f"configures LoRA.*{instead}"):
         parse(argument, value)
+
+
+@pytest.mark.parametrize("argument", ["--load_in_4bit", "--load_in_8bit"])
+def test_a_quantized_base_needs_bitsandbytes_before_anything_is_loaded(monkeypatch, argument):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"^`{argument}` needs bitsandbytes.*pip install rlora-trl\[quant\]"):
+        parse(argument, "true")
+    parse(argument, "false")
+
+
+def test_the_trainer_needs_bitsandbytes_before_it_loads_the_model(monkeypatch, tmp_path):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    rows = Dataset.from_list([{"prompt": "a", "completion": " b"}])
+    for settings, given in (({}, four_bits), ({"quantization_config": four_bits}, None)):
+        args = RLoraSFTConfig(str(tmp_path), bf16=False, model_init_kwargs=settings)
+        with pytest.raises(ImportError, match="BitsAndBytesConfig.* needs bitsandbytes, which is not installed"):
+            RLoraSFTTrainer("no/model", args, train_dataset=rows, quantization_config=given)
+
+
+@pytest.mark.parametrize("name", OptimizerNames)
+def test_optimizers_of_bitsandbytes_are_known_before_training(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    is_of_bitsandbytes = name.value in BITSANDBYTES_OPTIMIZERS or name.value.startswith("galore_adamw_8bit")
+    refused = pytest.raises(ImportError, match=f"^`optim='{name.value}'` needs bitsandbytes")
+    with refused if is_of_bitsandbytes else nullcontext():
+        check_packages(RLoraSFTConfig(str(tmp_path), bf16=False, optim=name), None)
+
+
+@pytest.mark.parametrize("name", ["./model", "/models/a", "~/model", "a/b/c"])
+def test_a_path_without_a_model_is_no_name_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"^There is no model in {name}. Give the folder of a model, or its"):
+        parse("--model_name_or_path", name)
+
+
+def test_a_model_is_a_folder_or_a_name_on_the_hub(tmp_path):
+    for name in (str(tmp_path), "gpt2", "user/model"):
+        parse("--model_name_or_path", name)
 
 
 def test_bad_json():

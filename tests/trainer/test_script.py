@@ -10,10 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from testing_utils import task_datasets, task_rows
 
 import rlora_cli
 from rlora_trl import RLoraSFTConfig
+from rlora_trl.evaluation import TaskScore
 from rlora_trl.trainer import cores, script
+from rlora_trl.tuner.routing import find_routings
 
 
 ROW = {"prompt": "a", "completion": "b"}
@@ -51,14 +54,17 @@ def test_rows_to_score_are_those_of_named_tasks(tmp_path):
         assert list(load(folder, {"train": rows, "test": rows}).scored) == (["a"] if value == "a" else [])
     with pytest.raises(ValueError, match=f"^{folder}, split 'test': 1 rows have no task in column 'task', .* row 3"):
         load(folder, {"train": rows, "test": [*rows, {**ROW, "task": None}]})
+    with pytest.raises(ValueError, match=f"^{folder}, split 'train': 1 rows have no task in column 'task', .* row 3"):
+        load(folder, {"train": [*rows, {**ROW, "task": None}], "test": rows})
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"completion": None}, "column 'completion': it is missing or null, and must be text"),
-        ({"options": ["b", None]}, "column 'options': it is .'b', None., and must be a list of texts"),
-        ({"options": "b, c"}, "column 'options': it is 'b, c', and must be a list of texts"),
+        ({"completion": None}, ", column 'completion': it is missing or null, and must be text"),
+        ({"options": ["b", None]}, ", column 'options': it is .'b', None., and must be a list of texts"),
+        ({"options": "b, c"}, ", column 'options': it is 'b, c', and must be a list of texts"),
+        ({"options": [" b"]}, " has completion 'b', which is not among its options .' b'.. Write it exactly as one"),
     ],
 )
 def test_rows_to_score_are_checked(tmp_path, row, message):
@@ -67,7 +73,7 @@ def test_rows_to_score_are_checked(tmp_path, row, message):
     if isinstance(row.get("options"), str):
         good["options"] = '["b", "c"]'
     assert load(tmp_path, {"train": [good], "test": [good]}).scored["a"][0]["options"] == ["b", "c"]
-    with pytest.raises(ValueError, match=f"^{tmp_path}, split 'test', row 2, {message}"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}, split 'test', row 2{message}"):
         load(tmp_path, {"train": [good], "test": [good, {**good, **row}]})
 
 
@@ -105,6 +111,44 @@ def test_a_precision_that_this_cpu_emulates_is_named_before_the_first_step(
     arguments = RLoraSFTConfig(str(tmp_path), bf16=bf16, use_cpu=True)
     message = cores.slow_precision(arguments, torch.nn.Linear(2, 2, dtype=stored))
     assert message is None if said is None else said in message
+
+
+def run_script(model, folder, data, monkeypatch, score=None, **settings):
+    """Train as `rlora train` does, with another function in place of that which scores."""
+    monkeypatch.setattr(script, "score_tasks", score or (lambda *args, **options: pytest.fail("scored")))
+    words = ["--model_name_or_path", model, "--output_dir", str(folder), "--bf16", "false", "--report_to", "none"]
+    words += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+    words += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    _, training, model_args, rlora = script.make_parser().parse_args_and_config(words)
+    return script.train(model, data, training, model_args, rlora)
+
+
+def test_rows_are_scored_with_the_head_weights_of_their_task(tmp_path, model_folders, monkeypatch):
+    seen = []
+
+    def score(model, tokenizer, tasks, **options):
+        (routing,) = find_routings(model)
+        seen.append((options["description"], list(tasks), routing.batch.task))
+        return {task: TaskScore(1, len(rows)) for task, rows in tasks.items()}
+
+    data = script.TrainingData(task_datasets(4), scored={task: task_rows(task, 1) for task in ("same", "colour")})
+    result = run_script(model_folders["llama"], tmp_path, data, monkeypatch, score, router="task", seed=3)
+    tasks = list(result.trainer.model.peft_config["default"].tasks)
+    each = [(["same"], tasks.index("same")), (["colour"], tasks.index("colour"))]
+    assert seen == [(f"Scoring, {when}", *rest) for when in ("before", "after") for rest in each]
+    assert list(result.after) == ["same", "colour"]
+    seen.clear()
+    run_script(model_folders["llama"], tmp_path / "token", data, monkeypatch, score)
+    assert seen == [(f"Scoring, {when}", ["same", "colour"], None) for when in ("before", "after")]
+
+
+def test_a_run_that_can_not_be_resumed_is_refused_before_rows_are_scored(tmp_path, model_folders, monkeypatch):
+    data = script.TrainingData(task_datasets(4), scored={"same": task_rows("same", 1)})
+    with pytest.raises(ValueError, match="found no complete checkpoint"):
+        run_script(model_folders["llama"], tmp_path, data, monkeypatch, resume_from_checkpoint="true")
+    with pytest.raises(ValueError, match="There is no checkpoint '.*checkpoint-9'; '.*' has no checkpoint"):
+        wrong = str(tmp_path / "checkpoint-9")
+        run_script(model_folders["llama"], tmp_path, data, monkeypatch, resume_from_checkpoint=wrong)
 
 
 def waiting(lines, **environment):
