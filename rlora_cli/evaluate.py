@@ -151,21 +151,19 @@ def _score(
 ) -> dict[str, TaskScore]:
     """Scores of all rows, of which each process computes a share."""
     from rlora_trl.evaluation import score_tasks
-    from rlora_trl.evaluation.scoring import by_task_setting
 
-    scores: dict[str, TaskScore] = {}
     with ranks.together():
-        for portion in by_task_setting(loaded.model, ranks.share(tasks)):
-            scores |= score_tasks(
-                loaded.model,
-                loaded.tokenizer,
-                portion,
-                batch_size=settings.batch_size,
-                description=description if ranks.is_main and sys.stderr.isatty() else None,
-                metric={task: settings.metrics[task] for task in portion},
-                max_new_tokens=settings.max_new_tokens,
-                stop=settings.stop,
-            )
+        share = ranks.share(tasks)
+        scores = score_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            share,
+            batch_size=settings.batch_size,
+            description=description if ranks.is_main and sys.stderr.isatty() else None,
+            metric={task: settings.metrics[task] for task in share},
+            max_new_tokens=settings.max_new_tokens,
+            stop=settings.stop,
+        )
     return ranks.join(scores, tasks)
 
 

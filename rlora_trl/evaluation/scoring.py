@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..tuner.routing import find_routings, set_task
+from ..tuner.routing import find_routings, using_all
 from .encoding import TokenLimits, position_limit
 from .generation import generate_answers
 from .likelihood import score_likely
@@ -67,32 +68,6 @@ def choose_metric(metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return metric if metric in GENERATED and not any(row.get("options") for row in rows) else "accuracy"
 
 
-def by_task_setting(model: torch.nn.Module, tasks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """
-    Divide rows into portions that [`score_tasks`] may take at once, and set the model up for each.
-
-    Task routers are set to one task after the other, and to the mean over tasks for a task that they lack. All other
-    adapters take the rows at once.
-
-    Args:
-        model (`torch.nn.Module`): A model, with adapters or without.
-        tasks (`Mapping[str, Any]`): Rows by task.
-
-    Yields:
-        `Mapping[str, Any]`: A part of `tasks`, for which the model is set up until the next one is asked for.
-    """
-    routers = [routing for routing in find_routings(model) if routing.kind == "task"]
-    if not routers:
-        yield tasks
-        return
-    try:
-        for task, rows in tasks.items():
-            set_task(model, task if all(task in routing.tasks for routing in routers) else None)
-            yield {task: rows}
-    finally:
-        set_task(model, None)
-
-
 def score_tasks(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,6 +82,9 @@ def score_tasks(
 ) -> dict[str, TaskScore]:
     """
     Score a causal language model on several tasks, in eval mode.
+
+    Adapters with `router="task"` score each task with its own head weights, and tasks that they lack with the mean
+    over tasks; after [`set_task`] all tasks with those of the one that was set.
 
     Args:
         model (`torch.nn.Module`):
@@ -144,36 +122,56 @@ def score_tasks(
     """
     metrics = _metrics_by_task(tasks, metric)
     limits = TokenLimits(max_length, position_limit(model))
-    likely = {task: rows for task, rows in tasks.items() if metrics[task] not in GENERATED}
-    generated = {task: rows for task, rows in tasks.items() if metrics[task] in GENERATED}
+    likely = partial(score_likely, model, tokenizer, limits=limits, batch_size=batch_size, description=description)
+    generate = partial(
+        generate_answers,
+        model,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        limits=limits,
+        stop=stop,
+        batch_size=batch_size,
+        description=description,
+    )
 
     was_training = model.training
     model.eval()
+    scores: dict[str, TaskScore] = {}
     try:
-        values = {}
-        if likely:
-            values = score_likely(
-                model, tokenizer, likely, limits=limits, batch_size=batch_size, description=description
-            )
-        answers = []
-        if generated:
-            # Prompts of all tasks together, in batches of similar length.
-            answers = generate_answers(
-                model,
-                tokenizer,
-                [row["prompt"] for rows in generated.values() for row in rows],
-                max_new_tokens=max_new_tokens,
-                limits=limits,
-                stop=stop,
-                batch_size=batch_size,
-                description=description,
-            )
+        for portion in _portions(model, tasks):
+            scores |= _score(portion, metrics, likely, generate)
     finally:
         model.train(was_training)
+    return scores
 
-    # The answers of each task again.
-    written = iter(answers)
-    scores = {task: TaskScore.of_rows("accuracy", values[task]) for task in likely}
+
+def _portions(
+    model: torch.nn.Module, tasks: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Iterator[Mapping[str, Sequence[Mapping[str, Any]]]]:
+    """Parts of `tasks` to score at once. Task routers have the task of a part until the next one is asked for."""
+    routings = [routing for routing in find_routings(model) if routing.kind == "task" and routing.batch.task is None]
+    if not routings:
+        yield tasks
+        return
+    for task, rows in tasks.items():
+        with using_all([(routing, {"task": routing.find_task(task)}) for routing in routings]):
+            yield {task: rows}
+
+
+def _score(
+    tasks: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, str],
+    likely: Callable[..., dict[str, list[float]]],
+    generate: Callable[..., list[str]],
+) -> dict[str, TaskScore]:
+    """Scores of tasks, by the likelihood of completions or by generated answers, in the order of `tasks`."""
+    generated = {task: rows for task, rows in tasks.items() if metrics[task] in GENERATED}
+    others = {task: rows for task, rows in tasks.items() if task not in generated}
+    values = likely(others) if others else {}
+    # Prompts of all tasks together, in batches of similar length; then the answers of each task again.
+    written = iter(generate([row["prompt"] for rows in generated.values() for row in rows]) if generated else [])
+
+    scores = {task: TaskScore.of_rows("accuracy", values[task]) for task in others}
     for task, rows in generated.items():
         pairs = [(next(written), row["completion"]) for row in rows]
         compared = [GENERATED[metrics[task]](answer, completion) for answer, completion in pairs]

@@ -25,7 +25,6 @@ from ..evaluation import TaskScore, score_tasks
 from ..evaluation.formats import check_rows
 from ..evaluation.loading import READING_ERRORS, explain_read_errors, load_splits
 from ..evaluation.rows import is_scorable, rows_by_task
-from ..evaluation.scoring import by_task_setting
 from .arguments import RLoraArguments, RLoraModelConfig, rlora_config_from_arguments
 from .config import RLoraSFTConfig
 from .cores import use_all_cores
@@ -237,14 +236,15 @@ def _train(
     # Scores before. DeepSpeed places and shards the model only when training starts.
     scored = {} if trainer.is_deepspeed_enabled else data.scored
     start = time.perf_counter()
-    before = _score(trainer, scored, "Scoring, before")
+    tokenizer = trainer.processing_class
+    before = score_tasks(trainer.model, tokenizer, scored, description="Scoring, before") if scored else {}
     trainer.add_callback(ExpectedTime(time.perf_counter() - start if scored else 0.0))
 
     # Training.
     trainer.train(resume_from_checkpoint=resume)
 
     # Scores after, which are saved and published in the adapter's record.
-    after = _score(trainer, scored, "Scoring, after")
+    after = score_tasks(trainer.model, tokenizer, scored, description="Scoring, after") if scored else {}
     measured = {f"eval_{task}_accuracy": score.accuracy for task, score in after.items()}
     measured |= {f"eval_{task}_base_accuracy": score.accuracy for task, score in before.items()}
     trainer.note_metrics(measured, scored)
@@ -254,17 +254,6 @@ def _train(
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return TrainingResult(trainer, before, after)
-
-
-def _score(
-    trainer: RLoraSFTTrainer, rows: Mapping[str, Sequence[Mapping[str, Any]]], description: str
-) -> dict[str, TaskScore]:
-    """Scores by task, each with the head weights of the task where the router has them."""
-    scores: dict[str, TaskScore] = {}
-    if rows:
-        for portion in by_task_setting(trainer.model, rows):
-            scores |= score_tasks(trainer.model, trainer.processing_class, portion, description=description)
-    return scores
 
 
 class ExpectedTime(TrainerCallback):

@@ -9,9 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rlora_cli.loading import load_adapter, local_record
 from rlora_trl import RLoraConfig, requirements
-from rlora_trl.evaluation.scoring import by_task_setting
 from rlora_trl.files.checks import check_adapter
-from rlora_trl.tuner.routing import find_routings
 
 
 def test_adapters_that_are_not_there(rlora, rows_folder, tmp_path):
@@ -53,15 +51,6 @@ def test_a_base_in_a_folder_that_is_not_here(rlora, make_adapter, rows_folder):
     result = rlora("eval", make_adapter(), "--data", rows_folder, "--base", "/models/moved")
     assert result.exit_code == 1
     assert "There is no model in /models/moved. It is the base model of the adapter" in result.stderr
-
-
-def test_a_task_router_is_set_to_each_task(make_adapter):
-    loaded = load_adapter(check_adapter(make_adapter(router="task")))
-    routing = find_routings(loaded.model)[0]
-    tasks = {"first": [], "other": [], "same": []}
-    shown = [(list(portion), routing.batch.task) for portion in by_task_setting(loaded.model, tasks)]
-    assert shown == [(["first"], 2), (["other"], None), (["same"], 0)]
-    assert routing.batch.task is None
 
 
 @pytest.mark.parametrize("command", ["eval", "analyze", "export"])

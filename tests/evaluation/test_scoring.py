@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
 from testing_utils import build_tokenizer, task_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -16,7 +17,9 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-from rlora_trl.evaluation import TaskScore, encoding, score_tasks
+from rlora_trl import RLoraConfig, set_task
+from rlora_trl.evaluation import TaskScore, encoding, score_tasks, scoring
+from rlora_trl.tuner.routing import find_routings
 
 
 @pytest.fixture
@@ -51,6 +54,29 @@ def test_options_by_likelihood(model, batch_size):
     assert score == TaskScore(expected, 15)
     assert score.accuracy == expected / 15
     assert expected >= 8
+
+
+@pytest.mark.parametrize("metric", ["auto", "exact_match"])
+def test_each_task_has_its_own_head_weights(model, monkeypatch, metric):
+    """With task routers, unless the user has set a task."""
+    model = get_peft_model(model, RLoraConfig(task_type="CAUSAL_LM", router="task", tasks=["a", "b"]))
+    (routing,) = find_routings(model)
+    seen = []
+    for name in ("score_likely", "generate_answers"):
+        real = getattr(scoring, name)
+        monkeypatch.setattr(
+            scoring, name, lambda *a, real=real, **k: (seen.append(routing.batch.task), real(*a, **k))[1]
+        )
+    tasks = {"b": task_rows("same", 2), "new": task_rows("same", 1), "a": task_rows("same", 3)}
+
+    scores = score_tasks(model, build_tokenizer(), tasks, metric=metric, max_new_tokens=4)
+    assert {task: score.total for task, score in scores.items()} == {"b": 2, "new": 1, "a": 3}
+    assert seen == [1, None, 0] and routing.batch.task is None
+
+    set_task(model, "b")
+    again = score_tasks(model, build_tokenizer(), tasks, metric=metric, max_new_tokens=4)
+    assert list(again) == ["b", "new", "a"]
+    assert seen[3:] == [1] and routing.batch.task == 1
 
 
 def test_free_answers_by_greedy_decoding(model):

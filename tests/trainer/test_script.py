@@ -14,9 +14,7 @@ from testing_utils import task_datasets, task_rows
 
 import rlora_cli
 from rlora_trl import RLoraSFTConfig
-from rlora_trl.evaluation import TaskScore
 from rlora_trl.trainer import cores, script
-from rlora_trl.tuner.routing import find_routings
 
 
 ROW = {"prompt": "a", "completion": "b"}
@@ -113,33 +111,14 @@ def test_a_precision_that_this_cpu_emulates_is_named_before_the_first_step(
     assert message is None if said is None else said in message
 
 
-def run_script(model, folder, data, monkeypatch, score=None, **settings):
-    """Train as `rlora train` does, with another function in place of that which scores."""
-    monkeypatch.setattr(script, "score_tasks", score or (lambda *args, **options: pytest.fail("scored")))
+def run_script(model, folder, data, monkeypatch, **settings):
+    """Train as `rlora train` does, in a test that fails when rows are scored."""
+    monkeypatch.setattr(script, "score_tasks", lambda *args, **options: pytest.fail("scored"))
     words = ["--model_name_or_path", model, "--output_dir", str(folder), "--bf16", "false", "--report_to", "none"]
     words += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
     words += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     _, training, model_args, rlora = script.make_parser().parse_args_and_config(words)
     return script.train(model, data, training, model_args, rlora)
-
-
-def test_rows_are_scored_with_the_head_weights_of_their_task(tmp_path, model_folders, monkeypatch):
-    seen = []
-
-    def score(model, tokenizer, tasks, **options):
-        (routing,) = find_routings(model)
-        seen.append((options["description"], list(tasks), routing.batch.task))
-        return {task: TaskScore(1, len(rows)) for task, rows in tasks.items()}
-
-    data = script.TrainingData(task_datasets(4), scored={task: task_rows(task, 1) for task in ("same", "colour")})
-    result = run_script(model_folders["llama"], tmp_path, data, monkeypatch, score, router="task", seed=3)
-    tasks = list(result.trainer.model.peft_config["default"].tasks)
-    each = [(["same"], tasks.index("same")), (["colour"], tasks.index("colour"))]
-    assert seen == [(f"Scoring, {when}", *rest) for when in ("before", "after") for rest in each]
-    assert list(result.after) == ["same", "colour"]
-    seen.clear()
-    run_script(model_folders["llama"], tmp_path / "token", data, monkeypatch, score)
-    assert seen == [(f"Scoring, {when}", ["same", "colour"], None) for when in ("before", "after")]
 
 
 def test_a_run_that_can_not_be_resumed_is_refused_before_rows_are_scored(tmp_path, model_folders, monkeypatch):
