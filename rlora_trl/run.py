@@ -15,6 +15,7 @@ import runpy
 import sys
 import zipfile
 from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NoReturn
 
@@ -30,7 +31,8 @@ def main(words: list[str]) -> None:
         words (`list[str]`): A script, or `-m` and a module, then the program's own arguments.
 
     Raises:
-        SystemExit: With code 2 if no program is named or it does not exist; 0 after `--help`; or as the program exits.
+        SystemExit: With code 2 if no program is named, or it does not exist or is a package or folder without a
+            `__main__` module; 0 after `--help`; or as the program exits.
     """
     if words[:1] in (["-h"], ["--help"]):
         sys.stdout.write(f"{USAGE}\n\n{__doc__}")
@@ -39,16 +41,38 @@ def main(words: list[str]) -> None:
     program, arguments = (words[1:2], words[2:]) if is_module else (words[:1], words[1:])
     if not program:
         _refuse("the program is missing: name a script, or `-m` and a module")
+    if program[0] == "-" or program[0].startswith("-c"):
+        _refuse(f"{program[0]!r} is not accepted: name a script, or `-m` and a module. /dev/stdin is a script, too")
     if program[0].startswith("-"):
         _refuse(f"no such option: {program[0]}. Options of Python belong before `-m rlora_trl.run`")
 
     if is_module:
         sys.argv = ["-m", *arguments]  # the name while Python searches for the module
+        _check_module(program[0])
         runpy.run_module(program[0], run_name="__main__", alter_sys=True)
         return
     if not os.path.exists(program[0]):
         _refuse(f"{program[0]!r} does not exist. Name a script, or `-m` and a module")
+    if os.path.isdir(program[0]) and not any(name.startswith("__main__.") for name in os.listdir(program[0])):
+        _refuse(f"the folder {program[0]!r} has no `__main__.py`. Name a script in it")
     _run_path(program[0], arguments)
+
+
+def _check_module(name: str) -> None:
+    """Refuse a module that does not exist. Packages around it are imported, as `python -m` does."""
+    try:
+        found = find_spec(name)
+        main = found and (found.submodule_search_locations is None or find_spec(f"{name}.__main__"))
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # an import in a package around it
+        found = None
+    except (ImportError, ValueError):
+        return  # of a name that is no name; the text of `runpy` says so
+    if found is None:
+        _refuse(f"there is no module {name!r}. Name one that `python -m` finds, or a script")
+    if not main:
+        _refuse(f"the package {name!r} has no `__main__` module. Name a module in it")
 
 
 def _run_path(path: str, arguments: list[str]) -> None:

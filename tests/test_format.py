@@ -159,6 +159,13 @@ def test_transposed_weights_of_the_base(reader, tmp_path):
     compare(reader, base, tmp_path)
 
 
+def test_flags_in_a_pattern(reader):
+    """In RE2's syntax they may stand at the start of any group."""
+    config = {"alpha_pattern": {"(?i)UP_PROJ": 5}, "lora_alpha": 32, "use_rslora": False}
+    found = [reader["scaling"](config, layer, 1) for layer in ("up_proj", "layers.0.mlp.up_proj", "mlp.my_up_proj")]
+    assert found == [5, 5, 32]
+
+
 def test_equal_logits(reader):
     """The lower index counts as larger."""
     config = {"router": "top_k", "router_top_k": 2, "num_heads": 4}

@@ -85,13 +85,34 @@ def test_folder_with_a_main_module(tmp_path):
         (["-m"], "the program is missing"),
         (["none.py", "a"], "'none.py' does not exist"),
         (["-u", "none.py"], "no such option: -u. Options of Python belong before"),
+        (["-c", "print(1)"], "'-c' is not accepted: name a script, or `-m` and a module"),
+        (["-"], "'-' is not accepted: name a script"),
+        (["-m", "none"], "there is no module 'none'. Name one that `python -m` finds"),
+        (["-m", "none.of.these"], "there is no module 'none.of.these'"),
+        (["-m", "tools.none"], "there is no module 'tools.none'"),
+        (["-m", "tools.show.none"], "there is no module 'tools.show.none'"),
+        (["-m", "tools"], "the package 'tools' has no `__main__` module"),
+        (["tools"], "the folder 'tools' has no `__main__.py`"),
     ],
 )
-def test_no_program(words, reason, capsys):
+def test_no_program(words, reason, capsys, program, monkeypatch):
+    monkeypatch.chdir(program)
+    monkeypatch.syspath_prepend(program)
+    (program / "tools" / "show.py").write_text("")
+    monkeypatch.setattr(sys, "argv", [])
     with pytest.raises(SystemExit) as caught:
         run.main(words)
     assert caught.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+def test_an_import_that_fails_around_a_module_is_shown(tmp_path, monkeypatch):
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("import a_module_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_nobody_has"):
+        run.main(["-m", "broken_package.show"])
 
 
 def test_help(capsys):

@@ -11,7 +11,7 @@ Axolotl looks classes up by these names. docs/integrations/axolotl.md has a whol
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,19 @@ def adapter_config(cfg: Any) -> RLoraConfig:
     values = dict(given or {})
     saved = cfg.get("lora_modules_to_save")
     if saved:
-        if set(values.setdefault("modules_to_save", saved)) != set(saved):
+        named = values.get("modules_to_save")
+        if named is None:
+            values["modules_to_save"] = saved
+        elif sorted(map(str, _listed(named))) != sorted(map(str, _listed(saved))):
             raise ValueError(
-                f"`lora_modules_to_save` is {saved}, and `modules_to_save` under `rlora` is "
-                f"{values['modules_to_save']}. Remove the second."
+                f"`lora_modules_to_save` is {shorten(saved)}, and `modules_to_save` under `rlora` is "
+                f"{shorten(named)}. Remove the second."
             )
     return config_from_settings(values, where="rlora", tool="axolotl", task_type="CAUSAL_LM")
+
+
+def _listed(names: Any) -> Sequence[Any]:
+    return names if isinstance(names, list | tuple) else [names]
 
 
 class RLoraPlugin(BasePlugin):

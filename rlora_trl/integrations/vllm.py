@@ -54,6 +54,8 @@ ADAPTERS, CACHE, CACHE_GB, MAX_KL, LAYERS = (
 )
 # The first is that of `validate_repo_id`.
 _MAX_REPO, _MAX_REVISION = 96, 200
+# A repository, in which `*`, `?` and `[...]` stand for others, as in a shell.
+_PATTERN = re.compile(r"[\w./*?!\[\]-]+", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 # Requests of strangers must not occupy more of a server that others use.
 _WORKERS = 4
@@ -134,11 +136,16 @@ class Settings:
                 f"`{ADAPTERS}` must name the adapters that may be served, got {environment.get(ADAPTERS)!r}. For "
                 'example "user/adapter,org/*", or "*" for every adapter on the Hub.'
             )
-        folder = environment.get(CACHE) or os.path.join(constants.HF_HOME, "rlora_trl", "vllm")
+        for name in allowed:
+            if not _PATTERN.fullmatch(name) or not set("/*?[") & set(name):
+                raise ValueError(
+                    f"`{ADAPTERS}` must have names of repositories, separated by commas, got {shorten(name)}. For "
+                    "example user/adapter,org/* without quotes, addresses and tasks, which requests name."
+                )
         gigabytes = _number(environment, CACHE_GB, 20.0)
         assert gigabytes is not None
         max_kl = _number(environment, MAX_KL, None)
-        return cls(allowed, Path(folder).expanduser(), int(gigabytes * 1e9), max_kl, layers_wanted(environment))
+        return cls(allowed, _cache_folder(environment), int(gigabytes * 1e9), max_kl, layers_wanted(environment))
 
     def check_allowed(self, repo_id: str) -> None:
         """Refuse a repository that is not allowed."""
@@ -157,6 +164,15 @@ def layers_wanted(environment: Mapping[str, str]) -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"`{LAYERS}` must be 0 or 1, got {value!r}. Leave it unset for 0.")
     return value == "1"
+
+
+def _cache_folder(environment: Mapping[str, str]) -> Path:
+    """The folder of the exports, which other processes may look for from another working directory."""
+    text = environment.get(CACHE, "").strip() or os.path.join(constants.HF_HOME, "rlora_trl", "vllm")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"`{CACHE}` is {shorten(text)}: {error}. Set it to a folder that can be written.") from error
 
 
 def _number(environment: Mapping[str, str], name: str, default: float | None) -> float | None:
@@ -356,5 +372,11 @@ def register_resolver() -> None:
     if RESOLVER in LoRAResolverRegistry.get_supported_resolvers():
         return
     settings = Settings.from_environment(os.environ)
-    LoRAResolverRegistry.register_resolver(RESOLVER, resolver_class()(settings))
+    try:
+        resolver = resolver_class()(settings)
+    except OSError as error:
+        raise ValueError(
+            f"The cache of exports can't be written: {error}. Set `{CACHE}` to a folder that can be written."
+        ) from error
+    LoRAResolverRegistry.register_resolver(RESOLVER, resolver)
     logger.info(f"R-LoRA adapters are served on request: {', '.join(settings.allowed)}.")

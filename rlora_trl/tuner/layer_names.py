@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
+from ..reading import shorten
+
 
 _Value = TypeVar("_Value")
 
@@ -37,14 +39,27 @@ def value_for(patterns: Mapping[str, _Value], layer: str, default: _Value) -> _V
         patterns (`Mapping[str, Any]`): Values by name or regular expression, of the user's own configuration.
         layer (`str`): The layer's name in the model.
         default (`Any`): The value if none matches.
+
+    Raises:
+        ValueError: If a pattern is neither a name nor a regular expression that can stand within another one.
     """
     if not patterns:
         return default
     ends = set(endings(layer))
     for pattern, value in patterns.items():
-        if pattern in ends or (not is_plain(pattern) and re.match(rf"(.*\.)?({pattern})$", layer)):
+        if pattern in ends or (not is_plain(pattern) and _matches(pattern, layer)):
             return value
     return default
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+    except re.error as error:
+        raise ValueError(
+            f"{shorten(pattern)} in `rank_pattern` or `alpha_pattern` is not a regular expression for a name's end: "
+            rf"{error.msg}. Write the end of a layer's name, such as 'mlp.up_proj', or r'layers\.[0-3]\..*'."
+        ) from error
 
 
 def module_of(tensor: str) -> str | None:

@@ -123,6 +123,20 @@ def test_refused_settings(plugin, settings, changes, message):
         plugin.RLoraArgs(**{**settings, **changes})
 
 
+@pytest.mark.parametrize("named", [3, "norm", {}])
+def test_modules_to_save_that_are_no_list(plugin, settings, named):
+    """Refused as a setting, and not by an error of Python."""
+    fields = {**settings["rlora"], "modules_to_save": named}
+    with pytest.raises(ValidationError, match="`modules_to_save` under `rlora` is"):
+        plugin.RLoraArgs(**{**settings, "lora_modules_to_save": ["lm_head"], "rlora": fields})
+
+
+def test_modules_to_save_that_are_null(plugin, settings):
+    fields = {**settings["rlora"], "modules_to_save": None}
+    config = plugin.adapter_config({**settings, "lora_modules_to_save": ["lm_head"], "rlora": fields})
+    assert config.modules_to_save == ["lm_head"]
+
+
 def test_settings_that_agree(plugin, settings):
     """Off is off, and what R-LoRA does anyway is no conflict."""
     agreeing = {"peft_use_rslora": False, "lora_target_linear": False, "lora_mlp_kernel": False}

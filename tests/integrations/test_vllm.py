@@ -474,6 +474,44 @@ def test_settings_that_cannot_be_used(vllm, environment, name, value):
     assert not list(vllm.LoRAResolverRegistry.get_supported_resolvers())
 
 
+@pytest.mark.parametrize(
+    "name",
+    ['"user/adapter"', "'*'", "https://huggingface.co/user/adapter", "adapter", "user/adapter:sst2", "user/a b"],
+)
+def test_repositories_that_no_request_can_match(vllm, environment, name):
+    """Quotes, for example, which a shell removes, and a file of variables for a container does not."""
+    environment.setenv(ADAPTERS, f"org/adapter,{name}")
+    with pytest.raises(ValueError, match=f"`{ADAPTERS}` must have names of repositories.*got {re.escape(repr(name))}"):
+        register()
+    assert not list(vllm.LoRAResolverRegistry.get_supported_resolvers())
+
+
+@pytest.mark.parametrize("name", ["*", "*-r-lora", "org/*", "user/a?", "[ab]*/x", "org.a/b_c-1"])
+def test_repositories_that_requests_can_match(environment, name):
+    assert Settings.from_environment({ADAPTERS: name}).allowed == (name,)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/cache", "~nobody-of-this-name/cache"])
+def test_a_cache_that_cannot_be_written(vllm, environment, tmp_path, folder):
+    """When the server starts, and by the name of the setting."""
+    (tmp_path / "file").write_text("")
+    environment.setenv(ADAPTERS, "*")
+    environment.setenv(CACHE, folder if folder.startswith("~") else str(tmp_path / folder))
+    with pytest.raises(ValueError, match=f"`{CACHE}`.* to a folder that can be written|`{CACHE}` is '~nobody"):
+        register()
+    assert not list(vllm.LoRAResolverRegistry.get_supported_resolvers())
+
+
+def test_a_cache_is_a_whole_path(environment, tmp_path):
+    """Workers have another working directory; and spaces are no name."""
+    environment.chdir(tmp_path)
+    settings = [Settings.from_environment({ADAPTERS: "*", CACHE: value}) for value in ("exports", "  ")]
+    assert [found.cache for found in settings] == [
+        tmp_path / "exports",
+        Settings.from_environment({ADAPTERS: "*"}).cache,
+    ]
+
+
 def test_defaults(environment):
     environment.delenv(CACHE)
     values = Settings.from_environment({ADAPTERS: "*"})

@@ -12,6 +12,7 @@ import pytest
 import torch
 import vllm_stand_ins
 from peft import LoraConfig, get_peft_model
+from processes import ROOT
 from safetensors.torch import load_file
 from testing_utils import perturb
 from transformers import AutoModelForCausalLM
@@ -23,21 +24,14 @@ from rlora_trl.integrations.vllm_layers import VLLM_VERSION, register_layers
 from rlora_trl.integrations.vllm_packing import write_packed
 
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import vllm_layers as benchmark  # noqa: E402
+
+
 SLOTS = 4
 RANK = 32
 # Adapters by slot; the last slot stays empty.
-ADAPTERS = {
-    "softmax": {},
-    "lora": None,
-    "top_k": {
-        "router": "top_k",
-        "router_top_k": 2,
-        "router_init": "kaiming_uniform",
-        "num_heads": 5,
-        "share_a": False,
-        "r": 2,
-    },
-}
+ADAPTERS = {kind: benchmark.ADAPTERS[kind] for kind in ("softmax", "plain LoRA", "top_k")}
 TOKENS = [0, 0, 1, 2, -1, 0, 1, -1, 2, 2, 3]
 
 
@@ -48,19 +42,9 @@ def installed():
     vllm = importlib.import_module("vllm")
     if vllm.__version__.partition("+")[0] != VLLM_VERSION:
         pytest.skip(f"needs vLLM {VLLM_VERSION}")
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.lora import utils
-
-    before = utils._all_lora_classes
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, backend="gloo")
-        distributed.initialize_model_parallel(1, 1)
-        register_layers()
+    with pytest.MonkeyPatch.context() as patch, benchmark.one_rank():
+        patch.setattr(benchmark, "DEVICE", "cpu")
         yield vllm
-        utils._all_lora_classes = before
-        distributed.destroy_model_parallel()
-        distributed.destroy_distributed_environment()
 
 
 @pytest.fixture(scope="module")
@@ -83,36 +67,11 @@ def models(model_folders, tmp_path_factory):
     return made
 
 
-MODULES = {
-    "gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
-    "qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "down_proj": ["mlp.down_proj"],
-    "o_proj": ["self_attn.o_proj"],
-    "up_proj": ["mlp.up_proj"],
-    "replicated": ["mlp.up_proj"],
-}
-
-
 def linear(kind, layers, dtype):
     """A linear layer of vLLM with the weights of layers of transformers."""
-    from vllm.model_executor.layers import linear as vllm_linear
-
-    d_in, outputs = layers[0].in_features, [layer.out_features for layer in layers]
-    options = {"bias": False, "params_dtype": dtype, "prefix": kind}
-    if kind == "gate_up_proj":
-        module = vllm_linear.MergedColumnParallelLinear(d_in, outputs, **options)
-    elif kind == "qkv_proj":
-        head = outputs[0] // 4
-        module = vllm_linear.QKVParallelLinear(d_in, head, 4, outputs[1] // head, **options)
-    elif kind in ("down_proj", "o_proj"):
-        module = vllm_linear.RowParallelLinear(d_in, outputs[0], **options)
-    elif kind == "up_proj":
-        module = vllm_linear.ColumnParallelLinear(d_in, outputs[0], **options)
-    else:
-        module = vllm_linear.ReplicatedLinear(d_in, outputs[0], **options)
-    module.weight.data = torch.cat([layer.weight for layer in layers]).to(dtype)
-    module.quant_method.process_weights_after_loading(module)
-    return module
+    outputs = [layer.out_features for layer in layers]
+    weight = torch.cat([layer.weight.data for layer in layers])
+    return benchmark.linear(kind, layers[0].in_features, outputs, outputs[0] // 4, weight, dtype)
 
 
 def lora_layer(kind, module, models, dtype, sharded=False):
@@ -126,7 +85,7 @@ def lora_layer(kind, module, models, dtype, sharded=False):
     from vllm.lora.utils import from_layer
 
     config = LoRAConfig(max_lora_rank=RANK, max_loras=SLOTS, lora_dtype=dtype, fully_sharded_loras=sharded)
-    names = MODULES[kind]
+    names = benchmark.KINDS[kind]
     layer = from_layer(module, SLOTS, config, names if len(names) > 1 else [])
     assert type(layer).__module__ == vllm_layers.__name__
     kernels = PunicaWrapperCPU(64, 64, "cpu")
@@ -134,7 +93,7 @@ def lora_layer(kind, module, models, dtype, sharded=False):
     for slot, (_, folder) in enumerate(models):
         helper = PEFTHelper.from_local_dir(str(folder), None)
         helper.validate_legal(config)
-        expected = {name.rpartition(".")[2] for names in MODULES.values() for name in names}
+        expected = {name.rpartition(".")[2] for names in benchmark.KINDS.values() for name in names}
         loaded = LoRAModel.from_local_checkpoint(
             str(folder), expected, helper, lora_model_id=slot + 1, device="cpu", dtype=dtype
         )
@@ -152,7 +111,7 @@ def lora_layer(kind, module, models, dtype, sharded=False):
 def expected_output(kind, x, tokens, models, dtype):
     """What the layers of PEFT and of this package give for the tokens of each slot, in a dtype."""
     outputs = []
-    for name in MODULES[kind]:
+    for name in benchmark.KINDS[kind]:
         rows = []
         for token, slot in zip(x, tokens, strict=True):
             model = models[slot if 0 <= slot < len(models) else 0][0]
@@ -165,11 +124,11 @@ def expected_output(kind, x, tokens, models, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("prefill", "sharded"), [(True, False), (False, False), (False, True)])
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", benchmark.KINDS)
 @torch.no_grad()
 def test_outputs_are_those_of_the_adapters(installed, models, kind, prefill, sharded, dtype):
     base = models[0][0].base_model.model.model.layers[0]
-    layers = [base.get_submodule(name) for name in MODULES[kind]]
+    layers = [base.get_submodule(name) for name in benchmark.KINDS[kind]]
     layers = [getattr(layer, "base_layer", layer) for layer in layers]
     layer, mapping = lora_layer(kind, linear(kind, layers, dtype), models, dtype, sharded)
     mapping(TOKENS, prefill)
@@ -278,7 +237,7 @@ def stand_in(cls, models, names, slots, **options):
 @torch.no_grad()
 def test_stand_ins(models, kind):
     torch.manual_seed(0)
-    layer = stand_in(Layer, models, MODULES[kind], TOKENS)
+    layer = stand_in(Layer, models, benchmark.KINDS[kind], TOKENS)
     x = torch.randn(len(TOKENS), layer.inputs)
     torch.testing.assert_close(layer(x), expected_output(kind, x, TOKENS, models, torch.float32), rtol=1e-4, atol=1e-5)
     layer.reset_lora(0)
@@ -291,7 +250,9 @@ def test_stand_ins(models, kind):
 @torch.no_grad()
 def test_ranks_that_divide_the_inputs(models, monkeypatch):
     """Logits are added up among ranks before the softmax. Both ranks run here, one after the other."""
-    ranks = [stand_in(RowLayer, models, MODULES["down_proj"], TOKENS, tp_size=2, tp_rank=rank) for rank in (0, 1)]
+    ranks = [
+        stand_in(RowLayer, models, benchmark.KINDS["down_proj"], TOKENS, tp_size=2, tp_rank=rank) for rank in (0, 1)
+    ]
     x = torch.randn(len(TOKENS), 2 * ranks[0].inputs)
     partial = []
     distributed = ModuleType("vllm.distributed")
@@ -308,7 +269,7 @@ def test_ranks_that_divide_the_inputs(models, monkeypatch):
 @torch.no_grad()
 def test_compiled_in_one_graph(models):
     """Which token has which adapter, and what is in a slot, are read from memory, as a CUDA graph does."""
-    layer = stand_in(Layer, models, MODULES["gate_up_proj"], TOKENS)
+    layer = stand_in(Layer, models, benchmark.KINDS["gate_up_proj"], TOKENS)
     kernels = layer.punica_wrapper.kernels
     # On a GPU vLLM has a buffer for the largest batch.
     kernels.token_mapping_meta = SimpleNamespace(token_lora_mapping=torch.full((64,), -1, dtype=torch.int32))

@@ -1,6 +1,8 @@
 """Patterns of a file: a stranger's regular expression is never run, and the adapter loads as it was saved."""
 
+import copy
 import json
+import re
 import time
 
 import pytest
@@ -155,6 +157,14 @@ def test_what_RE2_lacks_comes_from_the_file(model_folders, save, way):  # noqa: 
     loaded = LOADERS[way](base, folder)
     if way != "second":
         assert torch.equal(logits(base if way == "load_adapter" else loaded), expected)
+
+
+@pytest.mark.parametrize("pattern", ["(?i)UP_PROJ", "(up", "*proj", "[a"])
+def test_what_is_no_expression_is_named(base, pattern):
+    message = f"{re.escape(repr(pattern))} in `rank_pattern` or `alpha_pattern` is not a regular expression"
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(copy.deepcopy(base), RLoraConfig(task_type="CAUSAL_LM", **{field: {pattern: 2}}))
 
 
 def test_a_loaded_adapter_saves_names(base, save, tmp_path):
