@@ -14,7 +14,7 @@ import os
 import runpy
 import sys
 import zipfile
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import SourceFileLoader, SourcelessFileLoader
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NoReturn
@@ -90,9 +90,15 @@ def _run_path(path: str, arguments: list[str]) -> None:
     # Not with `runpy`, which makes `__file__` and `sys.argv[0]` one path: Python's are absolute and as typed.
     module = ModuleType("__main__")
     module.__file__ = os.path.abspath(path)
-    module.__loader__ = loader = SourceFileLoader("__main__", module.__file__)
     sys.modules["__main__"] = module
-    exec(loader.source_to_code(loader.get_data(module.__file__), module.__file__), vars(module))
+    if path.endswith(".pyc"):
+        module.__loader__ = compiled = SourcelessFileLoader("__main__", module.__file__)
+        code = compiled.get_code("__main__")
+    else:
+        module.__loader__ = loader = SourceFileLoader("__main__", module.__file__)
+        code = loader.source_to_code(loader.get_data(module.__file__), module.__file__)
+    assert code is not None  # only for the type checker: loaders raise
+    exec(code, vars(module))
 
 
 def _refuse(reason: str) -> NoReturn:

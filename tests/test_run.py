@@ -2,6 +2,7 @@
 
 import json
 import os
+import py_compile
 import sys
 
 import processes
@@ -36,11 +37,16 @@ def program(tmp_path):
         folder.mkdir()
         (folder / "show.py").write_text(SHOW)
         (folder / "neighbor.py").write_text(f"VALUE = {folder.name!r}")
+    py_compile.compile(str(tmp_path / "scripts" / "show.py"), str(tmp_path / "scripts" / "compiled.pyc"))
     (tmp_path / "tools" / "show.py").write_text(SHOW.replace("import neighbor", "from . import neighbor"))
     return tmp_path
 
 
-@pytest.mark.parametrize("words", [("scripts/show.py",), ("-m", "tools.show")], ids=["script", "module"])
+@pytest.mark.parametrize(
+    "words",
+    [("scripts/show.py",), ("scripts/compiled.pyc",), ("-m", "tools.show")],
+    ids=["script", "compiled", "module"],
+)
 def test_as_python_runs_it(program, words):
     words = [*words, "--help", "-m", "x", "--", "-c"]
     plain = python(*words, cwd=program)
