@@ -26,6 +26,20 @@ def require_bitsandbytes(setting: str) -> None:
         )
 
 
+def require_liger(setting: str) -> None:
+    """
+    Refuse a setting that needs Liger's kernels where they are missing.
+
+    Args:
+        setting (`str`): The setting in words, such as `` `use_liger_kernel=True` ``.
+
+    Raises:
+        ImportError: If Liger is not installed.
+    """
+    if find_spec("liger_kernel") is None:
+        raise ImportError(f"{setting} needs Liger's kernels, which are not installed. Run `pip install liger-kernel`.")
+
+
 def require_model_folder(name: str, remedy: str) -> None:
     """
     Refuse a path to a model where nothing is, which `huggingface_hub` takes for an invalid name.

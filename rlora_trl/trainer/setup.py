@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from ..requirements import require_bitsandbytes
+from ..requirements import require_bitsandbytes, require_liger
 from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
 
@@ -36,7 +36,7 @@ def check_packages(args: RLoraSFTConfig, quantization_config: Any) -> None:
     """
     Refuse settings whose package is missing, before data are prepared and the model is loaded.
 
-    transformers looks for that of the optimizer when training begins.
+    transformers looks for those of the optimizer and of the kernels when training begins.
 
     Args:
         args ([`RLoraSFTConfig`]): Configuration of the run.
@@ -44,7 +44,8 @@ def check_packages(args: RLoraSFTConfig, quantization_config: Any) -> None:
             `args.model_init_kwargs` counts.
 
     Raises:
-        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, and is not installed.
+        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, or Liger for its kernels, and
+            is not installed.
     """
     given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     if isinstance(given, BitsAndBytesConfig):
@@ -52,6 +53,8 @@ def check_packages(args: RLoraSFTConfig, quantization_config: Any) -> None:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if "torch" not in optimizer and any(part in optimizer for part in _BITSANDBYTES_OPTIMIZERS):
         require_bitsandbytes(f"`optim={optimizer!r}`")
+    if args.use_liger_kernel:
+        require_liger("`use_liger_kernel=True`")
 
 
 def check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:

@@ -108,6 +108,13 @@ def test_optimizers_of_bitsandbytes_are_known_before_training(monkeypatch, tmp_p
         check_packages(RLoraSFTConfig(str(tmp_path), bf16=False, optim=name), None)
 
 
+def test_kernels_of_liger_are_looked_for_before_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    args = RLoraSFTConfig(str(tmp_path), bf16=False, use_liger_kernel=True)
+    with pytest.raises(ImportError, match="^`use_liger_kernel=True` needs Liger's kernels.*pip install liger-kernel`"):
+        check_packages(args, None)
+
+
 @pytest.mark.parametrize("name", ["./model", "/models/a", "~/model", "a/b/c"])
 def test_a_path_without_a_model_is_no_name_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match=f"^There is no model in {name}. Give the folder of a model, or its"):
