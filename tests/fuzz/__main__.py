@@ -23,7 +23,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: 2)")
     parser.add_argument("--output", type=Path, help="folder for inputs that fail")
     parser.add_argument(
-        "--limit", type=float, default=2.0, help="seconds that an input may take on a usual machine (default: 2)"
+        "--limit",
+        type=float,
+        help="seconds of processor time that an input may take (default: 2, or more on a slow machine)",
     )
     parser.add_argument("--report", type=Path, help="file for the counts and failures, as JSON")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
@@ -44,12 +46,12 @@ def main() -> int:
         return 2
     readers = [reader for reader in readers if not args.only or reader.name in args.only]
 
-    from .cases import slowness
+    from .cases import SECONDS, slowness
     from .runner import Plan, fuzz
 
     seed = random.randrange(2**31) if args.seed is None else args.seed
     print(f"seed {seed}, {len(readers)} readers, {args.workers} workers", flush=True)
-    limit = args.limit * slowness()
+    limit = SECONDS * slowness() if args.limit is None else args.limit
     plan = Plan(readers, seed, args.seconds, args.cases, args.first, args.workers, args.output, limit, args.once)
     report = fuzz(plan)
     if args.report is not None:
