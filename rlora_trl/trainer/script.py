@@ -152,11 +152,11 @@ def load_data(args: RLoraScriptArguments, training_args: RLoraSFTConfig) -> Trai
                 if split is not None:
                     where = _split_name(args, splits, name)
                     check_rows(split, where, text_column=training_args.dataset_text_field)
-                    if isinstance(split, Dataset):
-                        _rows_to_score(split, training_args.task_column, 1, where, scored=False)
+                    if isinstance(split, Dataset):  # whose tasks can be read now, to refuse rows without one
+                        _rows_by_task(split, training_args.task_column, 1, where)
         if args.score_rows > 0 and test is not None and is_scorable(test):
             where = _split_name(args, splits, args.dataset_test_split)
-            data.scored = _rows_to_score(test, training_args.task_column, args.score_rows, where)
+            data.scored = _rows_by_task(test, training_args.task_column, args.score_rows, where, scored=True)
     return data
 
 
@@ -164,14 +164,15 @@ def _split_name(args: RLoraScriptArguments, splits: Mapping[str, Any], split: st
     return args.dataset_name if len(splits) == 1 else f"{args.dataset_name}, split {split!r}"
 
 
-def _rows_to_score(
-    test: Any, column: str, limit: int, where: str, *, scored: bool = True
+def _rows_by_task(
+    split: Any, column: str, limit: int, where: str, *, scored: bool = False
 ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    if column not in test.column_names:
+    """See [`rows_by_task`]; nothing without the column."""
+    if column not in split.column_names:
         return {}
     # As in training, the default column need not name tasks; the trainer warns of that.
     warn = (lambda text: None) if column == "task" else None
-    return rows_by_task(test, column, limit, where=where, scored=scored, warn=warn)
+    return rows_by_task(split, column, limit, where=where, scored=scored, warn=warn)
 
 
 def train(
