@@ -153,6 +153,11 @@ IDEAS = {
     "R-LoRA, dropout 0.2 for a half": _heads(
         "head dropout in the first half of training only", 1, dropout=0.2, dropout_until=0.5
     ),
+    **{
+        f"R-LoRA, no dropout, gamma {gamma}": _heads("smaller initial values of A and B", 1, gamma=float(gamma))
+        for gamma in (256, 1024, 4096)
+    },
+    "R-LoRA, gamma 1024": _heads("head dropout 0.2, smaller initial values of A and B", 1, dropout=0.2, gamma=1024.0),
     "R-LoRA, sigmoid": _heads("gates that do not compete", 1, gate="sigmoid", scaling="alpha/sqrt(rN)"),
     "R-LoRA, sigmoid, dropout 0.1": _heads(
         "gates that do not compete, and head dropout", 1, gate="sigmoid", scaling="alpha/sqrt(rN)", dropout=0.1
@@ -184,6 +189,12 @@ BY_TASK = {
     "ranks by task, router 0.2, EMA 0.98": _by_task(
         "gates by task that learn faster, scored with an average of the weights", router_rate=0.2, ema=0.98
     ),
+    **{
+        f"ranks by task, router 0.2, gamma {gamma}": _by_task(
+            "gates by task that learn faster, smaller initial values", router_rate=0.2, gamma=float(gamma)
+        )
+        for gamma in (256, 1024)
+    },
     "ranks by task, shift": _by_task(
         "nine ranks with gates by task, and a vector by task that is added to A x", gate="task_shift"
     ),
