@@ -229,7 +229,8 @@ def test_an_adapter_at_its_initial_values_adds_nothing(form, dtype):
     counts = COUNTS["mixed"]
     params = parameters(SIZES["small"], len(counts), torch.float32)
     params["router"] = torch.zeros_like(params["router"])
-    params["anchor_A"], params["anchor_B"] = params["A"].detach(), params["B"].detach().mean(1)
+    params["anchor_A"] = params["A"].detach()
+    params["anchor_B"] = rank_space.mean_of_heads(params["B"].detach())
     layout = rank_space.Layout(3, 4)
     weights = grouped.concat_experts(*params.values(), layout, scaling=2.0, multiple=16)
     x, groups = draw(sum(counts), 37, dtype=dtype), groups_of(counts)
