@@ -49,6 +49,8 @@ class LabOptions:
             first with opposite B: the initial delta is zero).
         anchor (`bool`): Subtract the initial delta, where it is not zero.
         gamma* (`float` or `dict[str, float]`): Constant of Table 1, for all layers or by name.
+        share* (`float`): If not 0, gamma of each layer is such that the initial delta is expected to have this share
+            of the Frobenius norm of the layer's weight.
         alpha* (`float`), scaling* (`str`): The factor of the delta.
         dropout* (`float`), position (`str`): Dropout on A x with a mask for each head, or on the x that A reads.
     """
@@ -65,6 +67,7 @@ class LabOptions:
     init: str = "rlora"
     anchor: bool = True
     gamma: Any = 64.0
+    share: float = 0.0
     alpha: float = 32.0
     scaling: str = "alpha/sqrt(r)"
     dropout: float = 0.0
@@ -111,7 +114,12 @@ class LabOptions:
         divisor = {"alpha/r": r, "alpha/sqrt(r)": math.sqrt(r), "alpha/sqrt(rN)": math.sqrt(r * self.heads)}
         return self.alpha / divisor[self.scaling]
 
-    def gamma_of(self, name: str) -> float:
+    def gamma_of(self, name: str, weight: torch.Tensor) -> float:
+        """Gamma of a layer with this weight `[d_out, d_in]`."""
+        if self.share:
+            # Of N r products of a column of B and a row of A, each has the expected squared norm d_out / gamma^2.
+            scale = self.factor(name) * self.first_gate * math.sqrt(self.heads * self.rank(name) * weight.shape[0])
+            return scale / (self.share * torch.linalg.vector_norm(weight.detach().float()).item())
         return self.gamma[name] if isinstance(self.gamma, Mapping) else self.gamma
 
     @property
@@ -213,7 +221,7 @@ class LabLinear(nn.Module):
         d_in, d_out = self.base_layer.in_features, self.base_layer.out_features
         A = torch.empty(1 if o.share_a else o.heads, self.r, d_in)
         B = torch.empty(o.heads, self.r, d_out)
-        common = d_out**0.25 / math.sqrt(o.gamma_of(name))
+        common = d_out**0.25 / math.sqrt(o.gamma_of(name, self.base_layer.weight))
         if o.init == "orthogonal":
             for tensor in (A, B):
                 nn.init.orthogonal_(tensor.view(-1, tensor.shape[-1]), gain=common, generator=g)

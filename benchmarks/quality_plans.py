@@ -67,6 +67,7 @@ TUNED = {
 
 # Names of the MLP and of attention.
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SHARE = "initial values such that the first delta has 5 % of the norm of the layer's weight"
 _EARLY = {"router_init": "kaiming_uniform", "router_rate": 0.01}
 
 # What is tried against LoRA, and what of it LoRA can have too. Settings that do not change a shape train side by side.
@@ -157,6 +158,8 @@ IDEAS = {
         f"R-LoRA, no dropout, gamma {gamma}": _heads("smaller initial values of A and B", 1, gamma=float(gamma))
         for gamma in (256, 1024, 4096)
     },
+    "R-LoRA, no dropout, 5 % of the weight": _heads(_SHARE, 1, share=0.05),
+    "R-LoRA, 5 % of the weight": _heads(f"head dropout 0.2, {_SHARE}", 1, dropout=0.2, share=0.05),
     "R-LoRA, gamma 1024": _heads("head dropout 0.2, smaller initial values of A and B", 1, dropout=0.2, gamma=1024.0),
     "R-LoRA, sigmoid": _heads("gates that do not compete", 1, gate="sigmoid", scaling="alpha/sqrt(rN)"),
     "R-LoRA, sigmoid, dropout 0.1": _heads(
@@ -195,6 +198,9 @@ BY_TASK = {
         )
         for gamma in (256, 1024)
     },
+    "ranks by task, router 0.2, 5 % of the weight": _by_task(
+        f"gates by task that learn faster, {_SHARE}", router_rate=0.2, share=0.05
+    ),
     "ranks by task, shift": _by_task(
         "nine ranks with gates by task, and a vector by task that is added to A x", gate="task_shift"
     ),

@@ -189,6 +189,20 @@ def test_first_delta_is_zero(init, gate, share_a):
     torch.testing.assert_close(lab(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"gate": "sigmoid", "share_a": False}, {"init": "orthogonal", "heads": 2}])
+def test_share_sets_the_size_of_the_first_delta(settings):
+    """Of weights of any size."""
+    ratios = []
+    for factor in (1.0, 7.0):
+        base = torch.nn.Sequential(torch.nn.Linear(96, 256, bias=False))
+        base[0].weight.data.mul_(factor)
+        lab, _ = add_lab(base, [LabOptions(targets=("0",), share=0.05, **settings)], [0], 2)
+        layer = lab[0]
+        delta = layer.factors[0, 0] * layer.first_gate * layer.B[0].mT @ layer.A[0]  # of each head
+        ratios.append((delta.sum(0).norm() / layer.base_layer.weight.norm()).item())
+    assert ratios == pytest.approx([0.05, 0.05], rel=0.25)
+
+
 def test_a_shift_by_task_goes_through_the_heads():
     """y = W x + s sum_i B_i (g_i A_i x + c_i), with c by task in units of 0.1."""
     options = LabOptions(r=2, heads=3, share_a=False, gate="task_shift", init="zero_a", scaling="alpha/sqrt(rN)")
