@@ -12,6 +12,7 @@ For settings that both have, outputs and gradients equal those of `rlora_trl` (t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -114,12 +115,12 @@ class LabOptions:
         divisor = {"alpha/r": r, "alpha/sqrt(r)": math.sqrt(r), "alpha/sqrt(rN)": math.sqrt(r * self.heads)}
         return self.alpha / divisor[self.scaling]
 
-    def gamma_of(self, name: str, weight: torch.Tensor) -> float:
-        """Gamma of a layer with this weight `[d_out, d_in]`."""
+    def gamma_of(self, name: str, d_out: int) -> float:
+        """Gamma of a layer; with `share` that of a weight of norm 1."""
         if self.share:
             # Of N r products of a column of B and a row of A, each has the expected squared norm d_out / gamma^2.
-            scale = self.factor(name) * self.first_gate * math.sqrt(self.heads * self.rank(name) * weight.shape[0])
-            return scale / (self.share * torch.linalg.vector_norm(weight.detach().float()).item())
+            scale = self.factor(name) * self.first_gate * math.sqrt(self.heads * self.rank(name) * d_out)
+            return scale / self.share
         return self.gamma[name] if isinstance(self.gamma, Mapping) else self.gamma
 
     @property
@@ -167,6 +168,12 @@ class LabLinear(nn.Module):
         device, dtype = base.weight.device, base.weight.dtype
         drawn = [self._draw(o, name, num_tasks, g) for o, g in zip(options, generators, strict=True)]
         stacked = {key: torch.stack([values[key] for values in drawn]).to(device) for key in drawn[0]}
+        if any(o.share for o in options):
+            # On the device, as reading the norm would wait for it.
+            root = torch.linalg.vector_norm(base.weight.detach().float()).sqrt()
+            for key, (k, o) in product(("A", "B"), enumerate(options)):
+                if o.share:
+                    stacked[key][k] *= root
         self.A = nn.Parameter(stacked["A"])  # [K, N or 1, r, d_in]
         self.B = nn.Parameter(stacked["B"])  # [K, N, r, d_out], transposed
         self.router = nn.Parameter(stacked["router"]) if "router" in stacked else None
@@ -221,7 +228,7 @@ class LabLinear(nn.Module):
         d_in, d_out = self.base_layer.in_features, self.base_layer.out_features
         A = torch.empty(1 if o.share_a else o.heads, self.r, d_in)
         B = torch.empty(o.heads, self.r, d_out)
-        common = d_out**0.25 / math.sqrt(o.gamma_of(name, self.base_layer.weight))
+        common = d_out**0.25 / math.sqrt(o.gamma_of(name, d_out))
         if o.init == "orthogonal":
             for tensor in (A, B):
                 nn.init.orthogonal_(tensor.view(-1, tensor.shape[-1]), gain=common, generator=g)

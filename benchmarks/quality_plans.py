@@ -249,6 +249,13 @@ PACKAGED = {
     "rlora_trl, zero A": Method("rlora", {"init_weights": "zero_a"}, "A starts at zero"),
 }
 TRIED = {**IDEAS, **TUNED, **BY_TASK}
+# R-LoRA with Table 1 and with initial values of other sizes, without head dropout and with it.
+INITIAL = tuple(
+    f"{name}{size}"
+    for name in ("R-LoRA, no dropout", "R-LoRA")
+    for size in ("", ", gamma 256", ", gamma 1024", ", gamma 4096", ", 5 % of the weight")
+    if f"{name}{size}" in TRIED
+)
 METHODS = {**TRIED, **PACKAGED}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from quality_intervals import chosen
-from quality_plans import BY_TASK, IDEA_CELLS, METHODS, TUNED, WORDS, word_label
+from quality_plans import BY_TASK, IDEA_CELLS, INITIAL, METHODS, TUNED, WORDS, word_label
 from quality_report import REFERENCE, parameters, setting_text, table
 from quality_rows import Cell, Row
 from quality_runs import Run
@@ -142,7 +142,17 @@ def tried_block(study: Study) -> str:
 
 def by_task_block(study: Study) -> str:
     """Gates that know the task of a row, beside LoRA; each at its best setting in each cell."""
-    lines = lines_of(study, BY_TASK, REFERENCE, tuned=True, cells=study.cells)
+    return _described_block(study, BY_TASK)
+
+
+def initial_block(study: Study) -> str:
+    """R-LoRA with initial values of other sizes, likewise."""
+    return _described_block(study, INITIAL)
+
+
+def _described_block(study: Study, names: Sequence[str]) -> str:
+    """Methods by cell, and what they are."""
+    lines = lines_of(study, names, REFERENCE, tuned=True, cells=study.cells)
     if not lines:
         return NOT_MEASURED
     reference = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
@@ -256,11 +266,15 @@ def _runs(study: Study) -> str:
         "Learning rates": ", ".join(f"{rate:g}" for rate in rates),
         "Settings of a method, at most, in a cell": "; ".join(budget),
         "Trained parameters": f"{sizes[0] / 1e6:.2f} to {sizes[-1] / 1e6:.2f} million" if sizes else "none",
-        "Machine": "; ".join(sorted({_machine(row) for row in rows})),
+        "Machine": _machines(rows),
     }
     return "\n".join(f"- {name}: {text}." for name, text in facts.items())
 
 
-def _machine(row: Row) -> str:
-    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "transformers", "peft") if name in row)
-    return f"{row['device']}, {versions}, {row['date']}"
+def _machines(rows: Sequence[Row]) -> str:
+    """Devices and versions, each with the days on which it ran."""
+    days: dict[str, set[str]] = {}
+    for row in rows:
+        versions = [f"{name} {row[name]}" for name in ("torch", "transformers", "peft") if name in row]
+        days.setdefault(", ".join([row["device"], *versions]), set()).add(row["date"])
+    return "; ".join(f"{machine}, {' and '.join(sorted(dates))}" for machine, dates in sorted(days.items()))

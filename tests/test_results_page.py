@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results_page
 from quality_data import SUITES
-from quality_plans import CELLS, IDEAS, METHODS, word_label
+from quality_plans import CELLS, IDEAS, INITIAL, METHODS, word_label
 from quality_rows import by_model, methods_of
 from quality_runs import Run
 from quality_worker import run_facts, scored
@@ -25,6 +25,8 @@ from results_tables import (
     NOT_MEASURED,
     RECIPE,
     by_task_block,
+    facts_block,
+    initial_block,
     recipe_block,
     summary_block,
     tried_block,
@@ -205,6 +207,20 @@ def test_methods_that_know_the_task():
     assert cells_in(text, LORA)[-1] == "" and cells_in(text, "ranks by task")[-1].startswith("+")
     assert f"- ranks by task: {METHODS['ranks by task'].what}." in text
     assert by_task_block(Study(others)) == NOT_MEASURED
+
+
+def test_initial_values_of_other_sizes():
+    rows = [*tuning(), *(made("R-LoRA, gamma 1024", 0.9, cell=cell) for cell in CELLS)]
+    text = initial_block(Study(rows))
+    assert cells_in(text, "R-LoRA")[1] and cells_in(text, "R-LoRA, gamma 1024")[-1].startswith("+")
+    assert "ranks" not in text and len(INITIAL) == len(set(INITIAL)) > 4
+
+
+def test_days_of_one_machine_are_joined():
+    rows = tuning()
+    other = [{**row, "date": "2026-12-31"} for row in rows[:3]]
+    line = next(one for one in facts_block(Study([*rows, *other])).splitlines() if one.startswith("- Machine"))
+    assert line.endswith(f"{rows[0]['date']} and 2026-12-31.") and line.count(rows[0]["device"]) == 1
 
 
 def test_one_input_with_many_questions():
