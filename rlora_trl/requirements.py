@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,39 @@ def require_liger(setting: str) -> None:
     """
     if find_spec("liger_kernel") is None:
         raise ImportError(f"{setting} needs Liger's kernels, which are not installed. Run `pip install liger-kernel`.")
+
+
+# Values of `report_to`: the modules of which one is needed, and what to install. Others are left to transformers.
+_TRACKERS = {
+    "wandb": (("wandb",), "wandb"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "clearml": (("clearml",), "clearml"),
+}
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """
+    Refuse trackers that are missing.
+
+    transformers notices it after the data have been prepared and the model has been loaded.
+
+    Args:
+        names (`Iterable[str]`): Values of `report_to`.
+
+    Raises:
+        ImportError: If the package of one is not installed.
+    """
+    for name in names:
+        modules, package = _TRACKERS.get(name, ((), ""))
+        if modules and all(find_spec(module) is None for module in modules):
+            raise ImportError(
+                f"`report_to={name!r}` needs {package}, which is not installed. Run `pip install {package}`, or set "
+                "`report_to='none'`."
+            )
 
 
 def require_model_folder(name: str, remedy: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from ..requirements import require_bitsandbytes, require_liger
+from ..requirements import require_bitsandbytes, require_liger, require_trackers
 from ..tuner import RLoraConfig
 from .config import RLoraSFTConfig
 
@@ -44,8 +44,8 @@ def check_packages(args: RLoraSFTConfig, quantization_config: Any) -> None:
             `args.model_init_kwargs` counts.
 
     Raises:
-        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, or Liger for its kernels, and
-            is not installed.
+        ImportError: If bitsandbytes is needed to quantize the base or for the optimizer, Liger for its kernels, or a
+            tracker of `report_to`, and is not installed.
     """
     given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     if isinstance(given, BitsAndBytesConfig):
@@ -55,6 +55,7 @@ def check_packages(args: RLoraSFTConfig, quantization_config: Any) -> None:
         require_bitsandbytes(f"`optim={optimizer!r}`")
     if args.use_liger_kernel:
         require_liger("`use_liger_kernel=True`")
+    require_trackers(args.report_to)
 
 
 def check_balance(args: RLoraSFTConfig, config: RLoraConfig) -> None:

@@ -108,6 +108,16 @@ def test_optimizers_of_bitsandbytes_are_known_before_training(monkeypatch, tmp_p
         check_packages(RLoraSFTConfig(str(tmp_path), bf16=False, optim=name), None)
 
 
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_trackers_are_looked_for_before_training(name, monkeypatch, tmp_path):
+    args = RLoraSFTConfig(str(tmp_path), bf16=False, report_to=["none", name, "flyte"])
+    monkeypatch.setattr("rlora_trl.requirements.find_spec", lambda module: None if module.startswith(name) else 1)
+    with pytest.raises(ImportError, match=f"^`report_to='{name}'` needs {name}, which is not.*pip install {name}`"):
+        check_packages(args, None)
+    monkeypatch.setattr("rlora_trl.requirements.find_spec", lambda module: 1)
+    check_packages(args, None)
+
+
 def test_kernels_of_liger_are_looked_for_before_training(monkeypatch, tmp_path):
     monkeypatch.setattr(requirements, "find_spec", lambda name: None)
     args = RLoraSFTConfig(str(tmp_path), bf16=False, use_liger_kernel=True)
