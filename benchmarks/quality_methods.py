@@ -115,8 +115,12 @@ def _adapt_packaged(model: nn.Module, head: SelectedHead, run: Run, tasks: Seque
         set_tasks=set_tasks if routed else None,
         after_step=forget,
         end_dropout=end_dropout,
-        similarity=(lambda: mean_similarity(head_similarities(wrapped))) if has_heads else None,
+        similarity=(lambda: _similarity_by_layer(wrapped)) if has_heads else None,
     )
+
+
+def _similarity_by_layer(model: nn.Module) -> dict[str, float]:
+    return {layer: mean_similarity({layer: cosines}) for layer, cosines in head_similarities(model).items()}
 
 
 def _role(name: str) -> str:

@@ -100,7 +100,7 @@ class Adapted:
         set_tasks (`Callable`): Called with the tasks of the rows before a forward pass.
         after_step (`Callable`): Called after each step.
         end_dropout (`Callable`): Turns dropout off.
-        similarity (`Callable`): The mean cosine between the heads B of a layer, if there are several.
+        similarity (`Callable`): The mean cosine between the heads B by layer, if there are several.
     """
 
     model: nn.Module
@@ -112,7 +112,7 @@ class Adapted:
     set_tasks: Callable[[torch.Tensor], Any] | None = None
     after_step: Callable[[], Any] | None = None
     end_dropout: Callable[[], Any] | None = None
-    similarity: Callable[[], float] | None = None
+    similarity: Callable[[], dict[str, float]] | None = None
 
     def precision(self) -> Any:
         """A context for forward passes: autocast, if the model needs it."""

@@ -158,7 +158,7 @@ class Trainer:
                     **run_facts(run),
                     **scored(right[k]),
                     **({} if transferred is None else {"transferred": scored(transferred[k])}),
-                    "head_similarity": None if adapted.similarity is None else round(adapted.similarity(), 4),
+                    **similarities(None if adapted.similarity is None else adapted.similarity()),
                     "trainable": adapted.trainable(),
                     "steps": len(history),
                     "losses": thinned(history),
@@ -210,6 +210,16 @@ def scored(right: dict[str, list[bool]]) -> dict[str, Any]:
         "scored_rows": {task: len(rows) for task, rows in right.items()},
         "right": {task: to_hex(rows) for task, rows in right.items()},
     }
+
+
+def similarities(by_layer: dict[str, float] | None) -> dict[str, Any]:
+    """The mean cosine between heads, over layers and in each, from the first layer to the last by projection."""
+    if by_layer is None:
+        return {"head_similarity": None}
+    by_name: dict[str, list[float]] = {}
+    for layer, value in by_layer.items():
+        by_name.setdefault(layer.rpartition(".")[2], []).append(round(value, 3))
+    return {"head_similarity": round(sum(by_layer.values()) / len(by_layer), 4), "head_similarities": by_name}
 
 
 def to_hex(bits: Sequence[bool]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from quality_intervals import Estimate
 from quality_report import REFERENCE
-from quality_rows import Cell, Method
+from quality_rows import Cell, Method, Row
 from results_lines import (
     PAPER_SETTING,
     TUNING_SEEDS,
@@ -182,4 +182,35 @@ def draw_ideas(study: Study, path: Path) -> None:
         frameon=False,
     )
     figure.tight_layout()
+    _save(figure, path)
+
+
+# Methods of the figure of heads: what they are called there, color and line.
+HEADS = {
+    "HydraLoRA": ("HydraLoRA: from zero, random router, dropout on x", "#e6550d", "-"),
+    "rlora_trl, zero B": ("from zero, head dropout 0.2", "#fdae6b", "--"),
+    "rlora_trl, no dropout": ("Table 1, no dropout (the default)", "#6baed6", "--"),
+    "rlora_trl": ("Table 1, head dropout 0.2 (the paper's R-LoRA)", "#08519c", "-"),
+}
+
+
+def draw_heads(rows: Sequence[Row], path: Path) -> None:
+    """The mean cosine between heads by layer, a panel for each projection; of rows with `head_similarities`."""
+    drawn = {row["name"]: row["head_similarities"] for row in rows if row["name"] in HEADS}
+    if not drawn:
+        return
+    names = list(next(iter(drawn.values())))
+    figure, axes = _pyplot().subplots(
+        1, len(names), figsize=(9, 3.6), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        for label, (text, color, style) in HEADS.items():
+            if label in drawn:
+                axis.plot(drawn[label][name], style, color=color, label=text)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("layer")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("mean cosine between heads")
+    axes[0][0].set_ylim(-0.05, 1.05)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     _save(figure, path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from quality_intervals import REPEATS
 from quality_rows import Row, by_model, read
 from report import HERE, ROOT, replace_block
-from results_figures import draw_accuracy, draw_ideas, draw_learning_rates
+from results_figures import draw_accuracy, draw_heads, draw_ideas, draw_learning_rates
 from results_lines import gaps
 from results_paper import setting_1_block, single_block, transfer_block
 from results_tables import (
@@ -63,6 +63,7 @@ def page(rows: Sequence[Row]) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, nargs="+", default=sorted((HERE / "results").glob("quality*.jsonl")))
+    parser.add_argument("--heads", type=Path, default=HERE / "results" / "heads.jsonl", help="rows for their figure")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", help="folder")
@@ -78,6 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     draw_accuracy(studies, args.figures / "accuracy.png")
     draw_learning_rates(first, args.figures / "learning_rate.png")
     draw_ideas(first, args.figures / "ideas.png")
+    if args.heads.exists():
+        draw_heads(read(args.heads), args.figures / "heads.png")
     print(f"{args.document}: {len(rows)} rows")
     # Without these a method is compared on the seed that its settings were chosen on, and the recipe not at all.
     for line in (line for method in first.methods.values() for line in gaps(method, first.cells)):

@@ -462,6 +462,12 @@ def test_similarity_of_heads(trainer):
     """Heads that start at random are independent; with one head there is none, and the lab measures none."""
     rows = trainer.rows([small("rlora")]) + trainer.rows([small("rlora", options={"num_heads": 1})])
     assert abs(rows[0]["head_similarity"]) < 0.5 and rows[1]["head_similarity"] is None
+    by_layer = rows[0]["head_similarities"]  # a value for each of the layers, which are as many for each projection
+    assert (
+        list(by_layer) == ["gate_proj", "up_proj", "down_proj"] and len({len(one) for one in by_layer.values()}) == 1
+    )
+    values = [value for one in by_layer.values() for value in one]
+    assert sum(values) / len(values) == pytest.approx(rows[0]["head_similarity"], abs=1e-3)
     assert trainer.rows([small("lab_rlora")])[0]["head_similarity"] is None
     (hydra,) = trainer.rows([small("hydra", learning_rate=1e-4)])
     assert hydra["head_similarity"] > rows[0]["head_similarity"]

@@ -18,7 +18,7 @@ from quality_plans import CELLS, IDEAS, INITIAL, METHODS, word_label
 from quality_rows import by_model, methods_of
 from quality_runs import Run
 from quality_worker import run_facts, scored
-from results_figures import CURVES, curve, draw_ideas, draw_learning_rates
+from results_figures import CURVES, HEADS, curve, draw_heads, draw_ideas, draw_learning_rates
 from results_lines import Study, gaps, paper_line, shared_seeds, tuned_line
 from results_paper import single_block, transfer_block
 from results_tables import (
@@ -294,6 +294,14 @@ def test_a_curve_is_of_the_seeds_that_all_its_rates_have():
     method = methods_of(rows)[LORA]
     assert curve(method, CELLS[0]) == {1e-3: rows[0]["mean_accuracy"], 2e-3: rows[2]["mean_accuracy"]}
     assert len(CURVES) <= 5 and set(CURVES) <= set(METHODS)
+
+
+def test_the_figure_of_heads(tmp_path):
+    rows = [{"name": name, "head_similarities": {"a": [0.1, 0.2], "b": [0.3, 0.4]}} for name in (*HEADS, "other")]
+    draw_heads(rows, tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").stat().st_size > 1000 and set(HEADS) <= set(METHODS)
+    draw_heads([{"name": "base"}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_the_text_has_no_results():
