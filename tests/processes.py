@@ -125,7 +125,8 @@ class Server:
     """A process that has imported what functions need, and calls them in forks of itself."""
 
     def __init__(self, folder, env):
-        self.folder, self.env = folder, env
+        # Inductor of torch 2.6 starts a thread when it is imported, for processes that compile side by side.
+        self.folder, self.env = folder, {"TORCHINDUCTOR_COMPILE_THREADS": "1", **env}
         self.log = folder / "server.txt"
         self.process = None
         self._runs = 0

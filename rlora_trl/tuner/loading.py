@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
@@ -168,12 +169,23 @@ def check_on_first_use(model: nn.Module, config: RLoraConfig, adapter_name: str)
             replaced = {name for name in now if name not in before or before[name]() is not now[name]}
             _refuse_replaced(config, adapter_name, replaced)
             loaded = {name: tensor for name, tensor in now.items() if adapter_name in name.split(".")}
+            _refuse_left(adapter_name, [name for name in loaded if name in before and name not in replaced], loaded)
             refuse_not_finite(adapter_name, {**loaded, **{name: now[name] for name in replaced}})
         adapter.first_use = None
         hook.remove()
 
     adapter.first_use = check
     hook = first.register_forward_pre_hook(check)
+
+
+def _refuse_left(adapter_name: str, left: Collection[str], names: Collection[str]) -> None:
+    """Refuse that some of the adapter's tensors have initial values: transformers (5.17) leaves `modules_to_save`."""
+    if left and len(left) < len(names):
+        raise ValueError(
+            f"transformers {transformers.__version__} has not loaded {first_few(left)} of adapter {adapter_name!r}. "
+            "Load it with `peft.PeftModel.from_pretrained` or `AutoPeftModelForCausalLM.from_pretrained`, or update "
+            "transformers: 5.18 and newer load `modules_to_save` and `trainable_token_indices`."
+        )
 
 
 def _refuse_replaced(config: RLoraConfig, adapter_name: str, replaced: Collection[str]) -> None:

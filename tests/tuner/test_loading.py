@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from testing_utils import _DECODER, perturb
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -211,6 +212,20 @@ def test_announced_modules_must_be_there(base, saved):
     path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}))
     with pytest.raises(ValueError, match="lacks lm_head.weight, which `modules_to_save` of its configuration"):
         PeftModel.from_pretrained(base, saved)
+
+
+def test_modules_that_transformers_leaves_are_named(base, saved, monkeypatch):
+    """transformers 5.17 does not know modules in `modules_to_save`; later versions ask these for their names."""
+    add(saved, **{"lm_head.weight": torch.full((80, 32), 0.5)})
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["lm_head"]}))
+    monkeypatch.setattr(AuxiliaryTrainingWrapper, "adapter_state_dict_load_map", lambda self, name: {})
+    monkeypatch.setattr(ModulesToSaveWrapper, "adapter_state_dict_load_map", lambda self, name: {})
+    with pytest.raises(ValueError, match=r"^transformers 5\S+ has not loaded lm_head.* `peft.PeftModel.from_pretra"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    monkeypatch.undo()
+    model = PeftModel.from_pretrained(base, saved)
+    assert (model.get_output_embeddings().modules_to_save["default"].weight == 0.5).all()
 
 
 def test_announced_weights_must_be_finite_by_transformers(base, saved):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -393,6 +394,7 @@ def test_packing_is_no_part_of_a_graph(monkeypatch):
     assert not any(tensor.requires_grad for packed in found for tensor in packed[:4])
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="torch 2.6 disables functions, not methods")
 def test_nothing_is_prepared_in_graphs_where_the_whole_call_is_none(monkeypatch):
     """Then functions are compiled one by one; in CUDA graphs, these would be recorded and not run again."""
     real, compiled = WeightPrefetch.concat, []
