@@ -10,14 +10,14 @@ the base; but head dropout acts on the rest of it. `--model` are folders of mode
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import torch
 from common import TARGETS, environment, write_row
 from peft import get_peft_model
-from report import HERE, ROOT, replace_block
+from quality_report import table
+from report import ROOT, read, replace_block
 from transformers import AutoModelForCausalLM
 
 from rlora_trl import RLoraConfig
@@ -51,13 +51,11 @@ def measure(folder: Path) -> dict:
     return {"model": folder.resolve().name, **settings, "shares": values, **environment()}
 
 
-def table(rows: list[dict]) -> str:
+def shares_table(rows: list[dict]) -> str:
     """In %, the newest row of each model."""
-    newest = {row["model"]: row for row in rows}
-    lines = [f"| model | {' | '.join(TARGETS)} |", f"| --- |{' --- |' * len(TARGETS)}"]
-    for model, row in newest.items():
-        lines.append(f"| {model} | " + " | ".join(f"{100 * row['shares'][name]:.0f}" for name in TARGETS) + " |")
-    return "\n".join(lines)
+    newest = {row["model"]: row["shares"] for row in rows}
+    body = [[model, *(f"{100 * found[name]:.0f}" for name in TARGETS)] for model, found in newest.items()]
+    return table(["model", *TARGETS], body)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,9 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{row['model']}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in row["shares"].items()))
         write_row(args.out, row)
     if args.update:
-        text = (HERE / "results" / "initial_delta.jsonl").read_text()
-        rows = [json.loads(line) for line in text.splitlines()]
-        replace_block(args.document, "initial delta", table(rows), Path(__file__).name)
+        replace_block(args.document, "initial delta", shares_table(read("initial_delta")), Path(__file__).name)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ For settings that both have, outputs and gradients equal those of `rlora_trl` (t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import product
 from typing import Any
 
 import torch
@@ -171,9 +170,10 @@ class LabLinear(nn.Module):
         if any(o.share for o in options):
             # On the device, as reading the norm would wait for it.
             root = torch.linalg.vector_norm(base.weight.detach().float()).sqrt()
-            for key, (k, o) in product(("A", "B"), enumerate(options)):
+            for k, o in enumerate(options):
                 if o.share:
-                    stacked[key][k] *= root
+                    stacked["A"][k] *= root
+                    stacked["B"][k] *= root
         self.A = nn.Parameter(stacked["A"])  # [K, N or 1, r, d_in]
         self.B = nn.Parameter(stacked["B"])  # [K, N, r, d_out], transposed
         self.router = nn.Parameter(stacked["router"]) if "router" in stacked else None

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
 import quality_words
+from initial_delta import shares
 from quality_data import SUITES, TRANSFER_SUITES, MicroBatch, Tokens, training_steps
 from quality_lab import LabLinear, LabOptions, LabState, add_lab
 from quality_methods import adapt
@@ -201,6 +202,20 @@ def test_share_sets_the_size_of_the_first_delta(settings):
         delta = layer.factors[0, 0] * layer.first_gate * layer.B[0].mT @ layer.A[0]  # of each head
         ratios.append((delta.sum(0).norm() / layer.base_layer.weight.norm()).item())
     assert ratios == pytest.approx([0.05, 0.05], rel=0.25)
+
+
+def test_the_share_of_the_initial_delta():
+    """Beside weights ten times as large it is a tenth."""
+    found = []
+    for factor in (1.0, 10.0):
+        torch.manual_seed(0)
+        model = TINY_MODELS["llama"]()
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data.mul_(factor)
+        torch.manual_seed(1)
+        found.append(shares(get_peft_model(model, RLoraConfig(target_modules=list(TARGETS), head_dropout=0.2))))
+    assert set(found[0]) == {"gate_proj", "up_proj", "down_proj"} and found[0]["gate_proj"] == found[1]["gate_proj"]
+    assert found[1]["up_proj"] == pytest.approx(found[0]["up_proj"] / 10) and found[1]["up_proj"] > 0
 
 
 def test_a_shift_by_task_goes_through_the_heads():
