@@ -115,6 +115,7 @@ class StagedCheckpoints(SFTTrainer):
         self._resumed_state: dict[str, Any] = {}
         self._is_checked = False
         self._base_commit: str | None = None  # of the base model, where it is known
+        self._task_router_rate: float | None = None  # of routers by task, where the configuration has none
         super().__init__(*args, **kwargs)
         # Before callbacks of the user, which may run the model.
         self.callback_handler.callbacks.insert(0, _OnTrainBegin(self))
@@ -382,7 +383,7 @@ class StagedCheckpoints(SFTTrainer):
         earlier = self._resumed_state.get("runs")
         # `Trainer` stores the batch size that it found in its state, not in the arguments.
         batch_size = self.state.train_batch_size if self.args.auto_find_batch_size else None
-        self._run_settings.begin(step, self.args, self._describe_data(), earlier, batch_size=batch_size)
+        self._run_settings.begin(step, self.args, self._describe_data(), earlier, batch_size, self._task_router_rate)
 
     def _choose_checkpoint(self, resume_from: str | bool | None) -> Path | None:
         """

@@ -55,7 +55,8 @@ class RLoraSFTConfig(SFTConfig):
             batch of a step, over ranks and accumulation, so that a micro-batch of one task may prefer one head (arXiv
             2501.11873). The part of a step that a rank has not seen yet counts as in the step before.
         router_learning_rate (`float`, *optional*):
-            Learning rate for router parameters. Defaults to `learning_rate`.
+            Learning rate for router parameters. Defaults to `learning_rate`; and to 0.05 for `router="task"` if that
+            is larger, as its logits, which no input multiplies, would hardly leave zero at the rate of A and B.
         loraplus_lr_ratio (`float`, *optional*):
             Learning rate of the heads B as a multiple of `learning_rate` (LoRA+, arXiv 2402.12354).
         train_a (`bool`, *optional*, defaults to `True`):
@@ -113,7 +114,10 @@ class RLoraSFTConfig(SFTConfig):
         },
     )
     router_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate for router parameters. Defaults to `learning_rate`."}
+        default=None,
+        metadata={
+            "help": "Learning rate for router parameters. Defaults to `learning_rate`, for `router='task'` to 0.05."
+        },
     )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of the heads B as a multiple of `learning_rate` (LoRA+)."}

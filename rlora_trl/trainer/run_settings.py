@@ -67,6 +67,7 @@ class RunSettings:
         data: Any,
         earlier: list[dict[str, Any]] | None = None,
         batch_size: int | None = None,
+        router_rate: float | None = None,
     ) -> None:
         """
         Start a part of the run.
@@ -78,11 +79,14 @@ class RunSettings:
             earlier (`list[dict]`, *optional*): The parts of the run that is resumed.
             batch_size (`int`, *optional*): Rows of a micro-batch of a device, if `auto_find_batch_size` uses another
                 number than `args` has.
+            router_rate (`float`, *optional*): Learning rate of task routers, if `args` gives none.
         """
         # Parts that ended before their first step changed nothing.
         before = [part for part in earlier or [] if part["from_step"] < step]
         used = {} if batch_size is None else {"per_device_train_batch_size": batch_size}
         compared, recorded = {**settings_of(args, data), **used}, {**select_hyperparameters(args), **used}
+        if router_rate is not None:
+            recorded["router_learning_rate"] = router_rate
         self.parts = [*before, {"from_step": step, "compared": compared, "recorded": recorded}]
 
     def recorded(self, step: int) -> dict[str, Scalar]:

@@ -48,7 +48,7 @@ from .lost_rows import warn_of_unseen_tasks
 from .mixing import TaskMixture
 from .nan_policy import check_deepspeed_settings
 from .observer import StepObserver
-from .optimizer import set_learning_rates
+from .optimizer import check_deepspeed_optimizer, set_learning_rates
 from .precision import cast_for_deepspeed, undo_bf16_cast
 from .publishing import as_list, check_publishing, count_trainable, is_sharded, push_copy, rows_to_measure, write_card
 from .run_record import RunRecord, loaded_commit
@@ -230,7 +230,9 @@ class RLoraSFTTrainer(StagedCheckpoints):
         check_parallelism(self.args, self.accelerator.parallelism_config)
         check_optimizer(self.args, self.optimizer)
         if self.is_deepspeed_enabled:
-            check_deepspeed_settings(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.args.nan_policy)
+            engine_config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            check_deepspeed_settings(engine_config, self.args.nan_policy)
+            check_deepspeed_optimizer(engine_config, self.args, list(self._adapters.values()))
 
         tasks = self._task_data.names
         self._observer = StepObserver(self._adapters, tasks, self.args, self.model, lambda: self.accelerator)
@@ -474,14 +476,8 @@ class RLoraSFTTrainer(StagedCheckpoints):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and (self.args.router_learning_rate is not None or self.args.loraplus_lr_ratio is not None):
-            set_learning_rates(
-                optimizer,
-                list(self._adapters.values()),
-                learning_rate=self.args.learning_rate,
-                router=self.args.router_learning_rate,
-                heads_ratio=self.args.loraplus_lr_ratio,
-            )
+        if fresh:
+            self._task_router_rate = set_learning_rates(optimizer, list(self._adapters.values()), self.args)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

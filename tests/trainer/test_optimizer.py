@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from testing_utils import build_tokenizer, task_datasets
-from trainer_utils import arguments, make_trainer
+from trainer_utils import arguments, losses, make_trainer
 from transformers import (
     AutoModelForCausalLM,
 )
 
-from rlora_trl import RLoraSFTTrainer
+from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
+from rlora_trl.files.record import AdapterRecord
+from rlora_trl.trainer.optimizer import TASK_ROUTER_RATE, check_deepspeed_optimizer, set_learning_rates
 
 
 def test_learning_rates(model_folders, tmp_path):
@@ -66,3 +69,84 @@ def test_learning_rates_need_an_optimizer_of_the_trainer(model_folders, tmp_path
             processing_class=build_tokenizer(),
             optimizers=(optimizer, None),
         )
+
+
+def router_rates(trainer):
+    """The learning rates of the routers, and those of all else."""
+    routers = {adapter.router for adapter in trainer._adapters.values()}
+    rates = {p: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    return {rates[p] for p in routers}, {rate for p, rate in rates.items() if p not in routers}
+
+
+def test_task_routers_have_a_rate_of_their_own(model_folders, tmp_path):
+    by_task = RLoraConfig(router="task")
+    trainer = make_trainer(model_folders, tmp_path, peft_config=by_task, learning_rate=1e-3)
+    assert router_rates(trainer) == ({TASK_ROUTER_RATE}, {1e-3})
+    # What the user sets counts, and a rate that is larger anyway.
+    trainer = make_trainer(model_folders, tmp_path, peft_config=by_task, learning_rate=1e-3, router_learning_rate=2e-3)
+    assert router_rates(trainer) == ({2e-3}, {1e-3})
+    trainer = make_trainer(model_folders, tmp_path, peft_config=by_task, learning_rate=0.1)
+    assert router_rates(trainer) == ({0.1}, {0.1})
+    # Routers of tokens multiply an input, and learn at the common rate.
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(), learning_rate=1e-3)
+    assert router_rates(trainer) == ({1e-3}, {1e-3})
+
+
+def test_the_record_has_the_rate_of_task_routers(model_folders, tmp_path):
+    options = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(router="task"), **options)
+    trainer.train()
+    trainer.save_model()
+    assert AdapterRecord.load(tmp_path).hyperparameters["router_learning_rate"] == TASK_ROUTER_RATE
+    # The resumed run has the same groups.
+    resumed = make_trainer(model_folders, tmp_path / "other", peft_config=RLoraConfig(router="task"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    a, b = (dict(t.model.named_parameters()) for t in (trainer, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_heads_by_task_move_apart(model_folders, tmp_path):
+    # One input, two answers: only the task tells which. A router that stays near zero can't do better than a guess,
+    # whose loss is log 2 for the one token that differs.
+    rows = {"day": " red", "night": " blue"}
+    train = {
+        task: Dataset.from_list([{"prompt": "colour of", "completion": answer}] * 64) for task, answer in rows.items()
+    }
+    # `learning_rate` is the library's default.
+    options = {"max_steps": 120, "learning_rate": RLoraSFTConfig.learning_rate, "completion_only_loss": True}
+    trainer = make_trainer(model_folders, tmp_path, train=train, peft_config=RLoraConfig(router="task"), **options)
+    trainer.train()
+    weights = [adapter.router.detach().softmax(-1) for adapter in trainer._adapters.values()]
+    assert max(float((w[0] - w[1]).abs().max()) for w in weights) > 0.2
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+class _NoGroups(torch.optim.SGD):
+    """An optimizer that keeps its parameters to itself."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.param_groups = []
+
+
+def test_optimizers_without_groups(model_folders, tmp_path, caplog):
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(router="task"), learning_rate=1e-3)
+    adapters, optimizer = list(trainer._adapters.values()), _NoGroups(list(trainer.model.parameters()))
+    assert set_learning_rates(optimizer, adapters, trainer.args) is None
+    assert "Routers by task train at `learning_rate`, 0.001, instead of 0.05" in caplog.text
+    trainer.args.router_learning_rate = 0.01
+    with pytest.raises(ValueError, match="_NoGroups has 0 of .* parameters in them. Set `optim`"):
+        set_learning_rates(optimizer, adapters, trainer.args)
+
+
+def test_an_optimizer_of_the_engine_has_one_group(model_folders, tmp_path, caplog):
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(router="task"), learning_rate=1e-3)
+    adapters = list(trainer._adapters.values())
+    check_deepspeed_optimizer({}, trainer.args, adapters)
+    assert "Routers by task" not in caplog.text
+    config = {"optimizer": {"type": "AdamW"}}
+    check_deepspeed_optimizer(config, trainer.args, adapters)
+    assert "Routers by task train at `learning_rate`" in caplog.text
+    trainer.args.loraplus_lr_ratio = 4.0
+    with pytest.raises(ValueError, match="the DeepSpeed configuration has an `optimizer`"):
+        check_deepspeed_optimizer(config, trainer.args, adapters)
