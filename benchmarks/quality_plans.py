@@ -316,11 +316,15 @@ _WORD_METHODS = {**TUNED, **BY_TASK}
 _WORD_METHODS["a LoRA for each task"] = Method(
     "lab", {"r": 1, "heads": 12, "share_a": False, "gate": "own", "init": "zero_b"}, "twelve LoRAs of rank 1"
 )
+# The library's own router by task at the library's rate, in full and as the rest learns.
+_WORD_METHODS["library, by task"] = Method("rlora", {"router": "task", "head_dropout": 0.0, "router_rate": 0.05}, "")
+_WORD_METHODS["library, by task, common rate"] = Method("rlora", {"router": "task", "head_dropout": 0.0}, "")
 WORDS = {
     "instruction": ("LoRA r=10", "R-LoRA by task, N=5", "ranks by task"),
     "name": ("LoRA r=10",),
     "input": ("LoRA r=10", "R-LoRA, no dropout", "R-LoRA by task, N=5", "ranks by task", "a LoRA for each task"),
 }
+WORDS["input"] += ("library, by task", "library, by task, common rate")
 
 
 def word_label(method: str, prompt: str) -> str:

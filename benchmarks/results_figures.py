@@ -1,6 +1,7 @@
 """Figures of docs/results.md, from the rows of `quality.py`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,15 @@ from results_lines import (
     shared_seeds,
     with_seeds,
 )
-from results_tables import FORMS, RECIPE, accuracy_lines
+from results_tables import FORMS, accuracy_lines
 
 
-# Color and marker of each line, at most five.
+# Color and marker of each line, at most five; the default is the darkest.
 CURVES = {
     REFERENCE: ("#4d4d4d", "o"),
-    "R-LoRA": ("#08519c", "s"),
-    "R-LoRA, no dropout": ("#6baed6", "D"),
+    "R-LoRA, no dropout": ("#08519c", "D"),
+    "R-LoRA": ("#6baed6", "s"),
     "ranks as heads": ("#e6550d", "^"),
-    RECIPE: ("#31a354", "v"),
 }
 LOWEST = 8.0  # points below the best of a panel that are shown
 _COLORS = {"ours": "#08519c", "lora": "#9a9a9a"}
@@ -57,46 +57,54 @@ def curve(method: Method, cell: Cell) -> dict[float, float]:
     return {rate: mean for rate, mean in means.items() if mean is not None}
 
 
-def draw_learning_rates(study: Study, path: Path) -> None:
-    """A panel for each cell; nothing without rows. Accuracies far below the best are cut off."""
-    panels: dict[Cell, dict[str, dict[float, float]]] = {}
-    for cell in study.cells:
-        found = {method.name: curve(method, cell) for method in study.named(CURVES)}
-        if any(found.values()):
-            panels[cell] = {name: points for name, points in found.items() if points}
-    if not panels:
+def draw_learning_rates(studies: Sequence[Study], path: Path) -> None:
+    """A panel for each model and cell; nothing without rows. Accuracies far below the best are cut off."""
+    found = [(study, cell, _curves(study, cell)) for study in studies for cell in study.cells]
+    found = [panel for panel in found if panel[2]]
+    if not found:
         return
     plt = _pyplot()
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 0.7 + 2.7 * lines), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    columns = min(2, len(found))
+    lines = -(-len(found) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 0.7 + 2.5 * lines), squeeze=False)
+    for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     handles: dict[str, Any] = {}
-    for axis, (cell, curves) in zip(axes.flat, panels.items(), strict=False):
-        best = max(value for points in curves.values() for value in points.values())
-        lowest = min(value for points in curves.values() for value in points.values())
-        for name, points in curves.items():
-            color, marker = CURVES[name]
-            (handles[name],) = axis.plot(
-                *zip(*sorted(points.items()), strict=True), color=color, marker=marker, ms=4.5
-            )
-        rates = sorted({rate for points in curves.values() for rate in points})
-        axis.set_xscale("log")
-        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8.5)
-        axis.minorticks_off()
-        axis.tick_params(axis="y", labelsize=8.5)
-        axis.set_ylim(max(lowest, best - LOWEST) - 0.4, best + 0.4)
-        axis.set_title(", ".join(cell), fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("learning rate", fontsize=9)
-        axis.set_ylabel("mean accuracy, %", fontsize=9)
+    for axis, (study, cell, curves) in zip(axes.flat, found, strict=False):
+        handles |= _draw_curves(axis, curves)
+        axis.set_title(f"{study.model}: {', '.join(cell)}", fontsize=9.5)
     ordered = [name for name in CURVES if name in handles]
     figure.legend(
         [handles[n] for n in ordered], ordered, loc="upper center", ncols=len(ordered), fontsize=8.5, frameon=False
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.13 / lines))
     _save(figure, path)
+
+
+def _curves(study: Study, cell: Cell) -> dict[str, dict[float, float]]:
+    """The curves of a panel that have points."""
+    found = {method.name: curve(method, cell) for method in study.named(CURVES)}
+    return {name: points for name, points in found.items() if points}
+
+
+def _draw_curves(axis: Any, curves: dict[str, dict[float, float]]) -> dict[str, Any]:
+    """A panel of [`draw_learning_rates`]; its lines by method."""
+    best = max(value for points in curves.values() for value in points.values())
+    lowest = min(value for points in curves.values() for value in points.values())
+    handles = {}
+    for name, points in curves.items():
+        color, marker = CURVES[name]
+        (handles[name],) = axis.plot(*zip(*sorted(points.items()), strict=True), color=color, marker=marker, ms=4.5)
+    rates = sorted({rate for points in curves.values() for rate in points})
+    axis.set_xscale("log")
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8.5)
+    axis.minorticks_off()
+    axis.tick_params(axis="y", labelsize=8.5)
+    axis.set_ylim(max(lowest, best - LOWEST) - 0.4, best + 0.4)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("learning rate", fontsize=9)
+    axis.set_ylabel("mean accuracy, %", fontsize=9)
+    return handles
 
 
 def _lay_out_differences(axis: Any, label: str) -> None:
@@ -135,6 +143,7 @@ def draw_accuracy(studies: Sequence[Study], path: Path) -> None:
 def _draw_accuracy_of(axis: Any, study: Study, lines: Sequence[Line]) -> None:
     """A panel of [`draw_accuracy`]: the cells of one model, and their mean."""
     (reference,) = lines_of(study, [REFERENCE], REFERENCE, tuned=True, cells=study.cells)
+    reference = replace(reference, seeds=lines[0].seeds)  # those of the points beside it
     # The README has it, too: a reader should not need the page to know what a row is.
     names = [f"{', '.join(cell)} (LoRA {reference.accuracy(cell):.1f} %)" for cell in study.cells]
     for place, line in enumerate(lines):
@@ -165,6 +174,10 @@ def draw_ideas(study: Study, path: Path) -> None:
         axis.plot([mean.low, mean.high], [place, place], color=_COLORS[kind], linewidth=1.4)
         (shown[kind],) = axis.plot(mean.value, place, "o", color=_COLORS[kind], ms=5)
     axis.set_yticks(range(len(lines)), [line.method.name for line, _ in reversed(lines)], fontsize=8.5)
+    for label in axis.get_yticklabels():
+        if label.get_text() in FORMS:
+            label.set_weight("bold")
+    axis.set_title(f"{study.model}, screening", fontsize=9.5, loc="left")
     axis.set_ylim(-0.8, len(lines) - 0.2)
     cells = len(lines[0][0].settings)
     where = f"mean over {cells} cells, seeds of {seeds_text(TUNING_SEEDS)}"

@@ -14,10 +14,11 @@ from quality_intervals import REPEATS
 from quality_rows import Row, by_model, read
 from report import HERE, ROOT, replace_block
 from results_figures import draw_accuracy, draw_heads, draw_ideas, draw_learning_rates
-from results_lines import gaps
+from results_lines import PAPER_SETTING, gaps
 from results_paper import setting_1_block, single_block, transfer_block
 from results_tables import (
     Study,
+    batches_block,
     by_task_block,
     facts_block,
     initial_block,
@@ -31,6 +32,12 @@ from results_tables import (
 )
 
 
+def studies_of(rows: Sequence[Row]) -> list[Study]:
+    """The models, with the rows of the usual batch: other batches have few rows, and a block of their own."""
+    usual = [row for row in rows if row["batch"] == PAPER_SETTING[1]]
+    return [Study(same) for same in by_model(usual).values()]
+
+
 def joined(studies: Sequence[Study], block: Callable[[Study], str]) -> str:
     """A block of each base model, under its name if there are several."""
     texts = [(study.model, block(study)) for study in studies]
@@ -39,7 +46,7 @@ def joined(studies: Sequence[Study], block: Callable[[Study], str]) -> str:
 
 def page(rows: Sequence[Row]) -> dict[str, str]:
     """The blocks of the page by name."""
-    studies = [Study(same) for same in by_model(rows).values()]
+    studies = studies_of(rows)
     intervals = (
         f"Intervals are of 95 %, by {REPEATS:,} resamples of the test rows within each task, the same rows for both "
         "methods and for both sizes of a suite, and of seeds where there are several."
@@ -50,6 +57,7 @@ def page(rows: Sequence[Row]) -> dict[str, str]:
         "tuned": joined(studies, tuned_block),
         "paper rate": joined(studies, paper_rate_block),
         "initial values": joined(studies, initial_block),
+        "batches": batches_block(rows),
         "recipe": joined(studies, recipe_block),
         "by task": joined(studies, by_task_block),
         "words": joined(studies, words_block),
@@ -73,11 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("There are no rows without an error. Run benchmarks/quality.py first.")
     for name, text in page(rows).items():
         replace_block(args.document, name, text, Path(__file__).name)
-    studies = [Study(same) for same in by_model(rows).values()]
+    studies = studies_of(rows)
     first = studies[0]
     replace_block(args.readme, "accuracy", readme_block(studies), Path(__file__).name)
     draw_accuracy(studies, args.figures / "accuracy.png")
-    draw_learning_rates(first, args.figures / "learning_rate.png")
+    draw_learning_rates(studies, args.figures / "learning_rate.png")
     draw_ideas(first, args.figures / "ideas.png")
     if args.heads.exists():
         draw_heads(read(args.heads), args.figures / "heads.png")

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from quality_data import SUITES
+from quality_intervals import compare, differences
 from quality_plans import PACKAGED
 from quality_report import parameters, setting_text, table
 from quality_rows import Cell, Row
@@ -58,7 +59,7 @@ def _similarity(rows: Sequence[Row]) -> str:
 def transfer_block(study: Study) -> str:
     """Means over the tasks of BIG-Bench Hard after training on others, as Table 3."""
     found = [{**row, **row["transferred"]} for row in study.rows if "transferred" in row]
-    return _by_rate(found, "Mean accuracy over the tasks of BIG-Bench Hard in %, by learning rate")
+    return _by_rate(found, "Mean accuracy over the tasks of BIG-Bench Hard in %, by learning rate", reference="base")
 
 
 def single_block(study: Study, suite: str = "gsm8k") -> str:
@@ -67,8 +68,8 @@ def single_block(study: Study, suite: str = "gsm8k") -> str:
     return _by_rate(found, "Answers with the right number in %, by learning rate")
 
 
-def _by_rate(rows: Sequence[Row], text: str) -> str:
-    """The methods of packages at each learning rate, mean over seeds."""
+def _by_rate(rows: Sequence[Row], text: str, reference: str = PACKAGED_REFERENCE) -> str:
+    """The methods of packages at each learning rate, mean over seeds, and the differences from one of them."""
     by_method = {name: [row for row in rows if row["name"] == name] for name in PACKAGED}
     by_method = {name: found for name, found in by_method.items() if found}
     rates = sorted({row["learning_rate"] for row in rows if row["learning_rate"] > 0})
@@ -76,15 +77,27 @@ def _by_rate(rows: Sequence[Row], text: str) -> str:
         return NOT_MEASURED
     body = []
     for name, found in by_method.items():
+        others = [] if name == reference else by_method.get(reference, [])
         sizes = sorted({row["trainable"] for row in found})
         line = [name, f"{sizes[0] / 1e6:.2f}" if sizes[0] else ""]
         for rate in rates:
             at_rate = [row for row in found if row["learning_rate"] in (rate, 0.0)]
             mean = number(statistics.mean(row["mean_accuracy"] for row in at_rate)) if at_rate else ""
-            line.append(f"{mean} ± {_standard_error(at_rate[0]):.2f}" if at_rate else "")
+            line.append(
+                f"{mean} ± {_standard_error(at_rate[0]):.2f}{_apart(at_rate, others, rate)}" if at_rate else ""
+            )
         body.append(line)
     head = ["method", "parameters, M", *(f"{rate:g}" for rate in rates)]
-    return f"{text}, and the standard error by test rows.\n\n{table(head, body)}"
+    below = f"below the difference from {reference} at that rate in points, paired by test row"
+    return f"{text}, with the standard error by test rows; {below}.\n\n{table(head, body)}"
+
+
+def _apart(ours: Sequence[Row], others: Sequence[Row], rate: float) -> str:
+    """The difference from another method at a learning rate with its interval, on a line of its own."""
+    other = [row for row in others if row["learning_rate"] in (rate, 0.0)]
+    suite = ours[0].get("transfer") or ours[0]["suite"]
+    _, mean = compare({(suite, ""): differences(ours, other)})
+    return f"<br>{mean}" if mean is not None else ""
 
 
 def _standard_error(row: Row) -> float:

@@ -1,9 +1,10 @@
 """Tables of docs/results.md, from the rows of `quality.py`."""
 
+import statistics
 from collections.abc import Sequence
 
 from quality_intervals import chosen
-from quality_plans import BY_TASK, IDEA_CELLS, INITIAL, METHODS, TUNED, WORDS, word_label
+from quality_plans import BY_TASK, IDEA_CELLS, IDEAS, INITIAL, METHODS, TUNED, WORDS, word_label
 from quality_report import REFERENCE, parameters, setting_text, table
 from quality_rows import Cell, Row
 from quality_runs import Run
@@ -100,7 +101,9 @@ def recipe_block(study: Study, label: str = RECIPE) -> str:
     for cell in study.cells:
         other = f"{number(lora.mean(cell, theirs[cell], one.seeds))} ({setting_text(theirs[cell])})"
         body.append([", ".join(cell), number(one.accuracy(cell)), other, str(one.each[cell])])
-    body.append(["mean over cells", number(one.mean_accuracy(study.cells)), "", f"**{one.mean}**"])
+    own = [lora.mean(cell, theirs[cell], one.seeds) for cell in study.cells]
+    whole = statistics.mean(value for value in own if value is not None)
+    body.append(["mean over cells", number(one.mean_accuracy(study.cells)), number(whole), f"**{one.mean}**"])
     each = tuned_line(ours, lora, study.cells)
     if each.mean is not None and not set(each.seeds) <= set(TUNING_SEEDS):
         body.append(["mean, tuned for each cell too", number(each.mean_accuracy(study.cells)), "", str(each.mean)])
@@ -135,9 +138,11 @@ def tried_block(study: Study) -> str:
     head = ["method", "what it is", "settings tried", "seeds", *(", ".join(cell) for cell in cells), "mean difference"]
     text = (
         f"Accuracy in % (best learning rate), and the mean difference from {REFERENCE} on the same seeds in points. "
-        "Settings tried is the number of learning rates and batches in a cell."
+        "Settings tried is the number of learning rates in a cell."
     )
-    return f"{text}\n\n{table(head, body)}"
+    planned = [name for name in IDEAS if name not in study.methods]
+    left = f"\n\nPlanned and not run: {'; '.join(planned)}." if planned else ""
+    return f"{text}\n\n{table(head, body)}{left}"
 
 
 def by_task_block(study: Study) -> str:
@@ -160,6 +165,30 @@ def _described_block(study: Study, names: Sequence[str]) -> str:
     return f"{_by_cell([*reference, *lines], study.cells, REFERENCE, with_setting=True)}\n\n{what}"
 
 
+def batches_block(rows: Sequence[Row]) -> str:
+    """LoRA and R-LoRA with other batches, in the cells that have them, on the seeds that settings are chosen on."""
+    usual, body = PAPER_SETTING[1], []
+    others = [row for row in rows if row["batch"] != usual]
+    if not others:
+        return NOT_MEASURED
+    model = others[0]["model"]
+    cells = Study([row for row in others if row["model"] == model]).cells
+    same = [row for row in rows if row["model"] == model and row["seed"] in TUNING_SEEDS]
+    for batch in sorted({usual, *(row["batch"] for row in others)}):
+        study = Study([row for row in same if row["batch"] == batch])
+        shown = [cell for cell in cells if cell in study.cells]
+        for line in lines_of(study, [REFERENCE, *FORMS], REFERENCE, tuned=True, cells=shown):
+            tried = [str(len(line.method.settings(cell))) for cell in line.settings]
+            texts = [_cell_text(line, cell, REFERENCE, True) if cell in shown else "" for cell in cells]
+            body.append([str(batch), line.method.name, ", ".join(tried), seeds_text(line.seeds), *texts])
+    head = ["batch", "method", "learning rates tried", "seeds", *(", ".join(cell) for cell in cells)]
+    text = (
+        f"{model}: accuracy in % (best learning rate of that batch), and below the difference from {REFERENCE} with "
+        "the same batch, in points."
+    )
+    return f"{text}\n\n{table(head, body)}"
+
+
 def words_block(study: Study, cell: Cell = ("words", "plenty")) -> str:
     """One input, many questions: by what the prompt says of the question. The reference is LoRA with instructions."""
     reference = word_label(REFERENCE, "instruction")
@@ -178,13 +207,12 @@ def words_block(study: Study, cell: Cell = ("words", "plenty")) -> str:
 def summary_block(study: Study) -> str:
     """The answers in a few lines."""
     found = []
-    pair = {OURS, REFERENCE} <= set(study.methods)
     for tuned, how in ((True, "each tuned"), (False, f"both at learning rate {setting_text(PAPER_SETTING)}")):
-        lines = lines_of(study, [OURS], REFERENCE, tuned=tuned, cells=study.cells) if pair else []
-        for line in lines:
+        for line in lines_of(study, FORMS, REFERENCE, tuned=tuned, cells=study.cells):
             if line.mean is not None:
                 where = f"mean over {len(study.cells)} cells, {with_seeds(line.seeds)}"
-                found.append(f"- **{OURS} less {REFERENCE}, {how}:** {line.mean} points ({where}).")
+                form = f"{OURS} ({FORMS[line.method.name]})"
+                found.append(f"- **{form} less {REFERENCE}, {how}:** {line.mean} points ({where}).")
     recipe = recipe_line(study, RECIPE)
     if recipe is not None:
         where = f"mean over {len(study.cells)} cells, {with_seeds(recipe.seeds)}"

@@ -88,6 +88,7 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     shutil.copy(DOCUMENT, document)
     shutil.copy(ROOT / "README.md", readme)
     pages = ["--document", str(document), "--readme", str(readme), "--figures", str(tmp_path)]
+    pages += ["--heads", str(tmp_path / "no_rows.jsonl")]
     packaged = [made("base", 0.3, 0.0, cell=CELLS[2]), made("PEFT LoRA r=10", 0.5, cell=CELLS[2])]
     shares = {2e-4: 0.4, 5e-4: 0.6, 1e-3: 0.8}
     packaged += [made("rlora_trl", share, rate, cell=CELLS[2]) for rate, share in shares.items()]
@@ -102,7 +103,8 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     marks = r"<!-- ([\w ]+): written by benchmarks/results_page.py -->\n\n(.*?)\n\n<!-- end of \1 -->"
     blocks = dict(re.findall(marks, text, re.DOTALL))
     assert set(blocks) == set(results_page.page(tuning()))
-    assert "- **R-LoRA less LoRA r=10, each tuned:** +0.00 [+0.00, +0.00] points (mean over 4 cells, seed 0)" in text
+    difference = "+0.00 [+0.00, +0.00] points (mean over 4 cells, seed 0)"
+    assert f"- **R-LoRA (with the paper's head dropout) less LoRA r=10, each tuned:** {difference}" in text
     assert re.search(r"both at learning rate 0.0002:\*\* \+\d", blocks["summary"])
     assert "| multitask, plenty | sst2, mrpc" in blocks["facts"] and "1,500 x 1 | 10 | 50 |" in blocks["facts"]
     assert "the comparison uses seeds 3, 4." in blocks["recipe"]
@@ -256,6 +258,29 @@ def test_transfer_and_a_single_task():
     assert cells_in(text, "rlora_trl")[2].startswith("3.50 ± ") and "base" not in text
 
 
+def test_differences_by_rate():
+    rows = [made("base", 0.4, 0.0)] + [made("rlora_trl", 0.8, rate) for rate in (2e-4, 1e-3)]
+    names = ("mean_accuracy", "accuracy", "scored_rows", "right")
+    moved = [{**row, "transfer": "bbh", "transferred": {name: row[name] for name in names}} for row in rows]
+    text = transfer_block(Study(moved))
+    points = rows[1]["mean_accuracy"] - rows[0]["mean_accuracy"]
+    assert all(f"<br>{points:+.2f} [" in cell for cell in cells_in(text, "rlora_trl")[2:])
+    assert "<br>" not in "".join(cells_in(text, "base"))
+
+
+def test_other_batches_have_a_block_of_their_own():
+    # A batch that was tried in one cell only must not decide the settings of all other tables.
+    better = [{**made(LORA, 0.95), "batch": 16}, {**made("R-LoRA", 0.9), "batch": 16}]
+    blocks, usual = results_page.page([*tuning(), *better]), results_page.page(tuning())
+    assert all(blocks[name] == text for name, text in usual.items() if name != "batches")
+    assert usual["batches"] == NOT_MEASURED
+    lines = [line for line in blocks["batches"].splitlines() if line.startswith(("| 16 |", "| 32 |"))]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        [f"| {batch}", name] for batch in (16, 32) for name in (LORA, "R-LoRA")
+    ]
+    assert "batch 16)<br>-" in lines[1] and "+0.00" in lines[3]
+
+
 def test_rows_of_two_models_stay_apart():
     rows = tuning() + tuning(CELLS[:1], model="other")
     assert list(by_model(rows)) == ["small", "other"]
@@ -283,7 +308,7 @@ def test_missing_rows_do_not_crash(rows, tmp_path):
     blocks = results_page.page(rows)
     assert all(isinstance(text, str) for text in blocks.values())
     study = Study(rows)
-    draw_learning_rates(study, tmp_path / "a.png")
+    draw_learning_rates([study], tmp_path / "a.png")
     draw_ideas(study, tmp_path / "b.png")
     if LORA not in study.methods:
         assert tuned_block(study) == NOT_MEASURED and not (tmp_path / "b.png").exists()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from ..requirements import require_bitsandbytes, require_liger, require_trackers
-from ..tuner import RLoraConfig
+from ..tuner import MultiHeadAdapter, RLoraConfig
 from .config import RLoraSFTConfig
 
+
+logger = get_logger(__name__)
 
 # Parts of the names of bitsandbytes' optimizers. Those of torchao have "torch" in theirs.
 _BITSANDBYTES_OPTIMIZERS = ("8bit", "paged", "bnb", "lion", "ademamix")
@@ -105,6 +109,22 @@ def check_optimizer(args: RLoraSFTConfig, optimizer: Any) -> None:
         raise ValueError(
             "`router_learning_rate` and `loraplus_lr_ratio` set up the optimizer, and one was passed in `optimizers`. "
             "Set the learning rates in its parameter groups, or choose the optimizer with `optim`."
+        )
+
+
+def warn_of_decay(args: RLoraSFTConfig, adapters: Iterable[MultiHeadAdapter]) -> None:
+    """
+    Say that weight decay moves an adapter with an anchor away from the base, as it does the opposite for LoRA.
+
+    Args:
+        args ([`RLoraSFTConfig`]): Configuration of the run.
+        adapters (`Iterable[MultiHeadAdapter]`): The adapters in training.
+    """
+    if args.weight_decay and any(adapter.A0 is not None for adapter in adapters):
+        logger.warning(
+            f"`weight_decay={args.weight_decay:g}` pulls A and B towards zero, where the adapter isn't the base model "
+            "but the base less the initial delta (the frozen anchor). Set `weight_decay=0`, or "
+            "`init_weights='zero_b'`, which has no anchor."
         )
 
 

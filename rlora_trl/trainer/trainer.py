@@ -59,6 +59,7 @@ from .setup import (
     check_optimizer,
     check_packages,
     check_parallelism,
+    warn_of_decay,
 )
 from .sharding import keep_outputs_wide, wait_for_backward
 from .task_collator import TaskCollator
@@ -229,6 +230,7 @@ class RLoraSFTTrainer(StagedCheckpoints):
                 adapter.A.requires_grad_(False)
         check_parallelism(self.args, self.accelerator.parallelism_config)
         check_optimizer(self.args, self.optimizer)
+        warn_of_decay(self.args, self._adapters.values())
         if self.is_deepspeed_enabled:
             engine_config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             check_deepspeed_settings(engine_config, self.args.nan_policy)

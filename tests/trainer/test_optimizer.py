@@ -150,3 +150,13 @@ def test_an_optimizer_of_the_engine_has_one_group(model_folders, tmp_path, caplo
     trainer.args.loraplus_lr_ratio = 4.0
     with pytest.raises(ValueError, match="the DeepSpeed configuration has an `optimizer`"):
         check_deepspeed_optimizer(config, trainer.args, adapters)
+
+
+@pytest.mark.parametrize(
+    ("decay", "init", "is_told"), [(0.1, "rlora", True), (0.0, "rlora", False), (0.1, "zero_b", False)]
+)
+def test_weight_decay_with_an_anchor_is_told(model_folders, tmp_path, caplog, decay, init, is_told):
+    # Towards zero is towards the base without an anchor, and away from it with one.
+    config = RLoraConfig(init_weights=init)
+    make_trainer(model_folders, tmp_path, peft_config=config, weight_decay=decay)
+    assert ("pulls A and B towards zero" in caplog.text) == is_told
