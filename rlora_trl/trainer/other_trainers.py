@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -13,7 +14,11 @@ from ..tuner import MultiHeadAdapter, Routing
 from ..tuner.batch import IN_TRAINERS
 from ..tuner.routing import find_routings
 from .monitor import RoutingMonitor, head_similarity
+from .optimizer import TASK_ROUTER_RATE
 from .trainer import RLoraSFTTrainer
+
+
+logger = get_logger(__name__)
 
 
 class RLoraCallback(TrainerCallback):
@@ -85,6 +90,8 @@ class RLoraCallback(TrainerCallback):
         self._routings = find_routings(self.trainer.model)
         self._remove_hook()
         self._hook = self.trainer.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        if kwargs.get("optimizer") is not None:
+            _tell_of_slow_routers(kwargs["optimizer"], self.adapters, args.learning_rate)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,6 +146,22 @@ class RLoraCallback(TrainerCallback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _tell_of_slow_routers(
+    optimizer: torch.optim.Optimizer, adapters: Mapping[str, MultiHeadAdapter], learning_rate: float
+) -> None:
+    """Warn if routers by task learn at the rate of all else, at which they hardly leave zero."""
+    rates = {p: group.get("initial_lr", group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    routers = [adapter.router for adapter in adapters.values() if adapter.router_kind == "task"]
+    # An engine may hold other tensors than those of the model: of these nothing is known.
+    slow = [rates[p] for p in routers if p is not None and p in rates and rates[p] <= learning_rate]
+    if slow and max(slow) < TASK_ROUTER_RATE:
+        logger.warning(
+            f"Routers by task train at {max(slow):g}, as all else does, and their head weights may stay nearly equal "
+            f"for all tasks. Pass an optimizer in `optimizers` that has them in a parameter group with about "
+            f"{TASK_ROUTER_RATE:g}, as `RLoraSFTTrainer` does itself."
+        )
 
 
 def _check_rollouts(args: TrainingArguments, adapters: Mapping[str, MultiHeadAdapter]) -> None:

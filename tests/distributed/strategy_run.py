@@ -126,8 +126,8 @@ class Dtypes(TrainerCallback):
 
     def __call__(self, x, A, B, router, *rest):
         if torch.is_grad_enabled():
-            anchors = rest[:2]
-            self.outcome["products"].add((x.dtype, *{tensor.dtype for tensor in (A, B, router, *anchors)}))
+            tensors = (A, B, router, *rest[:2])  # and the anchors; a router by task is no part of the product
+            self.outcome["products"].add((x.dtype, *{tensor.dtype for tensor in tensors if tensor is not None}))
         return self.original(x, A, B, router, *rest)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):

@@ -38,6 +38,8 @@ SOME_STEPS = {"arguments": {"max_steps": 4, "learning_rate": 1e-2}}
 DROPOUT = {"config": {"head_dropout": 0.5}, "batch_seed": True}
 # Micro-batches with the rows of each of two ranks.
 SPLIT_ROWS = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+# Routers by task, which have a learning rate, and with it a parameter group, of their own.
+BY_TASK = {"config": {"router": "task"}, "arguments": {"max_steps": 6, "learning_rate": 1e-3}}
 ACCUMULATED = {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 
@@ -62,6 +64,7 @@ EXTRAS = [
     case("fsdp2", "float32", "fsdp2-dropout", **SOME_STEPS, **DROPOUT, fsdp={"activation_checkpointing": True}),
     case("fsdp2", "bfloat16", "fsdp2-accumulated", arguments=ACCUMULATED),
     case("fsdp2", "bfloat16", "fsdp2-ram", **SOME_STEPS, fsdp={"cpu_ram_efficient_loading": True}),
+    *(case(strategy, "float32", f"{strategy}-by-task", **BY_TASK) for strategy in ("zero2", "zero3", "fsdp2")),
 ]
 
 
@@ -77,7 +80,7 @@ def models(model_folders, tmp_path_factory):
 def alone(launch, models, tmp_path_factory):
     """Outcomes of one process with the whole batch, by case, and their folder."""
     folder = tmp_path_factory.mktemp("alone")
-    cases = [case("plain", base) for base in BASES] + [SPLIT]
+    cases = [case("plain", base) for base in BASES] + [SPLIT, case("plain", "float32", "plain-by-task", **BY_TASK)]
     return launch(folder, "strategy_run", cases, models, timeout=TIMEOUT), folder
 
 
@@ -186,6 +189,14 @@ def test_losses_agree(alone, ranks, base):
         for rank in ranks[0][f"{strategy}-{base}"]:
             steps = 6 if base == "bfloat16" and strategy in ("zero1", "zero3-offload") else len(expected)
             assert rank["losses"] == pytest.approx(expected[:steps], rel=LOSS_TOLERANCE[base]), strategy
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_losses_agree_with_routers_by_task(alone, ranks, strategy):
+    (expected,) = [rank["losses"] for rank in alone[0]["plain-by-task"]]
+    assert len(expected) == 6 and expected[-1] < expected[0]
+    for rank in ranks[0][f"{strategy}-by-task"]:
+        assert rank["losses"] == pytest.approx(expected, rel=LOSS_TOLERANCE["float32"])
 
 
 def test_four_bits_are_rounded_by_the_rows_of_a_product(alone, ranks):

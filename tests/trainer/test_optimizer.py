@@ -12,6 +12,7 @@ from transformers import (
 from rlora_trl import RLoraConfig, RLoraSFTConfig, RLoraSFTTrainer
 from rlora_trl.files.record import AdapterRecord
 from rlora_trl.trainer.optimizer import TASK_ROUTER_RATE, check_deepspeed_optimizer, set_learning_rates
+from rlora_trl.trainer.other_trainers import _tell_of_slow_routers
 
 
 def test_learning_rates(model_folders, tmp_path):
@@ -150,6 +151,14 @@ def test_an_optimizer_of_the_engine_has_one_group(model_folders, tmp_path, caplo
     trainer.args.loraplus_lr_ratio = 4.0
     with pytest.raises(ValueError, match="the DeepSpeed configuration has an `optimizer`"):
         check_deepspeed_optimizer(config, trainer.args, adapters)
+
+
+@pytest.mark.parametrize(("rate", "is_told"), [(1e-3, True), (0.1, False)])
+def test_other_trainers_are_told_of_slow_routers(model_folders, tmp_path, caplog, rate, is_told):
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig(router="task"))
+    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=rate)
+    _tell_of_slow_routers(optimizer, trainer._adapters, learning_rate=rate)
+    assert ("may stay nearly equal for all tasks" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize(
