@@ -62,13 +62,14 @@ def set_learning_rates(
     rates: dict[torch.Tensor, float] = {}
     of_tasks = task_router_rate(args, adapters)
     for adapter in adapters:
-        rate = of_tasks if adapter.router_kind == "task" else None
-        rate = rate if args.router_learning_rate is None else args.router_learning_rate
+        rate = of_tasks if of_tasks is not None and adapter.router_kind == "task" else args.router_learning_rate
         if rate is not None and adapter.router is not None and _is_trained(adapter.router):
             rates[adapter.router] = rate
         if args.loraplus_lr_ratio is not None and adapter.B.requires_grad:
             rates[adapter.B] = args.learning_rate * args.loraplus_lr_ratio
 
+    if not rates:  # a checkpoint of such a run has the groups that the optimizer made
+        return None
     present = {p for group in optimizer.param_groups for p in group["params"] if p in rates}
     if len(present) != len(rates):
         _refuse_or_warn(args, f"{type(optimizer).__name__} has {len(present)} of {len(rates)} parameters in them")
@@ -91,14 +92,17 @@ def check_deepspeed_optimizer(
     Raises:
         ValueError: If both are there.
     """
-    asked = args.router_learning_rate is not None or args.loraplus_lr_ratio is not None
-    if "optimizer" in config and (asked or task_router_rate(args, adapters) is not None):
+    if "optimizer" in config and (_asks_for_rates(args) or task_router_rate(args, adapters) is not None):
         _refuse_or_warn(args, "the DeepSpeed configuration has an `optimizer`, which has one group")
+
+
+def _asks_for_rates(args: RLoraSFTConfig) -> bool:
+    return args.router_learning_rate is not None or args.loraplus_lr_ratio is not None
 
 
 def _refuse_or_warn(args: RLoraSFTConfig, found: str) -> None:
     """What was asked for must be done; a default that can't be is told of."""
-    if args.router_learning_rate is not None or args.loraplus_lr_ratio is not None:
+    if _asks_for_rates(args):
         raise ValueError(
             f"`router_learning_rate` and `loraplus_lr_ratio` need an optimizer with parameter groups, and {found}. "
             "Set `optim` to one that has them, and remove that of a DeepSpeed configuration."

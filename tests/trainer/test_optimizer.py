@@ -122,6 +122,15 @@ def test_heads_by_task_move_apart(model_folders, tmp_path):
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
+def test_groups_stay_as_they_are_without_rates(model_folders, tmp_path):
+    # The optimizer's state in a checkpoint is by group: an empty one that vanished could not be resumed.
+    trainer = make_trainer(model_folders, tmp_path, peft_config=RLoraConfig())
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": parameters}, {"params": [], "weight_decay": 0.0}])
+    assert set_learning_rates(optimizer, list(trainer._adapters.values()), trainer.args) is None
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(parameters), 0]
+
+
 class _NoGroups(torch.optim.SGD):
     """An optimizer that keeps its parameters to itself."""
 
