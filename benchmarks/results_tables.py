@@ -25,6 +25,8 @@ from results_lines import (
 # The best of the ideas with one setting for all cells, on the seeds that settings are chosen on.
 RECIPE = "ranks by task, router 0.2"
 OURS = "R-LoRA"
+WORDS_CELL: Cell = ("words", "plenty")
+TASK_ROUTER = "library, by task"  # there, the library's own
 # Forms of R-LoRA as readers know them: the default first.
 FORMS = {"R-LoRA, no dropout": "default", "R-LoRA": "with the paper's head dropout"}
 NOT_MEASURED = "Not measured."
@@ -189,7 +191,14 @@ def batches_block(rows: Sequence[Row]) -> str:
     return f"{text}\n\n{table(head, body)}"
 
 
-def words_block(study: Study, cell: Cell = ("words", "plenty")) -> str:
+def question_line(study: Study) -> Line | None:
+    """The library's router by task beside LoRA, both with the input alone in the prompt."""
+    label = word_label(TASK_ROUTER, "input")
+    lines = lines_of(study, [label], word_label(REFERENCE, "input"), tuned=True, cells=[WORDS_CELL])
+    return lines[0] if lines else None
+
+
+def words_block(study: Study, cell: Cell = WORDS_CELL) -> str:
     """One input, many questions: by what the prompt says of the question. The reference is LoRA with instructions."""
     reference = word_label(REFERENCE, "instruction")
     body = []
@@ -217,6 +226,10 @@ def summary_block(study: Study) -> str:
     if recipe is not None:
         where = f"mean over {len(study.cells)} cells, {with_seeds(recipe.seeds)}"
         found.append(f"- **The best idea less {REFERENCE}, tuned for each cell:** {recipe.mean} points ({where}).")
+    asked = question_line(study)
+    if asked is not None:
+        which = f'`router="task"` less {REFERENCE}, neither with the question in the prompt'
+        found.append(f"- **One input, many questions, {which}:** {asked.mean} points ({with_seeds(asked.seeds)}).")
     ideas = [(line, line.mean) for line in idea_lines(study) if line.mean is not None]
     if ideas:
         above, below = sum(mean.low > 0 for _, mean in ideas), sum(mean.high < 0 for _, mean in ideas)
@@ -250,6 +263,10 @@ def readme_block(studies: Sequence[Study]) -> str:
         f"**Accuracy** of R-LoRA less that of {REFERENCE}, which has as many parameters, each at its own rate: "
         f"points with 95 % intervals, mean over {len(studies[0].cells)} settings of real tasks."
     )
+    asked = [(study.model, line) for study in studies if (line := question_line(study)) is not None]
+    if asked:
+        gains = ", ".join(f"{line.mean} on {model}" for model, line in asked)
+        found.append(f'- One input, many questions, none in the prompt: `router="task"` less {REFERENCE}, {gains}.')
     return "\n".join([text, "", *found])
 
 

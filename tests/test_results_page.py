@@ -24,9 +24,11 @@ from results_paper import single_block, transfer_block
 from results_tables import (
     NOT_MEASURED,
     RECIPE,
+    TASK_ROUTER,
     by_task_block,
     facts_block,
     initial_block,
+    readme_block,
     recipe_block,
     summary_block,
     tried_block,
@@ -238,6 +240,23 @@ def test_one_input_with_many_questions():
     assert [line[:2] for line in lines] == [["instruction", LORA], ["input", LORA], ["input", "ranks by task"]]
     assert [line[-1][:1] for line in lines] == ["", "-", "+"]
     assert words_block(Study(tuning())) == NOT_MEASURED
+
+
+def test_the_gain_of_knowing_the_task_is_against_the_same_prompt():
+    """Both with the input alone: LoRA that is asked the question is another comparison."""
+    rows = tuning()
+    for method, prompt, share in ((LORA, "instruction", 0.9), (LORA, "input", 0.2), (TASK_ROUTER, "input", 0.6)):
+        for seed in (0, 3):
+            label = word_label(method, prompt)
+            row = made(LORA, share, seed=seed, cell=("words", "plenty"))
+            rows.append({**row, "name": label, "label": label})
+    study = Study(rows)
+    means = [row["mean_accuracy"] for row in rows if row["suite"] == "words" and row["seed"] == 3]
+    gain = f"{means[2] - means[1]:+.2f} ["
+    assert f'none in the prompt: `router="task"` less {LORA}, {gain}' in readme_block([study])
+    line = next(one for one in summary_block(study).splitlines() if "many questions" in one)
+    assert gain in line and line.endswith("(seed 3).")
+    assert "many questions" not in summary_block(Study(tuning())) + readme_block([Study(tuning())])
 
 
 def test_transfer_and_a_single_task():
