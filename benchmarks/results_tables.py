@@ -143,7 +143,7 @@ def tried_block(study: Study) -> str:
         "Settings tried is the number of learning rates in a cell."
     )
     planned = [name for name in IDEAS if name not in study.methods]
-    left = f"\n\nPlanned and not run: {'; '.join(planned)}." if planned else ""
+    left = f"\n\nPlanned and not run in these cells: {'; '.join(planned)}." if planned else ""
     return f"{text}\n\n{table(head, body)}{left}"
 
 
@@ -182,8 +182,11 @@ def batches_block(rows: Sequence[Row]) -> str:
         for line in lines_of(study, [REFERENCE, *FORMS], REFERENCE, tuned=True, cells=shown):
             tried = [str(len(line.method.settings(cell))) for cell in line.settings]
             texts = [_cell_text(line, cell, REFERENCE, True) if cell in shown else "" for cell in cells]
-            body.append([str(batch), line.method.name, ", ".join(tried), seeds_text(line.seeds), *texts])
+            is_whole = line.mean is not None and line.method.name != REFERENCE and shown == cells
+            facts = [str(batch), line.method.name, ", ".join(tried), seeds_text(line.seeds)]
+            body.append([*facts, *texts, str(line.mean) if is_whole else ""])
     head = ["batch", "method", "learning rates tried", "seeds", *(", ".join(cell) for cell in cells)]
+    head.append("mean difference")
     text = (
         f"{model}: accuracy in % (best learning rate of that batch), and below the difference from {REFERENCE} with "
         "the same batch, in points."
@@ -228,8 +231,8 @@ def summary_block(study: Study) -> str:
         found.append(f"- **The best idea less {REFERENCE}, tuned for each cell:** {recipe.mean} points ({where}).")
     asked = question_line(study)
     if asked is not None:
-        which = f'`router="task"` less {REFERENCE}, neither with the question in the prompt'
-        found.append(f"- **One input, many questions, {which}:** {asked.mean} points ({with_seeds(asked.seeds)}).")
+        which = f'`router="task"`, which is told the task, less a {REFERENCE} that is not'
+        found.append(f"- **One input, many questions: {which}:** {asked.mean} points ({with_seeds(asked.seeds)}).")
     ideas = [(line, line.mean) for line in idea_lines(study) if line.mean is not None]
     if ideas:
         above, below = sum(mean.low > 0 for _, mean in ideas), sum(mean.high < 0 for _, mean in ideas)
@@ -263,10 +266,12 @@ def readme_block(studies: Sequence[Study]) -> str:
         f"**Accuracy** of R-LoRA less that of {REFERENCE}, which has as many parameters, each at its own rate: "
         f"points with 95 % intervals, mean over {len(studies[0].cells)} settings of real tasks."
     )
-    asked = [(study.model, line) for study in studies if (line := question_line(study)) is not None]
+    asked = [f"{line.mean} ({study.model})" for study in studies if (line := question_line(study)) is not None]
     if asked:
-        gains = ", ".join(f"{line.mean} on {model}" for model, line in asked)
-        found.append(f'- One input, many questions, none in the prompt: `router="task"` less {REFERENCE}, {gains}.')
+        found.append(
+            f'- Another suite, without the question in the prompt: `router="task"`, which is told the task, less a '
+            f"{REFERENCE} that is not: {', '.join(asked)}."
+        )
     return "\n".join([text, "", *found])
 
 
@@ -278,7 +283,8 @@ def facts_block(study: Study) -> str:
 def _amounts(study: Study) -> str:
     """Tasks, training rows and test rows of each cell."""
     body = []
-    for cell in study.cells:
+    asked = [WORDS_CELL] if any(row["suite"] == WORDS_CELL[0] for row in study.rows) else []
+    for cell in [*study.cells, *asked]:
         rows = [row for row in study.rows if (row["suite"], row["size"]) == cell]
         trained = [row for row in rows if row["learning_rate"] > 0 and row["batch"] == PAPER_SETTING[1]] or rows
         amounts = sorted({(Run.from_dict(row).rows, Run.from_dict(row).passes) for row in trained})
@@ -307,7 +313,7 @@ def _runs(study: Study) -> str:
     sizes = sorted({row["trainable"] for row in trained})
     facts = {
         "Base model": study.model,
-        "Runs": f"{len(rows)} of {len(study.methods)} methods; {with_seeds(seeds)}",
+        f"Runs with batch {PAPER_SETTING[1]}": f"{len(rows)} of {len(study.methods)} methods; {with_seeds(seeds)}",
         "Learning rates": ", ".join(f"{rate:g}" for rate in rates),
         "Settings of a method, at most, in a cell": "; ".join(budget),
         "Trained parameters": f"{sizes[0] / 1e6:.2f} to {sizes[-1] / 1e6:.2f} million" if sizes else "none",

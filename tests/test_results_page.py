@@ -253,7 +253,8 @@ def test_the_gain_of_knowing_the_task_is_against_the_same_prompt():
     study = Study(rows)
     means = [row["mean_accuracy"] for row in rows if row["suite"] == "words" and row["seed"] == 3]
     gain = f"{means[2] - means[1]:+.2f} ["
-    assert f'none in the prompt: `router="task"` less {LORA}, {gain}' in readme_block([study])
+    assert f"less a {LORA} that is not: {gain}" in readme_block([study])
+    assert "| words, plenty |" in facts_block(study)
     line = next(one for one in summary_block(study).splitlines() if "many questions" in one)
     assert gain in line and line.endswith("(seed 3).")
     assert "many questions" not in summary_block(Study(tuning())) + readme_block([Study(tuning())])
@@ -305,7 +306,7 @@ def test_rows_of_two_models_stay_apart():
     assert list(by_model(rows)) == ["small", "other"]
     blocks = results_page.page(rows)
     assert "**small**" in blocks["tuned"] and blocks["tuned"].count("| R-LoRA |") == 2
-    assert blocks["facts"].count("- Runs:") == 2 and blocks["tried"].count("| R-LoRA |") == 1
+    assert blocks["facts"].count("- Runs with batch 32:") == 2 and blocks["tried"].count("| R-LoRA |") == 1
     with pytest.raises(ValueError, match="Rows of small, other"):
         methods_of(rows)
 
