@@ -53,7 +53,12 @@ Data = Annotated[
     ),
 ]
 Split = Annotated[
-    str | None, typer.Option("--split", help="Split of the data.", show_default='"test", or the only one')
+    str | None,
+    typer.Option(
+        "--split",
+        help="Split of the data; a single file is whatever split is named.",
+        show_default='"test", or the only one',
+    ),
 ]
 TaskColumn = Annotated[
     str | None, typer.Option("--task-column", help="Column with the task of each row.", show_default='"task"')

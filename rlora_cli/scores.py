@@ -123,4 +123,4 @@ def _interval(
     values = [np.asarray(scores[task].values) for task in tasks]
     if base is not None:
         values = [own - np.asarray(base[task].values) for own, task in zip(values, tasks, strict=True)]
-    return bootstrap_interval(values)
+    return bootstrap_interval(values, bounds=(0.0 if base is None else -1.0, 1.0))

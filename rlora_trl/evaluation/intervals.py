@@ -20,7 +20,9 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_interval(tasks: Sequence[Sequence[float] | np.ndarray]) -> Interval:
+def bootstrap_interval(
+    tasks: Sequence[Sequence[float] | np.ndarray], bounds: tuple[float, float] | None = None
+) -> Interval:
     """
     The 95 % interval of a mean over tasks, by bootstrap: the rows of each task are drawn again, 10,000 times.
 
@@ -29,21 +31,46 @@ def bootstrap_interval(tasks: Sequence[Sequence[float] | np.ndarray]) -> Interva
 
     Args:
         tasks (`Sequence[Sequence[float]]`): The values of the rows of each task; one task for the interval of a task.
+        bounds (`tuple[float, float]`, *optional*): The lowest and the highest value that a row can have: (0, 1) for a
+            score, (-1, 1) for the difference of two. They are needed where all rows of each task have one value, which
+            a bootstrap takes for certain: the interval is then exact, that of Clopper and Pearson for a share.
 
     Returns:
-        [`Interval`]: The percentiles 2.5 and 97.5; the same for the same values in any order. If all values are the
-        same, it has no width, whatever the number of rows.
+        [`Interval`]: The percentiles 2.5 and 97.5; the same for the same values in any order. Without `bounds`, and
+        if all rows of each task have one value, it has no width, whatever the number of rows.
 
     Raises:
-        ValueError: If there is no task, or one without rows.
+        ValueError: If there is no task, or one without rows, or a value outside of the bounds.
     """
     if not len(tasks) or not all(len(values) for values in tasks):
         raise ValueError("An interval needs at least one task, and each task at least one row. Leave out empty tasks.")
-    draw = np.random.default_rng(_SEED)
-    means = np.mean([_resampled_means(np.asarray(values, dtype=np.float64), draw) for values in tasks], axis=0)
+    arrays = [np.asarray(values, dtype=np.float64) for values in tasks]
     tail = (1 - _CONFIDENCE) / 2
+    if bounds is not None:
+        _check_bounds(arrays, bounds)
+        if not any(np.ptp(values) for values in arrays):
+            limits = np.mean([_exact_limits(float(values[0]), len(values), bounds, tail) for values in arrays], axis=0)
+            return Interval(*limits.tolist())
+
+    draw = np.random.default_rng(_SEED)
+    means = np.mean([_resampled_means(values, draw) for values in arrays], axis=0)
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def _check_bounds(arrays: Sequence[np.ndarray], bounds: tuple[float, float]) -> None:
+    lowest, highest = min(values.min() for values in arrays), max(values.max() for values in arrays)
+    if lowest < bounds[0] or highest > bounds[1]:
+        raise ValueError(
+            f"The values are from {lowest:g} to {highest:g}, and `bounds` {bounds[0]:g} to {bounds[1]:g}. Give the "
+            "lowest and the highest value that a row can have."
+        )
+
+
+def _exact_limits(value: float, rows: int, bounds: tuple[float, float], tail: float) -> tuple[float, float]:
+    """The lowest and the highest mean with which that many rows can still have one value."""
+    others = 1 - tail ** (1 / rows)  # the largest share of rows with another value
+    return value - others * (value - bounds[0]), value + others * (bounds[1] - value)
 
 
 def _resampled_means(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:

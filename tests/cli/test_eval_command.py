@@ -49,12 +49,13 @@ def test_eval_shows_intervals(rlora, make_adapter, rows_folder):
         base = score_tasks(model, build_tokenizer(), rows)
     gains = [np.subtract(scores[task].values, base[task].values) for task in rows]
     for row, gain in zip(result["tasks"], gains, strict=True):
-        assert row["interval"] == list(bootstrap_interval([scores[row["task"]].values]))
-        assert row["base_interval"] == list(bootstrap_interval([base[row["task"]].values]))
-        assert row["gain"] == pytest.approx(gain.mean()) and row["gain_interval"] == list(bootstrap_interval([gain]))
+        assert row["interval"] == list(bootstrap_interval([scores[row["task"]].values], bounds=(0, 1)))
+        assert row["base_interval"] == list(bootstrap_interval([base[row["task"]].values], bounds=(0, 1)))
+        assert row["gain"] == pytest.approx(gain.mean())
+        assert row["gain_interval"] == list(bootstrap_interval([gain], bounds=(-1, 1)))
     mean = result["mean"]
-    assert mean["interval"] == list(bootstrap_interval([score.values for score in scores.values()]))
-    assert mean["gain_interval"] == list(bootstrap_interval(gains)) and result["confidence"] == 0.95
+    assert mean["interval"] == list(bootstrap_interval([score.values for score in scores.values()], bounds=(0, 1)))
+    assert mean["gain_interval"] == list(bootstrap_interval(gains, bounds=(-1, 1))) and result["confidence"] == 0.95
 
     lines = rlora(*words).stdout.splitlines()
     low, high = (100 * bound for bound in mean["interval"])

@@ -62,6 +62,33 @@ def test_the_same_rows_have_the_same_interval():
     assert bootstrap_interval([[1.0]]) == (1.0, 1.0)
 
 
+def test_rows_that_all_have_one_value():
+    """All of 25 right does not mean certain: a model that is right 97 times in 100 does that half of the time."""
+    draw = np.random.default_rng(2)
+    drawn = [(draw.random(25) < 0.97).astype(float) for _ in range(300)]
+    found = [bootstrap_interval([values], bounds=(0, 1)) for values in drawn]
+    assert sum(values.all() for values in drawn) > 100
+    assert sum(low <= 0.97 <= high for low, high in found) >= 0.93 * 300
+
+    # The share with which 25 of 25 are right in 2.5 of 100 samples.
+    low, high = bootstrap_interval([rows(25, 25)], bounds=(0, 1))
+    assert low**25 == pytest.approx(0.025) and high == 1.0
+    assert bootstrap_interval([rows(0, 25)], bounds=(0, 1)) == pytest.approx((0.0, 1 - low))
+    # A gain of one in each row: the others could lose one.
+    assert bootstrap_interval([rows(25, 25)], bounds=(-1, 1)) == pytest.approx((2 * low - 1, 1.0))
+    assert bootstrap_interval([rows(0, 25)], bounds=(-1, 1)) == pytest.approx((low - 1, 1 - low))
+    # The mean of two such tasks, and one with rows of two values, for which the bootstrap stays as it is.
+    both = bootstrap_interval([rows(25, 25), rows(0, 25)], bounds=(0, 1))
+    assert both == pytest.approx((low / 2, 1 - low / 2))
+    mixed = [rows(25, 25), rows(5, 25)]
+    assert bootstrap_interval(mixed, bounds=(0, 1)) == bootstrap_interval(mixed)
+
+
+def test_values_outside_of_the_bounds():
+    with pytest.raises(ValueError, match=r"from -1 to 1, and `bounds` 0 to 1\. Give the lowest and the highest"):
+        bootstrap_interval([[1.0, -1.0]], bounds=(0, 1))
+
+
 @pytest.mark.parametrize("tasks", [[], [[1.0], []]])
 def test_nothing_to_draw_from(tasks):
     with pytest.raises(ValueError, match="at least one task, and each task at least one row"):

@@ -55,7 +55,11 @@ def record(**fields):
 def render(existing=None, **fields):
     facts = {"repo_id": REPO, "digest": DIGEST, "num_parameters": 5898240, "license": "mit", "existing": existing}
     settings, noted = fields.pop("config", config()), fields.pop("record", record())
-    return render_card(settings, noted, **{**facts, **fields})
+    card = render_card(settings, noted, **{**facts, **fields})
+    # Without an empty line after it, text below a table becomes a row of it, and one before it a table becomes text.
+    text = card.text.replace("\r\n", "\n")
+    assert not re.search(r"^\|.*\n(?!\||\n)|^(?!\|).+\n\|", text, re.MULTILINE), text
+    return card
 
 
 def tables(text):
