@@ -15,8 +15,9 @@ from quality_rows import Row, by_model, read
 from report import HERE, ROOT, replace_block
 from results_figures import draw_accuracy, draw_heads, draw_ideas, draw_learning_rates
 from results_lines import PAPER_SETTING, gaps
-from results_paper import setting_1_block, single_block, transfer_block
+from results_paper import same_rate_block, setting_1_block, single_block, transfer_block
 from results_tables import (
+    NOT_MEASURED,
     Study,
     batches_block,
     by_task_block,
@@ -58,11 +59,12 @@ def page(rows: Sequence[Row]) -> dict[str, str]:
         "paper rate": joined(studies, paper_rate_block),
         "initial values": joined(studies, initial_block),
         "batches": batches_block(rows),
-        "recipe": joined(studies, recipe_block),
+        "recipe": joined(studies, recipe_block) or NOT_MEASURED,
         "by task": joined(studies, by_task_block),
         "words": joined(studies, words_block),
         "tried": tried_block(studies[0]),
         "setting 1": joined(studies, setting_1_block),
+        "same rate": joined(studies, same_rate_block),
         "transfer": joined(studies, transfer_block),
         "single task": joined(studies, single_block),
     }

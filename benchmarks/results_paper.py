@@ -3,9 +3,10 @@
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import product
 
 from quality_data import SUITES
-from quality_intervals import compare, differences
+from quality_intervals import Estimate, at_settings, compare, differences
 from quality_plans import PACKAGED
 from quality_report import parameters, setting_text, table
 from quality_rows import Cell, Row
@@ -54,6 +55,42 @@ def _similarity(rows: Sequence[Row]) -> str:
     """The mean cosine between heads, of methods that have several."""
     found = [row["head_similarity"] for row in rows if row.get("head_similarity") is not None]
     return number(statistics.mean(found)) if found else ""
+
+
+# R-LoRA, and the methods of the paper's comparison that are scaled and initialized otherwise.
+_OURS = ("rlora_trl, no dropout", "rlora_trl")
+_THEIRS = ("HydraLoRA", "PEFT LoRA r=10, alpha/r")
+
+
+def same_rate_block(study: Study) -> str:
+    """R-LoRA less the paper's other methods, both at each learning rate, in the cells that have both."""
+    lines = []
+    for ours, theirs in product(_OURS, _THEIRS):
+        each = {cell: _difference(study, ours, theirs, [cell]) for cell in study.cells}
+        cells = [cell for cell, found in each.items() if found]
+        lines += [(ours, theirs, ", ".join(cell), each[cell]) for cell in cells]
+        if len(cells) > 1:
+            lines.append((ours, theirs, "mean", _difference(study, ours, theirs, cells)))
+    if not lines:
+        return NOT_MEASURED
+    rates = sorted({rate for *_, found in lines for rate in found})
+    body = [[*names, *(str(found.get(rate, "")) for rate in rates)] for *names, found in lines]
+    head = ["method", "less", "cell", *(f"{rate:g}" for rate in rates)]
+    return f"Differences in points, both at the same learning rate, by that rate.\n\n{table(head, body)}"
+
+
+def _difference(study: Study, ours: str, theirs: str, cells: Sequence[Cell]) -> dict[float, Estimate]:
+    """By learning rate, the mean over the cells; only rates that both have in all of them."""
+    if not {ours, theirs} <= set(study.methods):
+        return {}
+    mine, other = study.methods[ours], study.methods[theirs]
+    found = {}
+    for rate in sorted({rate for cell in cells for rate, _ in mine.settings(cell)}):
+        here = dict.fromkeys(cells, (rate, PAPER_SETTING[1]))
+        each, mean = at_settings(mine, here, other, here)
+        if mean is not None and len(each) == len(cells):
+            found[rate] = mean
+    return found
 
 
 def transfer_block(study: Study) -> str:

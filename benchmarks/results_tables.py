@@ -117,7 +117,7 @@ def recipe_block(study: Study, label: str = RECIPE) -> str:
         f"Settings of both were chosen on {with_seeds(TUNING_SEEDS)}, and the comparison uses "
         f"{with_seeds(one.seeds)}. Accuracy in %, differences in points."
     )
-    return f"## The best idea, on other seeds\n\n{text}\n\n{table(['cell', label, REFERENCE, 'difference'], body)}"
+    return f"{text}\n\n{table(['cell', label, REFERENCE, 'difference'], body)}"
 
 
 def tried_block(study: Study) -> str:

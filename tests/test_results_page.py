@@ -20,7 +20,7 @@ from quality_runs import Run
 from quality_worker import run_facts, scored
 from results_figures import CURVES, HEADS, curve, draw_heads, draw_ideas, draw_learning_rates
 from results_lines import Study, gaps, paper_line, shared_seeds, tuned_line
-from results_paper import single_block, transfer_block
+from results_paper import same_rate_block, single_block, transfer_block
 from results_tables import (
     NOT_MEASURED,
     RECIPE,
@@ -127,7 +127,8 @@ def test_the_page_is_written_from_rows(tmp_path, capsys):
     write(tuning(), rows)  # without the other seeds, and the page is written over
     results_page.main(["--rows", str(rows), *pages])
     text = document.read_text()
-    assert "## The best idea, on other seeds" not in text and NOT_MEASURED in text.split("## The paper's tables")[1]
+    best = text.split("## The best idea, on other seeds")[1].split("\n## ")[0]
+    assert NOT_MEASURED in best and NOT_MEASURED in text.split("## The paper's tables")[1]
     write([failed], rows)
     with pytest.raises(SystemExit):
         results_page.main(["--rows", str(rows), *pages])
@@ -276,6 +277,29 @@ def test_transfer_and_a_single_task():
     one = {**rows[0], "suite": "gsm8k", "mean_accuracy": 3.0}
     text = single_block(Study([*rows, one, {**one, "seed": 1, "mean_accuracy": 4.0}]))
     assert cells_in(text, "rlora_trl")[2].startswith("3.50 ± ") and "base" not in text
+
+
+def test_the_same_rate_for_two_methods():
+    """Ahead at a low rate in both cells, behind at a higher one that one cell has; the mean needs both."""
+    low = [
+        made(name, share, 2e-4, cell=cell)
+        for cell in CELLS[:2]
+        for name, share in (("rlora_trl", 0.9), ("HydraLoRA", 0.5))
+    ]
+    high = [
+        made(name, share, 1e-3) for name, share in (("rlora_trl", 0.4), ("HydraLoRA", 0.8), ("PEFT LoRA r=4", 0.1))
+    ]
+    lines = [
+        [part.strip() for part in line.split("|")[1:-1]]
+        for line in same_rate_block(Study([*low, *high])).splitlines()[2:]
+    ]
+    assert lines[0] == ["method", "less", "cell", "0.0002", "0.001"]
+    assert [line[:3] for line in lines[2:]] == [
+        ["rlora_trl", "HydraLoRA", where] for where in ("multitask, plenty", "multitask, little", "mean")
+    ]
+    assert [[cell[:1] for cell in line[3:]] for line in lines[2:]] == [["+", "-"], ["+", ""], ["+", ""]]
+    assert lines[2][3].startswith(f"{low[0]['mean_accuracy'] - low[1]['mean_accuracy']:+.2f} [")
+    assert same_rate_block(Study(tuning())) == NOT_MEASURED
 
 
 def test_differences_by_rate():
