@@ -57,8 +57,8 @@ def _similarity(rows: Sequence[Row]) -> str:
     return number(statistics.mean(found)) if found else ""
 
 
-# R-LoRA, and the methods of the paper's comparison that are scaled and initialized otherwise.
-_OURS = ("rlora_trl, no dropout", "rlora_trl")
+# R-LoRA, also with heads from zero, and methods of the paper's comparison that have a smaller scale.
+_OURS = ("rlora_trl, no dropout", "rlora_trl", "rlora_trl, zero B")
 _THEIRS = ("HydraLoRA", "PEFT LoRA r=10, alpha/r")
 
 

@@ -231,7 +231,7 @@ def summary_block(study: Study) -> str:
         found.append(f"- **The best idea less {REFERENCE}, tuned for each cell:** {recipe.mean} points ({where}).")
     asked = question_line(study)
     if asked is not None:
-        which = f'`router="task"`, which is told the task, less a {REFERENCE} that is not'
+        which = f'`router="task"`, which is told the task, less a {REFERENCE} that is not told'
         found.append(f"- **One input, many questions: {which}:** {asked.mean} points ({with_seeds(asked.seeds)}).")
     ideas = [(line, line.mean) for line in idea_lines(study) if line.mean is not None]
     if ideas:
@@ -266,11 +266,12 @@ def readme_block(studies: Sequence[Study]) -> str:
         f"**Accuracy** of R-LoRA less that of {REFERENCE}, which has as many parameters, each at its own rate: "
         f"points with 95 % intervals, mean over {len(studies[0].cells)} settings of real tasks."
     )
-    asked = [f"{line.mean} ({study.model})" for study in studies if (line := question_line(study)) is not None]
+    asked = [(study, line) for study in studies if (line := question_line(study)) is not None]
     if asked:
+        gains = ", ".join(f"{line.mean} ({study.model}, {with_seeds(line.seeds)})" for study, line in asked)
         found.append(
-            f'- Another suite, without the question in the prompt: `router="task"`, which is told the task, less a '
-            f"{REFERENCE} that is not: {', '.join(asked)}."
+            '- Another suite, without the question in the prompt: `router="task"`, which is told the task, less a '
+            f"{REFERENCE} that is not told: {gains}."
         )
     return "\n".join([text, "", *found])
 

@@ -56,7 +56,7 @@ Split = Annotated[
     str | None,
     typer.Option(
         "--split",
-        help="Split of the data; a single file is whatever split is named.",
+        help="Split of the data; of a single file, any name is taken.",
         show_default='"test", or the only one',
     ),
 ]

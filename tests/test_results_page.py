@@ -254,7 +254,7 @@ def test_the_gain_of_knowing_the_task_is_against_the_same_prompt():
     study = Study(rows)
     means = [row["mean_accuracy"] for row in rows if row["suite"] == "words" and row["seed"] == 3]
     gain = f"{means[2] - means[1]:+.2f} ["
-    assert f"less a {LORA} that is not: {gain}" in readme_block([study])
+    assert f"less a {LORA} that is not told: {gain}" in readme_block([study])
     assert "| words, plenty |" in facts_block(study)
     line = next(one for one in summary_block(study).splitlines() if "many questions" in one)
     assert gain in line and line.endswith("(seed 3).")

@@ -77,11 +77,27 @@ def test_rows_that_all_have_one_value():
     # A gain of one in each row: the others could lose one.
     assert bootstrap_interval([rows(25, 25)], bounds=(-1, 1)) == pytest.approx((2 * low - 1, 1.0))
     assert bootstrap_interval([rows(0, 25)], bounds=(-1, 1)) == pytest.approx((low - 1, 1 - low))
-    # The mean of two such tasks, and one with rows of two values, for which the bootstrap stays as it is.
-    both = bootstrap_interval([rows(25, 25), rows(0, 25)], bounds=(0, 1))
-    assert both == pytest.approx((low / 2, 1 - low / 2))
+    # Gains of F1 that differ by rounding only.
+    gains = [0.3 - 0.1, 0.4 - 0.2]
+    assert np.ptp(gains) > 0 and np.diff(bootstrap_interval([gains], bounds=(-1, 1))) > 0.5
+
+    # One task with rows of two values: the bootstrap stays as it is.
     mixed = [rows(25, 25), rows(5, 25)]
     assert bootstrap_interval(mixed, bounds=(0, 1)) == bootstrap_interval(mixed)
+
+
+def test_several_tasks_that_each_have_one_value():
+    """The farthest mean with which such rows are drawn in 2.5 of 100 samples, also found by trying all shares."""
+    both = bootstrap_interval([rows(25, 25), rows(0, 25)], bounds=(0, 1))
+    one = 0.025 ** (1 / 25)
+    assert both == pytest.approx((one / 2, 1 - one / 2))
+    assert bootstrap_interval([rows(25, 25)] * 10, bounds=(0, 1)) == pytest.approx((0.025 ** (1 / 250), 1.0))
+
+    for first, second in ((25, 100), (25, 30)):
+        low, high = bootstrap_interval([rows(first, first), rows(second, second)], bounds=(0, 1))
+        share = np.linspace(one, 1, 100_001)  # of right rows of the first task; the second gets what is left
+        rest = np.minimum((0.025 / share**first) ** (1 / second), 1)
+        assert low == pytest.approx(np.min(share + rest) / 2, abs=1e-6) and high == 1.0
 
 
 def test_values_outside_of_the_bounds():

@@ -56,7 +56,7 @@ def render(existing=None, **fields):
     facts = {"repo_id": REPO, "digest": DIGEST, "num_parameters": 5898240, "license": "mit", "existing": existing}
     settings, noted = fields.pop("config", config()), fields.pop("record", record())
     card = render_card(settings, noted, **{**facts, **fields})
-    # Without an empty line after it, text below a table becomes a row of it, and one before it a table becomes text.
+    # Without an empty line between them, text below a table becomes a row of it; above one, some readers want it too.
     text = card.text.replace("\r\n", "\n")
     assert not re.search(r"^\|.*\n(?!\||\n)|^(?!\|).+\n\|", text, re.MULTILINE), text
     return card
