@@ -87,8 +87,8 @@ def _difference(study: Study, ours: str, theirs: str, cells: Sequence[Cell]) -> 
     found = {}
     for rate in sorted({rate for cell in cells for rate, _ in mine.settings(cell)}):
         here = dict.fromkeys(cells, (rate, PAPER_SETTING[1]))
-        each, mean = at_settings(mine, here, other, here)
-        if mean is not None and len(each) == len(cells):
+        _, mean = at_settings(mine, here, other, here)
+        if mean is not None:
             found[rate] = mean
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from quality_intervals import chosen
 from quality_plans import BY_TASK, IDEA_CELLS, IDEAS, INITIAL, METHODS, TUNED, WORDS, word_label
 from quality_report import REFERENCE, parameters, setting_text, table
-from quality_rows import Cell, Row
+from quality_rows import Cell, Row, cells_of
 from quality_runs import Run
 from results_lines import (
     PAPER_SETTING,
@@ -45,14 +45,18 @@ def _cell_text(line: Line, cell: Cell, reference: str, with_setting: bool) -> st
     return text if line.method.name == reference or cell not in line.each else f"{text}<br>{line.each[cell]}"
 
 
+def _mean_text(line: Line, reference: str) -> str:
+    """The mean difference from the reference, of a line that has it."""
+    return "" if line.mean is None or line.method.name == reference else str(line.mean)
+
+
 def _by_cell(lines: Sequence[Line], cells: Sequence[Cell], reference: str, *, with_setting: bool) -> str:
     head = ["method", "parameters, M", "seeds", *(", ".join(cell) for cell in cells), "mean", "mean difference"]
     body = []
     for line in lines:
         shown = [_cell_text(line, cell, reference, with_setting) for cell in cells]
-        difference = "" if line.mean is None or line.method.name == reference else str(line.mean)
         facts = [line.method.name, parameters(line.method), seeds_text(line.seeds)]
-        body.append([*facts, *shown, number(line.mean_accuracy(cells)), difference])
+        body.append([*facts, *shown, number(line.mean_accuracy(cells)), _mean_text(line, reference)])
     return table(head, body)
 
 
@@ -132,11 +136,9 @@ def tried_block(study: Study) -> str:
     for line in (own, *lines):
         settings = [len(line.method.settings(cell)) for cell in cells if cell in line.settings]
         shown = [_cell_text(line, cell, line.method.name, True) for cell in cells]
-        difference = "" if line.mean is None else str(line.mean)
         name = line.method.name
-        body.append(
-            [name, METHODS[name].what, str(max(settings, default=0)), seeds_text(line.seeds), *shown, difference]
-        )
+        facts = [name, METHODS[name].what, str(max(settings, default=0)), seeds_text(line.seeds)]
+        body.append([*facts, *shown, _mean_text(line, REFERENCE)])
     head = ["method", "what it is", "settings tried", "seeds", *(", ".join(cell) for cell in cells), "mean difference"]
     text = (
         f"Accuracy in % (best learning rate), and the mean difference from {REFERENCE} on the same seeds in points. "
@@ -182,11 +184,10 @@ def batches_block(rows: Sequence[Row]) -> str:
         for line in lines_of(study, [REFERENCE, *FORMS], REFERENCE, tuned=True, cells=shown):
             tried = [str(len(line.method.settings(cell))) for cell in line.settings]
             texts = [_cell_text(line, cell, REFERENCE, True) if cell in shown else "" for cell in cells]
-            is_whole = line.mean is not None and line.method.name != REFERENCE and shown == cells
             facts = [str(batch), line.method.name, ", ".join(tried), seeds_text(line.seeds)]
-            body.append([*facts, *texts, str(line.mean) if is_whole else ""])
-    head = ["batch", "method", "learning rates tried", "seeds", *(", ".join(cell) for cell in cells)]
-    head.append("mean difference")
+            body.append([*facts, *texts, _mean_text(line, REFERENCE) if shown == cells else ""])
+    names = [", ".join(cell) for cell in cells]
+    head = ["batch", "method", "learning rates tried", "seeds", *names, "mean difference"]
     text = (
         f"{model}: accuracy in % (best learning rate of that batch), and below the difference from {REFERENCE} with "
         "the same batch, in points."
@@ -201,16 +202,15 @@ def question_line(study: Study) -> Line | None:
     return lines[0] if lines else None
 
 
-def words_block(study: Study, cell: Cell = WORDS_CELL) -> str:
+def words_block(study: Study) -> str:
     """One input, many questions: by what the prompt says of the question. The reference is LoRA with instructions."""
     reference = word_label(REFERENCE, "instruction")
     body = []
     for prompt, names in WORDS.items():
         by_label = {word_label(name, prompt): name for name in names}
-        for line in lines_of(study, by_label, reference, tuned=True, cells=[cell]):
-            difference = "" if line.method.name == reference else str(line.each[cell])
-            setting = setting_text(line.settings[cell])
-            facts = [parameters(line.method), number(line.accuracy(cell)), setting, seeds_text(line.seeds), difference]
+        for line in lines_of(study, by_label, reference, tuned=True, cells=[WORDS_CELL]):
+            accuracy, setting = number(line.accuracy(WORDS_CELL)), setting_text(line.settings[WORDS_CELL])
+            facts = [parameters(line.method), accuracy, setting, seeds_text(line.seeds), _mean_text(line, reference)]
             body.append([prompt, by_label[line.method.name], *facts])
     head = ["prompt", "method", "parameters, M", "exact match, %", "learning rate", "seeds", "difference"]
     return table(head, body) if body else NOT_MEASURED
@@ -284,8 +284,7 @@ def facts_block(study: Study) -> str:
 def _amounts(study: Study) -> str:
     """Tasks, training rows and test rows of each cell."""
     body = []
-    asked = [WORDS_CELL] if any(row["suite"] == WORDS_CELL[0] for row in study.rows) else []
-    for cell in [*study.cells, *asked]:
+    for cell in [cell for cell in cells_of(study.methods.values()) if cell in (*study.cells, WORDS_CELL)]:
         rows = [row for row in study.rows if (row["suite"], row["size"]) == cell]
         trained = [row for row in rows if row["learning_rate"] > 0 and row["batch"] == PAPER_SETTING[1]] or rows
         amounts = sorted({(Run.from_dict(row).rows, Run.from_dict(row).passes) for row in trained})

@@ -323,6 +323,8 @@ def test_other_batches_have_a_block_of_their_own():
         [f"| {batch}", name] for batch in (16, 32) for name in (LORA, "R-LoRA")
     ]
     assert "batch 16)<br>-" in lines[1] and "+0.00" in lines[3]
+    ends = [line.split(" | ")[-1].strip("| ") for line in lines]
+    assert ends[0] == ends[2] == "" and ends[1] == lines[1].split("<br>")[1].split(" | ")[0] and ends[1][0] == "-"
 
 
 def test_rows_of_two_models_stay_apart():
